@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stage 1: from logits to three numbers per lattice cell. The last stage before the lattice that
+// knows the vocabulary.
+#pragma once
+
+#include "lattice_batch.h"
+
+namespace transducer {
+
+// For each cell, with x its row of V logits:
+//   normaliser  = logsumexp(x)                       (0 if from_log_softmax)
+//   blank_score = x[blank] - normaliser
+//   label_score = x[target of (b, u)] - normaliser   (-inf in the last column, u = U_b)
+// A row with NaN or +inf, or with nothing but -inf, and a target outside [0, V) give NaN scores: the
+// lattice makes that utterance's loss NaN. Outputs are indexed by row; padding rows stay unwritten.
+template <typename T>
+void CellScoresCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_size, int64_t blank,
+                   bool from_log_softmax, int num_threads, Score* normaliser, Score* blank_score,
+                   Score* label_score);
+
+}  // namespace transducer

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The joiner's input: one row of D channels per lattice cell, without a padded (B, T, U + 1, D)
+// tensor; and the way back, as segmented sums.
+#pragma once
+
+#include "lattice_batch.h"
+
+namespace transducer {
+
+// hidden[row of (b, t, u)] = activation(enc[b, t] + pred[b, u]).
+//
+// enc is (B, max_frames, D), pred is (B, max_targets + 1, D), both contiguous. Padding rows of
+// hidden are set to zero, whatever stands in the padding of enc and pred: a NaN there would pass
+// through a matrix product into the gradient of the weight.
+template <typename T>
+void JoinForwardCpu(const LatticeBatch& batch, const T* enc, const T* pred, int64_t width,
+                    Activation activation, int num_threads, T* hidden);
+
+// grad_enc[b, t] = sum_u g(t, u), grad_pred[b, u] = sum_t g(t, u), g = grad_hidden * activation'.
+// Zero in the padding. The order of summation does not depend on the number of threads.
+template <typename T>
+void JoinBackwardCpu(const LatticeBatch& batch, const T* grad_hidden, const T* hidden, const T* enc,
+                     const T* pred, int64_t width, Activation activation, int num_threads,
+                     T* grad_enc, T* grad_pred);
+
+}  // namespace transducer

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace transducer {
+
+// Runs task(0) ... task(num_tasks - 1), each once, on at most num_threads threads, the caller's
+// among them; returns when all are done. Tasks are handed out in order from one counter, so uneven
+// tasks balance; a stage must make its result independent of who runs what. Subnormal numbers are
+// flushed to zero while tasks run; the caller's setting is restored.
+//
+// The pool is std::thread, not OpenMP: a second OpenMP runtime beside the one inside torch hangs
+// after fork(). A forked child starts a pool of its own. A call made while the pool is busy (from
+// another thread or from inside a task) runs on the calling thread alone. The first exception
+// thrown by a task is rethrown here.
+void ParallelFor(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task);
+
+}  // namespace transducer

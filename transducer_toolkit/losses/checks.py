@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of arguments shared by the losses: a name, what was expected, what came.
+
+Shape checks look at sizes only. Value checks read the tensors, so they run where the values are on
+the CPU already (or where the caller asked for them).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Raises a TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises a TypeError unless the dtype is one of `dtypes`."""
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
+
+
+def check_targets_and_lengths(
+    targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor, device: torch.device
+) -> None:
+    """Types, ranks, sizes and devices of the three index tensors.
+
+    Raises:
+        TypeError: not a tensor, or not int32 / int64.
+        ValueError: wrong rank or size, B = 0, or on a device that is neither `device` nor, for
+            lengths, the CPU.
+    """
+    for name, tensor in (
+        ("targets", targets),
+        ("logit_lengths", logit_lengths),
+        ("target_lengths", target_lengths),
+    ):
+        check_tensor(tensor, name)
+        check_dtype(tensor, name, INDEX_DTYPES)
+    if targets.dim() != 2:
+        raise ValueError(f"targets: expected shape (B, U), got {tuple(targets.shape)}")
+    if targets.size(0) == 0:
+        raise ValueError("targets: expected at least one utterance, got B = 0")
+    for name, tensor in (("logit_lengths", logit_lengths), ("target_lengths", target_lengths)):
+        if tuple(tensor.shape) != (targets.size(0),):
+            raise ValueError(
+                f"{name}: expected shape ({targets.size(0)},), the batch size of targets, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.device not in (device, torch.device("cpu")):
+            raise ValueError(f"{name}: expected device {device} or cpu, got {tensor.device}")
+    if targets.device != device:
+        raise ValueError(f"targets: expected device {device}, that of logits, got {targets.device}")
+
+
+def check_blank(blank: int, vocab_size: int) -> None:
+    """Raises a ValueError unless 0 <= blank < V."""
+    if not 0 <= blank < vocab_size:
+        raise ValueError(f"blank: expected 0 <= blank < {vocab_size} (V of logits), got {blank}")
+
+
+def check_lengths_fit(
+    logit_lengths: Tensor, target_lengths: Tensor, *, max_frames: int | None, max_targets: int
+) -> None:
+    """Raises a ValueError naming the first utterance whose lengths are impossible.
+
+    Args:
+        logit_lengths: (B,) must be in [1, max_frames]; no upper bound if that is None (packed).
+        target_lengths: (B,) must be in [0, max_targets], the width of targets.
+    """
+    frames, symbols = logit_lengths.tolist(), target_lengths.tolist()
+    for b, (num_frames, num_targets) in enumerate(zip(frames, symbols, strict=True)):
+        if num_frames < 1 or (max_frames is not None and num_frames > max_frames):
+            bound = "at least 1" if max_frames is None else f"1 to {max_frames} (T of logits)"
+            raise ValueError(f"logit_lengths[{b}]: expected {bound}, got {num_frames}")
+        if not 0 <= num_targets <= max_targets:
+            raise ValueError(
+                f"target_lengths[{b}]: expected 0 to {max_targets} (width of targets), "
+                f"got {num_targets}"
+            )
+
+
+def check_packed_rows(logit_lengths: Tensor, target_lengths: Tensor, num_rows: int) -> None:
+    """Raises a ValueError unless packed logits have one row for each lattice cell."""
+    cells = int((logit_lengths.long() * (target_lengths.long() + 1)).sum())
+    if cells != num_rows:
+        raise ValueError(
+            f"logits: expected {cells} rows, sum of logit_lengths * (target_lengths + 1), for the "
+            f"packed layout, got {num_rows}"
+        )
+
+
+def check_labels(targets: Tensor, target_lengths: Tensor, *, blank: int, vocab_size: int) -> None:
+    """Raises a ValueError naming the first label outside [0, V) or equal to blank."""
+    positions = torch.arange(targets.size(1), device=targets.device)
+    real = positions < target_lengths.to(targets.device)[:, None]  # (B, U)
+    bad = ((targets < 0) | (targets >= vocab_size) | (targets == blank)) & real
+    if bool(bad.any()):
+        b, u = (int(i) for i in bad.nonzero()[0])
+        label = int(targets[b, u])
+        reason = (
+            f"a label other than blank ({blank})"
+            if label == blank
+            else f"a label in [0, {vocab_size})"
+        )
+        raise ValueError(f"targets[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
+
+
+def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str) -> None:
+    """Raises a ValueError naming the first utterance that no path of `topology` can explain.
+
+    ``regular`` fits any number of symbols into one frame; ``modified`` and ``constrained`` need
+    T >= U, ``one_sym_per_frame`` needs T > U.
+    """
+    if topology == "regular":
+        return
+    extra = 1 if topology == "one_sym_per_frame" else 0
+    frames, symbols = logit_lengths.tolist(), target_lengths.tolist()
+    for b, (num_frames, num_targets) in enumerate(zip(frames, symbols, strict=True)):
+        if num_frames < num_targets + extra:
+            relation = "more frames than symbols" if extra else "at least as many frames as symbols"
+            raise ValueError(
+                f"utterance {b}: {topology} needs {relation}, "
+                f"got {num_frames} frames and {num_targets} symbols"
+            )

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slow truth: transducer losses by path enumeration, and by the recursion in plain torch.
+
+Both are written from the definition of the lattice and share nothing with the compiled stages.
+:func:`brute_force_loss` lists every path, so it needs no recursion to be right, and is fit for a
+handful of cells. :func:`reference_loss` is the recursion, differentiable by autograd, and fit for a
+few hundred frames. Use float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.losses.reduction import reduce_losses
+
+# An arc of the lattice: the kind of score it uses, and the cell it leaves.
+Arc = tuple[str, int, int]
+
+
+def lattice_paths(num_frames: int, num_targets: int, topology: str) -> Iterator[list[Arc]]:
+    """Every path through the lattice as a list of ("blank" | "label", t, u).
+
+    Args:
+        num_frames: T >= 1.
+        num_targets: U >= 0.
+        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
+
+    Example:
+        >>> len(list(lattice_paths(3, 2, "regular")))  # (T - 1 + U) choose U
+        6
+    """
+    label_frames = 0 if topology == "regular" else 1
+
+    def extend(t: int, u: int) -> Iterator[list[Arc]]:
+        if t == num_frames:
+            if u == num_targets:
+                yield []
+            return
+        for rest in extend(t + 1, u):
+            yield [("blank", t, u), *rest]
+        if u < num_targets:
+            if topology == "one_sym_per_frame" and t + 1 == num_frames:
+                return  # the last arc must be a blank
+            for rest in extend(t + label_frames, u + 1):
+                yield [("label", t, u), *rest]
+
+    return extend(0, 0)
+
+
+def arc_scores(
+    log_probs: Tensor, targets: Tensor, blank: int, topology: str, delay_penalty: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Scores of all arcs of one utterance.
+
+    Args:
+        log_probs: (T, U + 1, V) log-probabilities.
+        targets: (U,) labels.
+
+    Returns:
+        Blank scores (T, U + 1) and label scores (T, U).
+    """
+    num_frames, columns, _ = log_probs.shape
+    blank_scores = log_probs[:, :, blank]
+    index = targets.long().expand(num_frames, columns - 1).unsqueeze(-1)  # (T, U, 1)
+    label_scores = log_probs[:, :-1].gather(2, index).squeeze(-1)
+    if topology == "constrained":  # the label drags the blank after it along
+        label_scores = label_scores + blank_scores[:, 1:]
+    frames = torch.arange(num_frames, dtype=log_probs.dtype, device=log_probs.device)
+    penalty = delay_penalty * ((num_frames - 1) / 2 - frames)
+    return blank_scores, label_scores + penalty[:, None]
+
+
+def brute_force_loss(
+    log_probs: Tensor, targets: Tensor, blank: int, topology: str, delay_penalty: float = 0.0
+) -> Tensor:
+    """-log of the sum over all paths, each path written out; differentiable.
+
+    Args:
+        log_probs: (T, U + 1, V) log-probabilities of one utterance.
+        targets: (U,) labels.
+        blank: index of blank.
+        topology: see :func:`lattice_paths`.
+        delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
+
+    Returns:
+        A scalar; +inf if there is no path.
+    """
+    blank_scores, label_scores = arc_scores(log_probs, targets, blank, topology, delay_penalty)
+    scores = {"blank": blank_scores, "label": label_scores}
+    paths = [
+        torch.stack([scores[kind][t, u] for kind, t, u in path]).sum()
+        for path in lattice_paths(log_probs.size(0), log_probs.size(1) - 1, topology)
+    ]
+    if not paths:
+        return log_probs.new_full((), float("inf"))
+    return -torch.logsumexp(torch.stack(paths), 0)
+
+
+def recursion_loss(
+    log_probs: Tensor, targets: Tensor, blank: int, topology: str, delay_penalty: float = 0.0
+) -> Tensor:
+    """The same number by the forward recursion over (t, u); arguments of brute_force_loss."""
+    blank_scores, label_scores = arc_scores(log_probs, targets, blank, topology, delay_penalty)
+    num_frames, columns = blank_scores.shape
+    zero = log_probs.new_full((), float("-inf"))
+    previous: list[Tensor] = []  # alpha(t - 1, u)
+    for t in range(num_frames + 1):  # row T holds the final node
+        current: list[Tensor] = []
+        for u in range(columns):
+            terms = [log_probs.new_zeros(())] if t == u == 0 else []
+            if t > 0:
+                terms.append(previous[u] + blank_scores[t - 1, u])
+            if u > 0 and topology == "regular" and t < num_frames:
+                terms.append(current[u - 1] + label_scores[t, u - 1])
+            if u > 0 and topology != "regular" and t > 0:
+                if not (topology == "one_sym_per_frame" and t == num_frames):
+                    terms.append(previous[u - 1] + label_scores[t - 1, u - 1])
+            # logsumexp of nothing but -inf has a NaN gradient: leave such terms out.
+            terms = [term for term in terms if term != float("-inf")]
+            current.append(torch.logsumexp(torch.stack(terms), 0) if terms else zero)
+        previous = current
+    return -previous[-1]
+
+
+def reference_loss(
+    logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    from_log_softmax: bool = False,
+    topology: str = "regular",
+    reduction: str = "mean",
+    *,
+    delay_penalty: float = 0.0,
+    enumerate_paths: bool = False,
+) -> Tensor:
+    """Reference of every transducer loss on padded logits; differentiable by autograd.
+
+    Args:
+        logits: (B, T, U + 1, V), float64 for an oracle.
+        targets: (B, U).
+        logit_lengths: (B,).
+        target_lengths: (B,).
+        blank: index of blank.
+        from_log_softmax: logits are log-probabilities already.
+        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
+        reduction: "none", "mean" or "sum".
+        delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
+        enumerate_paths: use :func:`brute_force_loss` instead of the recursion.
+
+    Example:
+        >>> one = torch.tensor([1])
+        >>> reference_loss(torch.zeros(1, 1, 2, 4), torch.tensor([[2]]), one, one, blank=0)
+        tensor(2.7726)
+    """
+    one = brute_force_loss if enumerate_paths else recursion_loss
+    losses = []
+    for b in range(targets.size(0)):
+        num_frames, num_targets = int(logit_lengths[b]), int(target_lengths[b])
+        cells = logits[b, :num_frames, : num_targets + 1]
+        log_probs = cells if from_log_softmax else cells.log_softmax(-1)
+        losses.append(one(log_probs, targets[b, :num_targets], blank, topology, delay_penalty))
+    return reduce_losses(torch.stack(losses), reduction)
