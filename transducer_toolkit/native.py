@@ -144,8 +144,9 @@ def cell_scores(
     logits: Tensor, batch: LatticeBatch, *, blank: int, from_log_softmax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 1. logits (rows, V) -> normaliser, blank score, label score, each (rows,) float64."""
+    # Zeros: the stages write real cells only, and padding must not show what the memory held.
     normaliser, blank_score, label_score = (
-        torch.empty(batch.num_rows, dtype=SCORE_DTYPE, device=logits.device) for _ in range(3)
+        torch.zeros(batch.num_rows, dtype=SCORE_DTYPE, device=logits.device) for _ in range(3)
     )
     _C.cpu.cell_scores(
         batch.native,
@@ -179,7 +180,7 @@ def lattice(
     options = {"dtype": SCORE_DTYPE, "device": blank_score.device}
     loss = torch.empty(batch.num_utterances, **options)
     use_blank, use_label = (
-        torch.empty(batch.num_rows if with_uses else 0, **options) for _ in range(2)
+        torch.zeros(batch.num_rows if with_uses else 0, **options) for _ in range(2)
     )
     scratch = torch.empty(0 if with_uses else batch.num_rows, **options)
     _C.cpu.lattice(

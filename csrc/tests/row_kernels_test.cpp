@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every instruction set this processor has, against long double, at every length of tail.
+#include "../row_kernels.h"
+
+#include <cfloat>
+#include <limits>
+#include <vector>
+
+#include "batch_fixture.h"
+#include "expect.h"
+
+namespace transducer {
+namespace {
+
+template <typename T>
+constexpr double kUlp = std::numeric_limits<T>::epsilon();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+template <typename T>
+void TestMaxAndSumExp(const RowKernels<T>& kernels) {
+  for (int64_t size = 1; size <= 70; ++size) {
+    for (const double scale : {0.1, 3.0, 100.0}) {
+      const auto x = RandomVector<T>(size, scale, static_cast<unsigned>(size));
+      T max, sum;
+      kernels.max_and_sum_exp(x.data(), size, &max, &sum);
+      const T expected_max = *std::max_element(x.begin(), x.end());
+      long double expected = 0;
+      for (const T value : x) expected += std::exp(static_cast<long double>(value) - expected_max);
+      EXPECT_TRUE(max == expected_max);
+      EXPECT_NEAR(sum, static_cast<double>(expected), 8 * kUlp<T> * static_cast<double>(expected));
+    }
+    for (int64_t at = 0; at < size; ++at) {  // a special value in every lane, tail included
+      T max, sum;
+      auto x = RandomVector<T>(size, 1, 7);
+      x[at] = static_cast<T>(std::nan(""));
+      kernels.max_and_sum_exp(x.data(), size, &max, &sum);
+      EXPECT_TRUE(std::isnan(sum));
+      x[at] = static_cast<T>(kInf);
+      kernels.max_and_sum_exp(x.data(), size, &max, &sum);
+      EXPECT_TRUE(std::isnan(std::log(static_cast<double>(sum)) + max));
+      std::fill(x.begin(), x.end(), static_cast<T>(-kInf));
+      x[at] = static_cast<T>(-3);
+      kernels.max_and_sum_exp(x.data(), size, &max, &sum);
+      EXPECT_TRUE(max == T(-3) && sum == T(1));
+    }
+  }
+  const std::vector<T> nothing(5, static_cast<T>(-kInf));
+  T max, sum;
+  kernels.max_and_sum_exp(nothing.data(), 5, &max, &sum);
+  EXPECT_TRUE(std::isnan(std::log(static_cast<double>(sum)) + max));
+}
+
+template <typename T>
+void TestScaledSoftmax(const RowKernels<T>& kernels) {
+  for (int64_t size = 1; size <= 70; ++size) {
+    for (const double offset : {0.0, 80.0, -500.0}) {
+      auto x = RandomVector<T>(size, 20, static_cast<unsigned>(size));
+      long double total = 0;
+      for (T& value : x) value += static_cast<T>(offset);
+      for (const T value : x) total += std::exp(static_cast<long double>(value) - offset);
+      const double normaliser = static_cast<double>(std::log(total)) + offset;
+      std::vector<T> out(size, T(9));
+      kernels.scaled_softmax(x.data(), size, normaliser, T(0.5), T(0.25), T(-2), out.data());
+      for (int64_t i = 0; i < size; ++i) {
+        const double p = std::exp(static_cast<double>(x[i]) - normaliser);
+        const double expected = -2 * std::min(0.5 * p, 0.25);
+        // Rounding x - normaliser costs a relative error of its size: nothing where p matters.
+        const double ulps = 4 + std::abs(static_cast<double>(x[i]) - normaliser);
+        EXPECT_NEAR(out[i], expected, ulps * kUlp<T> * std::abs(expected) + 1e-37);
+        EXPECT_TRUE(out[i] == 0 || std::abs(out[i]) >= std::numeric_limits<T>::min());
+      }
+      kernels.scaled_softmax(x.data(), size, normaliser, T(0.5), T(0.25), T(-2), x.data());
+      EXPECT_TRUE(x == out);
+    }
+  }
+  const T masked[2] = {static_cast<T>(-kInf), T(0)};
+  T out[2];
+  kernels.scaled_softmax(masked, 2, 0.0, T(1), static_cast<T>(kInf), T(1), out);
+  EXPECT_TRUE(out[0] == 0 && out[1] == 1);
+}
+
+double Activate(Activation activation, double x) {
+  switch (activation) {
+    case Activation::kIdentity: return x;
+    case Activation::kTanh: return std::tanh(x);
+    case Activation::kRelu: return x > 0 ? x : 0;
+    case Activation::kGelu: return 0.5 * x * std::erfc(-x * M_SQRT1_2);
+    case Activation::kSilu: return x / (1 + std::exp(-x));
+  }
+  return 0;
+}
+
+double Slope(Activation activation, double x) {
+  const double h = 1e-6;
+  if (activation == Activation::kRelu) return x > 0 ? 1 : 0;
+  return (Activate(activation, x + h) - Activate(activation, x - h)) / (2 * h);
+}
+
+template <typename T>
+void TestActivations(const RowKernels<T>& kernels) {
+  for (int k = 0; k < 5; ++k) {
+    const auto activation = static_cast<Activation>(k);
+    for (int64_t size = 1; size <= 40; ++size) {
+      for (const double scale : {1e-3, 1.0, 30.0}) {
+        const auto a = RandomVector<T>(size, scale, 1), b = RandomVector<T>(size, scale, 2);
+        const auto grad = RandomVector<T>(size, 1, 3);
+        std::vector<T> out(size), grad_a(size, T(1)), grad_b(size, T(2));
+        kernels.add_activation(a.data(), b.data(), size, activation, out.data());
+        kernels.add_activation_backward(grad.data(), out.data(), a.data(), b.data(), size,
+                                        activation, grad_a.data(), grad_b.data());
+        for (int64_t i = 0; i < size; ++i) {
+          const double x = static_cast<double>(static_cast<T>(a[i] + b[i]));
+          const double y = Activate(activation, x);
+          // gelu far below zero is x * (1 + erf): an absolute error, as in torch.
+          EXPECT_NEAR(out[i], y, 4 * kUlp<T> * (std::abs(y) + (k == 3 ? std::abs(x) : 0)) + 1e-36);
+          const double g = grad[i] * Slope(activation, x);
+          EXPECT_NEAR(grad_a[i] - 1, g, 3e-6 + (sizeof(T) == 4 ? 3e-5 * scale : 1e-8 * scale));
+          EXPECT_NEAR(grad_b[i] - 2, g, 3e-6 + (sizeof(T) == 4 ? 3e-5 * scale : 1e-8 * scale));
+        }
+      }
+    }
+  }
+  const T nan[1] = {static_cast<T>(std::nan(""))}, zero[1] = {0};
+  for (int k = 0; k < 5; ++k) {
+    T out[1];
+    kernels.add_activation(nan, zero, 1, static_cast<Activation>(k), out);
+    EXPECT_TRUE(std::isnan(out[0]));
+  }
+}
+
+template <typename T>
+void TestAll(const RowKernels<T>& kernels) {
+  TestMaxAndSumExp(kernels);
+  TestScaledSoftmax(kernels);
+  TestActivations(kernels);
+}
+
+}  // namespace
+}  // namespace transducer
+
+int main() {
+  using namespace transducer;
+  TestAll(baseline::Float());
+  TestAll(baseline::Double());
+#ifdef TRANSDUCER_X86_DISPATCH
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    std::printf("avx2\n");
+    TestAll(avx2::Float());
+    TestAll(avx2::Double());
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    std::printf("avx512\n");
+    TestAll(avx512::Float());
+    TestAll(avx512::Double());
+  }
+#endif
+  return expect::Finish();
+}
