@@ -115,10 +115,10 @@ class LatticeShape:
 
 def _lengths(lengths: Tensor | Sequence[int], name: str, *, minimum: int) -> Tensor:
     tensor = torch.as_tensor(lengths).detach().cpu()
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(f"{name}: expected a shape of (B,) with B >= 1, got {tuple(tensor.shape)}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
     tensor = tensor.to(torch.int64, copy=True)
     below = (tensor < minimum).nonzero()
     if below.numel():

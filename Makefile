@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# make train   set up .venv, build, train the default recipe on real audio, print WER
+# make test    set up .venv, build, run the whole test-suite
+# make lint    style and types
+# make clean   remove .venv and everything that was built (trained models in outputs/ stay)
+#
+# ARGS is passed on: make train ARGS="loss=torchaudio seed=2", make test ARGS="-k joiner".
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# What the compiled module or the installed metadata depends on: Python files are used in place.
+SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
+           $(filter-out csrc/tests,$(wildcard csrc/*))
+
+.PHONY: train test lint clean
+.DELETE_ON_ERROR:
+
+train: $(INSTALLED)
+	$(BIN)/transducer-train $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet 'ruff>=0.8' 'mypy>=1.13'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info transducer_toolkit/_C.*.so
+
+$(INSTALLED): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python >= 3.10 is needed, $(PYTHON) is `$(PYTHON) --version`;" \
+	         "try make PYTHON=python3.11"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "error: a C++17 compiler is needed (Debian, Ubuntu: apt-get install g++)"; exit 1; }
+	@echo "== 1/2 virtual environment in $(VENV)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "error: python -m venv failed (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@echo "== 2/2 packages (about 5 GB with torch, once) and the compiled module; a few minutes"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[all]'
+	@touch $@
+	@$(BIN)/python -m transducer_toolkit

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from transducer_toolkit import Joiner, LatticeShape, join
+from transducer_toolkit.modules.joiner import _ACTIVATIONS
+from transducer_toolkit.native import ACTIVATIONS
+
+SHAPE = LatticeShape.from_lengths([4, 1, 3], [2, 0, 3])
+
+
+def plain_join(enc, pred, shape, activation):
+    return shape.pack(_ACTIVATIONS[activation](enc[:, :, None] + pred[:, None]))
+
+
+def inputs(width, dtype=torch.float64, extra=0):
+    enc = torch.randn(3, 4 + extra, width, dtype=dtype)
+    pred = torch.randn(3, 4 + extra, width, dtype=dtype)
+    return enc.requires_grad_(), pred.requires_grad_()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [1, 13, 300])
+@pytest.mark.parametrize("extra", [0, 2])
+def test_join_equals_plain_torch(activation, width, extra):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
+        enc, pred = inputs(width, dtype, extra)
+        expected = plain_join(enc, pred, SHAPE, activation)
+        actual = join(enc, pred, SHAPE, activation=activation)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+        upstream = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, (enc, pred), upstream),
+            torch.autograd.grad(expected, (enc, pred), upstream),
+            rtol=0,
+            atol=4 * tolerance,
+        )
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "silu", "identity"])
+def test_join_gradcheck(activation):
+    enc, pred = inputs(5)
+    assert torch.autograd.gradcheck(lambda e, p: join(e, p, SHAPE, activation=activation), (enc, pred))
+
+
+def test_padding_is_never_read():
+    enc, pred = inputs(6)
+    expected = join(enc, pred, SHAPE)
+    with torch.no_grad():
+        enc[1, 1:] = pred[0, 3:] = pred[1, 1:] = float("nan")
+    actual = join(enc, pred, SHAPE)
+    assert torch.equal(actual, expected)
+    grads = torch.autograd.grad(actual.sum(), (enc, pred))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[0][1, 1:].eq(0).all() and grads[1][1, 1:].eq(0).all()
+
+
+def test_gradient_is_the_same_on_any_number_of_threads():
+    grads = []
+    enc, pred = inputs(300, torch.float32)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        grads.append(torch.autograd.grad(join(enc, pred, SHAPE).sum(), (enc, pred)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_join_opcheck_and_second_derivative():
+    enc, pred = inputs(3)
+    lengths = SHAPE.logit_lengths, SHAPE.target_lengths
+    torch.library.opcheck(
+        torch.ops.transducer_toolkit.join, (enc, pred, *lengths, SHAPE.num_cells, "tanh")
+    )
+    with pytest.raises(RuntimeError, match="gradient of the gradient"):
+        (grad,) = torch.autograd.grad(join(enc, pred, SHAPE).sum(), enc, create_graph=True)
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_joiner_forms_agree(activation):
+    joiner = Joiner(5, 6, 7, 9, activation=activation).double()
+    encoder_out = torch.randn(3, 4, 5, dtype=torch.float64)
+    predictor_out = torch.randn(3, 4, 6, dtype=torch.float64)
+    packed = joiner(encoder_out, predictor_out, SHAPE)
+    assert packed.shape == (SHAPE.num_cells, joiner.vocab_size) == (SHAPE.num_cells, 9)
+    padded = joiner.padded(encoder_out, predictor_out)
+    assert padded.shape == (3, 4, 4, 9)
+    torch.testing.assert_close(packed, SHAPE.pack(padded))
+    torch.testing.assert_close(joiner.step(encoder_out[:, 2], predictor_out[:, 1]), padded[:, 2, 1])
+
+
+def test_joiner_trains_every_parameter():
+    joiner = Joiner(5, 6, 7, 9)
+    joiner(torch.randn(3, 4, 5), torch.randn(3, 4, 6), SHAPE).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in joiner.parameters())
+    assert not hasattr(Joiner(5, 6, 7, 9, bias=False).output.bias, "grad")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"activation": "elu"}, ValueError, "activation: expected one of .* got 'elu'"),
+        ({"enc": torch.zeros(3, 3, 6)}, ValueError, r"enc: expected shape \(3, >= 4, D\)"),
+        ({"pred": torch.zeros(2, 4, 6)}, ValueError, r"pred: expected shape \(3, >= 4, D\)"),
+        ({"pred": torch.zeros(3, 4, 5)}, ValueError, "pred: expected width 6, that of enc, got 5"),
+        ({"pred": torch.zeros(3, 4, 6).double()}, TypeError, "both float32 or both float64"),
+        ({"enc": torch.zeros(3, 4, 6).half()}, TypeError, "both float32 or both float64"),
+    ],
+)
+def test_bad_input(change, error, message):
+    values = {"enc": torch.zeros(3, 4, 6), "pred": torch.zeros(3, 4, 6)} | change
+    with pytest.raises(error, match=message):
+        join(values.pop("enc"), values.pop("pred"), SHAPE, **values)

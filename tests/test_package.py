@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as a whole: documentation examples, what imports what, what it says of itself."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import transducer_toolkit
+
+PACKAGE_DIR = Path(transducer_toolkit.__file__).parent
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages([str(PACKAGE_DIR)], "transducer_toolkit.")
+    if not module.name.endswith(("__main__", "._C"))
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_documentation_examples(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_public_functions_have_examples():
+    for name in transducer_toolkit.__all__:
+        value = getattr(transducer_toolkit, name)
+        assert name == "__version__" or ">>>" in (value.__doc__ or ""), name
+
+
+# cli -> training -> {data, decoding, modules, losses} -> {lattice, native} -> _C
+LAYERS = {"cli": 4, "training": 3, "data": 2, "decoding": 2, "modules": 2, "losses": 2}
+LAYERS |= {"lattice": 1, "native": 1, "_C": 0, "_version": 0, "conf": 0}
+FORBIDDEN = {("losses", "modules"), ("modules", "losses")}
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_run_one_way():
+    checked = 0
+    for path in PACKAGE_DIR.rglob("*.py"):
+        parts = path.relative_to(PACKAGE_DIR).with_suffix("").parts
+        if parts[0] in ("__init__", "__main__"):
+            continue
+        for name in imports_of(path):
+            target = name.split(".")[1:2] if name.startswith("transducer_toolkit.") else []
+            if not target or target[0] not in LAYERS:
+                continue
+            checked += 1
+            assert LAYERS[parts[0]] >= LAYERS[target[0]], f"{path} imports {name}"
+            assert (parts[0], target[0]) not in FORBIDDEN, f"{path} imports {name}"
+            assert target[0] != "_C" or parts[0] == "native", f"{path} imports {name}"
+    assert checked > 20
+
+
+def test_import_is_light():
+    heavy = ["lightning", "hydra", "torchaudio", "lhotse", "soundfile", "matplotlib", "jiwer"]
+    code = f"import sys, transducer_toolkit; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_says_what_it_is():
+    result = subprocess.run(
+        [sys.executable, "-m", "transducer_toolkit"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for word in (transducer_toolkit.__version__, "compiler", "CPU path", "CUDA", "torch"):
+        assert word in result.stdout
+    info = transducer_toolkit.build_info()
+    assert info["version"] == transducer_toolkit.__version__
+    if info["cuda_runtime"]:
+        assert "-real" in info["cuda_architectures"] and info["cuda_driver_floor"] >= 525
+        assert f"R{info['cuda_driver_floor']}" in result.stdout
+
+
+def test_missing_binary_is_explained(tmp_path):
+    copy = tmp_path / "transducer_toolkit"
+    copy.mkdir()
+    for name in ("__init__.py", "_version.py", "lattice.py", "native.py"):
+        (copy / name).write_text((PACKAGE_DIR / name).read_text())
+    (copy / "losses").mkdir()
+    for path in (PACKAGE_DIR / "losses").glob("*.py"):
+        (copy / "losses" / path.name).write_text(path.read_text())
+
+    # An editable install would find the real binary for the copied package: take its hook away.
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in str(f)];"
+        "import transducer_toolkit.native"
+    )
+
+    def message():
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode != 0
+        return result.stderr
+
+    assert "missing or was built for another Python" in message()
+    (tmp_path / "CMakeLists.txt").write_text("")
+    assert "The tree shadows an installed package" in message()

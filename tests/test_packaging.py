@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wheel, sdist and the developer build, from a copy of the tree as git would ship it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import transducer_toolkit
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ("csrc", "conf", "transducer_toolkit", "CMakeLists.txt", "setup.py", "pyproject.toml",
+           "MANIFEST.in", "README.md", "LICENSE", "Makefile")  # fmt: skip
+
+
+def run(*command, cwd, **environment):
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory):
+    tree = tmp_path_factory.mktemp("source")
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(source_tree, tmp_path_factory):
+    """Built from the sdist, for the CPU only, without torch in the build environment."""
+    out = tmp_path_factory.mktemp("dist")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "build", "--target", out / "build_tool", cwd=out)
+    result = run(
+        sys.executable, "-m", "build", "--outdir", out, source_tree,
+        cwd=out,
+        PYTHONPATH=str(out / "build_tool"),
+        CMAKE_ARGS="-DTRANSDUCER_CUDA=OFF",
+        CMAKE_BUILD_PARALLEL_LEVEL="2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert "building for the CPU only" not in result.stdout  # asked for, not fallen back to
+    assert "--parallel" not in result.stdout  # CMAKE_BUILD_PARALLEL_LEVEL is in charge
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_wheel_and_sdist_are_complete(wheel):
+    names = zipfile.ZipFile(wheel[0]).namelist()
+    assert any(name.startswith("transducer_toolkit/_C.") for name in names)
+    for path in [*(ROOT / "conf").rglob("*.yaml")]:
+        assert f"transducer_toolkit/conf/{path.relative_to(ROOT / 'conf')}" in names
+    for path in (ROOT / "transducer_toolkit").rglob("*"):
+        if path.is_file() and path.suffix in (".py", ".typed", ".yaml", ".json"):
+            assert str(path.relative_to(ROOT)) in names
+    assert "py.typed" in "".join(names)
+    assert not [name for name in names if name.startswith(("tests", "csrc"))]
+    sdist = {Path(*Path(name).parts[1:]) for name in tarfile.open(wheel[1]).getnames()}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert path.relative_to(ROOT) in sdist
+
+
+def test_wheel_works_from_another_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel[0]).extractall(site)
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in str(f)];"
+        f"sys.path.insert(0, {str(site)!r});"
+        "import torch, transducer_toolkit as tt; assert 'site' in tt.__file__;"
+        "one = torch.tensor([1]);"
+        "print(tt.__version__, tt.build_info()['cuda_runtime'],"
+        " tt.transducer_loss(torch.zeros(1, 1, 2, 4), one[None], one, one, 0).item())"
+    )
+    result = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    version, cuda_runtime, loss = result.stdout.split()
+    assert version == transducer_toolkit.__version__
+    assert cuda_runtime == "0"
+    assert float(loss) == pytest.approx(2.772588722)
+
+
+def test_cuda_on_without_nvcc_is_an_error(source_tree, tmp_path):
+    result = run(
+        Path(sys.executable).parent / "cmake", "-S", source_tree, "-B", tmp_path / "build",
+        "-DTRANSDUCER_CUDA=ON",
+        cwd=tmp_path,
+        CUDACXX=str(tmp_path / "no_such_nvcc"),
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "TRANSDUCER_CUDA=ON, but no working nvcc was found" in result.stdout
+
+
+def test_cuda_auto_without_nvcc_builds_for_the_cpu(source_tree, tmp_path):
+    result = run(
+        Path(sys.executable).parent / "cmake", "-S", source_tree, "-B", tmp_path / "build",
+        cwd=tmp_path,
+        CUDACXX=str(tmp_path / "no_such_nvcc"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert "building for the CPU only" in result.stdout
+
+
+def test_developer_route(source_tree, tmp_path):
+    """cmake + ctest, no Python involved."""
+    tools = Path(sys.executable).parent
+    build = tmp_path / "build"
+    for command in (
+        (tools / "cmake", "-S", source_tree, "-B", build, "-DTRANSDUCER_TESTS=ON",
+         "-DTRANSDUCER_CUDA=OFF"),
+        (tools / "cmake", "--build", build, "--parallel", "2"),
+        (tools / "ctest", "--test-dir", build, "--output-on-failure"),
+    ):  # fmt: skip
+        result = run(*command, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout
+    assert "100% tests passed" in result.stdout
+    assert "No tests were found" not in result.stdout
