@@ -33,6 +33,8 @@ void ForDType(DType dtype, F f) {
   switch (dtype) {
     case DType::kFloat32: return f(static_cast<float*>(nullptr));
     case DType::kFloat64: return f(static_cast<double*>(nullptr));
+    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
   }
 }
 
@@ -95,8 +97,8 @@ void JoinBackward(const LatticeBatch& batch, DType dtype, Address grad_hidden, A
   ForDType(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     JoinBackwardCpu(batch, As<const T>(grad_hidden), As<const T>(hidden), As<const T>(enc),
-                    As<const T>(pred), width, activation, num_threads, As<T>(grad_enc),
-                    As<T>(grad_pred));
+                    As<const T>(pred), width, activation, num_threads,
+                    As<Compute<T>>(grad_enc), As<Compute<T>>(grad_pred));
   });
 }
 
@@ -105,7 +107,7 @@ py::dict BuildInfo() {
   info["version"] = TRANSDUCER_VERSION;
   info["compiler"] = TRANSDUCER_COMPILER;
   info["build_type"] = TRANSDUCER_BUILD_TYPE;
-  info["cpu_path"] = RowKernelsName();
+  info["cpu_path"] = GetRowKernelSet().name;
   info["cuda_runtime"] = CudaRuntimeVersion();
   info["cuda_architectures"] = TRANSDUCER_CUDA_ARCHITECTURES;
   return info;
@@ -121,7 +123,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::enum_<DType>(m, "DType")
       .value("float32", DType::kFloat32)
-      .value("float64", DType::kFloat64);
+      .value("float64", DType::kFloat64)
+      .value("float16", DType::kFloat16)
+      .value("bfloat16", DType::kBFloat16);
   py::enum_<Topology>(m, "Topology")
       .value("regular", Topology::kRegular)
       .value("modified", Topology::kModified)

@@ -3,6 +3,7 @@
 // knows the vocabulary.
 #pragma once
 
+#include "half.h"
 #include "lattice_batch.h"
 
 namespace transducer {

@@ -9,7 +9,7 @@ namespace {
 // A log-probability picked from a row: +inf is not one.
 template <typename T>
 Score Pick(const T* row, int64_t index, Score normaliser) {
-  const Score score = static_cast<Score>(row[index]) - normaliser;
+  const Score score = static_cast<Score>(ToCompute(row[index])) - normaliser;
   return score == -kLogZero ? kNaN : score;
 }
 
@@ -30,7 +30,7 @@ void CellScoresCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
       const T* x = logits + row * vocab_size;
       Score log_sum = 0;
       if (!from_log_softmax) {
-        T max, sum;
+        Compute<T> max, sum;
         kernels.max_and_sum_exp(x, vocab_size, &max, &sum);
         log_sum = static_cast<Score>(max) + std::log(static_cast<Score>(sum));
       }
@@ -47,9 +47,9 @@ void CellScoresCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
   });
 }
 
-template void CellScoresCpu<float>(const LatticeBatch&, const float*, int64_t, int64_t, bool, int,
-                                   Score*, Score*, Score*);
-template void CellScoresCpu<double>(const LatticeBatch&, const double*, int64_t, int64_t, bool, int,
-                                    Score*, Score*, Score*);
+#define TRANSDUCER_INSTANTIATE(T)                                                                   \
+  template void CellScoresCpu<T>(const LatticeBatch&, const T*, int64_t, int64_t, bool, int, Score*, \
+                                 Score*, Score*);
+TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 
 }  // namespace transducer

@@ -3,6 +3,7 @@
 // tensor; and the way back, as segmented sums.
 #pragma once
 
+#include "half.h"
 #include "lattice_batch.h"
 
 namespace transducer {
@@ -17,10 +18,11 @@ void JoinForwardCpu(const LatticeBatch& batch, const T* enc, const T* pred, int6
                     Activation activation, int num_threads, T* hidden);
 
 // grad_enc[b, t] = sum_u g(t, u), grad_pred[b, u] = sum_t g(t, u), g = grad_hidden * activation'.
-// Zero in the padding. The order of summation does not depend on the number of threads.
+// Zero in the padding. Sums of 16-bit gradients are made, and handed out, in float32. The order of
+// summation does not depend on the number of threads.
 template <typename T>
 void JoinBackwardCpu(const LatticeBatch& batch, const T* grad_hidden, const T* hidden, const T* enc,
                      const T* pred, int64_t width, Activation activation, int num_threads,
-                     T* grad_enc, T* grad_pred);
+                     Compute<T>* grad_enc, Compute<T>* grad_pred);
 
 }  // namespace transducer

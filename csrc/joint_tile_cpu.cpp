@@ -13,7 +13,7 @@ void JoinForwardCpu(const LatticeBatch& batch, const T* enc, const T* pred, int6
                     Activation activation, int num_threads, T* hidden) {
   const RowKernels<T>& kernels = GetRowKernels<T>();
   const auto zero_rows = [&](int64_t begin, int64_t end) {
-    std::fill(hidden + begin * width, hidden + end * width, T(0));
+    std::fill(hidden + begin * width, hidden + end * width, T{});
   };
   ParallelFor(batch.num_utterances * batch.max_frames, num_threads, [&](int64_t task) {
     const int64_t b = task / batch.max_frames, t = task % batch.max_frames;
@@ -37,7 +37,7 @@ void JoinForwardCpu(const LatticeBatch& batch, const T* enc, const T* pred, int6
 template <typename T>
 void JoinBackwardCpu(const LatticeBatch& batch, const T* grad_hidden, const T* hidden, const T* enc,
                      const T* pred, int64_t width, Activation activation, int num_threads,
-                     T* grad_enc, T* grad_pred) {
+                     Compute<T>* grad_enc, Compute<T>* grad_pred) {
   const RowKernels<T>& kernels = GetRowKernels<T>();
   // One task a slice of channels of an utterance: it reads each of its gradients once and owns all
   // it writes. The slice is fixed, so the result does not depend on num_threads.
@@ -50,10 +50,10 @@ void JoinBackwardCpu(const LatticeBatch& batch, const T* grad_hidden, const T* h
     const int64_t enc_begin = b * batch.max_frames * width + first;
     const int64_t pred_begin = b * (batch.max_targets + 1) * width + first;
     for (int64_t t = 0; t < batch.max_frames; ++t) {
-      std::fill_n(grad_enc + enc_begin + t * width, size, T(0));
+      std::fill_n(grad_enc + enc_begin + t * width, size, Compute<T>{0});
     }
     for (int64_t u = 0; u <= batch.max_targets; ++u) {
-      std::fill_n(grad_pred + pred_begin + u * width, size, T(0));
+      std::fill_n(grad_pred + pred_begin + u * width, size, Compute<T>{0});
     }
     for (int64_t t = 0; t < batch.num_frames[b]; ++t) {
       for (int64_t u = 0; u <= batch.num_targets[b]; ++u) {
@@ -67,14 +67,11 @@ void JoinBackwardCpu(const LatticeBatch& batch, const T* grad_hidden, const T* h
   });
 }
 
-template void JoinForwardCpu<float>(const LatticeBatch&, const float*, const float*, int64_t,
-                                    Activation, int, float*);
-template void JoinForwardCpu<double>(const LatticeBatch&, const double*, const double*, int64_t,
-                                     Activation, int, double*);
-template void JoinBackwardCpu<float>(const LatticeBatch&, const float*, const float*, const float*,
-                                     const float*, int64_t, Activation, int, float*, float*);
-template void JoinBackwardCpu<double>(const LatticeBatch&, const double*, const double*,
-                                      const double*, const double*, int64_t, Activation, int,
-                                      double*, double*);
+#define TRANSDUCER_INSTANTIATE(T)                                                                  \
+  template void JoinForwardCpu<T>(const LatticeBatch&, const T*, const T*, int64_t, Activation, int, \
+                                  T*);                                                             \
+  template void JoinBackwardCpu<T>(const LatticeBatch&, const T*, const T*, const T*, const T*,    \
+                                   int64_t, Activation, int, Compute<T>*, Compute<T>*);
+TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 
 }  // namespace transducer

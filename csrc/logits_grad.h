@@ -2,6 +2,7 @@
 // Stage 3: from posteriors back to the vocabulary.
 #pragma once
 
+#include "half.h"
 #include "lattice_batch.h"
 
 namespace transducer {

@@ -9,8 +9,12 @@
 namespace transducer {
 namespace {
 
-// What is the same for every row of a call.
 template <typename T>
+T NaNOf() {
+  return FromCompute<T>(std::numeric_limits<Compute<T>>::quiet_NaN());
+}
+
+// What is the same for every row of a call.
 struct Context {
   int64_t vocab_size, blank;
   bool from_log_softmax;
@@ -19,38 +23,39 @@ struct Context {
 
 // One cell; target < 0 where there is no label arc.
 template <typename T>
-void CellGrad(const Context<T>& context, const T* x, Score normaliser, Score use_blank,
+void CellGrad(const Context& context, const T* x, Score normaliser, Score use_blank,
               Score use_label, int64_t target, Score loss_grad, T* grad) {
   const int64_t size = context.vocab_size;
   const Score occupancy = use_blank + use_label;
   if (loss_grad == 0) {
-    std::fill(grad, grad + size, T(0));
+    std::fill(grad, grad + size, T{});
     return;
   }
   if (std::isnan(occupancy)) {
-    std::fill(grad, grad + size, std::numeric_limits<T>::quiet_NaN());
+    std::fill(grad, grad + size, NaNOf<T>());
     return;
   }
   // The two entries with a subtraction, in float64 and before grad overwrites x.
   const auto entry = [&](int64_t v) {
     Score g = 0;
     if (!context.from_log_softmax && occupancy > 0) {
-      g = occupancy * std::exp(static_cast<Score>(x[v]) - normaliser);
+      g = occupancy * std::exp(static_cast<Score>(ToCompute(x[v])) - normaliser);
     }
     if (v == context.blank) g -= use_blank;
     if (v == target) g -= use_label;
     g = loss_grad * std::min(std::max(g, -context.limit), context.limit);
-    return std::abs(g) < std::numeric_limits<T>::min() ? T(0) : static_cast<T>(g);
+    return std::abs(g) < kFlushBelow<T> ? T{} : FromCompute<T>(static_cast<Compute<T>>(g));
   };
   const T at_blank = entry(context.blank);
-  const T at_target = target >= 0 ? entry(target) : T(0);
+  const T at_target = target >= 0 ? entry(target) : T{};
   // No entry can exceed the occupancy times the upstream gradient: skip rows that round to zero.
-  const bool negligible = occupancy * std::abs(loss_grad) < std::numeric_limits<T>::min();
+  const bool negligible = occupancy * std::abs(loss_grad) < kFlushBelow<T>;
   if (context.from_log_softmax || negligible) {
-    std::fill(grad, grad + size, T(0));
+    std::fill(grad, grad + size, T{});
   } else {
-    GetRowKernels<T>().scaled_softmax(x, size, normaliser, static_cast<T>(occupancy),
-                                      static_cast<T>(context.limit), static_cast<T>(loss_grad),
+    using C = Compute<T>;
+    GetRowKernels<T>().scaled_softmax(x, size, normaliser, static_cast<C>(occupancy),
+                                      static_cast<C>(context.limit), static_cast<C>(loss_grad),
                                       grad);
   }
   grad[context.blank] = at_blank;
@@ -64,8 +69,8 @@ void LogitsGradCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
                    bool from_log_softmax, double clamp, const Score* normaliser,
                    const Score* use_blank, const Score* use_label, const Score* loss_grad,
                    int num_threads, T* grad) {
-  const Context<T> context{vocab_size, blank, from_log_softmax,
-                           clamp > 0 ? clamp : std::numeric_limits<Score>::infinity()};
+  const Context context{vocab_size, blank, from_log_softmax,
+                        clamp > 0 ? clamp : std::numeric_limits<Score>::infinity()};
   const auto fill_rows = [&](int64_t begin, int64_t end, T value) {
     std::fill(grad + begin * vocab_size, grad + end * vocab_size, value);
   };
@@ -78,14 +83,14 @@ void LogitsGradCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
         const int64_t begin = std::min(std::max<int64_t>(batch.first_row[b], 0), batch.num_rows);
         const int64_t end = b + 1 < batch.num_utterances ? batch.first_row[b + 1] : batch.num_rows;
         fill_rows(begin, std::max(begin, std::min(end, batch.num_rows)),
-                  std::numeric_limits<T>::quiet_NaN());
+                  NaNOf<T>());
       }
       return;
     }
     const int64_t num_targets = batch.num_targets[b];
     const int64_t begin = batch.Row(b, t, 0);
     if (t >= batch.num_frames[b]) {
-      if (batch.row_stride != 0) fill_rows(begin, begin + batch.row_stride, T(0));
+      if (batch.row_stride != 0) fill_rows(begin, begin + batch.row_stride, T{});
       return;
     }
     for (int64_t u = 0; u <= num_targets; ++u) {
@@ -94,15 +99,13 @@ void LogitsGradCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
       CellGrad(context, logits + row * vocab_size, normaliser[row], use_blank[row], use_label[row],
                target, loss_grad[b], grad + row * vocab_size);
     }
-    fill_rows(begin + num_targets + 1, begin + batch.Stride(b), T(0));
+    fill_rows(begin + num_targets + 1, begin + batch.Stride(b), T{});
   });
 }
 
-template void LogitsGradCpu<float>(const LatticeBatch&, const float*, int64_t, int64_t, bool,
-                                   double, const Score*, const Score*, const Score*, const Score*,
-                                   int, float*);
-template void LogitsGradCpu<double>(const LatticeBatch&, const double*, int64_t, int64_t, bool,
-                                    double, const Score*, const Score*, const Score*, const Score*,
-                                    int, double*);
+#define TRANSDUCER_INSTANTIATE(T)                                                               \
+  template void LogitsGradCpu<T>(const LatticeBatch&, const T*, int64_t, int64_t, bool, double, \
+                                 const Score*, const Score*, const Score*, const Score*, int, T*);
+TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 
 }  // namespace transducer

@@ -4,19 +4,24 @@
 // elsewhere.
 #pragma once
 
-#include "common.h"
+#include <vector>
+
+#include "half.h"
 
 namespace transducer {
 
+// T is what is in memory (float, double, Half, BFloat16); arithmetic is in C = Compute<T>.
 template <typename T>
 struct RowKernels {
-  // Over finite and -inf x: *max = max_i x_i and *sum = sum_i exp(x_i - *max). A NaN in x makes
-  // *sum NaN; +inf makes *max +inf; all -inf makes *max -inf.
-  void (*max_and_sum_exp)(const T* x, int64_t size, T* max, T* sum);
+  using C = Compute<T>;
 
-  // out_i = scale * min(weight * exp(x_i - normaliser), limit), subnormal results as zero;
-  // weight >= 0, limit = +inf for none. out may be x.
-  void (*scaled_softmax)(const T* x, int64_t size, Score normaliser, T weight, T limit, T scale,
+  // Over finite and -inf x: *max = max_i x_i and *sum = sum_i exp(x_i - *max). A NaN in x makes
+  // *sum NaN; so does a maximum that is not finite.
+  void (*max_and_sum_exp)(const T* x, int64_t size, C* max, C* sum);
+
+  // out_i = scale * min(weight * exp(x_i - normaliser), limit), magnitudes below kFlushBelow as
+  // zero; weight >= 0, limit = +inf for none. out may be x.
+  void (*scaled_softmax)(const T* x, int64_t size, Score normaliser, C weight, C limit, C scale,
                          T* out);
 
   // out_i = activation(a_i + b_i).
@@ -25,27 +30,57 @@ struct RowKernels {
   // With g_i = grad_i * activation'(a_i + b_i): grad_a_i += g_i, grad_b_i += g_i. `out` is what
   // add_activation wrote; activations whose derivative is a function of their value read only it.
   void (*add_activation_backward)(const T* grad, const T* out, const T* a, const T* b,
-                                  int64_t size, Activation activation, T* grad_a, T* grad_b);
+                                  int64_t size, Activation activation, C* grad_a, C* grad_b);
 };
 
-// The table for this processor; the choice is made once.
-template <typename T>
-const RowKernels<T>& GetRowKernels();
+// The kernels of one instruction set, for every type.
+struct RowKernelSet {
+  const char* name;  // "avx512", "avx2" or "baseline"
+  RowKernels<float> float32;
+  RowKernels<double> float64;
+  RowKernels<Half> float16;
+  RowKernels<BFloat16> bfloat16;
 
-// "avx512", "avx2" or "baseline".
-const char* RowKernelsName();
+  template <typename T>
+  const RowKernels<T>& Of() const;
+};
+
+template <>
+inline const RowKernels<float>& RowKernelSet::Of<float>() const {
+  return float32;
+}
+template <>
+inline const RowKernels<double>& RowKernelSet::Of<double>() const {
+  return float64;
+}
+template <>
+inline const RowKernels<Half>& RowKernelSet::Of<Half>() const {
+  return float16;
+}
+template <>
+inline const RowKernels<BFloat16>& RowKernelSet::Of<BFloat16>() const {
+  return bfloat16;
+}
+
+// The set for this processor; the choice is made once.
+const RowKernelSet& GetRowKernelSet();
+
+template <typename T>
+const RowKernels<T>& GetRowKernels() {
+  return GetRowKernelSet().Of<T>();
+}
+
+// Every set this processor can run, the slowest first; for tests.
+std::vector<const RowKernelSet*> RunnableRowKernelSets();
 
 namespace baseline {
-const RowKernels<float>& Float();
-const RowKernels<double>& Double();
-}  // namespace baseline
+const RowKernelSet& Kernels();
+}
 namespace avx2 {
-const RowKernels<float>& Float();
-const RowKernels<double>& Double();
-}  // namespace avx2
+const RowKernelSet& Kernels();
+}
 namespace avx512 {
-const RowKernels<float>& Float();
-const RowKernels<double>& Double();
-}  // namespace avx512
+const RowKernelSet& Kernels();
+}
 
 }  // namespace transducer

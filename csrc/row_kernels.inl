@@ -12,6 +12,14 @@
 
 #include "row_kernels.h"
 
+#if TRANSDUCER_VECTOR_BYTES > 16
+#include <immintrin.h>  // float16 conversion
+#endif
+
+#define TRANSDUCER_QUOTE_(x) #x
+#define TRANSDUCER_QUOTE(x) TRANSDUCER_QUOTE_(x)
+#define TRANSDUCER_ISA_NAME TRANSDUCER_QUOTE(TRANSDUCER_ISA)
+
 namespace transducer {
 namespace TRANSDUCER_ISA {
 namespace {
@@ -88,8 +96,14 @@ struct Simd<double> {
   }
 };
 
+// A vector of what T is computed in, float or double.
 template <typename T>
-using Vec = typename Simd<T>::V;
+using Vec = typename Simd<Compute<T>>::V;
+
+// --- memory to vector and back, whole and in part ------------------------------------------------
+
+typedef uint16_t Bits16 __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));
 
 template <typename T>
 inline Vec<T> Load(const T* p) {
@@ -103,18 +117,62 @@ inline void Store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+inline Vec<float> Load(const BFloat16* p) {
+  Bits16 bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16);
+}
+
+template <>
+inline void Store<BFloat16>(BFloat16* p, Vec<float> v) {
+  const Bits32 bits = (Bits32)v;
+  const Bits32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bits32 result = (v != v ? bits | 0x400000u : rounded) >> 16;
+  const Bits16 narrow = __builtin_convertvector(result, Bits16);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+inline Vec<float> Load(const Half* p) {
+#if TRANSDUCER_VECTOR_BYTES == 64
+  // The masked forms: the plain ones of GCC 12 warn about an undefined source of their own.
+  return (Vec<float>)_mm512_maskz_cvtph_ps(
+      0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif TRANSDUCER_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> v;
+  for (int64_t i = 0; i < Simd<float>::kLanes; ++i) v[i] = ToCompute(p[i]);
+  return v;
+#endif
+}
+
+template <>
+inline void Store<Half>(Half* p, Vec<float> v) {
+#if TRANSDUCER_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif TRANSDUCER_VECTOR_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t i = 0; i < Simd<float>::kLanes; ++i) p[i] = FromCompute<Half>(v[i]);
+#endif
+}
+
 // The first `count` lanes from p, the others `fill`.
 template <typename T>
-inline Vec<T> LoadPart(const T* p, int64_t count, T fill) {
+inline Vec<T> LoadPart(const T* p, int64_t count, Compute<T> fill) {
   Vec<T> v = Vec<T>{} + fill;
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  for (int64_t i = 0; i < count; ++i) v[i] = ToCompute(p[i]);
   return v;
 }
 
 template <typename T>
 inline void StorePart(T* p, int64_t count, Vec<T> v) {
-  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+  for (int64_t i = 0; i < count; ++i) p[i] = FromCompute<T>(v[i]);
 }
+
+// --- the kernels ---------------------------------------------------------------------------------
 
 template <typename T>
 inline Vec<T> Max(Vec<T> a, Vec<T> b) {
@@ -122,9 +180,10 @@ inline Vec<T> Max(Vec<T> a, Vec<T> b) {
 }
 
 template <typename T>
-void MaxAndSumExp(const T* x, int64_t size, T* max, T* sum) {
-  constexpr int64_t kLanes = Simd<T>::kLanes;
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
+  using C = Compute<T>;
+  constexpr int64_t kLanes = Simd<C>::kLanes;
+  constexpr C kLowest = -std::numeric_limits<C>::infinity();
   const int64_t whole = size - size % kLanes;
   const Vec<T> tail = LoadPart(x + whole, size - whole, kLowest);
 
@@ -136,112 +195,117 @@ void MaxAndSumExp(const T* x, int64_t size, T* max, T* sum) {
   }
   if (i < whole) max_a = Max<T>(Load(x + i), max_a);
   max_a = Max<T>(max_a, max_b);
-  T top = kLowest;
+  C top = kLowest;
   for (int64_t lane = 0; lane < kLanes; ++lane) top = max_a[lane] > top ? max_a[lane] : top;
   *max = top;
   // With nothing finite to subtract there is no sum; NaN in x must still be seen below.
-  if (top == kLowest || top == std::numeric_limits<T>::infinity()) {
-    *sum = std::numeric_limits<T>::quiet_NaN();
+  if (top == kLowest || top == std::numeric_limits<C>::infinity()) {
+    *sum = std::numeric_limits<C>::quiet_NaN();
     return;
   }
 
-  Vec<T> total = Simd<T>::Exp(tail - top);
-  for (i = 0; i < whole; i += kLanes) total = total + Simd<T>::Exp(Load(x + i) - top);
-  T result = 0;
+  Vec<T> total = Simd<C>::Exp(tail - top);
+  for (i = 0; i < whole; i += kLanes) total = total + Simd<C>::Exp(Load(x + i) - top);
+  C result = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) result += total[lane];
   *sum = result;
 }
 
 template <typename T>
-void ScaledSoftmax(const T* x, int64_t size, Score normaliser, T weight, T limit, T scale, T* out) {
-  constexpr int64_t kLanes = Simd<T>::kLanes;
+void ScaledSoftmax(const T* x, int64_t size, Score normaliser, Compute<T> weight, Compute<T> limit,
+                   Compute<T> scale, T* out) {
+  using C = Compute<T>;
+  constexpr int64_t kLanes = Simd<C>::kLanes;
   // normaliser = high + low: x - high is exact where the softmax matters (x close to it), so a
   // large normaliser does not cost the gradient its last digits.
-  const T high = static_cast<T>(normaliser);
-  const T low = static_cast<T>(normaliser - static_cast<Score>(high));
+  const C high = static_cast<C>(normaliser);
+  const C low = static_cast<C>(normaliser - static_cast<Score>(high));
   const auto gradient = [=](Vec<T> v) {
-    v = weight * Simd<T>::Exp((v - high) - low);
+    v = weight * Simd<C>::Exp((v - high) - low);
     v = v > limit ? Vec<T>{} + limit : v;
     v = scale * v;
-    constexpr T kTiny = std::numeric_limits<T>::min();
-    return (v < kTiny) & (v > -kTiny) ? Vec<T>{} : v;
+    return (v < kFlushBelow<T>) & (v > -kFlushBelow<T>) ? Vec<T>{} : v;
   };
   const int64_t whole = size - size % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) Store(out + i, gradient(Load(x + i)));
-  StorePart(out + whole, size - whole, gradient(LoadPart(x + whole, size - whole, T(0))));
+  for (int64_t i = 0; i < whole; i += kLanes) Store<T>(out + i, gradient(Load(x + i)));
+  StorePart<T>(out + whole, size - whole, gradient(LoadPart(x + whole, size - whole, C(0))));
 }
 
-template <typename T>
-inline Vec<T> Erf(Vec<T> x) {
-  for (int64_t i = 0; i < Simd<T>::kLanes; ++i) x[i] = std::erf(x[i]);
+template <typename C>
+inline Vec<C> Erf(Vec<C> x) {
+  for (int64_t i = 0; i < Simd<C>::kLanes; ++i) x[i] = std::erf(x[i]);
   return x;
 }
 
-template <typename T>
-inline Vec<T> Sigmoid(Vec<T> x) {
+template <typename C>
+inline Vec<C> Sigmoid(Vec<C> x) {
   // exp of minus the magnitude never overflows: 1 / (1 + e) for x >= 0, e / (1 + e) below.
-  const Vec<T> e = Simd<T>::Exp(x > T(0) ? -x : x);
-  return (x > T(0) ? Vec<T>{} + T(1) : e) / (T(1) + e);
+  const Vec<C> e = Simd<C>::Exp(x > C(0) ? -x : x);
+  return (x > C(0) ? Vec<C>{} + C(1) : e) / (C(1) + e);
 }
 
 constexpr double kInvSqrt2 = 0.70710678118654752440;
 constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 
-template <typename T, Activation A>
-inline Vec<T> Apply(Vec<T> x) {
-  if constexpr (A == Activation::kTanh) return Simd<T>::Tanh(x);
-  if constexpr (A == Activation::kRelu) return x < T(0) ? Vec<T>{} : x;  // NaN stays
+template <typename C, Activation A>
+inline Vec<C> Apply(Vec<C> x) {
+  if constexpr (A == Activation::kTanh) return Simd<C>::Tanh(x);
+  if constexpr (A == Activation::kRelu) return x < C(0) ? Vec<C>{} : x;  // NaN stays
   if constexpr (A == Activation::kGelu) {
-    return x * T(0.5) * (T(1) + Erf<T>(x * static_cast<T>(kInvSqrt2)));
+    return x * C(0.5) * (C(1) + Erf<C>(x * static_cast<C>(kInvSqrt2)));
   }
-  if constexpr (A == Activation::kSilu) return x * Sigmoid<T>(x);
+  if constexpr (A == Activation::kSilu) return x * Sigmoid<C>(x);
   return x;
 }
 
 // d activation / d x from y = activation(x), or from x where y does not determine it.
-template <typename T, Activation A>
-inline Vec<T> Derivative(Vec<T> x, Vec<T> y) {
-  if constexpr (A == Activation::kTanh) return T(1) - y * y;
-  if constexpr (A == Activation::kRelu) return y > T(0) ? Vec<T>{} + T(1) : Vec<T>{};
+template <typename C, Activation A>
+inline Vec<C> Derivative(Vec<C> x, Vec<C> y) {
+  if constexpr (A == Activation::kTanh) return C(1) - y * y;
+  if constexpr (A == Activation::kRelu) return y > C(0) ? Vec<C>{} + C(1) : Vec<C>{};
   if constexpr (A == Activation::kGelu) {
-    const Vec<T> cdf = T(0.5) * (T(1) + Erf<T>(x * static_cast<T>(kInvSqrt2)));
-    return cdf + x * Simd<T>::Exp(T(-0.5) * x * x) * static_cast<T>(kInvSqrt2Pi);
+    const Vec<C> cdf = C(0.5) * (C(1) + Erf<C>(x * static_cast<C>(kInvSqrt2)));
+    return cdf + x * Simd<C>::Exp(C(-0.5) * x * x) * static_cast<C>(kInvSqrt2Pi);
   }
   if constexpr (A == Activation::kSilu) {
-    const Vec<T> s = Sigmoid<T>(x);
-    return s * (T(1) + x * (T(1) - s));
+    const Vec<C> s = Sigmoid<C>(x);
+    return s * (C(1) + x * (C(1) - s));
   }
-  return Vec<T>{} + T(1);
+  return Vec<C>{} + C(1);
 }
 
 template <typename T, Activation A>
 void AddActivationOf(const T* a, const T* b, int64_t size, T* out) {
-  constexpr int64_t kLanes = Simd<T>::kLanes;
+  using C = Compute<T>;
+  constexpr int64_t kLanes = Simd<C>::kLanes;
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) Store(out + i, Apply<T, A>(Load(a + i) + Load(b + i)));
+  for (; i + kLanes <= size; i += kLanes) {
+    Store<T>(out + i, Apply<C, A>(Load(a + i) + Load(b + i)));
+  }
   const int64_t rest = size - i;
-  StorePart(out + i, rest,
-            Apply<T, A>(LoadPart(a + i, rest, T(0)) + LoadPart(b + i, rest, T(0))));
+  StorePart<T>(out + i, rest,
+               Apply<C, A>(LoadPart(a + i, rest, C(0)) + LoadPart(b + i, rest, C(0))));
 }
 
 template <typename T, Activation A>
 void AddActivationBackwardOf(const T* grad, const T* out, const T* a, const T* b, int64_t size,
-                             T* grad_a, T* grad_b) {
-  constexpr int64_t kLanes = Simd<T>::kLanes;
+                             Compute<T>* grad_a, Compute<T>* grad_b) {
+  using C = Compute<T>;
+  constexpr int64_t kLanes = Simd<C>::kLanes;
   constexpr bool kNeedsInput = A == Activation::kGelu || A == Activation::kSilu;
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    const Vec<T> x = kNeedsInput ? Load(a + i) + Load(b + i) : Vec<T>{};
-    const Vec<T> g = Load(grad + i) * Derivative<T, A>(x, Load(out + i));
-    Store(grad_a + i, Load(grad_a + i) + g);
-    Store(grad_b + i, Load(grad_b + i) + g);
+    const Vec<C> x = kNeedsInput ? Load(a + i) + Load(b + i) : Vec<C>{};
+    const Vec<C> g = Load(grad + i) * Derivative<C, A>(x, Load(out + i));
+    Store<C>(grad_a + i, Load(grad_a + i) + g);
+    Store<C>(grad_b + i, Load(grad_b + i) + g);
   }
   const int64_t rest = size - i;
-  const auto part = [=](const T* p) { return LoadPart(p + i, rest, T(0)); };
-  const Vec<T> x = kNeedsInput ? part(a) + part(b) : Vec<T>{};
-  const Vec<T> g = part(grad) * Derivative<T, A>(x, part(out));
-  StorePart(grad_a + i, rest, part(grad_a) + g);
-  StorePart(grad_b + i, rest, part(grad_b) + g);
+  const auto part = [=](const auto* p) { return LoadPart(p + i, rest, C(0)); };
+  const Vec<C> x = kNeedsInput ? part(a) + part(b) : Vec<C>{};
+  const Vec<C> g = part(grad) * Derivative<C, A>(x, part(out));
+  StorePart<C>(grad_a + i, rest, part(grad_a) + g);
+  StorePart<C>(grad_b + i, rest, part(grad_b) + g);
 }
 
 // Calls f with the activation as a compile-time constant.
@@ -263,7 +327,7 @@ void AddActivation(const T* a, const T* b, int64_t size, Activation activation, 
 
 template <typename T>
 void AddActivationBackward(const T* grad, const T* out, const T* a, const T* b, int64_t size,
-                           Activation activation, T* grad_a, T* grad_b) {
+                           Activation activation, Compute<T>* grad_a, Compute<T>* grad_b) {
   Dispatch(activation, [&](auto tag) {
     AddActivationBackwardOf<T, decltype(tag)::value>(grad, out, a, b, size, grad_a, grad_b);
   });
@@ -273,10 +337,12 @@ template <typename T>
 constexpr RowKernels<T> kTable{MaxAndSumExp<T>, ScaledSoftmax<T>, AddActivation<T>,
                                AddActivationBackward<T>};
 
+constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME, kTable<float>, kTable<double>, kTable<Half>,
+                                kTable<BFloat16>};
+
 }  // namespace
 
-const RowKernels<float>& Float() { return kTable<float>; }
-const RowKernels<double>& Double() { return kTable<double>; }
+const RowKernelSet& Kernels() { return kKernels; }
 
 }  // namespace TRANSDUCER_ISA
 }  // namespace transducer

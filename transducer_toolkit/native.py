@@ -32,8 +32,20 @@ except ImportError as error:
 
 TOPOLOGIES = tuple(_C.Topology.__members__)
 ACTIVATIONS = tuple(_C.Activation.__members__)
-_DTYPES = {torch.float32: _C.DType.float32, torch.float64: _C.DType.float64}
+_DTYPES = {
+    torch.float16: _C.DType.float16,
+    torch.bfloat16: _C.DType.bfloat16,
+    torch.float32: _C.DType.float32,
+    torch.float64: _C.DType.float64,
+}
 SUPPORTED_DTYPES = tuple(_DTYPES)
+
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What arithmetic on `dtype` happens in, and losses come out in: float32 for 16-bit types."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
 
 # Of scores, posteriors and the recursion on the CPU (csrc/common.h: Score).
 SCORE_DTYPE = torch.float64
@@ -262,7 +274,8 @@ def join_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of enc and pred from that of `hidden`: segmented sums, deterministic."""
-    grad_enc, grad_pred = torch.empty_like(enc), torch.empty_like(pred)
+    dtype = compute_dtype(enc.dtype)
+    grad_enc, grad_pred = torch.empty_like(enc, dtype=dtype), torch.empty_like(pred, dtype=dtype)
     _C.cpu.join_backward(
         batch.native,
         dtype=_DTYPES[enc.dtype],
@@ -276,4 +289,4 @@ def join_backward(
         grad_enc=_address(grad_enc),
         grad_pred=_address(grad_pred),
     )
-    return grad_enc, grad_pred
+    return grad_enc.to(enc.dtype), grad_pred.to(pred.dtype)

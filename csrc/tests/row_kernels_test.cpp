@@ -128,6 +128,86 @@ void TestActivations(const RowKernels<T>& kernels) {
   }
 }
 
+// Every 16-bit pattern there and back, and rounding between neighbours.
+void TestHalfConversions() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const Half half{static_cast<uint16_t>(bits)};
+    const BFloat16 bfloat{static_cast<uint16_t>(bits)};
+    const float from_half = ToCompute(half), from_bfloat = ToCompute(bfloat);
+    if (std::isnan(from_half)) {
+      EXPECT_TRUE(std::isnan(ToCompute(FromCompute<Half>(from_half))));
+    } else {
+      EXPECT_TRUE(FromCompute<Half>(from_half).bits == bits);
+    }
+    if (std::isnan(from_bfloat)) {
+      EXPECT_TRUE(std::isnan(ToCompute(FromCompute<BFloat16>(from_bfloat))));
+    } else {
+      EXPECT_TRUE(FromCompute<BFloat16>(from_bfloat).bits == bits);
+    }
+    if ((bits & 0x7fff) < 0x7bff) {  // a finite number with a finite neighbour
+      const float next = ToCompute(Half{static_cast<uint16_t>(bits + 1)});
+      const float middle = 0.5f * (from_half + next);
+      EXPECT_TRUE(FromCompute<Half>(middle).bits == (bits & 1 ? bits + 1 : bits));  // to even
+      EXPECT_TRUE(FromCompute<Half>(std::nextafter(middle, next)).bits == bits + 1);
+      EXPECT_TRUE(FromCompute<Half>(std::nextafter(middle, from_half)).bits == bits);
+    }
+  }
+  EXPECT_TRUE(ToCompute(Half{0x3c00}) == 1.0f && ToCompute(Half{0x0001}) == 0x1p-24f);
+  EXPECT_TRUE(ToCompute(FromCompute<Half>(65519.0f)) == 65504.0f);
+  EXPECT_TRUE(std::isinf(ToCompute(FromCompute<Half>(65520.0f))));
+}
+
+// 16-bit kernels are float32 kernels with rounding at both ends.
+template <typename T>
+void TestSixteenBit(const RowKernels<T>& kernels, const RowKernels<float>& exact) {
+  for (int64_t size = 1; size <= 40; ++size) {
+    const auto same = [&](double scale, unsigned seed, std::vector<float>* wide) {
+      std::vector<T> narrow;
+      for (const float x : RandomVector<float>(size, scale, seed)) {
+        narrow.push_back(FromCompute<T>(x));
+        wide->push_back(ToCompute(narrow.back()));
+      }
+      return narrow;
+    };
+    std::vector<float> wide_a, wide_b, wide_grad;
+    const auto a = same(3, 1, &wide_a), b = same(3, 2, &wide_b), grad = same(1, 3, &wide_grad);
+    float max, sum, exact_max, exact_sum;
+    kernels.max_and_sum_exp(a.data(), size, &max, &sum);
+    exact.max_and_sum_exp(wide_a.data(), size, &exact_max, &exact_sum);
+    EXPECT_TRUE(max == exact_max && sum == exact_sum);
+
+    std::vector<T> out(size);
+    std::vector<float> exact_out(size);
+    const auto expect_rounded = [&] {
+      for (int64_t i = 0; i < size; ++i) {
+        EXPECT_TRUE(out[i].bits == FromCompute<T>(exact_out[i]).bits);
+      }
+    };
+    kernels.scaled_softmax(a.data(), size, 4.0, 0.5f, 1.0f, 3.0f, out.data());
+    exact.scaled_softmax(wide_a.data(), size, 4.0, 0.5f, 1.0f, 3.0f, exact_out.data());
+    expect_rounded();
+    for (int k = 0; k < 5; ++k) {
+      const auto activation = static_cast<Activation>(k);
+      kernels.add_activation(a.data(), b.data(), size, activation, out.data());
+      exact.add_activation(wide_a.data(), wide_b.data(), size, activation, exact_out.data());
+      expect_rounded();
+      std::vector<float> wide_out;
+      for (const T x : out) wide_out.push_back(ToCompute(x));
+      std::vector<float> sums[4];
+      for (auto& values : sums) values.assign(size, 0.25f);
+      kernels.add_activation_backward(grad.data(), out.data(), a.data(), b.data(), size,
+                                      activation, sums[0].data(), sums[1].data());
+      exact.add_activation_backward(wide_grad.data(), wide_out.data(), wide_a.data(),
+                                    wide_b.data(), size, activation, sums[2].data(),
+                                    sums[3].data());
+      for (int64_t i = 0; i < size; ++i) {  // the compiler may contract a * b + c differently
+        EXPECT_NEAR(sums[0][i], sums[2][i], 1e-6);
+        EXPECT_NEAR(sums[1][i], sums[3][i], 1e-6);
+      }
+    }
+  }
+}
+
 template <typename T>
 void TestAll(const RowKernels<T>& kernels) {
   TestMaxAndSumExp(kernels);
@@ -140,20 +220,13 @@ void TestAll(const RowKernels<T>& kernels) {
 
 int main() {
   using namespace transducer;
-  TestAll(baseline::Float());
-  TestAll(baseline::Double());
-#ifdef TRANSDUCER_X86_DISPATCH
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    std::printf("avx2\n");
-    TestAll(avx2::Float());
-    TestAll(avx2::Double());
+  TestHalfConversions();
+  for (const RowKernelSet* set : RunnableRowKernelSets()) {
+    std::printf("%s\n", set->name);
+    TestAll(set->float32);
+    TestAll(set->float64);
+    TestSixteenBit(set->float16, set->float32);
+    TestSixteenBit(set->bfloat16, set->float32);
   }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    std::printf("avx512\n");
-    TestAll(avx512::Float());
-    TestAll(avx512::Double());
-  }
-#endif
   return expect::Finish();
 }

@@ -39,7 +39,7 @@ def transducer_loss(
     the same name and argument order on packed ones.
 
     Args:
-        logits: joiner outputs, float32 or float64. Packed ``(sum_b T_b * (U_b + 1), V)``, in the
+        logits: joiner outputs, float16, bfloat16, float32 or float64. Packed ``(sum_b T_b * (U_b + 1), V)``, in the
             order of :class:`~transducer_toolkit.LatticeShape`, or padded ``(B, T, U + 1, V)``.
             Unnormalised unless `from_log_softmax`. -inf means probability zero.
         targets: (B, U) int32 or int64 labels in [0, V) other than blank, on the device of logits.
@@ -66,7 +66,7 @@ def transducer_loss(
             device. Unchecked nonsense gives that utterance a NaN loss, never a wild access.
 
     Returns:
-        The loss, in nats, of the dtype of logits. An utterance none of whose paths survives -inf
+        The loss, in nats, float64 for float64 logits and float32 otherwise. An utterance none of whose paths survives -inf
         logits has loss +inf and zero gradient; one with a NaN, a +inf or an all -inf row has NaN
         loss and NaN gradient, the others are untouched. An utterance whose upstream gradient is 0
         gets zeros, so a non-finite loss can be masked out with ``torch.where``.
@@ -280,7 +280,7 @@ def _forward(
     )
     if not with_uses:
         normaliser = normaliser.new_empty(0)
-    return losses.to(logits.dtype), normaliser, use_blank, use_label
+    return losses.to(native.compute_dtype(logits.dtype)), normaliser, use_blank, use_label
 
 
 _INPUTS = (
@@ -301,7 +301,7 @@ torch.library.custom_op(
 def _forward_fake(logits, targets, logit_lengths, target_lengths, blank, *options):
     with_uses = options[-1]
     num_rows = logits.shape[:-1].numel() if with_uses else 0
-    losses = logits.new_empty(targets.size(0))
+    losses = logits.new_empty(targets.size(0), dtype=native.compute_dtype(logits.dtype))
     return losses, *(logits.new_empty(num_rows, dtype=native.SCORE_DTYPE) for _ in range(3))
 
 

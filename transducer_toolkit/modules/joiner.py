@@ -26,7 +26,7 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
     pred is never read and gets zero gradient.
 
     Args:
-        enc: (B, T, D) float32 or float64; T at least the longest logit length.
+        enc: (B, T, D) float16, bfloat16, float32 or float64; T at least the longest logit length.
         pred: (B, U + 1, D), same dtype and device; U at least the longest target length.
         shape: the lattices.
         activation: "tanh", "relu", "gelu", "silu" or "identity".
@@ -35,7 +35,7 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
         (shape.num_cells, D), packed.
 
     Raises:
-        TypeError: enc and pred are not both float32 or both float64.
+        TypeError: enc and pred are not of one supported dtype.
         ValueError: sizes that do not fit shape, or an unknown activation.
 
     Example:
@@ -45,8 +45,9 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
     """
     check_activation(activation)
     if enc.dtype not in native.SUPPORTED_DTYPES or enc.dtype != pred.dtype:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in native.SUPPORTED_DTYPES)
         raise TypeError(
-            f"enc, pred: expected both float32 or both float64, got {enc.dtype} and {pred.dtype}"
+            f"enc, pred: expected one dtype of {supported}, got {enc.dtype} and {pred.dtype}"
         )
     if enc.device != pred.device:
         raise ValueError(f"pred: expected device {enc.device}, that of enc, got {pred.device}")
