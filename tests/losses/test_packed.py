@@ -359,3 +359,71 @@ def test_masked_vocabulary_and_no_surviving_path():
     assert losses[1] == float("inf") and losses[0].isfinite()
     grad = grad_of(losses, logits)
     assert grad[1].eq(0).all() and grad[0].isfinite().all()
+
+
+# --- 16-bit logits, autocast, precision ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("from_log_softmax", [False, True])
+def test_sixteen_bit_logits_equal_float64_on_the_same_numbers(dtype, packed, from_log_softmax):
+    batch = ragged_batch([20, 13], [8, 5], 50, scale=4.0, padding=0.0)
+    logits = (batch.packed() if packed else batch.logits).detach().to(dtype).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    options = {"reduction": "none", "from_log_softmax": from_log_softmax}
+    loss = transducer_loss(logits, *batch.index_arguments, **options)
+    expected = transducer_loss(exact, *batch.index_arguments, **options)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    grad = grad_of(loss, logits)
+    assert grad.dtype == dtype
+    # Rounded once, to the nearest: half a unit in the last place (and float16's subnormals).
+    expected_grad = grad_of(expected, exact)
+    eps = torch.finfo(dtype).eps
+    bound = 0.51 * eps * expected_grad.abs() + (4e-8 if dtype == torch.float16 else 0) + 1e-7
+    assert ((grad.double() - expected_grad).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_step_with_grad_scaler(dtype):
+    from transducer_toolkit import Joiner, LatticeShape
+
+    shape = LatticeShape.from_lengths([9, 7], [3, 4])
+    joiner = Joiner(6, 5, 16, 12)
+    encoder_out, predictor_out = torch.randn(2, 9, 6), torch.randn(2, 5, 5)
+    targets = torch.randint(1, 12, (2, 4))
+
+    def loss_of():
+        logits = joiner(encoder_out, predictor_out, shape)
+        return logits, transducer_loss(
+            logits, targets, shape.logit_lengths, shape.target_lengths, blank=0
+        )
+
+    _, exact = loss_of()
+    expected = torch.autograd.grad(exact, list(joiner.parameters()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(joiner.parameters(), lr=0.0)
+    with torch.autocast("cpu", dtype=dtype):
+        logits, loss = loss_of()
+    assert logits.dtype == dtype and loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+    for parameter, grad in zip(joiner.parameters(), expected, strict=True):
+        assert (parameter.grad - grad).norm() <= 3e-2 * grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("frames", "symbols"), [(343, 71), (1000, 200), (3000, 30), pytest.param(3000, 600)]
+)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_float32_gradient_is_within_1e_5_of_float64(frames, symbols, scale):
+    batch = ragged_batch([frames], [symbols], 16, dtype=torch.float32, scale=scale)
+    loss = transducer_loss(batch.logits, *batch.index_arguments)
+    exact_logits = batch.logits.detach().double().requires_grad_()
+    exact = transducer_loss(exact_logits, *batch.index_arguments)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    error = grad_of(loss, batch.logits).double() - grad_of(exact, exact_logits)
+    assert error.abs().max() < 1e-5

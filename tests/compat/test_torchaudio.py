@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+import inspect
+
+import pytest
+import torch
+
+from tests.losses.helpers import ragged_batch
+from transducer_toolkit.compat import torchaudio as ours
+
+torchaudio = pytest.importorskip("torchaudio", exc_type=ImportError)
+
+
+def arguments(**options):
+    batch = ragged_batch([6, 4], [3, 2], 7, dtype=torch.float32, blank=6, padding=0.0)
+    targets = batch.targets.clamp(max=5)
+    tensors = batch.logits, *(x.int() for x in (targets, batch.logit_lengths, batch.target_lengths))
+    return tensors
+
+
+def test_signatures_are_identical():
+    theirs = inspect.signature(torchaudio.functional.rnnt_loss).parameters
+    mine = inspect.signature(ours.rnnt_loss).parameters
+    assert [(p.name, p.default) for p in mine.values()] == [
+        (p.name, p.default) for p in theirs.values()
+    ]
+    theirs = inspect.signature(torchaudio.transforms.RNNTLoss).parameters
+    mine = inspect.signature(ours.RNNTLoss).parameters
+    assert [(p.name, p.default) for p in mine.values()] == [
+        (p.name, p.default) for p in theirs.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blank": 6},
+        {"blank": -1, "clamp": 0.05},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"fused_log_softmax": False},
+    ],
+)
+def test_equals_torchaudio(options):
+    logits, *indices = arguments()
+    if not options.get("fused_log_softmax", True):
+        logits = logits.detach().log_softmax(-1).requires_grad_()
+    results = []
+    for loss_of in (
+        torchaudio.functional.rnnt_loss,
+        ours.rnnt_loss,
+        lambda *tensors, **options: ours.RNNTLoss(**options)(*tensors),
+    ):
+        loss = loss_of(logits, *indices, **options)
+        results.append((loss, *torch.autograd.grad((3 * loss).sum(), logits)))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_float16_like_torchaudio():
+    logits, *indices = arguments()
+    logits = logits.detach().half()
+    loss = ours.rnnt_loss(logits, *indices)
+    assert loss.dtype == torch.float16
+    exact = ours.rnnt_loss(logits.double(), *indices)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-3, atol=0)
+
+
+def test_wrong_rank():
+    logits, *indices = arguments()
+    with pytest.raises(ValueError, match=r"logits: expected shape \(B, T, U \+ 1, V\)"):
+        ours.rnnt_loss(logits.flatten(0, 2), *indices)
