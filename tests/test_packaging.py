@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wheel, sdist and the developer build, from a copy of the tree as git would ship it."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 import transducer_toolkit
 
+TOOLS = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("csrc", "conf", "transducer_toolkit", "CMakeLists.txt", "setup.py", "pyproject.toml",
            "MANIFEST.in", "README.md", "LICENSE", "Makefile")  # fmt: skip
@@ -96,7 +99,7 @@ def test_wheel_works_from_another_folder(wheel, tmp_path):
 
 def test_cuda_on_without_nvcc_is_an_error(source_tree, tmp_path):
     result = run(
-        Path(sys.executable).parent / "cmake", "-S", source_tree, "-B", tmp_path / "build",
+        TOOLS / "cmake", "-S", source_tree, "-B", tmp_path / "build",
         "-DTRANSDUCER_CUDA=ON",
         cwd=tmp_path,
         CUDACXX=str(tmp_path / "no_such_nvcc"),
@@ -107,7 +110,7 @@ def test_cuda_on_without_nvcc_is_an_error(source_tree, tmp_path):
 
 def test_cuda_auto_without_nvcc_builds_for_the_cpu(source_tree, tmp_path):
     result = run(
-        Path(sys.executable).parent / "cmake", "-S", source_tree, "-B", tmp_path / "build",
+        TOOLS / "cmake", "-S", source_tree, "-B", tmp_path / "build",
         cwd=tmp_path,
         CUDACXX=str(tmp_path / "no_such_nvcc"),
     )  # fmt: skip
@@ -115,17 +118,35 @@ def test_cuda_auto_without_nvcc_builds_for_the_cpu(source_tree, tmp_path):
     assert "building for the CPU only" in result.stdout
 
 
-def test_developer_route(source_tree, tmp_path):
-    """cmake + ctest, no Python involved."""
-    tools = Path(sys.executable).parent
-    build = tmp_path / "build"
+@pytest.fixture(scope="module")
+def developer_build(source_tree, tmp_path_factory):
+    """cmake as the README has it, no Python involved."""
+    build = tmp_path_factory.mktemp("developer")
     for command in (
-        (tools / "cmake", "-S", source_tree, "-B", build, "-DTRANSDUCER_TESTS=ON",
+        (TOOLS / "cmake", "-S", source_tree, "-B", build, "-DTRANSDUCER_TESTS=ON",
          "-DTRANSDUCER_CUDA=OFF"),
-        (tools / "cmake", "--build", build, "--parallel", "2"),
-        (tools / "ctest", "--test-dir", build, "--output-on-failure"),
+        (TOOLS / "cmake", "--build", build, "--parallel", "2"),
     ):  # fmt: skip
-        result = run(*command, cwd=tmp_path)
+        result = run(*command, cwd=build)
         assert result.returncode == 0, result.stdout
-    assert "100% tests passed" in result.stdout
-    assert "No tests were found" not in result.stdout
+        assert "warning:" not in result.stdout
+    return build
+
+
+def test_native_stages_with_ctest(developer_build):
+    result = run(
+        TOOLS / "ctest", "--test-dir", developer_build, "--output-on-failure", cwd=developer_build
+    )
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"100% tests passed.* out of [5-9]", result.stdout), result.stdout
+
+
+def test_instruction_counts(developer_build):
+    """No stage runs more than 5 % more instructions than recorded."""
+    from benchmarks.instructions import RECORD, compare, count, this_platform
+
+    record = json.loads(RECORD.read_text())
+    if shutil.which("valgrind") is None or record["platform"] != this_platform():
+        pytest.skip(f"needs valgrind and the platform of the record, {record['platform']}")
+    lines = compare(count(developer_build / "stage_driver"), record["instructions"])
+    assert len(lines) == 5 and not [line for line in lines if line.startswith("!")], lines
