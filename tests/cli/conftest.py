@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A corpus of tones: one pitch a letter, short enough to train on in seconds."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from transducer_toolkit.data.manifest import Utterance, write_manifest
+
+SAMPLE_RATE = 16000
+PITCH_HZ = {"a": 300.0, "b": 700.0, "c": 1500.0}
+
+
+def tone_waveform(text, rng):
+    """0.12 s a letter, silence for a space, a little noise over everything."""
+    times = np.arange(int(0.12 * SAMPLE_RATE)) / SAMPLE_RATE
+    parts = [
+        0.3 * np.sin(2 * np.pi * PITCH_HZ[letter] * times) if letter != " " else 0 * times
+        for letter in text
+    ]
+    waveform = np.concatenate(parts)
+    return (waveform + 0.003 * rng.standard_normal(len(waveform))).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory):
+    """Overrides that train a tiny model on tones."""
+    folder = tmp_path_factory.mktemp("tones")
+    rng, choices = np.random.default_rng(0), random.Random(0)
+    for name, size in {"train": 32, "val": 5, "test": 6}.items():
+        rows = []
+        for index in range(size):
+            text = " ".join(
+                "".join(choices.choices("abc", k=choices.randint(1, 3)))
+                for _ in range(choices.randint(1, 3))
+            )
+            waveform = tone_waveform(text, rng)
+            audio = folder / f"{name}-{index}.wav"
+            soundfile.write(audio, waveform, SAMPLE_RATE)
+            rows.append(
+                Utterance(
+                    id=audio.stem,
+                    audio=str(audio),
+                    duration_s=len(waveform) / SAMPLE_RATE,
+                    text=text,
+                )
+            )
+        write_manifest(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_overrides(tones):
+    return [
+        "data=manifest",
+        f"data.corpus.train={tones}/train.jsonl",
+        f"data.corpus.val={tones}/val.jsonl",
+        f"+data.corpus.test.tones={tones}/test.jsonl",
+        "data.num_workers=0",
+        "data.max_utterances=8",
+    ]
+
+
+@pytest.fixture(scope="session")
+def train_overrides(data_overrides):
+    return [
+        *data_overrides,
+        "~experiment",
+        "model.encoder.conv_channels=4",
+        "model.encoder.hidden_dim=16",
+        "model.predictor.embedding_dim=8",
+        "model.joiner.joiner_dim=16",
+        "trainer.max_epochs=2",
+        "trainer.accelerator=cpu",
+        "trainer.log_every_n_steps=1",
+        "num_threads=1",
+    ]
+
+
+@pytest.fixture(scope="session")
+def console():
+    """Run a console script in this process: ``console(main, folder, *arguments)``."""
+
+    def run(main, folder, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+            patch.setenv("TRANSDUCER_TOOLKIT_RUN_ID", "run")
+            return main()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, console, train_overrides):
+    """The run folder of a finished training."""
+    from transducer_toolkit.cli.train import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    console(main, folder, *train_overrides, "name=tones")
+    return folder / "outputs" / "tones" / "run"

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+
+pytest.importorskip("espeakng_loader")
+
+from transducer_toolkit.data.digits.espeak import EspeakSynthesizer
+from transducer_toolkit.data.digits.recipe import load_voices
+
+STYLE = {"rate_wpm": 150, "pitch": 50, "pitch_range": 50, "word_gap_10ms": 0}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return EspeakSynthesizer()
+
+
+def test_speech_with_word_starts(engine):
+    speech = engine.synthesize("three seven, one", voice="en-us+f1", **STYLE)
+    assert speech.samples.dtype == np.float32 and 0.1 < np.abs(speech.samples).max() <= 1
+    duration_s = len(speech.samples) / speech.sample_rate
+    assert 1.0 < duration_s < 2.5
+    first, second, third = speech.word_starts_s
+    assert 0 <= first < second < third < duration_s
+
+
+def test_every_voice_of_the_list_speaks(engine):
+    voices = load_voices()
+    for name in ("train", "val", "test", "excluded"):
+        variants, accents = voices.of_set(name)
+        for number, variant in enumerate(variants):
+            voice = f"{accents[number % len(accents)]}+{variant}"
+            speech = engine.synthesize("two", voice=voice, **STYLE)
+            assert len(speech.word_starts_s) == 1 and np.abs(speech.samples).max() > 0.02, voice
+
+
+def test_rate(engine):
+    slow, fast = (
+        len(engine.synthesize("one two three", voice="en", **{**STYLE, "rate_wpm": rate}).samples)
+        for rate in (80, 230)
+    )
+    assert 2 * fast < slow < 4 * fast
+
+
+@pytest.mark.parametrize("voice", ["en-us+nobody", "xx", "xx+f1"])
+def test_unknown_voices(engine, voice):
+    with pytest.raises(ValueError, match=f"espeak-ng has no voice '{voice}'".replace("+", "[+]")):
+        engine.synthesize("one", voice=voice, **STYLE)
+
+
+def test_bad_options(engine):
+    with pytest.raises(ValueError, match=r"rate_wpm must lie in \[80, 450\], got 20"):
+        engine.synthesize("one", voice="en", **{**STYLE, "rate_wpm": 20})

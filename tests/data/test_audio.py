@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from transducer_toolkit.data.audio import read_audio, resample
+
+
+@pytest.fixture
+def ramp(tmp_path):
+    """One second at 8 kHz, stereo, left rising and right zero."""
+    path = tmp_path / "ramp.wav"
+    left = np.linspace(0, 0.8, 8000)
+    soundfile.write(path, np.stack([left, 0 * left], axis=1), 8000, subtype="FLOAT")
+    return path
+
+
+def test_channels_are_averaged(ramp):
+    waveform = read_audio(ramp, sample_rate=8000)
+    assert waveform.dtype == torch.float32
+    torch.testing.assert_close(waveform, torch.linspace(0, 0.4, 8000))
+
+
+def test_part_of_a_file(ramp):
+    whole = read_audio(ramp, sample_rate=8000)
+    part = read_audio(ramp, offset_s=0.25, duration_s=0.5, sample_rate=8000)
+    torch.testing.assert_close(part, whole[2000:6000], rtol=0, atol=0)
+    assert len(read_audio(ramp, offset_s=0.75, duration_s=9.0, sample_rate=8000)) == 2000
+
+
+def test_resampling_keeps_the_signal(ramp):
+    waveform = read_audio(ramp)  # 16 kHz by default
+    assert len(waveform) == 16000
+    middle = slice(2000, 14000)
+    torch.testing.assert_close(
+        waveform[middle], torch.linspace(0, 0.4, 16000)[middle], atol=2e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
+def test_formats(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, 0.3 * np.sin(np.arange(16000) * 0.2), 16000)
+    waveform = read_audio(path)
+    assert abs(len(waveform) - 16000) < 2400 and 0.25 < waveform.abs().max() < 0.4
+
+
+def test_errors(tmp_path, ramp):
+    with pytest.raises(FileNotFoundError, match="no audio file at"):
+        read_audio(tmp_path / "none.wav")
+    (tmp_path / "text.wav").write_text("not audio")
+    with pytest.raises(ValueError, match=r"text\.wav cannot be read as audio"):
+        read_audio(tmp_path / "text.wav")
+    with pytest.raises(ValueError, match=r"holds no samples at offset_s=7\.0"):
+        read_audio(ramp, offset_s=7.0)
+    for options in ({"offset_s": -1.0}, {"duration_s": 0.0}):
+        with pytest.raises(ValueError, match="offset_s must be >= 0 and duration_s > 0"):
+            read_audio(ramp, **options)
+
+
+def test_resample_of_equal_rates_is_the_input():
+    waveform = torch.rand(10)
+    assert resample(waveform, 16000, 16000) is waveform

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+import logging
+import types
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
+from transducer_toolkit.data.corpus import ManifestCorpus
+from transducer_toolkit.data.datamodule import TransducerDataModule
+from transducer_toolkit.data.manifest import Utterance, read_manifest, write_manifest
+from transducer_toolkit.data.tokenizer import CharTokenizer
+
+
+def manifest_corpus(folder, **changes):
+    sets = {"train": folder / "train.jsonl", "val": folder / "val.jsonl"}
+    sets["test"] = {"noise": folder / "test.jsonl"}
+    return ManifestCorpus(**{**sets, **changes})
+
+
+def data_module(folder, **options):
+    corpus = options.pop("corpus", manifest_corpus(folder))
+    return TransducerDataModule(corpus=corpus, **{"max_cells": 500, **options})
+
+
+def ids_of(loader):
+    return sorted(id_ for batch in loader for id_ in batch.utterance_ids)
+
+
+def test_all_utterances_of_all_sets(noise_corpus):
+    data = data_module(noise_corpus)
+    data.prepare_data()
+    data.setup()
+    assert ids_of(data.train_dataloader()) == sorted(f"train-{i}" for i in range(12))
+    assert ids_of(data.val_dataloader()) == sorted(f"val-{i}" for i in range(5))
+    assert data.test_names == ["noise"]
+    assert [ids_of(loader) for loader in data.test_dataloader()] == [["test-0", "test-1", "test-2"]]
+    texts = [utterance.text for utterance in read_manifest(noise_corpus / "train.jsonl")]
+    assert data.tokenizer.symbols == CharTokenizer.from_texts(texts).symbols
+
+
+def test_a_stage_reads_what_it_needs(noise_corpus):
+    data = data_module(noise_corpus, tokenizer=CharTokenizer.from_texts(["one two six"]))
+    data.setup("test")
+    assert len(data.test_dataloader()) == 1
+    with pytest.raises(ValueError, match=r"no set 'train' is set up, only \['test/noise'\]"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_do_not_depend_on_workers(noise_corpus, num_workers):
+    def batches(workers):
+        data = data_module(
+            noise_corpus,
+            waveform_perturbation=WaveformPerturbation(speed=0.1, noise_snr_db=(5.0, 20.0)),
+            spec_augment=SpecAugment(),
+            num_workers=workers,
+        )
+        data.setup()
+        loader = data.train_dataloader()
+        epochs = []
+        for epoch in (0, 1):
+            loader.batch_sampler.set_epoch(epoch)
+            epochs.append(list(loader))
+        return epochs
+
+    for own, reference in zip(batches(num_workers), batches(0), strict=True):
+        for batch, expected in zip(own, reference, strict=True):
+            assert batch.utterance_ids == expected.utterance_ids
+            assert torch.equal(batch.features, expected.features)
+            assert torch.equal(batch.targets, expected.targets)
+
+
+def test_augmentation_differs_between_epochs_and_is_for_training_only(noise_corpus):
+    data = data_module(noise_corpus, spec_augment=SpecAugment(), max_utterances=1)
+    data.setup()
+
+    def features(loader, epoch):
+        loader.batch_sampler.set_epoch(epoch)
+        return {batch.utterance_ids[0]: batch.features for batch in loader}
+
+    train = data.train_dataloader()
+    first, second = features(train, 0), features(train, 1)
+    assert any(not torch.equal(first[id_], second[id_]) for id_ in first)
+    val = data.val_dataloader()
+    first, second = features(val, 0), features(val, 1)
+    assert all(torch.equal(first[id_], second[id_]) for id_ in first)
+
+
+def test_ranks_share_the_utterances(noise_corpus):
+    seen = []
+    for rank in range(3):
+        data = data_module(noise_corpus)
+        data.setup()
+        data.trainer = types.SimpleNamespace(global_rank=rank, world_size=3)
+        seen += ids_of(data.train_dataloader())
+    assert sorted(seen) == sorted(f"train-{i}" for i in range(12))
+
+
+@pytest.fixture
+def short_corpus(tmp_path):
+    """Two utterances of 7 and 4 encoder frames for 5 symbols each."""
+    rows = []
+    for name, num_samples in (("long", 28 * 160), ("short", 16 * 160)):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(num_samples), 16000)
+        audio = str(tmp_path / f"{name}.wav")
+        rows.append(Utterance(id=name, audio=audio, duration_s=num_samples / 16000, text="three"))
+    write_manifest(tmp_path / "m.jsonl", rows)
+    path = tmp_path / "m.jsonl"
+    return ManifestCorpus(train=path, val=path, test={"all": path})
+
+
+@pytest.mark.parametrize(("topology", "kept"), [("regular", 2), ("modified", 1)])
+def test_infeasible_utterances_are_dropped_and_counted(short_corpus, caplog, topology, kept):
+    data = TransducerDataModule(corpus=short_corpus, max_cells=1000, topology=topology)
+    with caplog.at_level(logging.WARNING):
+        data.setup()
+    assert len(ids_of(data.train_dataloader())) == len(ids_of(data.val_dataloader())) == kept
+    assert len(ids_of(data.test_dataloader()[0])) == 2  # a test set is never shortened
+    dropped = [record.getMessage() for record in caplog.records]
+    assert len(dropped) == (0 if kept == 2 else 2)
+    assert all("dropped 1 of 2 utterances" in message for message in dropped)
+    assert all("short" in message for message in dropped)
+
+
+def test_feasible_at_every_speed_that_training_may_draw(short_corpus):
+    options = {"corpus": short_corpus, "max_cells": 1000, "topology": "one_sym_per_frame"}
+    data = TransducerDataModule(**options)
+    data.setup()
+    assert ids_of(data.train_dataloader()) == ["long"]
+    data = TransducerDataModule(**options, waveform_perturbation=WaveformPerturbation(speed=0.5))
+    with pytest.raises(ValueError, match="set 'train' has no usable utterances in"):
+        data.setup()  # 7 frames may become 5
+
+
+def test_a_text_with_unknown_characters_is_named(noise_corpus):
+    data = data_module(noise_corpus, tokenizer=CharTokenizer.from_texts(["x"]))
+    with pytest.raises(ValueError, match=r"utterance 'train-0': character .* is not among"):
+        data.setup()
+
+
+def test_missing_manifest(noise_corpus, tmp_path):
+    corpus = manifest_corpus(noise_corpus, val=tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no manifest at .*none\.jsonl"):
+        data_module(noise_corpus, corpus=corpus).prepare_data()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from transducer_toolkit.data.audio import read_audio
+from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
+from transducer_toolkit.data.batching import EpochIndex
+from transducer_toolkit.data.dataset import SpeechDataset, collate
+from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.manifest import read_manifest
+from transducer_toolkit.data.tokenizer import CharTokenizer
+
+
+@pytest.fixture
+def utterances(noise_corpus):
+    return read_manifest(noise_corpus / "train.jsonl")
+
+
+@pytest.fixture
+def tokenizer(utterances):
+    return CharTokenizer.from_texts(u.text for u in utterances)
+
+
+def test_an_example_is_features_and_targets(utterances, tokenizer):
+    dataset = SpeechDataset(utterances, tokenizer, Fbank())
+    assert len(dataset) == 12
+    example = dataset[EpochIndex(2, 3)]
+    expected = Fbank()(read_audio(utterances[3].audio))
+    assert torch.equal(example.features, expected)
+    assert example.targets.tolist() == tokenizer.encode(utterances[3].text)
+    assert torch.equal(dataset[3].features, expected)
+
+
+def test_augmentation_is_keyed_by_seed_epoch_and_utterance(utterances, tokenizer):
+    def features(position, epoch, seed=0, rows=utterances):
+        dataset = SpeechDataset(
+            rows,
+            tokenizer,
+            Fbank(),
+            waveform_perturbation=WaveformPerturbation(noise_snr_db=(5.0, 10.0)),
+            spec_augment=SpecAugment(),
+            seed=seed,
+        )
+        return dataset[EpochIndex(epoch, position)].features
+
+    reference = features(3, 2)
+    assert torch.equal(reference, features(3, 2))
+    assert torch.equal(reference, features(8, 2, rows=utterances[::-1]))  # position is no part
+    assert not torch.equal(reference, features(3, 1))
+    assert not torch.equal(reference, features(3, 2, seed=1))
+
+
+def test_collate_pads(utterances, tokenizer):
+    dataset = SpeechDataset(utterances, tokenizer, Fbank())
+    examples = [dataset[i] for i in (0, 5, 2)]
+    batch = collate(examples)
+    assert len(batch) == 3
+    assert batch.utterance_ids == [utterances[i].id for i in (0, 5, 2)]
+    assert batch.texts == [utterances[i].text for i in (0, 5, 2)]
+    assert batch.features.dtype == torch.float32
+    for lengths in (batch.feature_lengths, batch.target_lengths):
+        assert lengths.dtype == torch.int64
+    for row, example in enumerate(examples):
+        num_frames, num_targets = len(example.features), len(example.targets)
+        assert (batch.feature_lengths[row], batch.target_lengths[row]) == (num_frames, num_targets)
+        assert torch.equal(batch.features[row, :num_frames], example.features)
+        assert not batch.features[row, num_frames:].any()
+        assert torch.equal(batch.targets[row, :num_targets], example.targets)
+        assert (batch.targets[row, num_targets:] == -1).all()
+
+
+def test_lengths_stay_on_the_cpu(utterances, tokenizer):
+    dataset = SpeechDataset(utterances, tokenizer, Fbank())
+    batch = collate([dataset[0], dataset[1]]).to("meta")
+    assert batch.features.device.type == batch.targets.device.type == "meta"
+    assert batch.feature_lengths.device.type == batch.target_lengths.device.type == "cpu"
+
+
+def test_lightning_moves_batches(utterances, tokenizer):
+    from lightning.fabric.utilities.apply_func import move_data_to_device
+
+    dataset = SpeechDataset(utterances, tokenizer, Fbank())
+    moved = move_data_to_device(collate([dataset[0]]), torch.device("meta"))
+    assert moved.features.device.type == "meta" and moved.feature_lengths.device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_pinned_batches_reach_the_gpu(utterances, tokenizer):
+    dataset = SpeechDataset(utterances, tokenizer, Fbank())
+    batch = collate([dataset[0]]).pin_memory()
+    assert batch.features.is_pinned() and batch.targets.is_pinned()
+    assert torch.equal(batch.to("cuda").features.cpu(), batch.features)
+
+
+def test_errors(utterances, tokenizer):
+    with pytest.raises(ValueError, match="examples must not be empty"):
+        collate([])
+    dataset = SpeechDataset(utterances, CharTokenizer.from_texts(["xyz"]), Fbank())
+    with pytest.raises(ValueError, match="utterance 'train-0': character"):
+        dataset[0]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from transducer_toolkit.modules import ConvLstmEncoder
+from transducer_toolkit.modules.encoder_frontend import FeatureNormalizer, subsampled_length
+
+LENGTHS = [1, 2, 3, 4, 5, 9, 33, 50]
+
+
+@pytest.fixture(params=["utterance", "global"])
+def encoder(request):
+    torch.manual_seed(0)
+    encoder = ConvLstmEncoder(
+        num_features=20, conv_channels=4, hidden_dim=16, normalization=request.param
+    )
+    if request.param == "global":
+        encoder.normalizer.set_statistics(torch.full((20,), 3.0), torch.full((20,), 2.0))
+    return encoder.eval()
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e6, float("nan"), float("inf")])
+def test_batched_equals_single_whatever_stands_in_padding(encoder, padding):
+    features = 3 + torch.randn(len(LENGTHS), max(LENGTHS), 20)
+    for row, length in enumerate(LENGTHS):
+        features[row, length:] = padding
+    batched, batched_lengths = encoder(features, torch.tensor(LENGTHS))
+    assert batched.isfinite().all()
+    for row, length in enumerate(LENGTHS):
+        alone, alone_length = encoder(features[row : row + 1, :length], torch.tensor([length]))
+        assert batched_lengths[row] == alone_length[0] == alone.size(1)
+        torch.testing.assert_close(batched[row, : alone.size(1)], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_gets_no_gradient_and_gives_none(encoder):
+    features = torch.randn(2, 12, 20)
+    features[1, 7:] = float("nan")
+    features.requires_grad_()
+    out, lengths = encoder(features, torch.tensor([12, 7]))
+    (out[0].sum() + out[1, : int(lengths[1])].sum()).backward()
+    assert (features.grad[1, 7:] == 0).all()
+    assert features.grad[1, :7].abs().sum() > 0
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_utterance_normalisation_removes_a_constant_per_bin():
+    torch.manual_seed(0)
+    encoder = ConvLstmEncoder(num_features=20, conv_channels=4, hidden_dim=16).eval()
+    features, lengths = torch.randn(2, 30, 20), torch.tensor([30, 22])
+    out, _ = encoder(features, lengths)
+    shifted, _ = encoder(features + torch.randn(20), lengths)
+    torch.testing.assert_close(out[0], shifted[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_frames", range(1, 40))
+def test_num_output_frames(num_frames):
+    encoder = ConvLstmEncoder(num_features=20, conv_channels=2, hidden_dim=4)
+    out, lengths = encoder(torch.randn(1, num_frames, 20), torch.tensor([num_frames]))
+    expected = (num_frames + 3) // 4
+    assert out.size(1) == expected == int(lengths)
+    assert encoder.num_output_frames(num_frames) == subsampled_length(num_frames) == expected
+    assert encoder.num_output_frames(torch.tensor([num_frames])).tolist() == [expected]
+
+
+def test_global_statistics_are_needed_and_travel_with_the_state_dict():
+    def fresh():
+        return ConvLstmEncoder(num_features=20, conv_channels=2, normalization="global").eval()
+
+    encoder, features, lengths = fresh(), torch.randn(1, 8, 20), torch.tensor([8])
+    assert encoder.normalizer.needs_statistics
+    with pytest.raises(RuntimeError, match="has no statistics yet"):
+        encoder(features, lengths)
+    encoder.normalizer.set_statistics(torch.ones(20), torch.full((20,), 2.0))
+    restored = fresh()
+    restored.load_state_dict(encoder.state_dict())
+    assert not restored.normalizer.needs_statistics
+    torch.testing.assert_close(encoder(features, lengths)[0], restored(features, lengths)[0])
+
+
+@pytest.mark.parametrize(
+    ("features", "lengths", "message"),
+    [
+        (torch.zeros(2, 5, 7), [5, 5], r"features must have shape \(B, T_in, 20\)"),
+        (torch.zeros(5, 20), [5], r"features must have shape"),
+        (torch.zeros(2, 5, 20), [5], r"feature_lengths must have shape \(2,\), got \(1,\)"),
+        (torch.zeros(2, 5, 20), [5, 0], r"feature_lengths\[1\] must be in \[1, 5\], got 0"),
+        (torch.zeros(2, 5, 20), [6, 5], r"feature_lengths\[0\] must be in \[1, 5\], got 6"),
+    ],
+)
+def test_bad_input_is_named(features, lengths, message):
+    encoder = ConvLstmEncoder(num_features=20, conv_channels=2, hidden_dim=4)
+    with pytest.raises(ValueError, match=message):
+        encoder(features, torch.tensor(lengths))
+
+
+def test_bad_normalisation_is_named():
+    with pytest.raises(ValueError, match="normalization must be one of"):
+        FeatureNormalizer(20, "speaker")
+    with pytest.raises(ValueError, match="statistics are used with normalization='global'"):
+        FeatureNormalizer(20).set_statistics(torch.zeros(20), torch.ones(20))
+    normalizer = FeatureNormalizer(20, "global")
+    with pytest.raises(ValueError, match=r"mean must have shape \(20,\), got \(3,\)"):
+        normalizer.set_statistics(torch.zeros(3), torch.ones(20))
+    with pytest.raises(ValueError, match="std must be positive"):
+        normalizer.set_statistics(torch.zeros(20), torch.zeros(20))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.training.recognizer import Recognizer, recognizer_recipe
+
+MODEL = {
+    "_target_": "transducer_toolkit.modules.transducer.Transducer.build",
+    "encoder": {
+        "_target_": "transducer_toolkit.modules.encoder.ConvLstmEncoder",
+        "conv_channels": 2,
+        "hidden_dim": 8,
+    },
+    "predictor": {
+        "_target_": "transducer_toolkit.modules.predictor.StatelessPredictor",
+        "_partial_": True,
+        "embedding_dim": 4,
+    },
+    "joiner": {
+        "_target_": "transducer_toolkit.modules.joiner.Joiner",
+        "_partial_": True,
+        "joiner_dim": 8,
+    },
+    "vocab_size": 4,
+    "blank": 0,
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Write a checkpoint of MODEL with changes at its top level; returns path and model."""
+
+    def write(**changes):
+        model = instantiate(MODEL, _convert_="all")
+        recipe = recognizer_recipe(
+            MODEL | changes,
+            CharTokenizer(["<blk>", "\u2581", "a", "b"]),
+            Fbank(),
+            max_symbols_per_frame=3,
+        )
+        weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+        torch.save({"recognizer": recipe, "state_dict": weights}, tmp_path / "model.ckpt")
+        return tmp_path / "model.ckpt", model
+
+    return write
+
+
+def test_batch_equals_single(checkpoint):
+    recognizer = Recognizer.from_checkpoint(checkpoint()[0])
+    assert recognizer.max_symbols_per_frame == 3
+    waveforms = [torch.rand(length) - 0.5 for length in (8000, 300, 20000)]
+    together = recognizer.recognize(waveforms)
+    assert together == [recognizer.recognize([waveform])[0] for waveform in waveforms]
+    assert recognizer.transcribe(waveforms) == [
+        recognizer.tokenizer.decode(hypothesis.tokens) for hypothesis in together
+    ]
+
+
+def test_weights_are_restored_and_the_model_evaluates(checkpoint):
+    path, model = checkpoint()
+    recognizer = Recognizer.from_checkpoint(path)
+    assert not recognizer.model.training
+    for name, value in recognizer.model.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "torch.hub.load",
+        "transducer_toolkit.training.recognizer.load_checkpoint",
+        "transducer_toolkit.modules.encoder_frontend.torch.hub.load",
+        "transducer_toolkit.modules.no_such.Encoder",
+        "transducer_toolkit.modules_of_mine.Encoder",
+    ],
+)
+def test_foreign_classes_are_refused(checkpoint, target):
+    for changes in ({"_target_": target}, {"encoder": [{"_target_": target}]}):
+        path, _ = checkpoint(**changes)
+        with pytest.raises(ValueError, match="wants to instantiate"):
+            Recognizer.from_checkpoint(path)
+
+
+def test_own_classes_are_accepted_when_trusted(checkpoint):
+    target = "transducer_toolkit.training.schedules.constant"
+    path, _ = checkpoint(extra={"_target_": target, "_partial_": True})
+    with pytest.raises(ValueError, match="trusted_packages"):
+        Recognizer.from_checkpoint(path)
+    with pytest.raises(InstantiationException, match="unexpected keyword argument 'extra'"):
+        trusted = ["transducer_toolkit.modules", "transducer_toolkit.training"]
+        Recognizer.from_checkpoint(path, trusted_packages=trusted)
+
+
+def test_no_waveforms_is_an_error(checkpoint):
+    with pytest.raises(ValueError, match="at least one waveform"):
+        Recognizer.from_checkpoint(checkpoint()[0]).recognize([])

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One name for a run, the same in all of its processes."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from omegaconf import OmegaConf
+
+RUN_ID_VARIABLE = "TRANSDUCER_TOOLKIT_RUN_ID"
+
+
+def run_id() -> str:
+    """The name of this run's folder: its starting time, or what the launcher gives all processes.
+
+    Hydra makes the folder in every process. Processes that Lightning starts inherit the time from
+    the environment; those of torchrun and Slurm share an id that their launcher provides.
+
+    Example:
+        >>> run_id() == run_id()
+        True
+    """
+    if RUN_ID_VARIABLE not in os.environ:
+        os.environ[RUN_ID_VARIABLE] = (
+            _launcher_id("TORCHELASTIC_RUN_ID", "torchrun")
+            or _launcher_id("SLURM_JOB_ID", "slurm")
+            or time.strftime("%Y-%m-%d_%H-%M-%S")
+        )
+    return os.environ[RUN_ID_VARIABLE]
+
+
+def _launcher_id(variable: str, prefix: str) -> str | None:
+    value = os.environ.get(variable, "none")
+    # torchrun calls a run "none" unless it was given --rdzv-id: then the address of its
+    # rendezvous tells runs apart.
+    if value == "none" and prefix == "torchrun" and variable in os.environ:
+        value = f"{os.environ.get('MASTER_ADDR', '')}-{os.environ.get('MASTER_PORT', '')}"
+    return None if value == "none" else f"{prefix}-{value}"
+
+
+def register() -> None:
+    """Offer the name to Hydra's configs as ``${transducer_run_id:}``."""
+    OmegaConf.register_new_resolver("transducer_run_id", run_id, replace=True)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transducer-train``: train a transducer from a Hydra config, then test it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from transducer_toolkit.cli import run_folder
+
+if TYPE_CHECKING:
+    from transducer_toolkit.data.datamodule import TransducerDataModule
+    from transducer_toolkit.training.lightning_module import TransducerModule
+
+logger = logging.getLogger(__name__)
+run_folder.register()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Entry point; returns the best validation WER, for Hydra's sweepers."""
+    return train(cfg)
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train and test as ``conf/train.yaml`` describes.
+
+    Args:
+        cfg: the composed config.
+
+    Returns:
+        The best validation WER (a fraction); None if there was no validation.
+    """
+    # Late imports: --help, --cfg and shell completion stay quick.
+    import torch
+    from hydra.utils import instantiate
+    from lightning import seed_everything
+
+    from transducer_toolkit.cli.output import quiet_lightning
+    from transducer_toolkit.training.callbacks import StepClock
+
+    quiet_lightning()
+    if cfg.num_threads is not None:
+        torch.set_num_threads(cfg.num_threads)
+    if cfg.flush_denormal:  # before the first parallel region, or its threads do not follow
+        torch.set_flush_denormal(True)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+
+    # The vocabulary decides the model's sizes, so the data come first.
+    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    module = build_module(cfg, datamodule)
+
+    clock = StepClock()
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=[clock, *instantiate(cfg.callbacks, _convert_="all").values()],
+        logger=list(instantiate(cfg.logger, _convert_="all").values()),
+        _convert_="all",
+    )
+    num_parameters = sum(p.numel() for p in module.parameters())
+    logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
+
+    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
+    checkpoints = trainer.checkpoint_callback
+    best_wer = checkpoints.best_model_score if checkpoints is not None else None
+    best_wer = None if best_wer is None else float(best_wer)
+    if cfg.test:
+        best_path = checkpoints.best_model_path if checkpoints is not None else ""
+        trainer.test(module, datamodule=datamodule, ckpt_path=best_path or None, verbose=False)
+
+    if trainer.is_global_zero:
+        report = {
+            "seed": cfg.seed,
+            "best_validation_wer": best_wer,
+            "optimizer_steps": trainer.global_step,
+            "seconds_per_step": round(clock.seconds_per_step, 4),
+            "training_s": round(clock.training_s, 1),
+        }
+        _report(module, trainer, cfg, report)
+    return best_wer
+
+
+def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> TransducerModule:
+    """Build the model for a vocabulary, and everything that trains it.
+
+    Args:
+        cfg: the composed config.
+        datamodule: after ``setup``, which makes the tokenizer.
+    """
+    from hydra.utils import instantiate
+
+    from transducer_toolkit.training.lightning_module import TransducerModule
+    from transducer_toolkit.training.recognizer import recognizer_recipe
+
+    tokenizer = datamodule.tokenizer
+    assert tokenizer is not None  # setup made it
+    model_config: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    model_config |= {"vocab_size": tokenizer.vocab_size, "blank": tokenizer.blank}
+    recipe = recognizer_recipe(
+        model_config,
+        tokenizer,
+        datamodule.fbank,
+        max_symbols_per_frame=cfg.max_symbols_per_frame,
+    )
+    return TransducerModule(
+        instantiate(model_config, _convert_="all"),
+        tokenizer,
+        loss=instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all"),
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        scheduler=instantiate(cfg.scheduler, _convert_="all"),
+        recipe=recipe,
+        max_symbols_per_frame=cfg.max_symbols_per_frame,
+    )
+
+
+def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) -> None:
+    """Print where everything is and what it gave; keep the same in results.json."""
+    from transducer_toolkit.cli.output import print_word_errors, write_transcripts
+
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    report["test_wer"] = {name: errors.wer for name, errors in module.test_errors.items()}
+    (run_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    if module.test_errors:
+        write_transcripts(run_dir / "transcripts", module.test_transcripts)
+        print_word_errors(module.test_errors)
+    print(
+        f"{report['optimizer_steps']} steps in {report['training_s']:.0f} s, "
+        f"{1000 * report['seconds_per_step']:.0f} ms a step"
+    )
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    found = {
+        "checkpoint": Path(checkpoint) if checkpoint else None,
+        "pictures": run_dir / "pictures",
+        "transcripts": run_dir / "transcripts",
+        "metrics": run_dir / "metrics",
+        "results": run_dir / "results.json",
+    }
+    for name, path in found.items():
+        if path is not None and path.exists():
+            print(f"{name:12s} {_relative(path)}")
+    if checkpoint:
+        command = f"transducer-transcribe --checkpoint {_relative(Path(checkpoint))}"
+        print(f"\ntry it:  {command} FILE.wav")
+
+
+def _relative(path: Path) -> Path:
+    """The path as seen from here, if it lies below."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+if __name__ == "__main__":
+    main()

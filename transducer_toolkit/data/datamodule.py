@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Lightning data module: from a corpus to batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
+from transducer_toolkit.data.batching import LatticeBatchSampler, is_feasible
+from transducer_toolkit.data.corpus import Corpus
+from transducer_toolkit.data.dataset import SpeechDataset, collate
+from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.manifest import Utterance, read_manifest
+from transducer_toolkit.data.tokenizer import CharTokenizer
+
+__all__ = ["TransducerDataModule"]
+
+logger = logging.getLogger(__name__)
+
+
+class TransducerDataModule(lightning.LightningDataModule):
+    """Batches for training, validation and any number of named test sets.
+
+    The trainer needs ``use_distributed_sampler=False``: the batches are already distributed.
+    Utterances without a path through their lattice are dropped from training and validation, before
+    batching, and counted in the log; test sets are never shortened, a transcript cannot choose what
+    is tested.
+
+    Args:
+        corpus: prepared by one process per node, read by all.
+        fbank: waveform to features; None is ``Fbank()``.
+        tokenizer: None makes a character tokenizer of the training texts in ``setup``.
+        waveform_perturbation: for training, or None.
+        spec_augment: for training, or None.
+        max_cells: bound on the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, T after
+            subsampling.
+        max_utterances: bound on the utterances of a batch.
+        subsampling: input frames per encoder frame.
+        topology: decides which utterances are feasible, see :func:`is_feasible`.
+        num_workers: processes per loader that read and augment; 0 reads in the training process.
+        pin_memory: page-lock batches, for faster copies to a GPU; None does so where CUDA is.
+        seed: of shuffling and augmentation.
+
+    Attributes:
+        tokenizer: the tokenizer (after ``setup``, if none was given).
+
+    Raises:
+        ValueError: (by ``setup``) no utterance is left, or a text has unknown characters.
+
+    Example:
+        >>> corpus = ManifestCorpus(train="train.jsonl", val="dev.jsonl")  # doctest: +SKIP
+        >>> data = TransducerDataModule(corpus=corpus, max_cells=40_000)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        corpus: Corpus,
+        fbank: Fbank | None = None,
+        tokenizer: CharTokenizer | None = None,
+        waveform_perturbation: WaveformPerturbation | None = None,
+        spec_augment: SpecAugment | None = None,
+        max_cells: int,
+        max_utterances: int = 64,
+        subsampling: int = 4,
+        topology: str = "regular",
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.corpus = corpus
+        self.fbank = Fbank() if fbank is None else fbank
+        self.tokenizer = tokenizer
+        self.waveform_perturbation = waveform_perturbation
+        self.spec_augment = spec_augment
+        self.max_cells = max_cells
+        self.max_utterances = max_utterances
+        self.subsampling = subsampling
+        self.topology = topology
+        self.num_workers = num_workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.seed = seed
+        self._utterances: dict[str, list[Utterance]] = {}
+
+    def prepare_data(self) -> None:
+        """Prepare the corpus (Lightning calls this in one process per node)."""
+        self.corpus.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the manifests that a stage ("fit", "validate", "test" or None for all) needs."""
+        manifests = self.corpus.manifests()
+        if self.tokenizer is None:
+            texts = (utterance.text for utterance in read_manifest(manifests.train))
+            self.tokenizer = CharTokenizer.from_texts(texts)
+        if stage in (None, "fit"):
+            self._utterances["train"] = self._feasible("train", manifests.train)
+        if stage in (None, "fit", "validate"):
+            self._utterances["val"] = self._feasible("val", manifests.val)
+        if stage in (None, "test"):
+            for name, path in manifests.test.items():
+                self._utterances[f"test/{name}"] = _not_empty(name, path, read_manifest(path))
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test sets, in the order of ``test_dataloader``."""
+        return list(self.corpus.manifests().test)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented batches."""
+        return self._loader("train", training=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches by length, longest first."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """One loader per test set, in the order of ``test_names``."""
+        return [self._loader(f"test/{name}") for name in self.test_names]
+
+    def dataset(self, name: str, *, training: bool = False) -> SpeechDataset:
+        """Return the dataset "train", "val" or "test/<name>"; ``training`` augments it."""
+        if name not in self._utterances:
+            raise ValueError(f"no set {name!r} is set up, only {sorted(self._utterances)}")
+        assert self.tokenizer is not None  # setup made it
+        return SpeechDataset(
+            self._utterances[name],
+            self.tokenizer,
+            self.fbank,
+            waveform_perturbation=self.waveform_perturbation if training else None,
+            spec_augment=self.spec_augment if training else None,
+            seed=self.seed,
+        )
+
+    def _loader(self, name: str, *, training: bool = False) -> DataLoader:
+        dataset = self.dataset(name, training=training)
+        trainer = self.trainer
+        sampler = LatticeBatchSampler(
+            [self._num_frames(utterance) for utterance in dataset.utterances],
+            [len(dataset.tokenizer.encode(utterance.text)) for utterance in dataset.utterances],
+            max_cells=self.max_cells,
+            max_utterances=self.max_utterances,
+            subsampling=self.subsampling,
+            shuffle=training,
+            seed=self.seed,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0 and not name.startswith("test/"),
+            worker_init_fn=_init_worker,
+            pin_memory=self.pin_memory,
+        )
+
+    def _num_frames(self, utterance: Utterance, *, speed: float = 1.0) -> int:
+        num_samples = round(utterance.duration_s * self.fbank.sample_rate / speed)
+        return self.fbank.num_frames(num_samples)
+
+    def _feasible(self, name: str, path: Path) -> list[Utterance]:
+        """Utterances of a manifest that keep a path, even at the highest speed of training."""
+        perturbation = self.waveform_perturbation if name == "train" else None
+        speed = 1.0 if perturbation is None else perturbation.max_speed
+        kept: list[Utterance] = []
+        dropped: list[Utterance] = []
+        for utterance in read_manifest(path):
+            num_frames = -(-self._num_frames(utterance, speed=speed) // self.subsampling)
+            num_targets = len(self._encode(utterance))
+            feasible = is_feasible(num_frames, num_targets, topology=self.topology)
+            (kept if feasible else dropped).append(utterance)
+        if dropped:
+            logger.warning(
+                "%s: dropped %d of %d utterances that are too short for their text (topology %s), "
+                "e.g. %s",
+                name,
+                len(dropped),
+                len(kept) + len(dropped),
+                self.topology,
+                ", ".join(utterance.id for utterance in dropped[:3]),
+            )
+        return _not_empty(name, path, kept)
+
+    def _encode(self, utterance: Utterance) -> list[int]:
+        assert self.tokenizer is not None  # setup made it
+        try:
+            return self.tokenizer.encode(utterance.text)
+        except ValueError as error:
+            raise ValueError(f"utterance {utterance.id!r}: {error}") from error
+
+
+def _not_empty(name: str, path: Path, utterances: Iterable[Utterance]) -> list[Utterance]:
+    utterances = list(utterances)
+    if not utterances:
+        raise ValueError(f"set {name!r} has no usable utterances in {path}")
+    return utterances
+
+
+def _init_worker(worker_id: int) -> None:
+    # Workers and training share the CPUs: more threads would fight (a hundredfold slower features).
+    torch.set_num_threads(1)

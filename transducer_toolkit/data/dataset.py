@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From manifest rows to batches of features and targets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from transducer_toolkit.data.audio import read_audio
+from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
+from transducer_toolkit.data.batching import EpochIndex
+from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.keyed_random import keyed_generator
+from transducer_toolkit.data.manifest import Utterance
+from transducer_toolkit.data.tokenizer import CharTokenizer
+
+__all__ = ["TARGET_PADDING", "Batch", "Example", "SpeechDataset", "collate"]
+
+TARGET_PADDING = -1
+
+
+@dataclass(frozen=True)
+class Example:
+    """One utterance: features ``(T_in, F)`` float32 and targets ``(U,)`` int64."""
+
+    utterance: Utterance
+    features: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded utterances; the lengths stay on the CPU, where the lattice's shape is computed.
+
+    Attributes:
+        utterance_ids: ids in the manifest, B of them.
+        texts: references.
+        features: float32 ``(B, T_in, F)``, zero in the padding.
+        feature_lengths: int64 ``(B,)``, CPU, in input frames.
+        targets: int64 ``(B, U)``, -1 in the padding.
+        target_lengths: int64 ``(B,)``, CPU.
+    """
+
+    utterance_ids: list[str]
+    texts: list[str]
+    features: Tensor
+    feature_lengths: Tensor
+    targets: Tensor
+    target_lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.utterance_ids)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = True) -> Batch:
+        """Return the batch with features and targets on ``device``; lengths stay on the CPU.
+
+        A copy to a GPU overlaps with the CPU's work when the batch is pinned.
+        """
+        return dataclasses.replace(
+            self,
+            features=self.features.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Return the batch with features and targets in page-locked memory."""
+        return dataclasses.replace(
+            self, features=self.features.pin_memory(), targets=self.targets.pin_memory()
+        )
+
+
+class SpeechDataset(Dataset[Example]):
+    """Utterances of a manifest as features and targets, augmented on request.
+
+    Args:
+        utterances: manifest rows with resolved audio paths.
+        tokenizer: text to target symbols.
+        fbank: waveform to features.
+        waveform_perturbation: applied to the waveform, or None.
+        spec_augment: applied to the features, or None.
+        seed: of the augmentation, which is a function of seed, epoch and utterance id alone.
+
+    Raises:
+        ValueError: (on access) unreadable or too short audio, or a text with characters that the
+            tokenizer lacks; the utterance is named.
+
+    Example:
+        >>> dataset = SpeechDataset(read_manifest("train.jsonl"), tokenizer, Fbank())
+        ... # doctest: +SKIP
+        >>> dataset[EpochIndex(epoch=0, position=3)].features.shape  # doctest: +SKIP
+        torch.Size([214, 80])
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        tokenizer: CharTokenizer,
+        fbank: Fbank,
+        *,
+        waveform_perturbation: WaveformPerturbation | None = None,
+        spec_augment: SpecAugment | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.utterances = list(utterances)
+        self.tokenizer = tokenizer
+        self.fbank = fbank
+        self.waveform_perturbation = waveform_perturbation
+        self.spec_augment = spec_augment
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, key: EpochIndex | int) -> Example:
+        epoch, position = key if isinstance(key, tuple) else (0, key)
+        utterance = self.utterances[position]
+        try:
+            return self._read(utterance, epoch)
+        except ValueError as error:
+            raise ValueError(f"utterance {utterance.id!r}: {error}") from error
+
+    def _read(self, utterance: Utterance, epoch: int) -> Example:
+        waveform = read_audio(
+            utterance.audio,
+            offset_s=utterance.offset_s,
+            duration_s=utterance.duration_s,
+            sample_rate=self.fbank.sample_rate,
+        )
+        if self.waveform_perturbation is not None:
+            rng = keyed_generator(self.seed, epoch, utterance.id, "waveform")
+            waveform = self.waveform_perturbation(waveform, rng)
+        features = self.fbank(waveform)
+        if self.spec_augment is not None:
+            rng = keyed_generator(self.seed, epoch, utterance.id, "features")
+            features = self.spec_augment(features, rng)
+        targets = torch.tensor(self.tokenizer.encode(utterance.text), dtype=torch.int64)
+        return Example(utterance, features, targets)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad examples into one batch.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not examples:
+        raise ValueError("examples must not be empty")
+    features = [example.features for example in examples]
+    targets = [example.targets for example in examples]
+    return Batch(
+        utterance_ids=[example.utterance.id for example in examples],
+        texts=[example.utterance.text for example in examples],
+        features=pad_sequence(features, batch_first=True),
+        feature_lengths=torch.tensor([len(f) for f in features], dtype=torch.int64),
+        targets=pad_sequence(targets, batch_first=True, padding_value=TARGET_PADDING),
+        target_lengths=torch.tensor([len(t) for t in targets], dtype=torch.int64),
+    )

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest: one utterance per JSON line, audio paths relative to the manifest's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Utterance", "read_manifest", "write_manifest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One row of a manifest.
+
+    Args:
+        id: unique within the manifest; also keys the utterance's augmentation.
+        audio: path of an audio file that soundfile reads (wav, flac, ogg, mp3, ...).
+        duration_s: length of the utterance in seconds, > 0.
+        text: transcript; may be empty.
+        offset_s: where the utterance starts in the file, seconds.
+        speaker: speaker or voice, if known.
+        extra: anything else that JSON can hold; carried along, never interpreted.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: ``id`` or ``audio`` is empty, or a time is negative or not finite.
+
+    Example:
+        >>> Utterance(id="a", audio="a.wav", duration_s=1.5, text="three seven")
+        Utterance(id='a', audio='a.wav', duration_s=1.5, text='three seven', offset_s=0.0, \
+speaker=None, extra={})
+    """
+
+    id: str
+    audio: str
+    duration_s: float
+    text: str
+    offset_s: float = 0.0
+    speaker: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("id", "audio", "text"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be str, got {type(value).__name__}: {value!r}")
+        for name in ("id", "audio"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        if self.speaker is not None and not isinstance(self.speaker, str):
+            raise TypeError(f"speaker must be str or None, got {type(self.speaker).__name__}")
+        if not isinstance(self.extra, Mapping):
+            raise TypeError(f"extra must be a mapping, got {type(self.extra).__name__}")
+        for name in ("duration_s", "offset_s"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if self.duration_s == 0:
+            raise ValueError("duration_s must be positive, got 0")
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Utterance))
+
+
+def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
+    """Read a manifest; relative audio paths are resolved against its folder.
+
+    Args:
+        path: JSON-lines file, one :class:`Utterance` per line; blank lines are skipped.
+
+    Returns:
+        The utterances in file order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a valid utterance or repeats an id; the message names file and
+            line.
+
+    Example:
+        >>> utterances = read_manifest("data/train.jsonl")  # doctest: +SKIP
+    """
+    path = Path(path)
+    utterances: list[Utterance] = []
+    line_of_id: dict[str, int] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise TypeError(f"expected a JSON object, got {type(row).__name__}")
+                unknown = sorted(set(row) - set(_FIELDS))
+                if unknown:
+                    raise ValueError(f"unknown fields {unknown}; put them into 'extra'")
+                utterance = Utterance(**row)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            if utterance.id in line_of_id:
+                first = line_of_id[utterance.id]
+                raise ValueError(
+                    f"{path}, line {number}: id {utterance.id!r} already stands in line {first}"
+                )
+            line_of_id[utterance.id] = number
+            audio = str(path.parent / utterance.audio)
+            utterances.append(dataclasses.replace(utterance, audio=audio))
+    return utterances
+
+
+def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]) -> None:
+    """Write a manifest atomically; audio below its folder is stored relative to it.
+
+    Args:
+        path: file to write; its folder must exist. A reader sees the old file or the whole new
+            one, never a part.
+        utterances: rows, in order.
+
+    Example:
+        >>> write_manifest("train.jsonl", utterances)  # doctest: +SKIP
+    """
+    path = Path(path)
+    folder = path.parent.absolute()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for utterance in utterances:
+                row = {name: getattr(utterance, name) for name in _FIELDS}
+                row["extra"] = dict(utterance.extra)
+                audio = Path(utterance.audio).absolute()
+                if audio.is_relative_to(folder):
+                    row["audio"] = audio.relative_to(folder).as_posix()
+                else:
+                    row["audio"] = str(audio)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

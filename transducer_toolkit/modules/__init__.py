@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoder, predictor, joiner, and the transducer made of them."""
+
+from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder
+from transducer_toolkit.modules.joiner import Joiner
+from transducer_toolkit.modules.predictor import LstmPredictor, Predictor, StatelessPredictor
+from transducer_toolkit.modules.transducer import Transducer
+
+__all__ = [
+    "ConvLstmEncoder",
+    "Encoder",
+    "Joiner",
+    "LstmPredictor",
+    "Predictor",
+    "StatelessPredictor",
+    "Transducer",
+]

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands before the recurrent layers of an encoder: normalisation and 4x subsampling."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+NumFrames = TypeVar("NumFrames", int, Tensor)
+
+SUBSAMPLING_FACTOR = 4
+NORMALIZATIONS = ("utterance", "global")
+
+
+def subsampled_length(num_frames: NumFrames) -> NumFrames:
+    """Number of encoder frames of ``num_frames`` feature frames, ``ceil(num_frames / 4)``.
+
+    Args:
+        num_frames: number of feature frames, an int or an integer tensor of any shape.
+
+    Returns:
+        The same type as ``num_frames``.
+
+    Example:
+        >>> subsampled_length(9)
+        3
+    """
+    return (num_frames + SUBSAMPLING_FACTOR - 1) // SUBSAMPLING_FACTOR
+
+
+def frame_mask(lengths: Tensor, max_frames: int, device: torch.device) -> Tensor:
+    """Mark the real frames of a padded batch.
+
+    Args:
+        lengths: (B,) int64, in frames, on the CPU or on ``device``.
+        max_frames: padded number of frames, T.
+        device: where the mask is needed.
+
+    Returns:
+        (B, T) bool, True where a frame belongs to its utterance.
+
+    Example:
+        >>> frame_mask(torch.tensor([1, 3]), 3, torch.device("cpu"))
+        tensor([[ True, False, False],
+                [ True,  True,  True]])
+    """
+    frames = torch.arange(max_frames, device=device)
+    return frames < lengths.to(device, non_blocking=True).unsqueeze(1)
+
+
+class FeatureNormalizer(nn.Module):
+    """Centre features, by the mean of their utterance or by statistics of the training set.
+
+    ``"utterance"`` subtracts, per bin, the mean over the real frames of the utterance: it removes
+    the channel and the level, and needs no statistics. ``"global"`` computes ``(x - mean) / std``
+    with buffers that :meth:`set_statistics` fills and the state dict carries; it needs no future
+    frame, as a streaming recogniser must not. Either way padded frames leave as zeros, whatever
+    they held.
+
+    Args:
+        num_features: feature bins, F.
+        mode: ``"utterance"`` or ``"global"``.
+
+    Raises:
+        ValueError: if ``mode`` is neither.
+
+    Example:
+        >>> normalizer = FeatureNormalizer(2)
+        >>> features = torch.tensor([[[1.0, 4.0], [3.0, 8.0], [float("nan"), 0.0]]])
+        >>> normalizer(features, torch.tensor([[True, True, False]]))
+        tensor([[[-1., -2.],
+                 [ 1.,  2.],
+                 [ 0.,  0.]]])
+    """
+
+    mean: Tensor
+    std: Tensor
+    has_statistics: Tensor
+
+    def __init__(self, num_features: int, mode: str = "utterance") -> None:
+        super().__init__()
+        if mode not in NORMALIZATIONS:
+            raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {mode!r}")
+        self.mode = mode
+        self.num_features = num_features
+        self._known_ready = mode == "utterance"
+        if mode == "global":
+            self.register_buffer("mean", torch.zeros(num_features))
+            self.register_buffer("std", torch.ones(num_features))
+            self.register_buffer("has_statistics", torch.tensor(False))
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether :meth:`set_statistics` (or a state dict) has yet to provide mean and std."""
+        if not self._known_ready:  # ask the buffer, perhaps on a device, only until it says yes
+            self._known_ready = bool(self.has_statistics)
+        return not self._known_ready
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store the global statistics.
+
+        Args:
+            mean: (F,) mean of each bin over the training set.
+            std: (F,) standard deviation of each bin, positive.
+
+        Raises:
+            ValueError: if the mode is ``"utterance"``, a shape is not (F,) or a std not positive.
+        """
+        if self.mode != "global":
+            raise ValueError("statistics are used with normalization='global', not 'utterance'")
+        for name, value in (("mean", mean), ("std", std)):
+            if value.shape != (self.num_features,):
+                raise ValueError(
+                    f"{name} must have shape ({self.num_features},), got {tuple(value.shape)}"
+                )
+        if not bool((std > 0).all()):
+            raise ValueError("std must be positive in every bin")
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        self.has_statistics.fill_(True)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Normalise a padded batch.
+
+        Args:
+            features: (B, T, F) float; anything, also NaN, in padded frames.
+            mask: (B, T) bool, True at real frames.
+
+        Returns:
+            (B, T, F), zero at padded frames.
+
+        Raises:
+            RuntimeError: in global mode before the statistics are known.
+        """
+        mask = mask.unsqueeze(-1)
+        if self.mode == "utterance":
+            real = torch.where(mask, features, 0.0)  # not a product: 0 * NaN is NaN
+            mean = real.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            return torch.where(mask, real - mean, 0.0)
+        if self.needs_statistics:
+            raise RuntimeError(
+                "normalization='global' has no statistics yet: call "
+                "FeatureNormalizer.set_statistics(mean, std), or train with the callback "
+                "EstimateFeatureStatistics"
+            )
+        return torch.where(mask, (features - self.mean) / self.std, 0.0)
+
+
+class ConvSubsampling(nn.Module):
+    """Two 2-D convolutions, each halving time and frequency, and a projection.
+
+    ``(B, T, F) -> (B, ceil(T / 4), output_dim)``. Frames beyond an utterance's length are zeroed
+    before each convolution, so that a batched utterance sees the zeros it would see alone.
+
+    Args:
+        num_features: feature bins, F.
+        channels: channels of both convolutions.
+        output_dim: width of the projection.
+
+    Example:
+        >>> subsampling = ConvSubsampling(80, channels=8, output_dim=16)
+        >>> subsampling(torch.zeros(2, 10, 80), torch.tensor([10, 5])).shape
+        torch.Size([2, 3, 16])
+    """
+
+    def __init__(self, num_features: int, *, channels: int, output_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, kernel_size=3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
+        self.projection = nn.Linear(channels * subsampled_length(num_features), output_dim)
+        self.norm = nn.LayerNorm(output_dim)
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Subsample a padded batch.
+
+        Args:
+            features: (B, T, F), zero at padded frames.
+            lengths: (B,) int64, real feature frames.
+
+        Returns:
+            (B, ceil(T / 4), output_dim); padded frames hold unspecified finite values.
+        """
+        hidden = self.conv1(features.unsqueeze(1)).relu()  # (B, C, T/2, F/2)
+        mask = frame_mask((lengths + 1) // 2, hidden.size(2), hidden.device)
+        hidden = self.conv2(hidden * mask[:, None, :, None]).relu()  # (B, C, T/4, F/4)
+        hidden = hidden.transpose(1, 2).flatten(2)  # (B, T/4, C * F/4)
+        return self.norm(self.projection(hidden))

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks: feature statistics, guards, clocks and pictures."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from transducer_toolkit.data.dataset import Batch
+from transducer_toolkit.data.features import FRAME_SHIFT_MS
+from transducer_toolkit.decoding import align, lattice_occupancy
+from transducer_toolkit.lattice import LatticeShape
+from transducer_toolkit.modules.encoder_frontend import FeatureNormalizer
+from transducer_toolkit.training.lightning_module import TransducerModule
+from transducer_toolkit.training.plots import History, draw_learning_curves, draw_utterance
+
+logger = logging.getLogger(__name__)
+
+
+class EstimateFeatureStatistics(Callback):
+    """Fill the encoder's global mean and standard deviation before training.
+
+    Does nothing for ``normalization="utterance"`` or when a checkpoint brought the statistics.
+
+    Args:
+        num_batches: batches of the training set to look at, in each process.
+    """
+
+    def __init__(self, num_batches: int = 100) -> None:
+        self.num_batches = num_batches
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for module in pl_module.modules():
+            if isinstance(module, FeatureNormalizer) and module.needs_statistics:
+                module.set_statistics(*self._measure(trainer, module.num_features))
+
+    def _measure(self, trainer: Trainer, num_features: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each bin, over the batches of all processes."""
+        # float64: the variance is a difference. Rows: count, sum and sum of squares.
+        sums = torch.zeros(3, num_features, dtype=torch.float64)
+        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        for batch in itertools.islice(loader, self.num_batches):
+            for features, length in zip(batch.features, batch.feature_lengths, strict=True):
+                real = features[: int(length)].double()
+                sums[0] += len(real)
+                sums[1] += real.sum(0)
+                sums[2] += real.square().sum(0)
+        sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum")
+        mean = sums[1] / sums[0]
+        std = (sums[2] / sums[0] - mean.square()).clamp(min=1e-10).sqrt()
+        return mean.float(), std.float()
+
+
+class SeedEachBatch(Callback):
+    """Key the random numbers of dropout by seed, epoch, batch and process.
+
+    So a resumed training goes on as if it had not been interrupted, and the processes of a group
+    do not all drop the same units.
+
+    Args:
+        seed: of the training.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        key = np.random.SeedSequence(
+            (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        )
+        torch.manual_seed(int(key.generate_state(1)[0]))
+
+
+class StopOnNonFiniteLoss(Callback):
+    """End the training with an error as soon as a loss is NaN or infinite."""
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        loss = outputs["loss"]
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"the loss of step {trainer.global_step} is {float(loss)}; its utterances: "
+                f"{', '.join(batch.utterance_ids)}. Try a lower optimizer.lr or "
+                "trainer.gradient_clip_val, and look at these utterances"
+            )
+
+
+class StepClock(Callback):
+    """Measure the wall time of training steps, without validation and start-up.
+
+    Attributes:
+        seconds_per_step: mean so far, data loading included; 0 before the second step.
+        training_s: wall time from the start of the training to its end, validation included.
+    """
+
+    # The first steps pay for allocations and worker start-up.
+    NUM_IGNORED_STEPS = 5
+
+    def __init__(self) -> None:
+        self.training_s = 0.0
+        self._sum_s = 0.0
+        self._num_steps = 0
+        self._num_seen = 0
+        self._last: float | None = None
+        self._start = 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self._sum_s / max(1, self._num_steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.training_s = time.perf_counter() - self._start
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = None
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._num_seen += 1
+        if self._last is not None and self._num_seen > self.NUM_IGNORED_STEPS:
+            self._sum_s += now - self._last
+            self._num_steps += 1
+        self._last = now
+
+
+class LearningCurves(Callback):
+    """Draw losses, word error rate and learning rate over the steps, at the end of the training.
+
+    The history is part of the checkpoint, so that a resumed training draws all of it.
+
+    Args:
+        path: PNG file to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.history: History = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": {name: list(points) for name, points in self.history.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.history = {
+            name: [(int(step), float(value)) for step, value in points]
+            for name, points in state_dict["history"].items()
+        }
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:
+            self._add(trainer, "train/loss", float(outputs["loss"]))
+            self._add(trainer, "learning rate", trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            for name in ("val/loss", "val/wer"):
+                if name in trainer.callback_metrics:
+                    self._add(trainer, name, float(trainer.callback_metrics[name]))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.history:
+            draw_learning_curves(self.history).savefig(_parent_made(self.path))
+
+    def _add(self, trainer: Trainer, name: str, value: float) -> None:
+        self.history.setdefault(name, []).append((trainer.global_step, value))
+
+
+class UtterancePicture(Callback):
+    """Draw one utterance of the first test set: features, lattice occupancy, best path.
+
+    Args:
+        path: PNG file to write.
+        duration_s: the utterance closest to this duration is drawn.
+    """
+
+    def __init__(self, path: str, *, duration_s: float = 3.0) -> None:
+        self.path = Path(path)
+        self.duration_s = duration_s
+        self._chosen: tuple[float, Batch] | None = None  # distance in seconds, batch of one
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._chosen = None
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if dataloader_idx != 0 or not trainer.is_global_zero:
+            return
+        frame_s = FRAME_SHIFT_MS / 1000
+        for row, length in enumerate(batch.feature_lengths.tolist()):
+            distance = abs(length * frame_s - self.duration_s)
+            # An utterance without symbols has nothing to align.
+            if int(batch.target_lengths[row]) and (
+                self._chosen is None or distance < self._chosen[0]
+            ):
+                self._chosen = (distance, _row(batch, row))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._chosen is None or not isinstance(pl_module, TransducerModule):
+            return
+        batch = self._chosen[1]
+        model, tokenizer = pl_module.model, pl_module.tokenizer
+        encoder_out, encoder_lengths, predictor_out = model(
+            batch.features, batch.feature_lengths, batch.targets
+        )
+        shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
+        logits = model.joiner(encoder_out, predictor_out, shape).float()
+        occupancy = lattice_occupancy(logits, batch.targets, shape, model.blank)[0]
+        alignment = align(logits, batch.targets, shape, model.blank)[0]
+        figure = draw_utterance(
+            batch.features[0].cpu(),
+            occupancy.cpu(),
+            alignment,
+            [tokenizer.symbols[token] for token in batch.targets[0].tolist()],
+            title=f"{batch.utterance_ids[0]}: {batch.texts[0]!r}",
+            feature_frame_s=FRAME_SHIFT_MS / 1000,
+        )
+        figure.savefig(_parent_made(self.path))
+
+
+def _row(batch: Batch, row: int) -> Batch:
+    """One utterance of a batch, as a batch without padding."""
+    num_frames = int(batch.feature_lengths[row])
+    num_targets = int(batch.target_lengths[row])
+    return Batch(
+        utterance_ids=[batch.utterance_ids[row]],
+        texts=[batch.texts[row]],
+        features=batch.features[row : row + 1, :num_frames].clone(),
+        feature_lengths=batch.feature_lengths[row : row + 1].clone(),
+        targets=batch.targets[row : row + 1, :num_targets].clone(),
+        target_lengths=batch.target_lengths[row : row + 1].clone(),
+    )
+
+
+def _parent_made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training, validation and test of a transducer in Lightning's terms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from transducer_toolkit.data.dataset import Batch
+from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.decoding import greedy_search
+from transducer_toolkit.lattice import LatticeShape
+from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.training.recognizer import CHECKPOINT_KEY
+from transducer_toolkit.training.scoring import (
+    Transcript,
+    WordErrors,
+    count_word_errors,
+    gather_transcripts,
+)
+from transducer_toolkit.training.stages import LossStage, StageOutput
+
+logger = logging.getLogger(__name__)
+
+
+class TransducerModule(LightningModule):
+    """A transducer, its loss stage and its optimiser.
+
+    The training loss is the sum over the utterances divided by the number of encoder frames, of
+    all processes together. Validation and test decode greedily and count word errors over the
+    whole set. Logged: ``train/loss``, ``val/loss`` (nats a frame), ``val/wer``, ``test/wer/NAME``.
+
+    Args:
+        model: the transducer.
+        tokenizer: whose symbols it emits.
+        loss: the loss stage; needed for training and validation.
+        optimizer: called with the parameters; needed for training.
+        scheduler: called with the optimizer and ``total_steps``, stepped once an optimizer step.
+        recipe: what checkpoints carry for
+            :meth:`~transducer_toolkit.training.recognizer.Recognizer.from_checkpoint`.
+        max_symbols_per_frame: bound of the greedy search.
+        num_logged_hypotheses: hypotheses printed beside their references after each validation.
+
+    Attributes:
+        test_transcripts: transcripts of each test set by name, after a test.
+        test_errors: word errors of each test set by name, after a test.
+    """
+
+    def __init__(
+        self,
+        model: Transducer,
+        tokenizer: CharTokenizer,
+        *,
+        loss: LossStage | None = None,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        scheduler: Callable[..., LRScheduler] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        max_symbols_per_frame: int = 10,
+        num_logged_hypotheses: int = 4,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.loss = loss
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.recipe = recipe
+        self.max_symbols_per_frame = max_symbols_per_frame
+        self.num_logged_hypotheses = num_logged_hypotheses
+        self.test_transcripts: dict[str, list[Transcript]] = {}
+        self.test_errors: dict[str, WordErrors] = {}
+        self._transcripts: dict[int, list[Transcript]] = {}  # by dataloader, during an epoch
+        self._loss_sum = 0.0
+        self._frame_sum = 0.0
+
+    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
+        if self.make_optimizer is None:
+            raise ValueError("training needs an optimizer: TransducerModule(..., optimizer=...)")
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def compute_losses(self, batch: Batch) -> tuple[StageOutput, LatticeShape, Tensor]:
+        """Run model and loss stage on a batch.
+
+        Returns:
+            The stage's output, the batch's lattices and ``encoder_out`` (B, T, E).
+        """
+        if self.loss is None:
+            raise ValueError("this needs a loss stage: TransducerModule(..., loss=...)")
+        encoder_out, encoder_lengths, predictor_out = self.model(
+            batch.features, batch.feature_lengths, batch.targets
+        )
+        shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
+        output = self.loss(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
+        return output, shape, encoder_out
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        output, shape, _ = self.compute_losses(batch)
+        num_frames = shape.logit_lengths.sum().to(self.device, output.losses.dtype)
+        # DDP averages gradients over the processes: with F the frames of all of them and W their
+        # number, W / F times each one's sum gives the sum of all over F.
+        mean_frames = self.trainer.strategy.reduce(num_frames, reduce_op="mean")
+        loss = output.losses.sum() / mean_frames
+        batch_size = len(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
+        for name, value in output.metrics.items():
+            self.log(f"train/{name}", value, batch_size=batch_size)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._transcripts = {}
+        self._loss_sum = self._frame_sum = 0.0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        output, shape, encoder_out = self.compute_losses(batch)
+        self._loss_sum += float(output.losses.sum())
+        self._frame_sum += float(shape.logit_lengths.sum())
+        self._decode(batch, encoder_out, shape.logit_lengths, 0)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = torch.tensor([self._loss_sum, self._frame_sum], device=self.device)
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        transcripts = gather_transcripts(self._transcripts.get(0, []))
+        errors = count_word_errors(transcripts)
+        # Every process computed the same values from all of the set.
+        self.log("val/loss", sums[0] / sums[1], rank_zero_only=False, sync_dist=False)
+        self.log("val/wer", errors.wer, prog_bar=True, rank_zero_only=False, sync_dist=False)
+        if not self.trainer.sanity_checking:
+            self._show(transcripts[: self.num_logged_hypotheses], errors)
+
+    def on_test_epoch_start(self) -> None:
+        self._transcripts = {}
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        encoder_out, encoder_lengths = self.model.encoder(batch.features, batch.feature_lengths)
+        self._decode(batch, encoder_out, encoder_lengths, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        names = self.trainer.datamodule.test_names  # type: ignore[attr-defined]
+        for index, name in enumerate(names):
+            transcripts = gather_transcripts(self._transcripts.get(index, []))
+            self.test_transcripts[name] = transcripts
+            self.test_errors[name] = count_word_errors(transcripts)
+            self.log(f"test/wer/{name}", self.test_errors[name].wer, sync_dist=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.recipe is not None:
+            checkpoint[CHECKPOINT_KEY] = dict(self.recipe)
+
+    def _decode(
+        self, batch: Batch, encoder_out: Tensor, encoder_lengths: Tensor, dataloader_idx: int
+    ) -> None:
+        hypotheses = greedy_search(
+            self.model.predictor,
+            self.model.joiner,
+            encoder_out,
+            encoder_lengths,
+            max_symbols_per_frame=self.max_symbols_per_frame,
+        )
+        self._transcripts.setdefault(dataloader_idx, []).extend(
+            Transcript(id, text, self.tokenizer.decode(hypothesis.tokens))
+            for id, text, hypothesis in zip(
+                batch.utterance_ids, batch.texts, hypotheses, strict=True
+            )
+        )
+
+    def _show(self, transcripts: list[Transcript], errors: WordErrors) -> None:
+        """Put a few hypotheses beside their references, always the same utterances."""
+        if not self.trainer.is_global_zero:
+            return
+        lines = [
+            f"epoch {self.current_epoch}, step {self.global_step}: "
+            f"validation WER {100 * errors.wer:.2f} %"
+        ]
+        for transcript in transcripts:
+            lines += [f"  ref {transcript.reference}", f"  hyp {transcript.hypothesis}"]
+        logger.info("\n".join(lines))
+        text = "\n".join(f"    {line}" for line in lines)  # indented: verbatim in Markdown
+        for sink in self.loggers:
+            if isinstance(sink, TensorBoardLogger):
+                sink.experiment.add_text("val/hypotheses", text, self.global_step)

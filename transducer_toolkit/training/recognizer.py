@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model with what it needs to turn audio into text, restored from one checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import pkgutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.decoding import Hypothesis, greedy_search
+from transducer_toolkit.modules.transducer import Transducer
+
+CHECKPOINT_KEY = "recognizer"
+FORMAT_VERSION = 1
+TRUSTED_PACKAGES = ("transducer_toolkit.modules",)
+
+
+def recognizer_recipe(
+    model_config: Mapping[str, Any],
+    tokenizer: CharTokenizer,
+    fbank: Fbank,
+    *,
+    max_symbols_per_frame: int,
+) -> dict[str, Any]:
+    """Describe a recognizer in plain values, for a checkpoint that ``weights_only`` can load.
+
+    Args:
+        model_config: Hydra config of the model as plain containers, with ``_target_``,
+            ``vocab_size`` and ``blank``.
+        tokenizer: whose symbols the model emits.
+        fbank: the features that the model reads.
+        max_symbols_per_frame: bound of the greedy search.
+
+    Returns:
+        What :meth:`Recognizer.from_checkpoint` expects under ``"recognizer"``.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": dict(model_config),
+        "symbols": list(tokenizer.symbols),
+        "num_mel_bins": fbank.num_mel_bins,
+        "max_symbols_per_frame": max_symbols_per_frame,
+    }
+
+
+class Recognizer:
+    """Model, tokenizer and features: waveforms to text.
+
+    Args:
+        model: a trained transducer; it is put into eval mode.
+        tokenizer: whose symbols the model emits.
+        fbank: the features that the model reads.
+        max_symbols_per_frame: bound of the greedy search.
+
+    Example:
+        >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
+        >>> recognizer.transcribe([read_audio("three.wav")])  # doctest: +SKIP
+        ['three']
+    """
+
+    def __init__(
+        self,
+        model: Transducer,
+        tokenizer: CharTokenizer,
+        fbank: Fbank,
+        *,
+        max_symbols_per_frame: int = 10,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.fbank = fbank
+        self.max_symbols_per_frame = max_symbols_per_frame
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        trusted_packages: Sequence[str] = TRUSTED_PACKAGES,
+    ) -> Recognizer:
+        """Restore a recognizer from a checkpoint of ``transducer-train``, and from nothing else.
+
+        The file is read with ``weights_only=True`` and names the classes of its model; only those
+        of ``trusted_packages`` are instantiated. So a foreign checkpoint can run no foreign code.
+
+        Args:
+            path: the checkpoint.
+            device: where the model goes.
+            trusted_packages: add your own package here if your model's classes live in it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not such a checkpoint, or names a class not trusted.
+        """
+        checkpoint = load_checkpoint(path)
+        recipe = checkpoint[CHECKPOINT_KEY]
+        _check_targets(recipe["model"], trusted_packages, path)
+        model = instantiate(recipe["model"], _convert_="all")
+        weights = {
+            name.removeprefix("model."): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith("model.")
+        }
+        model.load_state_dict(weights)
+        return cls(
+            model.to(device),
+            CharTokenizer(recipe["symbols"]),
+            Fbank(num_mel_bins=recipe["num_mel_bins"]),
+            max_symbols_per_frame=recipe["max_symbols_per_frame"],
+        )
+
+    @torch.inference_mode()
+    def recognize(self, waveforms: Sequence[Tensor]) -> list[Hypothesis]:
+        """Recognise a batch of waveforms, symbols with their encoder frames.
+
+        Args:
+            waveforms: each (num_samples,) float32 in [-1, 1] at ``fbank.sample_rate``, on the CPU.
+
+        Returns:
+            One hypothesis a waveform.
+
+        Raises:
+            ValueError: if there are none, or one is too short for a frame of features.
+        """
+        if not waveforms:
+            raise ValueError("waveforms must hold at least one waveform, got none")
+        features = [self.fbank(waveform) for waveform in waveforms]
+        lengths = torch.tensor([len(f) for f in features])
+        device = next(self.model.parameters()).device
+        padded = pad_sequence(features, batch_first=True).to(device)
+        encoder_out, encoder_lengths = self.model.encoder(padded, lengths)
+        return greedy_search(
+            self.model.predictor,
+            self.model.joiner,
+            encoder_out,
+            encoder_lengths,
+            max_symbols_per_frame=self.max_symbols_per_frame,
+        )
+
+    def transcribe(self, waveforms: Sequence[Tensor]) -> list[str]:
+        """Recognise a batch of waveforms as text; see :meth:`recognize`."""
+        return [self.tokenizer.decode(h.tokens) for h in self.recognize(waveforms)]
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of ``transducer-train`` without running code from it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a checkpoint of transducer-train, nor of torch at all")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        raise ValueError(
+            f"{path} is not a checkpoint of transducer-train: it holds no {CHECKPOINT_KEY!r} entry"
+        )
+    version = checkpoint[CHECKPOINT_KEY].get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has the recognizer format {version}, this version of transducer_toolkit "
+            f"reads {FORMAT_VERSION}"
+        )
+    return checkpoint
+
+
+def _check_targets(
+    config: Any, trusted_packages: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    """Refuse a config that would instantiate anything but classes of the trusted packages."""
+    if isinstance(config, list):
+        for value in config:
+            _check_targets(value, trusted_packages, path)
+    elif isinstance(config, dict):
+        if "_target_" in config:
+            _check_target(str(config["_target_"]), trusted_packages, path)
+        for value in config.values():
+            _check_targets(value, trusted_packages, path)
+
+
+def _check_target(
+    target: str, trusted_packages: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    def is_trusted(name: str | None) -> bool:
+        return name is not None and any(
+            name == package or name.startswith(package + ".") for package in trusted_packages
+        )
+
+    # The spelling first, as looking a target up imports it; then where it is defined, because
+    # what a trusted module merely imported (trusted.module.os.system) is not trusted.
+    if is_trusted(target):
+        try:
+            defined_in = getattr(pkgutil.resolve_name(target), "__module__", None)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} wants to instantiate {target}: {error}") from error
+    if not is_trusted(target) or not is_trusted(defined_in):
+        raise ValueError(
+            f"{path} wants to instantiate {target}, which is not of the trusted packages "
+            f"{list(trusted_packages)}; if you trust the file and the class, pass its package in "
+            "trusted_packages (--trust-package on the command line)"
+        )
