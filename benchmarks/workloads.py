@@ -12,8 +12,8 @@ from torch import Tensor
 
 from transducer_toolkit import LatticeShape
 
-# Frames after 4x subsampling of LibriSpeech train-clean-100, at its 0th, 5th, ..., 100th percentile;
-# a transcript has about 0.215 BPE-500 tokens a frame, with a spread of 0.04.
+# Frames after 4x subsampling of LibriSpeech train-clean-100, at percentiles 0, 5, ..., 100; a
+# transcript has about 0.215 BPE-500 tokens a frame, with a spread of 0.04.
 FRAME_QUANTILES = (31, 105, 160, 214, 256, 284, 302, 315, 326, 335, 343, 350, 357, 365, 373, 382,
                    391, 402, 416, 432, 680)  # fmt: skip
 TOKENS_PER_FRAME, TOKENS_PER_FRAME_SPREAD = 0.215, 0.04

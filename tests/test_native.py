@@ -71,7 +71,7 @@ def test_no_subnormal_gradients():
 
 
 def test_cuda_tensors_get_words():
-    with pytest.raises(RuntimeError, match="built without CUDA|no CUDA stages yet"):
+    with pytest.raises(RuntimeError, match=r"built without CUDA|no CUDA stages yet"):
         native.require_supported_device(torch.device("cuda"))
 
 

@@ -73,7 +73,8 @@ def test_wheel_and_sdist_are_complete(wheel):
             assert str(path.relative_to(ROOT)) in names
     assert "py.typed" in "".join(names)
     assert not [name for name in names if name.startswith(("tests", "csrc"))]
-    sdist = {Path(*Path(name).parts[1:]) for name in tarfile.open(wheel[1]).getnames()}
+    with tarfile.open(wheel[1]) as archive:
+        sdist = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
     for path in (ROOT / "csrc").rglob("*.*"):
         assert path.relative_to(ROOT) in sdist
 

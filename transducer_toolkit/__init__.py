@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RNN-Transducer losses and the joiners, models and training around them.
 
-Importing this package needs torch only; ``transducer_toolkit.data``, ``.training`` and ``.cli`` need
-the extra ``transducer_toolkit[train]``.
+Importing this package needs torch only; ``transducer_toolkit.data``, ``.training`` and ``.cli``
+need the extra ``transducer_toolkit[train]``.
 """
 
 from transducer_toolkit._version import __version__

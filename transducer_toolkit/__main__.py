@@ -11,7 +11,7 @@ from transducer_toolkit import build_info
 def main() -> None:
     info = build_info()
     if info["cuda_runtime"]:
-        major, minor = divmod(int(str(info["cuda_runtime"])) // 10, 100)
+        major, minor = divmod(info["cuda_runtime"] // 10, 100)
         cuda = (
             f"runtime {major}.{minor} (static), architectures {info['cuda_architectures']}, "
             f"driver R{info['cuda_driver_floor']} or newer, {info['cuda_devices']} device(s) here"

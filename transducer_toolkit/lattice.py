@@ -86,8 +86,11 @@ class LatticeShape:
             (num_cells, ...), same dtype and device.
         """
         expected = (self.num_utterances, self.max_frames, self.max_targets + 1)
-        if padded.dim() < 3 or padded.size(0) != expected[0] or padded.size(1) < expected[1] or (
-            padded.size(2) < expected[2]
+        if (
+            padded.dim() < 3
+            or padded.size(0) != expected[0]
+            or padded.size(1) < expected[1]
+            or (padded.size(2) < expected[2])
         ):
             raise ValueError(
                 f"padded: expected (B, T, U + 1, ...) of at least {expected}, "

@@ -9,12 +9,13 @@ are trusted: the public functions in :mod:`transducer_toolkit.losses` and
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
-    from transducer_toolkit import _C
+    from transducer_toolkit import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _here = Path(__file__).resolve().parent
     if (_here.parent / "CMakeLists.txt").exists():
@@ -41,7 +42,6 @@ _DTYPES = {
 SUPPORTED_DTYPES = tuple(_DTYPES)
 
 
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What arithmetic on `dtype` happens in, and losses come out in: float32 for 16-bit types."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -51,7 +51,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 SCORE_DTYPE = torch.float64
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """What this binary is.
 
     Returns:
@@ -64,8 +64,8 @@ def build_info() -> dict[str, object]:
         >>> build_info()["cpu_path"] in ("avx512", "avx2", "baseline")
         True
     """
-    info = dict(_C.build_info())
-    runtime = info["cuda_runtime"]
+    info: dict[str, Any] = dict(_C.build_info())
+    runtime = int(info["cuda_runtime"])
     # The oldest driver branch that runs any release of the runtime's major version
     # (CUDA Compatibility, "Minor Version Compatibility").
     info["cuda_driver_floor"] = {0: 0, 11: 450, 12: 525, 13: 580}.get(runtime // 1000, 580)
@@ -189,12 +189,11 @@ def lattice(
 
     Without `with_uses` only the loss is computed and the other two have no elements.
     """
-    options = {"dtype": SCORE_DTYPE, "device": blank_score.device}
-    loss = torch.empty(batch.num_utterances, **options)
+    loss = blank_score.new_empty(batch.num_utterances)
     use_blank, use_label = (
-        torch.zeros(batch.num_rows if with_uses else 0, **options) for _ in range(2)
+        blank_score.new_zeros(batch.num_rows if with_uses else 0) for _ in range(2)
     )
-    scratch = torch.empty(0 if with_uses else batch.num_rows, **options)
+    scratch = blank_score.new_empty(0 if with_uses else batch.num_rows)
     _C.cpu.lattice(
         batch.native,
         topology=_C.Topology.__members__[topology],

@@ -85,6 +85,13 @@ def test_multirun_gives_each_job_a_folder(tmp_path, console, train_overrides):
     assert packed != torchaudio
 
 
+def test_multirun_refuses_to_start_processes(tmp_path, console, train_overrides, capsys):
+    with pytest.raises(SystemExit):
+        options = ["trainer=ddp", "trainer.devices=2"]
+        console(main, tmp_path, "--multirun", *train_overrides, *options)
+    assert "--multirun cannot start the processes of trainer=ddp" in capsys.readouterr().err
+
+
 def test_global_normalisation_estimates_its_statistics(tmp_path, console, train_overrides):
     options = ["model.encoder.normalization=global", "test=false", "trainer.max_epochs=1"]
     console(main, tmp_path, *train_overrides, *options)

@@ -44,9 +44,7 @@ def test_float64_equals_oracle(shape, vocab_size, from_log_softmax, enumerate_pa
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
     expected_grad = grad_of(expected, batch.logits, weights)
     actual_grad = grad_of(actual, batch.logits, weights)
-    torch.testing.assert_close(
-        actual_grad, zero_padding(batch, expected_grad), rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(actual_grad, zero_padding(batch, expected_grad), rtol=0, atol=1e-10)
 
 
 @settings(max_examples=60, deadline=None)
@@ -204,7 +202,9 @@ def test_fastemit_scales_label_arcs_only():
     expected[..., 1:] *= 1.5  # blank is 0: everything else is a label
     torch.testing.assert_close(grad_of(fast, log_probs), expected, rtol=0, atol=1e-14)
     # Through the softmax: the chain rule on that.
-    loss = transducer_loss(batch.logits, *batch.index_arguments, fastemit_lambda=0.5, reduction="sum")
+    loss = transducer_loss(
+        batch.logits, *batch.index_arguments, fastemit_lambda=0.5, reduction="sum"
+    )
     chained = expected - batch.logits.softmax(-1) * expected.sum(-1, keepdim=True)
     chained = zero_padding(batch, chained.detach())
     torch.testing.assert_close(grad_of(loss, batch.logits), chained, rtol=0, atol=1e-12)
@@ -234,7 +234,7 @@ def test_inplace_writes_the_gradient_over_the_logits():
     assert grad.data_ptr() == logits.data_ptr()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    with pytest.raises(ValueError, match="inplace: expected logits .* got a leaf"):
+    with pytest.raises(ValueError, match=r"inplace: expected logits .* got a leaf"):
         transducer_loss(leaf, *batch.index_arguments, inplace=True)
     with pytest.raises(ValueError, match="got a view"):
         transducer_loss((leaf * 1.0)[:], *batch.index_arguments, inplace=True)
@@ -345,7 +345,7 @@ def test_row_of_minus_infinity_is_nan():
 def test_masked_vocabulary_and_no_surviving_path():
     batch = ragged_batch([4, 3], [2, 1], 6)
     logits = batch.logits.detach().clone()
-    unused = [v for v in range(1, 6) if v not in batch.targets[:, :2]][0]
+    unused = next(v for v in range(1, 6) if v not in batch.targets[:, :2])
     logits[..., unused] = float("-inf")
     logits.requires_grad_()
     loss = transducer_loss(logits, *batch.index_arguments)

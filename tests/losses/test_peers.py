@@ -28,9 +28,7 @@ def test_equals_torchaudio_on_small_ragged_batches(seed):
     symbols = torch.randint(0, 6, (size,)).tolist()
     vocab_size = int(torch.randint(2, 70, ()))
     blank = int(torch.randint(0, vocab_size, ()))
-    batch = ragged_batch(
-        frames, symbols, vocab_size, dtype=torch.float32, blank=blank, padding=0.0
-    )
+    batch = ragged_batch(frames, symbols, vocab_size, dtype=torch.float32, blank=blank, padding=0.0)
     theirs, ours = both(batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -60,8 +58,9 @@ def test_usage_example_of_optimized_transducer():
     logit_lengths = torch.tensor([7, 5, 6], dtype=torch.int32)
     target_lengths = torch.tensor([2, 4, 0], dtype=torch.int32)
 
-    encoder_out = torch.rand(N, T, D)  # from the encoder
-    decoder_out = torch.rand(N, U, D)  # from the decoder, i.e., the prediction network
+    # fmt: off
+    encoder_out = torch.rand(N, T, D) # from the encoder
+    decoder_out = torch.rand(N, U, D) # from the decoder, i.e., the prediction network
 
     encoder_out_list = [encoder_out[i, :logit_lengths[i], :] for i in range(N)]
     decoder_out_list = [decoder_out[i, :target_lengths[i]+1, :] for i in range(N)]
@@ -101,6 +100,7 @@ def test_usage_example_of_optimized_transducer():
         blank=blank_id,
         reduction="mean",
     )
+    # fmt: on
 
     torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=1e-5)
     padded_grad = torch.autograd.grad(loss, linear.weight)[0]

@@ -40,7 +40,9 @@ def test_join_equals_plain_torch(activation, width, extra):
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "silu", "identity"])
 def test_join_gradcheck(activation):
     enc, pred = inputs(5)
-    assert torch.autograd.gradcheck(lambda e, p: join(e, p, SHAPE, activation=activation), (enc, pred))
+    assert torch.autograd.gradcheck(
+        lambda e, p: join(e, p, SHAPE, activation=activation), (enc, pred)
+    )
 
 
 def test_padding_is_never_read():
@@ -102,8 +104,16 @@ def test_joiner_trains_every_parameter():
         ({"enc": torch.zeros(3, 3, 6)}, ValueError, r"enc: expected shape \(3, >= 4, D\)"),
         ({"pred": torch.zeros(2, 4, 6)}, ValueError, r"pred: expected shape \(3, >= 4, D\)"),
         ({"pred": torch.zeros(3, 4, 5)}, ValueError, "pred: expected width 6, that of enc, got 5"),
-        ({"pred": torch.zeros(3, 4, 6).double()}, TypeError, "enc, pred: expected one dtype of float16"),
-        ({"enc": torch.zeros(3, 4, 6).int()}, TypeError, "enc, pred: expected one dtype of float16"),
+        (
+            {"pred": torch.zeros(3, 4, 6).double()},
+            TypeError,
+            "enc, pred: expected one dtype of float16",
+        ),
+        (
+            {"enc": torch.zeros(3, 4, 6).int()},
+            TypeError,
+            "enc, pred: expected one dtype of float16",
+        ),
     ],
 )
 def test_bad_input(change, error, message):

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from transducer_toolkit.cli import run_folder
 
 if TYPE_CHECKING:
+    from lightning import Trainer
+
     from transducer_toolkit.data.datamodule import TransducerDataModule
     from transducer_toolkit.training.lightning_module import TransducerModule
 
@@ -64,6 +66,7 @@ def train(cfg: DictConfig) -> float | None:
         logger=list(instantiate(cfg.logger, _convert_="all").values()),
         _convert_="all",
     )
+    _refuse_processes_in_sweep(trainer)
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
@@ -118,6 +121,22 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         recipe=recipe,
         max_symbols_per_frame=cfg.max_symbols_per_frame,
     )
+
+
+def _refuse_processes_in_sweep(trainer: Trainer) -> None:
+    """Lightning's processes repeat the command line: in a sweep each would start all of it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    launcher = trainer.strategy.launcher
+    environment = getattr(launcher, "cluster_environment", None)
+    if in_sweep and environment is not None and not environment.creates_processes_externally:
+        raise ValueError(
+            "--multirun cannot start the processes of trainer=ddp: use one device a job "
+            "(trainer=default), or a Hydra launcher that starts the processes itself, such as "
+            "hydra-submitit-launcher"
+        )
 
 
 def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) -> None:

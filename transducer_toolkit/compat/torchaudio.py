@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torchaudio.functional.rnnt_loss`` and ``torchaudio.transforms.RNNTLoss``, argument by argument.
 
-Change ``from torchaudio.functional import rnnt_loss`` to ``from transducer_toolkit.compat.torchaudio
-import rnnt_loss`` and nothing else. torchaudio itself is not needed.
+Change ``from torchaudio.functional import rnnt_loss`` to
+``from transducer_toolkit.compat.torchaudio import rnnt_loss`` and nothing else. torchaudio itself
+is not needed.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -80,7 +83,7 @@ class RNNTLoss(nn.Module):
         fused_log_softmax: bool = True,
     ) -> None:
         super().__init__()
-        self.options = {
+        self.options: dict[str, Any] = {
             "blank": blank,
             "clamp": clamp,
             "reduction": reduction,

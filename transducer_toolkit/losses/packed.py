@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact transducer loss on packed or padded logits, through the compiled stages."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,9 +41,10 @@ def transducer_loss(
     the same name and argument order on packed ones.
 
     Args:
-        logits: joiner outputs, float16, bfloat16, float32 or float64. Packed ``(sum_b T_b * (U_b + 1), V)``, in the
-            order of :class:`~transducer_toolkit.LatticeShape`, or padded ``(B, T, U + 1, V)``.
-            Unnormalised unless `from_log_softmax`. -inf means probability zero.
+        logits: joiner outputs, float16, bfloat16, float32 or float64. Packed
+            ``(sum_b T_b * (U_b + 1), V)``, in the order of
+            :class:`~transducer_toolkit.LatticeShape`, or padded ``(B, T, U + 1, V)``. Unnormalised
+            unless `from_log_softmax`. -inf means probability zero.
         targets: (B, U) int32 or int64 labels in [0, V) other than blank, on the device of logits.
             What stands beyond an utterance's length does not matter.
         logit_lengths: (B,) int32 or int64, frames T_b >= 1 of each utterance; on the CPU (best: no
@@ -66,10 +69,11 @@ def transducer_loss(
             device. Unchecked nonsense gives that utterance a NaN loss, never a wild access.
 
     Returns:
-        The loss, in nats, float64 for float64 logits and float32 otherwise. An utterance none of whose paths survives -inf
-        logits has loss +inf and zero gradient; one with a NaN, a +inf or an all -inf row has NaN
-        loss and NaN gradient, the others are untouched. An utterance whose upstream gradient is 0
-        gets zeros, so a non-finite loss can be masked out with ``torch.where``.
+        The loss in nats, float64 for float64 logits and float32 otherwise. An utterance none of
+        whose paths survives -inf logits has loss +inf and zero gradient; one with a NaN, a +inf or
+        an all -inf row has NaN loss and NaN gradient, the others are untouched. An utterance whose
+        upstream gradient is 0 gets zeros, so a non-finite loss can be masked out with
+        ``torch.where``.
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
@@ -152,7 +156,7 @@ class TransducerLoss(nn.Module):
         super().__init__()
         check_reduction(reduction)
         _check_options(fastemit_lambda, delay_penalty)
-        self.options = {
+        self.options: dict[str, Any] = {
             "blank": blank,
             "from_log_softmax": from_log_softmax,
             "one_sym_per_frame": one_sym_per_frame,

@@ -115,9 +115,9 @@ def recursion_loss(
                 terms.append(previous[u] + blank_scores[t - 1, u])
             if u > 0 and topology == "regular" and t < num_frames:
                 terms.append(current[u - 1] + label_scores[t, u - 1])
-            if u > 0 and topology != "regular" and t > 0:
-                if not (topology == "one_sym_per_frame" and t == num_frames):
-                    terms.append(previous[u - 1] + label_scores[t - 1, u - 1])
+            must_be_blank = topology == "one_sym_per_frame" and t == num_frames
+            if u > 0 and topology != "regular" and t > 0 and not must_be_blank:
+                terms.append(previous[u - 1] + label_scores[t - 1, u - 1])
             # logsumexp of nothing but -inf has a NaN gradient: leave such terms out.
             terms = [term for term in terms if term != float("-inf")]
             current.append(torch.logsumexp(torch.stack(terms), 0) if terms else zero)

@@ -45,7 +45,9 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
     """
     check_activation(activation)
     if enc.dtype not in native.SUPPORTED_DTYPES or enc.dtype != pred.dtype:
-        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in native.SUPPORTED_DTYPES)
+        supported = ", ".join(
+            str(dtype).removeprefix("torch.") for dtype in native.SUPPORTED_DTYPES
+        )
         raise TypeError(
             f"enc, pred: expected one dtype of {supported}, got {enc.dtype} and {pred.dtype}"
         )

@@ -6,11 +6,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,11 @@ logger = logging.getLogger(__name__)
 
 # espeak-ng's state makes a result depend on what its process has said before: so a shard, not a
 # worker, is the unit of determinism. Starting a process costs about as much as 200 utterances.
-SHARD_UTTERANCES = 600
+SHARD_UTTERANCES = 1200
 # Resampling by num/64 takes a small filter bank; 22,050 Hz to 16 kHz at speed s is 88.2 * s / 64.
 _RATE_DENOMINATOR = 64
 _LOG_EVERY_S = 10.0
+_POLL_S = 0.2
 
 
 def synthesize_plans(
@@ -60,19 +61,20 @@ def synthesize_plans(
     context = multiprocessing.get_context("spawn")
     waiting = list(range(len(shards)))
     running: dict[int, SpawnProcess] = {}  # by shard
-    num_done, logged_at = 0, time.monotonic()
+    num_done = context.Value("q", 0)
+    logged_at = time.monotonic()
     try:
         # disable=None: the bar shows on a terminal only; elsewhere a line now and then does.
         with tqdm(total=len(plans), unit="utt", desc="digits", disable=None) as bar:
             while waiting or running:
                 while waiting and len(running) < num_workers:
                     number = waiting.pop(0)
+                    arguments = (shards[number], manifests[number], num_done)
                     running[number] = context.Process(
-                        target=_synthesize_shard, args=(shards[number], manifests[number])
+                        target=_synthesize_shard, args=arguments, daemon=True
                     )
-                    running[number].daemon = True
                     running[number].start()
-                wait([process.sentinel for process in running.values()])
+                wait([process.sentinel for process in running.values()], timeout=_POLL_S)
                 for number in [n for n, process in running.items() if not process.is_alive()]:
                     process = running.pop(number)
                     if process.exitcode != 0:
@@ -81,11 +83,10 @@ def synthesize_plans(
                             f"the worker for utterances {first} to {last} ended with exit code "
                             f"{process.exitcode}; what it wrote to stderr says why"
                         )
-                    bar.update(len(shards[number]))
-                    num_done += len(shards[number])
-                    if not sys.stderr.isatty() and time.monotonic() - logged_at > _LOG_EVERY_S:
-                        logged_at = time.monotonic()
-                        logger.info("digits: %d of %d utterances", num_done, len(plans))
+                bar.update(num_done.value - bar.n)
+                if bar.disable and time.monotonic() - logged_at > _LOG_EVERY_S:
+                    logged_at = time.monotonic()
+                    logger.info("digits: %d of %d utterances", num_done.value, len(plans))
     finally:
         for process in running.values():
             process.terminate()
@@ -112,7 +113,9 @@ def write_utterance(
     )
 
 
-def _synthesize_shard(plans: Sequence[UtterancePlan], manifest: Path) -> None:
+def _synthesize_shard(
+    plans: Sequence[UtterancePlan], manifest: Path, num_done: Synchronized[int]
+) -> None:
     """Body of a worker process: synthesise ``plans`` in order into the manifest's folder."""
     torch.set_num_threads(1)  # the workers share the CPUs; one thread also fixes the sums' order
     engine = EspeakSynthesizer()
@@ -147,6 +150,8 @@ def _synthesize_shard(plans: Sequence[UtterancePlan], manifest: Path) -> None:
                 extra=extra,
             )
         )
+        with num_done.get_lock():
+            num_done.value += 1
     write_manifest(manifest, utterances)
 
 
