@@ -137,16 +137,22 @@ class DigitsCorpus:
 
     def _synthesize(self, folder: Path) -> None:
         started = time.monotonic()
-        plans = [
+        sizes = self.num_utterances
+        train = plan_set("train", sizes["train"], seed=self.seed)
+        others = [
             plan
-            for name, number in self.num_utterances.items()
-            for plan in plan_set(name, number, seed=self.seed if name == "train" else TEST_SEED)
+            for name in ("val", "test", "excluded")
+            for plan in plan_set(name, sizes[name], seed=TEST_SEED)
         ]
-        logger.info("synthesising %d utterances of digits, once, in %s", len(plans), self.cache_dir)
+        logger.info(
+            "synthesising %d utterances of digits, once, in %s",
+            len(train) + len(others),
+            self.cache_dir,
+        )
         audio = folder / "audio"
         audio.mkdir()
-        utterances = synthesize_plans(plans, audio, num_workers=self.num_workers)
-        for name in self.num_utterances:
+        utterances = synthesize_plans([train, others], audio, num_workers=self.num_workers)
+        for name in sizes:
             rows = [utterance for utterance in utterances if utterance.id.startswith(f"{name}-")]
             write_manifest(folder / f"{name}.jsonl", rows)
         logger.info("digits are ready after %.0f s", time.monotonic() - started)

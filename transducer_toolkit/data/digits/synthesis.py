@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # espeak-ng's state makes a result depend on what its process has said before: so a shard, not a
 # worker, is the unit of determinism. Starting a process costs about as much as 200 utterances.
-SHARD_UTTERANCES = 1200
+SHARD_UTTERANCES = 800
 # Resampling by num/64 takes a small filter bank; 22,050 Hz to 16 kHz at speed s is 88.2 * s / 64.
 _RATE_DENOMINATOR = 64
 _LOG_EVERY_S = 10.0
@@ -38,12 +38,12 @@ _POLL_S = 0.2
 
 
 def synthesize_plans(
-    plans: Sequence[UtterancePlan], folder: Path, *, num_workers: int | None = None
+    groups: Sequence[Sequence[UtterancePlan]], folder: Path, *, num_workers: int | None = None
 ) -> list[Utterance]:
     """Speak and distort all plans, writing one WAV file each.
 
     Args:
-        plans: what to say.
+        groups: what to say; the audio of one group does not depend on the others.
         folder: existing folder for the files, which are named after the utterances' ids.
         num_workers: processes at work at a time; None is one per available CPU. The result does
             not depend on it.
@@ -55,8 +55,12 @@ def synthesize_plans(
         RuntimeError: a worker process failed; its traceback stands on stderr.
     """
     num_workers = num_workers or _available_cpus()
-    starts = range(0, len(plans), SHARD_UTTERANCES)
-    shards = [list(plans[start : start + SHARD_UTTERANCES]) for start in starts]
+    shards = [
+        list(plans[start : start + SHARD_UTTERANCES])
+        for plans in groups
+        for start in range(0, len(plans), SHARD_UTTERANCES)
+    ]
+    num_plans = sum(map(len, groups))
     manifests = [folder / f"shard-{number:04d}.jsonl" for number in range(len(shards))]
     context = multiprocessing.get_context("spawn")
     waiting = list(range(len(shards)))
@@ -65,7 +69,7 @@ def synthesize_plans(
     logged_at = time.monotonic()
     try:
         # disable=None: the bar shows on a terminal only; elsewhere a line now and then does.
-        with tqdm(total=len(plans), unit="utt", desc="digits", disable=None) as bar:
+        with tqdm(total=num_plans, unit="utt", desc="digits", disable=None) as bar:
             while waiting or running:
                 while waiting and len(running) < num_workers:
                     number = waiting.pop(0)
@@ -86,7 +90,7 @@ def synthesize_plans(
                 bar.update(num_done.value - bar.n)
                 if bar.disable and time.monotonic() - logged_at > _LOG_EVERY_S:
                     logged_at = time.monotonic()
-                    logger.info("digits: %d of %d utterances", num_done.value, len(plans))
+                    logger.info("digits: %d of %d utterances", num_done.value, num_plans)
     finally:
         for process in running.values():
             process.terminate()
