@@ -37,8 +37,11 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={output.parent}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
-        if "CMAKE_GENERATOR" not in os.environ and shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        ninja = shutil.which("ninja")
+        if "CMAKE_GENERATOR" not in os.environ and ninja:
+            # Named: an earlier build in this tree remembers the ninja of an environment that pip
+            # has deleted since.
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         build = ["cmake", "--build", str(build_dir), "--target", "install", "--verbose"]
         if "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:
             build += ["--parallel", str(os.cpu_count() or 1)]

@@ -83,6 +83,9 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="record instead of comparing")
     arguments = parser.parse_args()
     counts = count(arguments.driver)
+    recorded_on = json.loads(RECORD.read_text())["platform"] if RECORD.exists() else None
+    if not arguments.update and recorded_on != this_platform():
+        raise SystemExit(f"recorded on {recorded_on}, this is {this_platform()}: not comparable")
     if arguments.update:
         record = {"platform": this_platform(), "instructions": counts}
         RECORD.write_text(json.dumps(record, indent=2) + "\n")

@@ -13,7 +13,7 @@ namespace transducer {
 //   blank_score = x[blank] - normaliser
 //   label_score = x[target of (b, u)] - normaliser   (-inf in the last column, u = U_b)
 // A row with NaN or +inf, or with nothing but -inf, and a target outside [0, V) give NaN scores: the
-// lattice makes that utterance's loss NaN. Outputs are indexed by row; padding rows stay unwritten.
+// lattice makes that utterance's loss NaN. (With from_log_softmax only blank and target are read.) Outputs are indexed by row; padding rows stay unwritten.
 template <typename T>
 void CellScoresCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_size, int64_t blank,
                    bool from_log_softmax, int num_threads, Score* normaliser, Score* blank_score,

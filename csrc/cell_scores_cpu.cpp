@@ -6,10 +6,11 @@
 namespace transducer {
 namespace {
 
-// A log-probability picked from a row: +inf is not one.
+// A log-probability picked from a row: +inf is not one. Subtracting the maximum first keeps the
+// result right where max + log_sum would round.
 template <typename T>
-Score Pick(const T* row, int64_t index, Score normaliser) {
-  const Score score = static_cast<Score>(ToCompute(row[index])) - normaliser;
+Score Pick(const T* row, int64_t index, Score max, Score log_sum) {
+  const Score score = (static_cast<Score>(ToCompute(row[index])) - max) - log_sum;
   return score == -kLogZero ? kNaN : score;
 }
 
@@ -28,20 +29,21 @@ void CellScoresCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
     for (int64_t u = 0; u <= num_targets; ++u) {
       const int64_t row = batch.Row(b, t, u);
       const T* x = logits + row * vocab_size;
-      Score log_sum = 0;
+      Score max = 0, log_sum = 0;
       if (!from_log_softmax) {
-        Compute<T> max, sum;
-        kernels.max_and_sum_exp(x, vocab_size, &max, &sum);
-        log_sum = static_cast<Score>(max) + std::log(static_cast<Score>(sum));
+        Compute<T> row_max, row_sum;
+        kernels.max_and_sum_exp(x, vocab_size, &row_max, &row_sum);
+        max = static_cast<Score>(row_max);
+        log_sum = std::log(static_cast<Score>(row_sum));
       }
-      normaliser[row] = log_sum;
-      blank_score[row] = Pick(x, blank, log_sum);
+      normaliser[row] = max + log_sum;
+      blank_score[row] = Pick(x, blank, max, log_sum);
       if (u == num_targets) {
         label_score[row] = kLogZero;
       } else {
         const int64_t target = batch.Target(b, u);
         const bool in_vocab = target >= 0 && target < vocab_size;
-        label_score[row] = in_vocab ? Pick(x, target, log_sum) : kNaN;
+        label_score[row] = in_vocab ? Pick(x, target, max, log_sum) : kNaN;
       }
     }
   });

@@ -83,7 +83,7 @@ void LogitsGradCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
         const int64_t begin = std::min(std::max<int64_t>(batch.first_row[b], 0), batch.num_rows);
         const int64_t end = b + 1 < batch.num_utterances ? batch.first_row[b + 1] : batch.num_rows;
         fill_rows(begin, std::max(begin, std::min(end, batch.num_rows)),
-                  NaNOf<T>());
+                  loss_grad[b] == 0 ? T{} : NaNOf<T>());
       }
       return;
     }

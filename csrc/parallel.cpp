@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -45,7 +46,7 @@ struct Job {
   std::exception_ptr error;
 
   void Work() {
-    const FlushSubnormals flush;
+    [[maybe_unused]] const FlushSubnormals flush;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
       try {
         (*task)(i);
@@ -66,8 +67,13 @@ class Pool {
     if (!owner.owns_lock()) return false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(threads_.size()) < num_helpers) {
-        threads_.emplace_back([this, index = static_cast<int>(threads_.size())] { Loop(index); });
+      try {
+        while (static_cast<int>(threads_.size()) < num_helpers) {
+          threads_.emplace_back([this, index = static_cast<int>(threads_.size())] { Loop(index); });
+        }
+      } catch (const std::system_error&) {
+        // No more threads to be had: fewer helpers give the same result.
+        num_helpers = static_cast<int>(threads_.size());
       }
       job_ = job;
       num_helpers_ = num_helpers;

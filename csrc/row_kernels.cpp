@@ -6,9 +6,9 @@ namespace transducer {
 std::vector<const RowKernelSet*> RunnableRowKernelSets() {
   std::vector<const RowKernelSet*> sets = {&baseline::Kernels()};
 #ifdef TRANSDUCER_X86_DISPATCH
-  // __builtin_cpu_supports asks the operating system too: it must save the wider registers.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  // __builtin_cpu_supports asks the operating system too: it must save the wider registers. Every
+  // processor with AVX2 has F16C, and older compilers cannot ask for it.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     sets.push_back(&avx2::Kernels());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {

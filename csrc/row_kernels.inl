@@ -224,7 +224,7 @@ void ScaledSoftmax(const T* x, int64_t size, Score normaliser, Compute<T> weight
     v = weight * Simd<C>::Exp((v - high) - low);
     v = v > limit ? Vec<T>{} + limit : v;
     v = scale * v;
-    return (v < kFlushBelow<T>) & (v > -kFlushBelow<T>) ? Vec<T>{} : v;
+    return ((v < kFlushBelow<T>) & (v > -kFlushBelow<T>)) ? Vec<T>{} : v;
   };
   const int64_t whole = size - size % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) Store<T>(out + i, gradient(Load(x + i)));

@@ -67,3 +67,13 @@ def test_bad_tensors():
         shape.pack(torch.zeros(2, 2, 2))
     with pytest.raises(ValueError, match="packed: expected 7 rows"):
         shape.unpack(torch.zeros(6, 4))
+
+
+def test_absurd_lengths_are_refused():
+    with pytest.raises(ValueError, match="too large, up to 4611686018427387905 frames"):
+        LatticeShape.from_lengths([2**62 + 1], [3])
+
+
+def test_travels_in_a_batch():
+    shape = LatticeShape.from_lengths([2, 3], [1, 0])
+    assert shape.to("meta", non_blocking=True) is shape

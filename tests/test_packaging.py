@@ -98,6 +98,14 @@ def test_wheel_works_from_another_folder(wheel, tmp_path):
     assert float(loss) == pytest.approx(2.772588722)
 
 
+def test_a_second_build_in_the_same_tree(source_tree, wheel, tmp_path):
+    """pip's build environment, and the ninja in it, is another one each time."""
+    command = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path)
+    for _ in range(2):
+        result = run(*command, source_tree, cwd=tmp_path, CMAKE_ARGS="-DTRANSDUCER_CUDA=OFF")
+        assert result.returncode == 0, result.stdout
+
+
 def test_cuda_on_without_nvcc_is_an_error(source_tree, tmp_path):
     result = run(
         TOOLS / "cmake", "-S", source_tree, "-B", tmp_path / "build",

@@ -74,7 +74,20 @@ class LatticeShape:
                 f"target_lengths: expected {frames.numel()} lengths, as many as logit_lengths, "
                 f"got {targets.numel()}"
             )
+        # In floating point first: a product of absurd lengths must not wrap round to a small one.
+        if (frames.double() * (targets.double() + 1)).sum() >= 2**62:
+            raise ValueError(
+                f"logit_lengths, target_lengths: too large, up to {int(frames.max())} frames and "
+                f"{int(targets.max())} symbols"
+            )
         return cls(frames, targets)
+
+    def to(self, *args: object, **kwargs: object) -> LatticeShape:
+        """Itself: the lengths stay on the CPU, so that nobody waits for a device to know a size.
+
+        Lets a shape travel in a batch that a trainer moves to a device.
+        """
+        return self
 
     def pack(self, padded: Tensor) -> Tensor:
         """Packs a padded tensor; differentiable.

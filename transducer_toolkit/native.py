@@ -92,6 +92,7 @@ def require_supported_device(device: torch.device) -> None:
 
 
 def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()  # the stages know no strides
     return tensor.data_ptr()
 
 

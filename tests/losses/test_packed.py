@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.losses.helpers import ragged_batch, zero_padding
-from transducer_toolkit import TransducerLoss, transducer_loss
+from transducer_toolkit import Joiner, LatticeShape, TransducerLoss, transducer_loss
 from transducer_toolkit.losses.reference import reference_loss
 
 SHAPES = {
@@ -240,6 +240,18 @@ def test_inplace_writes_the_gradient_over_the_logits():
         transducer_loss((leaf * 1.0)[:], *batch.index_arguments, inplace=True)
 
 
+def test_inplace_under_saved_tensor_hooks_and_without_gradient():
+    batch = ragged_batch([5, 3], [2, 1], 6)
+    leaf = batch.packed()
+    with torch.autograd.graph.save_on_cpu():
+        loss = transducer_loss(leaf * 1.0, *batch.index_arguments, inplace=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace=True allows one backward"):
+        loss.backward()
+    with torch.no_grad():  # a validation loop: there is nothing to overwrite
+        assert torch.equal(transducer_loss(leaf, *batch.index_arguments, inplace=True), loss)
+
+
 def test_inplace_reaches_the_parameters():
     batch = ragged_batch([5, 3], [2, 1], 6)
     layer = torch.nn.Linear(4, 6, dtype=torch.float64)
@@ -309,6 +321,33 @@ def test_compiles_into_one_graph():
     actual = compiled(batch.logits, *batch.index_arguments[:3])
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(grad_of(actual, batch.logits), grad_of(expected, batch.logits))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("layout", ["packed", "padded", "joiner"])
+def test_one_graph_serves_batches_of_every_shape(layout, dynamic):
+    torch.compiler.reset()
+    joiner = Joiner(4, 4, 8, 6).double()
+
+    def loss_of(inputs, shape, targets):
+        logits = joiner(*inputs, shape) if layout == "joiner" else inputs[0] * 2
+        lengths = shape.logit_lengths, shape.target_lengths
+        return transducer_loss(logits, targets, *lengths, blank=0)
+
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for step in range(12):  # the limit of recompilations is 8
+        batch = ragged_batch([5 + step, 3], [2 + step % 5, 1], 6, padding=0.0)
+        inputs = [batch.packed() if layout == "packed" else batch.logits]
+        if layout == "joiner":
+            inputs = [
+                torch.randn(2, 5 + step, 4, dtype=torch.float64),
+                torch.randn(2, 3 + step % 5, 4, dtype=torch.float64, requires_grad=True),
+            ]
+        actual = compiled(inputs, batch.shape, batch.targets)
+        expected = loss_of(inputs, batch.shape, batch.targets)
+        torch.testing.assert_close(actual, expected)
+        (grad,) = torch.autograd.grad(actual, inputs[-1])
+        torch.testing.assert_close(grad, grad_of(expected, inputs[-1]))
 
 
 # --- non-finite values --------------------------------------------------------------------------
@@ -387,8 +426,6 @@ def test_sixteen_bit_logits_equal_float64_on_the_same_numbers(dtype, packed, fro
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_step_with_grad_scaler(dtype):
-    from transducer_toolkit import Joiner, LatticeShape
-
     shape = LatticeShape.from_lengths([9, 7], [3, 4])
     joiner = Joiner(6, 5, 16, 12)
     encoder_out, predictor_out = torch.randn(2, 9, 6), torch.randn(2, 5, 5)

@@ -63,8 +63,15 @@ CASES = [
     ({"blank": 5}, ValueError, "blank: expected 0 <= blank < 5 .* got 5"),
     ({"blank": -1}, ValueError, "blank: .* got -1"),
     ({"reduction": "avg"}, ValueError, "reduction: expected one of .* got 'avg'"),
-    ({"fastemit_lambda": -0.1}, ValueError, "fastemit_lambda: expected a number >= 0, got -0.1"),
+    (
+        {"fastemit_lambda": -0.1},
+        ValueError,
+        "fastemit_lambda: expected a finite number >= 0, got -0.1",
+    ),
     ({"delay_penalty": float("nan")}, ValueError, "delay_penalty: .* got nan"),
+    ({"delay_penalty": float("inf")}, ValueError, "delay_penalty: .* got inf"),
+    ({"clamp": float("nan")}, ValueError, "clamp: expected a number, got nan"),
+    ({"blank": 0.5}, TypeError, "blank: expected an int, got float"),
     (
         {"one_sym_per_frame": True, "logit_lengths": torch.tensor([2, 3])},
         ValueError,
@@ -123,3 +130,27 @@ def test_unvalidated_nonsense_is_nan_for_that_utterance_only(changes):
     assert loss[0].isnan() and loss[1] == expected[1]
     loss[1].backward()
     assert values["logits"].grad[1].isfinite().all()
+
+
+def test_lengths_whose_product_overflows():
+    """2**62 + 1 frames of 4 cells are 4 cells modulo 2**64."""
+    values = (torch.randn(4, 5), torch.tensor([[1, 2, 3]]), torch.tensor([2**62 + 1]))
+    with pytest.raises(ValueError, match=r"logit_lengths\[0\]: expected 1 to 4"):
+        transducer_loss(*values, torch.tensor([3]), blank=0)
+    assert transducer_loss(*values, torch.tensor([3]), blank=0, validate=False).isnan()
+
+
+def test_unvalidated_negative_lengths_leave_no_memory_in_the_gradient():
+    logits = torch.randn(2, 5, requires_grad=True)
+    one, lengths = torch.tensor([[1]]), (torch.tensor([-1]), torch.tensor([-3]))
+    loss = transducer_loss(logits, one, *lengths, blank=0, reduction="none", validate=False)
+    assert loss.isnan().all()
+    loss.sum().backward()
+    assert logits.grad.isnan().all()
+
+
+def test_invalid_utterance_can_be_masked_out():
+    values = arguments(logit_lengths=torch.tensor([4, 9]))
+    loss = transducer_loss(**values, reduction="none", validate=False)
+    torch.where(loss.isnan(), 0.0, loss).sum().backward()
+    assert values["logits"].grad.isfinite().all() and values["logits"].grad[0].any()

@@ -60,25 +60,29 @@ def check_targets_and_lengths(
 
 
 def check_blank(blank: int, vocab_size: int) -> None:
-    """Raises a ValueError unless 0 <= blank < V."""
+    """Raises a TypeError unless blank is an integer, a ValueError unless 0 <= blank < V."""
+    if not isinstance(blank, int):
+        raise TypeError(f"blank: expected an int, got {type(blank).__name__}")
     if not 0 <= blank < vocab_size:
         raise ValueError(f"blank: expected 0 <= blank < {vocab_size} (V of logits), got {blank}")
 
 
 def check_lengths_fit(
-    logit_lengths: Tensor, target_lengths: Tensor, *, max_frames: int | None, max_targets: int
+    logit_lengths: Tensor, target_lengths: Tensor, *, max_frames: int, max_targets: int
 ) -> None:
     """Raises a ValueError naming the first utterance whose lengths are impossible.
 
     Args:
-        logit_lengths: (B,) must be in [1, max_frames]; no upper bound if that is None (packed).
+        logit_lengths: (B,) must be in [1, max_frames], T of padded or rows of packed logits.
         target_lengths: (B,) must be in [0, max_targets], the width of targets.
     """
     frames, symbols = logit_lengths.tolist(), target_lengths.tolist()
     for b, (num_frames, num_targets) in enumerate(zip(frames, symbols, strict=True)):
-        if num_frames < 1 or (max_frames is not None and num_frames > max_frames):
-            bound = "at least 1" if max_frames is None else f"1 to {max_frames} (T of logits)"
-            raise ValueError(f"logit_lengths[{b}]: expected {bound}, got {num_frames}")
+        if not 1 <= num_frames <= max_frames:
+            raise ValueError(
+                f"logit_lengths[{b}]: expected 1 to {max_frames} (what logits have room for), "
+                f"got {num_frames}"
+            )
         if not 0 <= num_targets <= max_targets:
             raise ValueError(
                 f"target_lengths[{b}]: expected 0 to {max_targets} (width of targets), "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact transducer loss on packed or padded logits, through the compiled stages."""
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def transducer_loss(
         target_lengths: (B,) int32 or int64, symbols U_b >= 0; likewise.
         blank: index of the blank symbol in [0, V).
         from_log_softmax: logits are log-probabilities already; the gradient is with respect to
-            them (nonzero only at blank and label).
+            them. Only the entries of blank and label are read, and get a gradient.
         one_sym_per_frame: a label advances to the next frame, so that a frame emits at most one;
             the path ends with a blank on the last frame. Needs T_b > U_b.
         reduction: "none" (B,), "mean" over utterances, or "sum".
@@ -63,8 +64,8 @@ def transducer_loss(
         clamp: > 0 limits each d loss_b / d logit to [-clamp, clamp] before the upstream gradient
             multiplies it; <= 0 does not.
         inplace: backward writes the gradient over the logits instead of into a new tensor. Eager
-            mode only; logits must be neither a leaf nor a view nor needed by another backward; a
-            second backward raises.
+            mode only; logits must be neither a leaf nor a view (padded logits straight from
+            ``nn.Linear`` are one) nor needed by another backward; a second backward raises.
         validate: check lengths and labels. None: yes if they can be read without waiting for a
             device. Unchecked nonsense gives that utterance a NaN loss, never a wild access.
 
@@ -104,7 +105,7 @@ def transducer_loss(
     topology = "one_sym_per_frame" if one_sym_per_frame else "regular"
     check_reduction(reduction)
     _check_arguments(logits, targets, logit_lengths, target_lengths, blank)
-    _check_options(fastemit_lambda, delay_penalty)
+    _check_options(fastemit_lambda, delay_penalty, clamp)
     native.require_supported_device(logits.device)
     if validate is None:
         validate = logit_lengths.device.type == target_lengths.device.type == "cpu"
@@ -121,7 +122,7 @@ def transducer_loss(
         float(clamp),
         validate,
     )
-    if inplace:
+    if inplace and torch.is_grad_enabled() and logits.requires_grad:
         _check_inplace(logits)
         losses = _InplaceTransducerLoss.apply(*arguments)
     else:
@@ -155,7 +156,7 @@ class TransducerLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        _check_options(fastemit_lambda, delay_penalty)
+        _check_options(fastemit_lambda, delay_penalty, clamp)
         self.options: dict[str, Any] = {
             "blank": blank,
             "from_log_softmax": from_log_softmax,
@@ -198,15 +199,23 @@ def _check_arguments(
     checks.check_blank(blank, logits.size(-1))
 
 
-def _check_options(fastemit_lambda: float, delay_penalty: float) -> None:
+def _check_options(fastemit_lambda: float, delay_penalty: float, clamp: float) -> None:
     for name, value in (("fastemit_lambda", fastemit_lambda), ("delay_penalty", delay_penalty)):
-        if not value >= 0:
-            raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    if clamp != clamp:  # NaN; torch.compile traces this, but not math.isnan
+        raise ValueError("clamp: expected a number, got nan")
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf or logits._is_view() or not logits.is_contiguous():
-        what = "a leaf" if logits.is_leaf else "a view or not contiguous"
+    what = None
+    if logits.is_leaf:
+        what = "a leaf"
+    elif logits._is_view():
+        what = "a view (so is what nn.Linear makes of more than two dimensions: pack first)"
+    elif not logits.is_contiguous():
+        what = "a tensor that is not contiguous"
+    if what is not None:
         raise ValueError(
             "inplace: expected logits that an operation has just made (contiguous, neither a leaf "
             f"nor a view), got {what}"
@@ -225,7 +234,10 @@ def _lattice_batch(
         target_lengths,
         targets,
         num_rows=logits.shape[:-1].numel(),
-        max_frames=logits.size(1) if padded else int(logit_lengths.max()),
+        # Bounded by the rows, so that no product of lengths nobody checked can overflow.
+        max_frames=logits.size(1)
+        if padded
+        else min(max(int(logit_lengths.max()), 1), logits.size(0)),
         padded=padded,
         device=logits.device,
     )
@@ -243,7 +255,7 @@ def _validate(
     checks.check_lengths_fit(
         logit_lengths,
         target_lengths,
-        max_frames=logits.size(1) if padded else None,
+        max_frames=logits.size(1 if padded else 0),
         max_targets=targets.size(1),
     )
     checks.check_feasible(logit_lengths, target_lengths, topology)
@@ -304,7 +316,8 @@ torch.library.custom_op(
 @torch.library.register_fake("transducer_toolkit::transducer_loss")
 def _forward_fake(logits, targets, logit_lengths, target_lengths, blank, *options):
     with_uses = options[-1]
-    num_rows = logits.shape[:-1].numel() if with_uses else 0
+    # Not Size.numel(): it would turn symbolic sizes into numbers, and each shape into a recompile.
+    num_rows = math.prod(logits.shape[:-1]) if with_uses else 0
     losses = logits.new_empty(targets.size(0), dtype=native.compute_dtype(logits.dtype))
     return losses, *(logits.new_empty(num_rows, dtype=native.SCORE_DTYPE) for _ in range(3))
 
@@ -398,12 +411,20 @@ class _InplaceTransducerLoss(torch.autograd.Function):
         losses, *for_stage_3 = _forward(*arguments, ctx.needs_input_grad[0])
         ctx.save_for_backward(*arguments[:4], *for_stage_3)
         ctx.blank, ctx.from_log_softmax, ctx.clamp = arguments[4], arguments[5], arguments[9]
+        ctx.is_consumed = False
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad):
-        # Raises by itself if somebody changed the logits, our own first backward included.
+        # Autograd notices by itself if the logits were changed, our own first backward included,
+        # but not under saved-tensor hooks.
+        if ctx.is_consumed:
+            raise RuntimeError(
+                "transducer_loss: inplace=True allows one backward; the logits were overwritten "
+                "with their gradient (modified by an inplace operation)"
+            )
+        ctx.is_consumed = True
         logits, targets, logit_lengths, target_lengths, *for_stage_3 = ctx.saved_tensors
         batch = _lattice_batch(logits, targets, logit_lengths, target_lengths)
         native.logits_grad(

@@ -44,6 +44,13 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
         tensor(36.)
     """
     check_activation(activation)
+    for name, value, kind in (
+        ("enc", enc, Tensor),
+        ("pred", pred, Tensor),
+        ("shape", shape, LatticeShape),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
     if enc.dtype not in native.SUPPORTED_DTYPES or enc.dtype != pred.dtype:
         supported = ", ".join(
             str(dtype).removeprefix("torch.") for dtype in native.SUPPORTED_DTYPES
