@@ -69,6 +69,10 @@ def test_resume_continues_where_it_stopped(tmp_path, console, train_overrides, t
     )
     assert list(first) == [0, 1, 2, 3] and list(second) == [4, 5, 6, 7]
     assert {**first, **second} == pytest.approx(whole, rel=1e-4)
+    # The learning curves are those of the whole training.
+    last = torch.load(outputs / "second/run/checkpoints/last.ckpt", weights_only=True)
+    history = last["callbacks"]["LearningCurves"]["history"]
+    assert len(history["train/loss"]) == 8 and len(history["val/wer"]) == 1
 
 
 def test_fast_dev_run(tmp_path, console, train_overrides, capsys):

@@ -67,6 +67,15 @@ def test_gain_is_exact_and_never_clips():
     torch.testing.assert_close(loud, tone() / tone().abs().max())
 
 
+def test_telephone_leaves_nothing_above_four_kilohertz():
+    noise = torch.from_numpy(rng().standard_normal(16000).astype(np.float32)) / 8
+    narrow = WaveformPerturbation(telephone_probability=1.0)(noise, rng(3))
+    before, after = (torch.fft.rfft(x).abs().square() for x in (noise, narrow))  # 1 Hz a bin
+    assert after[4050:].sum() < 1e-3 * before[4050:].sum()
+    assert 0.9 < after[:3000].sum() / before[:3000].sum() < 1.1
+    assert torch.equal(WaveformPerturbation(telephone_probability=0.0)(noise, rng(3)), noise)
+
+
 def test_waveform_perturbation_repeats_and_leaves_its_input():
     perturb = WaveformPerturbation(speed=0.1, eq_db=6, noise_snr_db=(10, 20), gain_db=(-6, 6))
     waveform = tone()

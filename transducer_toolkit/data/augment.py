@@ -15,12 +15,13 @@ from transducer_toolkit.data.audio import SAMPLE_RATE, resample
 __all__ = ["SpecAugment", "WaveformPerturbation"]
 
 LOWEST_HZ = 50.0  # the spectral shapes are flat below
+TELEPHONE_CUTOFF_HZ = (3200.0, 4000.0)
 EQ_KNOTS_HZ = (60.0, 250.0, 1000.0, 3000.0, 8000.0)
 SPEED_STEP = 0.01  # speeds are multiples of this: few, small resampling kernels
 
 
 class WaveformPerturbation:
-    """Random speed, equalisation, noise and gain, applied in this order.
+    """Random speed, equalisation, noise, telephone band and gain, applied in this order.
 
     Args:
         speed: speeds are drawn from [1 - speed, 1 + speed] in steps of 0.01; pitch and tempo change
@@ -29,6 +30,8 @@ class WaveformPerturbation:
         noise_snr_db: range of the signal-to-noise ratio, dB; the noise has a random spectral slope
             between white (0) and brown (-6 dB an octave). None is off.
         noise_probability: probability that noise is added.
+        telephone_probability: probability that nothing is left above a cutoff drawn from 3.2 to
+            4 kHz, as in a recording made at 8 kHz.
         gain_db: range of the level change, dB, applied last; a waveform that would then exceed
             full scale is scaled down to it, never clipped.
 
@@ -48,14 +51,19 @@ class WaveformPerturbation:
         eq_db: float = 0.0,
         noise_snr_db: tuple[float, float] | None = None,
         noise_probability: float = 1.0,
+        telephone_probability: float = 0.0,
         gain_db: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         if not 0 <= speed <= 0.5:
             raise ValueError(f"speed must lie in [0, 0.5], got {speed}")
         if eq_db < 0:
             raise ValueError(f"eq_db must not be negative, got {eq_db}")
-        if not 0 <= noise_probability <= 1:
-            raise ValueError(f"noise_probability must lie in [0, 1], got {noise_probability}")
+        for name, probability in (
+            ("noise_probability", noise_probability),
+            ("telephone_probability", telephone_probability),
+        ):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {probability}")
         for name, bounds in (("noise_snr_db", noise_snr_db), ("gain_db", gain_db)):
             if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):
                 raise ValueError(f"{name} must be (lowest, highest), got {bounds}")
@@ -64,6 +72,7 @@ class WaveformPerturbation:
         self.eq_db = eq_db
         self.noise_snr_db = noise_snr_db
         self.noise_probability = noise_probability
+        self.telephone_probability = telephone_probability
         self.gain_db = gain_db
 
     def draw_speed(self, rng: np.random.Generator) -> float:
@@ -93,7 +102,10 @@ class WaveformPerturbation:
         snr_db = None
         if self.noise_snr_db is not None and rng.random() < self.noise_probability:
             snr_db = rng.uniform(self.noise_snr_db[0], self.noise_snr_db[1])
-        if self.eq_db > 0 or snr_db is not None:
+        cutoff_hz = None
+        if self.telephone_probability > 0 and rng.random() < self.telephone_probability:
+            cutoff_hz = rng.uniform(*TELEPHONE_CUTOFF_HZ)
+        if self.eq_db > 0 or snr_db is not None or cutoff_hz is not None:
             num_samples, fft_length = len(waveform), _fft_length(len(waveform))
             spectrum = torch.fft.rfft(waveform, n=fft_length)
             if self.eq_db > 0:
@@ -106,6 +118,8 @@ class WaveformPerturbation:
                 noise_power = _energy(noise) / fft_length
                 ratio = signal_power / noise_power * 10 ** (-snr_db / 10)
                 spectrum += noise * ratio.sqrt()
+            if cutoff_hz is not None:
+                spectrum *= _low_pass_gain(cutoff_hz, fft_length)
             waveform = torch.fft.irfft(spectrum, n=fft_length)[:num_samples]
         gain = 10 ** (rng.uniform(self.gain_db[0], self.gain_db[1]) / 20)
         peak = float(waveform.abs().max()) * gain
@@ -132,6 +146,12 @@ def _eq_gain(knots_db: np.ndarray, fft_length: int) -> Tensor:
     """Amplitude per bin; the decibels are interpolated over the logarithm of the frequency."""
     gain_db = np.interp(_log_frequencies(fft_length), np.log(EQ_KNOTS_HZ), knots_db)
     return torch.exp(torch.from_numpy(gain_db.astype(np.float32)) * (math.log(10) / 20))
+
+
+def _low_pass_gain(cutoff_hz: float, fft_length: int) -> Tensor:
+    """1 up to 95 % of the cutoff, 0 from the cutoff on, straight in between."""
+    frequencies_hz = torch.arange(fft_length // 2 + 1) * (SAMPLE_RATE / fft_length)
+    return ((cutoff_hz - frequencies_hz) / (0.05 * cutoff_hz)).clamp(0.0, 1.0)
 
 
 def _noise_spectrum(fft_length: int, rng: np.random.Generator) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from transducer_toolkit.data.cache import build_once, default_cache_dir, fingerprint
 from transducer_toolkit.data.corpus import CorpusManifests
 from transducer_toolkit.data.digits.held_out import AsteriskDigits, Flite
-from transducer_toolkit.data.digits.recipe import load_voices, plan_set
+from transducer_toolkit.data.digits.recipe import load_voices, perturbation, plan_set
 from transducer_toolkit.data.digits.synthesis import SHARD_UTTERANCES, synthesize_plans
 from transducer_toolkit.data.manifest import write_manifest
 
@@ -125,6 +125,7 @@ class DigitsCorpus:
             self.seed,
             self.num_utterances,
             {name: load_voices().of_set(name) for name in self.num_utterances},
+            vars(perturbation()),
         ]
         return self.cache_dir / f"digits-{fingerprint(key)}"
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from transducer_toolkit.data.dataset import Batch
+from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.modules import ConvLstmEncoder, Joiner, StatelessPredictor, Transducer
+from transducer_toolkit.training.lightning_module import TransducerModule
+from transducer_toolkit.training.stages import PackedLoss
+
+TOKENIZER = CharTokenizer.from_texts(["ab c"])
+
+
+def make_batch(rows):
+    """Utterances 0 to 3, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 30, 80, generator=generator)
+    lengths, target_lengths = torch.tensor([30, 21, 9, 17]), torch.tensor([4, 3, 0, 1])
+    targets = torch.randint(1, TOKENIZER.vocab_size, (4, 4), generator=generator)
+    rows = torch.tensor(rows)
+    return Batch(
+        utterance_ids=[str(int(row)) for row in rows],
+        texts=["" for _ in rows],
+        features=features[rows],
+        feature_lengths=lengths[rows],
+        targets=targets[rows],
+        target_lengths=target_lengths[rows],
+    )
+
+
+def make_module(**options):
+    torch.manual_seed(0)
+    model = Transducer.build(
+        ConvLstmEncoder(conv_channels=2, hidden_dim=8, dropout=0.0),
+        partial(StatelessPredictor, embedding_dim=4),
+        partial(Joiner, joiner_dim=8),
+        vocab_size=TOKENIZER.vocab_size,
+        blank=TOKENIZER.blank,
+    )
+    return TransducerModule(model.double(), TOKENIZER, loss=PackedLoss(), **options)
+
+
+def gradients(module, rows, mean_frames):
+    """Gradients of one process, when the mean number of frames of all processes is given."""
+    module._trainer = SimpleNamespace(
+        strategy=SimpleNamespace(reduce=lambda frames, reduce_op: mean_frames or frames)
+    )
+    module.log = lambda *args, **kwargs: None
+    batch = make_batch(rows)
+    object.__setattr__(batch, "features", batch.features.double())
+    module.zero_grad()
+    module.training_step(batch, 0).backward()
+    return [parameter.grad.clone() for parameter in module.parameters()]
+
+
+def test_the_average_over_processes_is_the_gradient_of_the_whole():
+    module = make_module()
+    whole = gradients(module, [0, 1, 2, 3], None)
+    encoder_frames = [[8, 6], [3, 5]]  # of utterances 0, 1 and 2, 3
+    mean_frames = sum(map(sum, encoder_frames)) / 2
+    parts = [gradients(module, rows, mean_frames) for rows in ([0, 1], [2, 3])]
+    for expected, first, second in zip(whole, *parts, strict=True):
+        torch.testing.assert_close((first + second) / 2, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_missing_is_named():
+    module = make_module()
+    with pytest.raises(ValueError, match="training needs an optimizer"):
+        module.configure_optimizers()
+    module.loss = None
+    with pytest.raises(ValueError, match="needs a loss stage"):
+        module.compute_losses(make_batch([0]))
+
+
+def test_checkpoints_carry_the_recipe():
+    checkpoint = {}
+    make_module(recipe={"format_version": 1}).on_save_checkpoint(checkpoint)
+    assert checkpoint == {"recognizer": {"format_version": 1}}
+    checkpoint = {}
+    make_module().on_save_checkpoint(checkpoint)
+    assert checkpoint == {}
