@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-import time
+from datetime import datetime
 
 from omegaconf import OmegaConf
 
@@ -25,7 +25,7 @@ def run_id() -> str:
         os.environ[RUN_ID_VARIABLE] = (
             _launcher_id("TORCHELASTIC_RUN_ID", "torchrun")
             or _launcher_id("SLURM_JOB_ID", "slurm")
-            or time.strftime("%Y-%m-%d_%H-%M-%S")
+            or f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"[:-3]  # two started at once stay apart
         )
     return os.environ[RUN_ID_VARIABLE]
 

@@ -45,7 +45,7 @@ def perturbation() -> WaveformPerturbation:
         eq_db=6.0,
         noise_snr_db=(10.0, 40.0),
         noise_probability=0.7,
-        telephone_probability=0.2,  # recordings of humans are often made at 8 kHz
+        telephone_probability=0.1,  # recordings of humans are often made at 8 kHz
         gain_db=(-12.0, 6.0),
     )
 
