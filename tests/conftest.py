@@ -14,5 +14,6 @@ def _fixed_seed_and_threads():
     torch.manual_seed(20)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)  # transducer-train turns it on
     yield
     torch.set_num_threads(threads)
