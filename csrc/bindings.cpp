@@ -13,6 +13,7 @@
 #include "joint_tile.h"
 #include "lattice.h"
 #include "logits_grad.h"
+#include "occupancy.h"
 #include "row_kernels.h"
 
 namespace py = pybind11;
@@ -39,26 +40,35 @@ void ForDType(DType dtype, F f) {
 }
 
 LatticeBatch MakeBatch(int64_t num_utterances, int64_t max_frames, int64_t max_targets,
-                       int64_t num_rows, int64_t row_stride, Address num_frames,
-                       Address num_targets, Address first_row, Address targets) {
+                       int64_t num_rows, int64_t row_stride, int64_t rows_per_utterance,
+                       Address num_frames, Address num_targets, Address first_row, Address targets,
+                       Address band_start, Address first_frame) {
   return {num_utterances,
           max_frames,
           max_targets,
           num_rows,
           row_stride,
+          rows_per_utterance,
           As<const int64_t>(num_frames),
           As<const int64_t>(num_targets),
           As<const int64_t>(first_row),
-          As<const int64_t>(targets)};
+          As<const int64_t>(targets),
+          As<const int64_t>(band_start),
+          As<const int64_t>(first_frame)};
 }
 
-void CellScores(const LatticeBatch& batch, DType dtype, Address logits, int64_t vocab_size,
-                int64_t blank, bool from_log_softmax, int num_threads, Address normaliser,
-                Address blank_score, Address label_score) {
+RowTile MakeTile(Address rows, int64_t begin, int64_t size) {
+  return {As<const int64_t>(rows), begin, size};
+}
+
+void CellScores(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address logits,
+                int64_t vocab_size, int64_t blank, bool from_log_softmax, int num_threads,
+                Address normaliser, Address blank_score, Address label_score) {
   ForDType(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    CellScoresCpu(batch, As<const T>(logits), vocab_size, blank, from_log_softmax, num_threads,
-                  As<Score>(normaliser), As<Score>(blank_score), As<Score>(label_score));
+    CellScoresCpu(batch, tile, As<const T>(logits), vocab_size, blank, from_log_softmax,
+                  num_threads, As<Score>(normaliser), As<Score>(blank_score),
+                  As<Score>(label_score));
   });
 }
 
@@ -70,33 +80,42 @@ void Lattice(const LatticeBatch& batch, Topology topology, double delay_penalty,
              As<Score>(use_blank), As<Score>(use_label));
 }
 
-void LogitsGrad(const LatticeBatch& batch, DType dtype, Address logits, int64_t vocab_size,
-                int64_t blank, bool from_log_softmax, double clamp, Address normaliser,
-                Address use_blank, Address use_label, Address loss_grad, int num_threads,
-                Address grad) {
+int64_t KeptRows(const LatticeBatch& batch, Address use_blank, Address use_label,
+                 double dropped_mass, int num_threads, Address kept_rows, Address num_kept,
+                 Address dropped) {
+  return KeptRowsCpu(batch, As<const Score>(use_blank), As<const Score>(use_label), dropped_mass,
+                     num_threads, As<int64_t>(kept_rows), As<int64_t>(num_kept),
+                     As<Score>(dropped));
+}
+
+void LogitsGrad(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address logits,
+                int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
+                Address normaliser, Address use_blank, Address use_label, Address loss_grad,
+                int num_threads, Address grad) {
   ForDType(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    LogitsGradCpu(batch, As<const T>(logits), vocab_size, blank, from_log_softmax, clamp,
+    LogitsGradCpu(batch, tile, As<const T>(logits), vocab_size, blank, from_log_softmax, clamp,
                   As<const Score>(normaliser), As<const Score>(use_blank),
                   As<const Score>(use_label), As<const Score>(loss_grad), num_threads, As<T>(grad));
   });
 }
 
-void JoinForward(const LatticeBatch& batch, DType dtype, Address enc, Address pred, int64_t width,
-                 Activation activation, int num_threads, Address hidden) {
+void JoinForward(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address enc,
+                 Address pred, int64_t width, Activation activation, int num_threads,
+                 Address hidden) {
   ForDType(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    JoinForwardCpu(batch, As<const T>(enc), As<const T>(pred), width, activation, num_threads,
-                   As<T>(hidden));
+    JoinForwardCpu(batch, tile, As<const T>(enc), As<const T>(pred), width, activation,
+                   num_threads, As<T>(hidden));
   });
 }
 
-void JoinBackward(const LatticeBatch& batch, DType dtype, Address grad_hidden, Address hidden,
-                  Address enc, Address pred, int64_t width, Activation activation, int num_threads,
-                  Address grad_enc, Address grad_pred) {
+void JoinBackward(const LatticeBatch& batch, const RowTile& tile, DType dtype,
+                  Address grad_hidden, Address hidden, Address enc, Address pred, int64_t width,
+                  Activation activation, int num_threads, Address grad_enc, Address grad_pred) {
   ForDType(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    JoinBackwardCpu(batch, As<const T>(grad_hidden), As<const T>(hidden), As<const T>(enc),
+    JoinBackwardCpu(batch, tile, As<const T>(grad_hidden), As<const T>(hidden), As<const T>(enc),
                     As<const T>(pred), width, activation, num_threads,
                     As<Compute<T>>(grad_enc), As<Compute<T>>(grad_pred));
   });
@@ -141,11 +160,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LatticeBatch>(m, "LatticeBatch")
       .def(py::init(&MakeBatch), py::kw_only(), py::arg("num_utterances"), py::arg("max_frames"),
            py::arg("max_targets"), py::arg("num_rows"), py::arg("row_stride"),
-           py::arg("num_frames"), py::arg("num_targets"), py::arg("first_row"), py::arg("targets"));
+           py::arg("rows_per_utterance"), py::arg("num_frames"), py::arg("num_targets"),
+           py::arg("first_row"), py::arg("targets"), py::arg("band_start"),
+           py::arg("first_frame"));
+  py::class_<RowTile>(m, "RowTile")
+      .def(py::init(&MakeTile), py::kw_only(), py::arg("rows"), py::arg("begin"), py::arg("size"));
 
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::module_ cpu = m.def_submodule("cpu");
-  cpu.def("cell_scores", &CellScores, no_gil, py::arg("batch"), py::kw_only(), py::arg("dtype"),
+  cpu.def("cell_scores", &CellScores, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(), py::arg("dtype"),
           py::arg("logits"), py::arg("vocab_size"), py::arg("blank"), py::arg("from_log_softmax"),
           py::arg("num_threads"), py::arg("normaliser"), py::arg("blank_score"),
           py::arg("label_score"));
@@ -153,14 +176,17 @@ PYBIND11_MODULE(_C, m) {
           py::arg("delay_penalty"), py::arg("fastemit_lambda"), py::arg("blank_score"),
           py::arg("label_score"), py::arg("num_threads"), py::arg("scratch"), py::arg("loss"),
           py::arg("use_blank"), py::arg("use_label"));
-  cpu.def("logits_grad", &LogitsGrad, no_gil, py::arg("batch"), py::kw_only(), py::arg("dtype"),
+  cpu.def("kept_rows", &KeptRows, no_gil, py::arg("batch"), py::kw_only(), py::arg("use_blank"),
+          py::arg("use_label"), py::arg("dropped_mass"), py::arg("num_threads"),
+          py::arg("kept_rows"), py::arg("num_kept"), py::arg("dropped"));
+  cpu.def("logits_grad", &LogitsGrad, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(), py::arg("dtype"),
           py::arg("logits"), py::arg("vocab_size"), py::arg("blank"), py::arg("from_log_softmax"),
           py::arg("clamp"), py::arg("normaliser"), py::arg("use_blank"), py::arg("use_label"),
           py::arg("loss_grad"), py::arg("num_threads"), py::arg("grad"));
-  cpu.def("join_forward", &JoinForward, no_gil, py::arg("batch"), py::kw_only(), py::arg("dtype"),
+  cpu.def("join_forward", &JoinForward, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(), py::arg("dtype"),
           py::arg("enc"), py::arg("pred"), py::arg("width"), py::arg("activation"),
           py::arg("num_threads"), py::arg("hidden"));
-  cpu.def("join_backward", &JoinBackward, no_gil, py::arg("batch"), py::kw_only(),
+  cpu.def("join_backward", &JoinBackward, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(),
           py::arg("dtype"), py::arg("grad_hidden"), py::arg("hidden"), py::arg("enc"),
           py::arg("pred"), py::arg("width"), py::arg("activation"), py::arg("num_threads"),
           py::arg("grad_enc"), py::arg("grad_pred"));

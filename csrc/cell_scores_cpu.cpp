@@ -17,18 +17,17 @@ Score Pick(const T* row, int64_t index, Score max, Score log_sum) {
 }  // namespace
 
 template <typename T>
-void CellScoresCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_size, int64_t blank,
-                   bool from_log_softmax, int num_threads, Score* normaliser, Score* blank_score,
-                   Score* label_score) {
+void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const T* logits,
+                   int64_t vocab_size, int64_t blank, bool from_log_softmax, int num_threads,
+                   Score* normaliser, Score* blank_score, Score* label_score) {
   const RowKernels<T>& kernels = GetRowKernels<T>();
-  // One task a frame of an utterance; frames beyond its length are empty tasks.
-  ParallelFor(batch.num_utterances * batch.max_frames, num_threads, [&](int64_t task) {
-    const int64_t b = task / batch.max_frames, t = task % batch.max_frames;
-    if (!batch.IsValid(b) || t >= batch.num_frames[b]) return;
-    const int64_t num_targets = batch.num_targets[b];
-    for (int64_t u = 0; u <= num_targets; ++u) {
-      const int64_t row = batch.Row(b, t, u);
-      const T* x = logits + row * vocab_size;
+  ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
+    CellCursor cursor(batch);
+    Cell cell;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = tile.Row(i);
+      if (!cursor.Find(row, &cell)) continue;
+      const T* x = logits + i * vocab_size;
       Score max = 0, log_sum = 0;
       if (!from_log_softmax) {
         Compute<T> row_max, row_sum;
@@ -38,10 +37,10 @@ void CellScoresCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
       }
       normaliser[row] = max + log_sum;
       blank_score[row] = Pick(x, blank, max, log_sum);
-      if (u == num_targets) {
+      if (cell.u == batch.num_targets[cell.b]) {
         label_score[row] = kLogZero;
       } else {
-        const int64_t target = batch.Target(b, u);
+        const int64_t target = batch.Target(cell.b, cell.u);
         const bool in_vocab = target >= 0 && target < vocab_size;
         label_score[row] = in_vocab ? Pick(x, target, max, log_sum) : kNaN;
       }
@@ -49,9 +48,9 @@ void CellScoresCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_siz
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                                   \
-  template void CellScoresCpu<T>(const LatticeBatch&, const T*, int64_t, int64_t, bool, int, Score*, \
-                                 Score*, Score*);
+#define TRANSDUCER_INSTANTIATE(T)                                                              \
+  template void CellScoresCpu<T>(const LatticeBatch&, const RowTile&, const T*, int64_t, int64_t, \
+                                 bool, int, Score*, Score*, Score*);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 
 }  // namespace transducer

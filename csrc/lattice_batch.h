@@ -5,33 +5,61 @@
 
 namespace transducer {
 
+// One cell (t, u) of the lattice of utterance b.
+struct Cell {
+  int64_t b, t, u;
+};
+
 // The lattices of a batch, and which row of a logits-like tensor each of their cells is.
 //
 // Cell (t, u) of utterance b, 0 <= t < num_frames[b], 0 <= u <= num_targets[b], is row
 //
-//     first_row[b] + t * (row_stride ? row_stride : num_targets[b] + 1) + u
+//     first_row[b] + t * stride + u - band_start[b][t]
 //
-//   packed (sum_b T_b * (U_b + 1), V): first_row = exclusive prefix sum of cells, row_stride = 0
-//   padded (B, T, U + 1, V):           first_row = b * T * (U + 1),  row_stride = U + 1
+//   packed (sum_b T_b * (U_b + 1), V): stride = U_b + 1 (row_stride = 0); first_row = exclusive
+//                                      prefix sum of cells, rows_per_utterance = 0
+//   padded (B, T, U + 1, V):           row_stride = U + 1, rows_per_utterance = T * (U + 1)
+//   band (B, T, R, V):                 row_stride = R, rows_per_utterance = T * R; of frame t only
+//                                      the cells band_start <= u < band_start + R exist
+//   packed band (sum_b T_b * R, V):    the same with rows_per_utterance = 0
 //
-// Scores, normalisers and posteriors use the same rows, so one index serves every stage.
-// Nothing here is owned; every pointer is on the device the stage runs on.
+// In the padded layouts first_row may lie behind the beginning of the utterance's rows, for a
+// lattice that begins at a later frame or symbol. Scores, normalisers and posteriors use the same
+// rows, so one index serves every stage. Nothing here is owned; every pointer is on the device the
+// stage runs on.
 struct LatticeBatch {
   int64_t num_utterances;      // B
   int64_t max_frames;          // T: no utterance has more frames
   int64_t max_targets;         // U: width of `targets`; no utterance has more symbols
   int64_t num_rows;            // rows of the logits tensor, padding included
-  int64_t row_stride;          // rows from (t, u) to (t + 1, u); 0 means num_targets[b] + 1
+  int64_t row_stride;          // rows from frame to frame; 0 means num_targets[b] + 1
+  int64_t rows_per_utterance;  // 0 means that utterance b has rows first_row[b] to first_row[b + 1]
   const int64_t* num_frames;   // (B,) T_b
   const int64_t* num_targets;  // (B,) U_b
-  const int64_t* first_row;    // (B,) row of cell (0, 0)
+  const int64_t* first_row;    // (B,) row of cell (0, band_start[b][0])
   const int64_t* targets;      // (B, U), anything beyond U_b
+  const int64_t* band_start;   // (B, T), or null: every frame has all its cells
+  const int64_t* first_frame;  // (B,), or null: 0. Frame 0 of the lattice is this one of the audio;
+                               // only the delay penalty asks
 
   TRANSDUCER_HD int64_t Stride(int64_t b) const {
     return row_stride != 0 ? row_stride : num_targets[b] + 1;
   }
+  TRANSDUCER_HD int64_t BandStart(int64_t b, int64_t t) const {
+    return band_start != nullptr ? band_start[b * max_frames + t] : 0;
+  }
+  // The cells of frame t are u = ColumnBegin ... ColumnEnd - 1; none if a start is nonsense.
+  TRANSDUCER_HD int64_t ColumnBegin(int64_t b, int64_t t) const {
+    const int64_t start = BandStart(b, t);
+    return start > 0 ? start : 0;
+  }
+  TRANSDUCER_HD int64_t ColumnEnd(int64_t b, int64_t t) const {
+    const int64_t start = BandStart(b, t), end = num_targets[b] + 1;
+    if (band_start == nullptr || start > end - row_stride) return end;
+    return start + row_stride;
+  }
   TRANSDUCER_HD int64_t Row(int64_t b, int64_t t, int64_t u) const {
-    return first_row[b] + t * Stride(b) + u;
+    return first_row[b] + t * Stride(b) + u - BandStart(b, t);
   }
   TRANSDUCER_HD int64_t Target(int64_t b, int64_t u) const { return targets[b * max_targets + u]; }
 
@@ -40,9 +68,75 @@ struct LatticeBatch {
   TRANSDUCER_HD bool IsValid(int64_t b) const {
     const int64_t frames = num_frames[b], labels = num_targets[b];
     if (frames < 1 || frames > max_frames || labels < 0 || labels > max_targets) return false;
-    if (row_stride != 0 && labels + 1 > row_stride) return false;
-    return first_row[b] >= 0 && Row(b, frames - 1, labels) < num_rows;
+    if (row_stride != 0 && band_start == nullptr && labels + 1 > row_stride) return false;
+    const int64_t last = first_row[b] + frames * Stride(b) -
+                         (row_stride != 0 && band_start == nullptr ? row_stride - labels : 1);
+    return first_row[b] >= 0 && last < num_rows;
   }
+
+  // The utterance that a row belongs to, be it a cell or padding.
+  TRANSDUCER_HD int64_t UtteranceOf(int64_t row) const {
+    if (rows_per_utterance != 0) return row / rows_per_utterance;
+    int64_t low = 0, high = num_utterances;  // the last one with first_row <= row
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (first_row[middle] <= row) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // The cell that a row is; false if the row is padding. cell->b is set in any case. Of an utterance
+  // that is not valid, every row is padding.
+  TRANSDUCER_HD bool CellOf(int64_t row, Cell* cell) const {
+    const int64_t b = cell->b = UtteranceOf(row);
+    const int64_t offset = row - first_row[b];
+    if (!IsValid(b) || offset < 0) return false;
+    const int64_t stride = Stride(b);
+    cell->t = offset / stride;
+    if (cell->t >= num_frames[b]) return false;
+    cell->u = offset - cell->t * stride + BandStart(b, cell->t);
+    return cell->u >= ColumnBegin(b, cell->t) && cell->u < ColumnEnd(b, cell->t);
+  }
+};
+
+// Some rows of a batch, in ascending order: what one call of a stage works on. A logits-like tensor
+// beside a tile has one row for each of its rows.
+struct RowTile {
+  const int64_t* rows;  // null: begin, begin + 1, ...; else rows[begin], rows[begin + 1], ...
+  int64_t begin;
+  int64_t size;
+
+  TRANSDUCER_HD int64_t Row(int64_t i) const {
+    return rows != nullptr ? rows[begin + i] : begin + i;
+  }
+};
+
+// LatticeBatch::CellOf for rows asked in ascending order: most are in the frame of the one before.
+class CellCursor {
+ public:
+  explicit CellCursor(const LatticeBatch& batch) : batch_(batch) {}
+
+  bool Find(int64_t row, Cell* cell) {
+    if (row >= begin_ && row < end_) {
+      *cell = {b_, t_, row - begin_ + column_};
+      return true;
+    }
+    if (!batch_.CellOf(row, cell)) return false;
+    b_ = cell->b;
+    t_ = cell->t;
+    column_ = batch_.ColumnBegin(b_, t_);
+    begin_ = batch_.Row(b_, t_, column_);
+    end_ = begin_ + batch_.ColumnEnd(b_, t_) - column_;
+    return true;
+  }
+
+ private:
+  const LatticeBatch& batch_;
+  int64_t b_ = 0, t_ = 0, column_ = 0, begin_ = 0, end_ = 0;  // rows [begin_, end_) are frame t_
 };
 
 }  // namespace transducer

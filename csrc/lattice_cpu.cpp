@@ -8,89 +8,101 @@
 namespace transducer {
 namespace {
 
+// The cells of one frame: u = begin ... end - 1, cell u at index offset + u of the utterance's rows.
+struct Frame {
+  int64_t begin, end, offset;
+  bool Has(int64_t u) const { return u >= begin && u < end; }
+};
+
 // One utterance. Every topology has the blank arc (t, u) -> (t + 1, u); they differ in the label
-// arc, and in what may reach the final node (T, U), which lies behind the last frame.
+// arc, and in what may reach the final node (T, U), which lies behind the last frame. Arcs that
+// leave a band do not exist.
 template <Topology kTopology>
 class Utterance {
  public:
   Utterance(const LatticeBatch& batch, const LatticeOptions& options, int64_t b,
             const Score* blank_score, const Score* label_score)
-      : frames_(batch.num_frames[b]),
+      : batch_(batch),
+        b_(b),
+        frames_(batch.num_frames[b]),
         labels_(batch.num_targets[b]),
-        stride_(batch.Stride(b)),
-        first_row_(batch.first_row[b]),
+        first_frame_(batch.first_frame != nullptr ? batch.first_frame[b] : 0),
         options_(options),
-        blank_(blank_score + first_row_),
-        label_(label_score + first_row_) {}
+        blank_(blank_score),
+        label_(label_score) {}
 
   // Backward variables: beta(t, u) = log-probability of all ways from (t, u) to the end. Returns
   // beta(0, 0), NaN if any score is NaN (also one that no path could use).
   Score Backward(Score* beta) const {
-    beta += first_row_;
     bool has_nan = false;
+    Frame next = NoFrame();
     for (int64_t t = frames_ - 1; t >= 0; --t) {
+      const Frame here = FrameAt(t);
       const Score penalty = Penalty(t);
-      for (int64_t u = labels_; u >= 0; --u) {
-        const int64_t cell = t * stride_ + u;
+      for (int64_t u = here.end - 1; u >= here.begin; --u) {
+        const int64_t cell = here.offset + u;
         has_nan |= std::isnan(blank_[cell]) | (u < labels_ && std::isnan(label_[cell]));
-        const Score by_blank = blank_[cell] + AfterBlank(beta, t, u);
+        const Score by_blank = blank_[cell] + AfterBlank(beta, next, t, u);
         const Score by_label =
-            u < labels_ ? LabelScore(t, u, penalty) + AfterLabel(beta, t, u) : kLogZero;
+            u < labels_ ? LabelScore(here, u, penalty) + AfterLabel(beta, here, next, t, u)
+                        : kLogZero;
         beta[cell] = LogAdd(by_blank, by_label);
       }
+      next = here;
     }
-    return has_nan ? kNaN : beta[0];
+    if (has_nan) return kNaN;
+    return next.Has(0) ? beta[next.offset] : kLogZero;
   }
 
   // Forward variables, and the posteriors on the way. On entry `beta` holds Backward's result; on
   // exit posteriors. Forward variables are pushed: cell (t, u) is complete when the loop reaches
   // it, adds itself to its successors, and makes room for its posterior.
   void Posteriors(Score total, Score* beta_to_use_blank, Score* alpha_to_use_label) const {
-    Score* beta = beta_to_use_blank + first_row_;
-    Score* alpha = alpha_to_use_label + first_row_;
+    Score* beta = beta_to_use_blank;
+    Score* alpha = alpha_to_use_label;
     const Score label_gain = 1 + options_.fastemit_lambda;
-    std::fill(alpha, alpha + labels_ + 1, kLogZero);
-    alpha[0] = 0;
+    Frame here = FrameAt(0);
+    std::fill(alpha + here.offset + here.begin, alpha + here.offset + here.end, kLogZero);
+    alpha[here.offset] = 0;  // total is not log(0), so the frame has cell (0, 0)
     for (int64_t t = 0; t < frames_; ++t) {
+      const Frame next = t + 1 < frames_ ? FrameAt(t + 1) : NoFrame();
+      std::fill(alpha + next.offset + next.begin, alpha + next.offset + next.end, kLogZero);
       const Score penalty = Penalty(t);
       Score forced_blank = 0;  // constrained: posterior of the label arc that ends above this cell
-      for (int64_t u = 0; u <= labels_; ++u) {
-        const int64_t cell = t * stride_ + u;
-        const Score here = alpha[cell];
-        const Score by_blank = here + blank_[cell];
-        const Score by_label =
-            u < labels_ ? here + LabelScore(t, u, penalty) : kLogZero;
+      for (int64_t u = here.begin; u < here.end; ++u) {
+        const int64_t cell = here.offset + u;
+        const Score from = alpha[cell];
+        const Score by_blank = from + blank_[cell];
+        const Score by_label = u < labels_ ? from + LabelScore(here, u, penalty) : kLogZero;
 
-        const Score post_blank = std::exp(by_blank + AfterBlank(beta, t, u) - total);
+        const Score post_blank = std::exp(by_blank + AfterBlank(beta, next, t, u) - total);
         const Score post_label =
-            u < labels_ ? label_gain * std::exp(by_label + AfterLabel(beta, t, u) - total) : 0;
+            u < labels_
+                ? label_gain * std::exp(by_label + AfterLabel(beta, here, next, t, u) - total)
+                : 0;
 
-        if (t + 1 < frames_) {
-          // In (t + 1, u) there is so far, at most, the label arc from (t, u - 1).
-          Score* next = alpha + cell + stride_;
-          *next = kLabelFrames == 1 && u > 0 ? LogAdd(*next, by_blank) : by_blank;
-        }
-        if (u < labels_) {
-          if constexpr (kLabelFrames == 0) {
-            alpha[cell + 1] = t == 0 ? by_label : LogAdd(alpha[cell + 1], by_label);
-          } else if (t + 1 < frames_) {
-            alpha[cell + stride_ + 1] = by_label;
-          }
+        if (next.Has(u)) Push(alpha + next.offset + u, by_blank);
+        if constexpr (kLabelFrames == 0) {
+          if (here.Has(u + 1)) Push(alpha + cell + 1, by_label);
+        } else {
+          if (next.Has(u + 1)) Push(alpha + next.offset + u + 1, by_label);
         }
 
         alpha[cell] = post_label;
         beta[cell] = post_blank + forced_blank;
         if constexpr (kTopology == Topology::kConstrained) forced_blank = post_label;
       }
+      here = next;
     }
   }
 
   // Same value for every cell of the utterance.
   void Fill(Score value, Score* use_blank, Score* use_label) const {
     for (int64_t t = 0; t < frames_; ++t) {
-      const int64_t row = first_row_ + t * stride_;
-      std::fill(use_blank + row, use_blank + row + labels_ + 1, value);
-      std::fill(use_label + row, use_label + row + labels_ + 1, value);
+      const Frame frame = FrameAt(t);
+      for (int64_t u = frame.begin; u < frame.end; ++u) {
+        use_blank[frame.offset + u] = use_label[frame.offset + u] = value;
+      }
     }
   }
 
@@ -98,32 +110,45 @@ class Utterance {
   // Frames that a label arc advances.
   static constexpr int64_t kLabelFrames = kTopology == Topology::kRegular ? 0 : 1;
 
-  Score Penalty(int64_t t) const {
-    return options_.delay_penalty * (0.5 * static_cast<Score>(frames_ - 1) - static_cast<Score>(t));
+  static Frame NoFrame() { return {0, 0, 0}; }
+
+  Frame FrameAt(int64_t t) const {
+    const int64_t begin = batch_.ColumnBegin(b_, t);
+    return {begin, std::max(begin, batch_.ColumnEnd(b_, t)), batch_.Row(b_, t, 0)};
   }
 
-  Score LabelScore(int64_t t, int64_t u, Score penalty) const {
-    const int64_t cell = t * stride_ + u;
-    Score score = label_[cell];
-    if constexpr (kTopology == Topology::kConstrained) score += blank_[cell + 1];
+  static void Push(Score* alpha, Score score) { *alpha = LogAdd(*alpha, score); }
+
+  Score Penalty(int64_t t) const {
+    const Score middle = 0.5 * static_cast<Score>(frames_ - 1 - first_frame_);
+    return options_.delay_penalty * (middle - static_cast<Score>(t));
+  }
+
+  Score LabelScore(const Frame& here, int64_t u, Score penalty) const {
+    Score score = label_[here.offset + u];
+    if constexpr (kTopology == Topology::kConstrained) {
+      score += here.Has(u + 1) ? blank_[here.offset + u + 1] : kLogZero;
+    }
     return score + penalty;
   }
 
   // beta at the end of the blank arc from (t, u).
-  Score AfterBlank(const Score* beta, int64_t t, int64_t u) const {
-    if (t + 1 < frames_) return beta[(t + 1) * stride_ + u];
+  Score AfterBlank(const Score* beta, const Frame& next, int64_t t, int64_t u) const {
+    if (t + 1 < frames_) return next.Has(u) ? beta[next.offset + u] : kLogZero;
     return u == labels_ ? 0 : kLogZero;
   }
 
   // beta at the end of the label arc from (t, u).
-  Score AfterLabel(const Score* beta, int64_t t, int64_t u) const {
-    if constexpr (kLabelFrames == 0) return beta[t * stride_ + u + 1];
-    if (t + 1 < frames_) return beta[(t + 1) * stride_ + u + 1];
+  Score AfterLabel(const Score* beta, const Frame& here, const Frame& next, int64_t t,
+                   int64_t u) const {
+    if constexpr (kLabelFrames == 0) return here.Has(u + 1) ? beta[here.offset + u + 1] : kLogZero;
+    if (t + 1 < frames_) return next.Has(u + 1) ? beta[next.offset + u + 1] : kLogZero;
     if constexpr (kTopology == Topology::kOneSymPerFrame) return kLogZero;  // must end in a blank
     return u + 1 == labels_ ? 0 : kLogZero;
   }
 
-  const int64_t frames_, labels_, stride_, first_row_;
+  const LatticeBatch& batch_;
+  const int64_t b_, frames_, labels_, first_frame_;
   const LatticeOptions& options_;
   const Score* blank_;
   const Score* label_;

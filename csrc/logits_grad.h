@@ -7,6 +7,8 @@
 
 namespace transducer {
 
+// For each row of the tile:
+//
 // grad[row, v] = loss_grad[b] * clamp(occupancy * softmax(logits[row])[v]
 //                                     - use_blank * [v == blank] - use_label * [v == target])
 //
@@ -15,13 +17,14 @@ namespace transducer {
 // Both subtractions happen when target == blank. Subnormal results are written as zero: they carry
 // nothing and make the next matrix product several times slower.
 //
-// Writes every row: padding rows are zero, rows of an utterance whose uses are NaN or whose lengths
-// are invalid are NaN; an utterance with loss_grad[b] == 0 gets zeros whatever its uses are, so a
-// caller can mask a NaN loss out. grad may be logits (in place).
+// Writes every row of the tile: padding rows are zero, rows of an utterance whose uses are NaN or
+// whose lengths are invalid are NaN; an utterance with loss_grad[b] == 0 gets zeros whatever its
+// uses are, so a caller can mask a NaN loss out. grad may be logits (in place). normaliser and uses
+// are indexed by row of the batch.
 template <typename T>
-void LogitsGradCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_size, int64_t blank,
-                   bool from_log_softmax, double clamp, const Score* normaliser,
-                   const Score* use_blank, const Score* use_label, const Score* loss_grad,
-                   int num_threads, T* grad);
+void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const T* logits,
+                   int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
+                   const Score* normaliser, const Score* use_blank, const Score* use_label,
+                   const Score* loss_grad, int num_threads, T* grad);
 
 }  // namespace transducer

@@ -65,47 +65,34 @@ void CellGrad(const Context& context, const T* x, Score normaliser, Score use_bl
 }  // namespace
 
 template <typename T>
-void LogitsGradCpu(const LatticeBatch& batch, const T* logits, int64_t vocab_size, int64_t blank,
-                   bool from_log_softmax, double clamp, const Score* normaliser,
-                   const Score* use_blank, const Score* use_label, const Score* loss_grad,
-                   int num_threads, T* grad) {
+void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const T* logits,
+                   int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
+                   const Score* normaliser, const Score* use_blank, const Score* use_label,
+                   const Score* loss_grad, int num_threads, T* grad) {
   const Context context{vocab_size, blank, from_log_softmax,
                         clamp > 0 ? clamp : std::numeric_limits<Score>::infinity()};
-  const auto fill_rows = [&](int64_t begin, int64_t end, T value) {
-    std::fill(grad + begin * vocab_size, grad + end * vocab_size, value);
-  };
-  // One task a frame, as in stage 1. A task owns the rows from its first cell up to the first cell
-  // of the next task's frame, so that padding rows are written exactly once.
-  ParallelFor(batch.num_utterances * batch.max_frames, num_threads, [&](int64_t task) {
-    const int64_t b = task / batch.max_frames, t = task % batch.max_frames;
-    if (!batch.IsValid(b)) {
-      if (t == 0) {
-        const int64_t begin = std::min(std::max<int64_t>(batch.first_row[b], 0), batch.num_rows);
-        const int64_t end = b + 1 < batch.num_utterances ? batch.first_row[b + 1] : batch.num_rows;
-        fill_rows(begin, std::max(begin, std::min(end, batch.num_rows)),
-                  loss_grad[b] == 0 ? T{} : NaNOf<T>());
+  ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
+    CellCursor cursor(batch);
+    Cell cell;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = tile.Row(i);
+      T* out = grad + i * vocab_size;
+      if (cursor.Find(row, &cell)) {
+        const bool has_label = cell.u < batch.num_targets[cell.b];
+        CellGrad(context, logits + i * vocab_size, normaliser[row], use_blank[row], use_label[row],
+                 has_label ? batch.Target(cell.b, cell.u) : -1, loss_grad[cell.b], out);
+      } else {
+        const bool is_nan = !batch.IsValid(cell.b) && loss_grad[cell.b] != 0;
+        std::fill(out, out + vocab_size, is_nan ? NaNOf<T>() : T{});
       }
-      return;
     }
-    const int64_t num_targets = batch.num_targets[b];
-    const int64_t begin = batch.Row(b, t, 0);
-    if (t >= batch.num_frames[b]) {
-      if (batch.row_stride != 0) fill_rows(begin, begin + batch.row_stride, T{});
-      return;
-    }
-    for (int64_t u = 0; u <= num_targets; ++u) {
-      const int64_t row = begin + u;
-      const int64_t target = u < num_targets ? batch.Target(b, u) : -1;
-      CellGrad(context, logits + row * vocab_size, normaliser[row], use_blank[row], use_label[row],
-               target, loss_grad[b], grad + row * vocab_size);
-    }
-    fill_rows(begin + num_targets + 1, begin + batch.Stride(b), T{});
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                               \
-  template void LogitsGradCpu<T>(const LatticeBatch&, const T*, int64_t, int64_t, bool, double, \
-                                 const Score*, const Score*, const Score*, const Score*, int, T*);
+#define TRANSDUCER_INSTANTIATE(T)                                                                  \
+  template void LogitsGradCpu<T>(const LatticeBatch&, const RowTile&, const T*, int64_t, int64_t,  \
+                                 bool, double, const Score*, const Score*, const Score*,           \
+                                 const Score*, int, T*);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 
 }  // namespace transducer

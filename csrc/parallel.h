@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -16,5 +17,16 @@ namespace transducer {
 // another thread or from inside a task) runs on the calling thread alone. The first exception
 // thrown by a task is rethrown here.
 void ParallelFor(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task);
+
+// The same over rows, task(begin, end) taking a run of them: long enough to hide what starting a task
+// costs, short enough to balance.
+template <typename Task>
+void ParallelForRows(int64_t num_rows, int num_threads, const Task& task) {
+  constexpr int64_t kRowsPerTask = 64;
+  ParallelFor((num_rows + kRowsPerTask - 1) / kRowsPerTask, num_threads, [&](int64_t index) {
+    const int64_t begin = index * kRowsPerTask;
+    task(begin, std::min(begin + kRowsPerTask, num_rows));
+  });
+}
 
 }  // namespace transducer

@@ -107,10 +107,14 @@ class LatticeBatch:
         logit_lengths: (B,) integers, frames of each utterance.
         target_lengths: (B,) integers, symbols of each utterance.
         targets: (B, U) integers; padding may hold anything.
-        num_rows: rows of the logits-like tensor.
         max_frames: T; no utterance has more frames.
-        padded: rows laid out as (B, T, U + 1) instead of packed.
+        padded: rows laid out as (B, T, U + 1), or (B, T, R) with a band, instead of packed.
         device: where the stage runs.
+        num_rows: rows of the logits-like tensor; None computes them from lengths on the CPU.
+        band_start: (B, T) integers, for each frame the first of its R cells; None: all U + 1 exist.
+        band_width: R, with band_start.
+        begins: (B, 2) integers, symbol and frame at which each lattice begins inside of the
+            padded layout; lengths count from there. None: zeros.
     """
 
     def __init__(
@@ -119,61 +123,127 @@ class LatticeBatch:
         target_lengths: Tensor,
         targets: Tensor,
         *,
-        num_rows: int,
         max_frames: int,
         padded: bool,
         device: torch.device,
+        num_rows: int | None = None,
+        band_start: Tensor | None = None,
+        band_width: int = 0,
+        begins: Tensor | None = None,
     ) -> None:
         num_frames = _index(logit_lengths, device)
         num_targets = _index(target_lengths, device)
         targets = _index(targets, device)
         num_utterances, max_targets = targets.shape
         if padded:
-            per_utterance = max_frames * (max_targets + 1)
-            first_row = torch.arange(num_utterances, device=device) * per_utterance
+            stride = max_targets + 1 if band_start is None else band_width
+            rows_per_utterance = max_frames * stride
+            first_row = torch.arange(num_utterances, device=device) * rows_per_utterance
+            total = num_utterances * rows_per_utterance
         else:
+            stride = 0 if band_start is None else band_width
+            rows_per_utterance = 0
             # Clamped: lengths nobody validated must not make the rows of two utterances overlap.
-            cells = num_frames.clamp(min=0) * (num_targets.clamp(min=-1) + 1)
-            first_row = cells.cumsum(0) - cells
+            columns = stride or (num_targets.clamp(min=-1) + 1)
+            ends = (num_frames.clamp(min=0) * columns).cumsum(0)
+            first_row = torch.cat([ends.new_zeros(1), ends[:-1]])
+            total = -1
+        first_frame = None
+        if band_start is not None:
+            band_start = _index(band_start, device)
+        if begins is not None:
+            first_symbol, first_frame = (_index(part, device) for part in begins.unbind(1))
+            targets = _shift(targets, first_symbol)
+            first_row = first_row + first_frame * stride
+            if band_start is None:
+                first_row = first_row + first_symbol
+            else:
+                band_start = _shift(band_start, first_frame) - first_symbol[:, None]
+        if num_rows is None:
+            num_rows = int(ends[-1]) if total < 0 else total
         self.num_rows = num_rows
         self.num_utterances = num_utterances
         self.max_frames = max_frames
         self.max_targets = max_targets
-        self._keep_alive = (num_frames, num_targets, first_row, targets)
+        tensors = {
+            "num_frames": num_frames,
+            "num_targets": num_targets,
+            "first_row": first_row,
+            "targets": targets,
+            "band_start": band_start,
+            "first_frame": first_frame,
+        }
+        self._keep_alive = tensors
         self.native = _C.LatticeBatch(
             num_utterances=num_utterances,
             max_frames=max_frames,
             max_targets=max_targets,
             num_rows=num_rows,
-            row_stride=max_targets + 1 if padded else 0,
-            num_frames=_address(num_frames),
-            num_targets=_address(num_targets),
-            first_row=_address(first_row),
-            targets=_address(targets),
+            row_stride=stride,
+            rows_per_utterance=rows_per_utterance,
+            **{name: 0 if t is None else _address(t) for name, t in tensors.items()},
+        )
+
+    def all_rows(self) -> RowTile:
+        """The tile of all rows, padding included."""
+        return RowTile(0, self.num_rows)
+
+
+def _shift(rows: Tensor, begins: Tensor) -> Tensor:
+    """Each row (B, N) moved left by its own number of places; the last element fills up."""
+    places = torch.arange(rows.size(1), device=rows.device) + begins[:, None]
+    return rows.gather(1, places.clamp(max=rows.size(1) - 1)) if rows.size(1) else rows
+
+
+class RowTile:
+    """Some rows of a batch, in ascending order: what one call of a stage works on.
+
+    Args:
+        begin: first row, or first element of `rows`.
+        size: number of rows.
+        rows: (N,) int64, ascending; None: begin, begin + 1, ...
+    """
+
+    def __init__(self, begin: int, size: int, rows: Tensor | None = None) -> None:
+        self.size = size
+        self._keep_alive = rows
+        address = 0 if rows is None else _address(rows)
+        self.native = _C.RowTile(rows=address, begin=begin, size=size)
+
+
+class CellScores:
+    """What stage 1 gives for each row of a batch: three tensors (rows,) float64."""
+
+    def __init__(self, batch: LatticeBatch, device: torch.device) -> None:
+        # Zeros: the stages write real cells only, and padding must not show what the memory held.
+        self.normaliser, self.blank, self.label = (
+            torch.zeros(batch.num_rows, dtype=SCORE_DTYPE, device=device) for _ in range(3)
         )
 
 
 def cell_scores(
-    logits: Tensor, batch: LatticeBatch, *, blank: int, from_log_softmax: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 1. logits (rows, V) -> normaliser, blank score, label score, each (rows,) float64."""
-    # Zeros: the stages write real cells only, and padding must not show what the memory held.
-    normaliser, blank_score, label_score = (
-        torch.zeros(batch.num_rows, dtype=SCORE_DTYPE, device=logits.device) for _ in range(3)
-    )
+    logits: Tensor,
+    batch: LatticeBatch,
+    tile: RowTile,
+    out: CellScores,
+    *,
+    blank: int,
+    from_log_softmax: bool = False,
+) -> None:
+    """Stage 1. logits (tile rows, V) -> normaliser, blank score and label score of these rows."""
     _C.cpu.cell_scores(
         batch.native,
+        tile.native,
         dtype=_DTYPES[logits.dtype],
         logits=_address(logits),
         vocab_size=logits.size(-1),
         blank=blank,
         from_log_softmax=from_log_softmax,
         num_threads=torch.get_num_threads(),
-        normaliser=_address(normaliser),
-        blank_score=_address(blank_score),
-        label_score=_address(label_score),
+        normaliser=_address(out.normaliser),
+        blank_score=_address(out.blank),
+        label_score=_address(out.label),
     )
-    return normaliser, blank_score, label_score
 
 
 def lattice(
@@ -211,27 +281,47 @@ def lattice(
     return loss, use_blank, use_label
 
 
+def kept_rows(
+    use_blank: Tensor, use_label: Tensor, batch: LatticeBatch, *, dropped_mass: float
+) -> tuple[Tensor, Tensor]:
+    """The rows of the cells that carry gradient (csrc/occupancy.h), and their number (B,)."""
+    rows = torch.empty(batch.num_rows, dtype=torch.int64, device=use_blank.device)
+    counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
+    dropped = use_blank.new_empty(batch.num_utterances)
+    total = _C.cpu.kept_rows(
+        batch.native,
+        use_blank=_address(use_blank),
+        use_label=_address(use_label),
+        dropped_mass=dropped_mass,
+        num_threads=torch.get_num_threads(),
+        kept_rows=_address(rows),
+        num_kept=_address(counts),
+        dropped=_address(dropped),
+    )
+    return rows[:total].clone(), counts
+
+
 def logits_grad(
     logits: Tensor,
     batch: LatticeBatch,
+    tile: RowTile,
     normaliser: Tensor,
     use_blank: Tensor,
     use_label: Tensor,
     loss_grad: Tensor,
     *,
     blank: int,
-    from_log_softmax: bool,
-    clamp: float,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Stage 3. Posteriors and upstream gradient (B,) -> gradient of the logits, shaped like them.
+    from_log_softmax: bool = False,
+    clamp: float = 0.0,
+    out: Tensor,
+) -> None:
+    """Stage 3. Posteriors and upstream gradient (B,) float64 -> gradient of the tile's logits.
 
-    Written to `out` if given, which may be the logits themselves.
+    Written to `out`, shaped like the logits; it may be the logits themselves.
     """
-    grad = torch.empty_like(logits) if out is None else out
-    loss_grad = loss_grad.to(SCORE_DTYPE).contiguous()
     _C.cpu.logits_grad(
         batch.native,
+        tile.native,
         dtype=_DTYPES[logits.dtype],
         logits=_address(logits),
         vocab_size=logits.size(-1),
@@ -243,25 +333,25 @@ def logits_grad(
         use_label=_address(use_label),
         loss_grad=_address(loss_grad),
         num_threads=torch.get_num_threads(),
-        grad=_address(grad),
+        grad=_address(out),
     )
-    return grad
 
 
-def join_forward(enc: Tensor, pred: Tensor, batch: LatticeBatch, *, activation: str) -> Tensor:
-    """activation(enc_t + pred_u) of every cell: (B,T,D), (B,U+1,D) -> (rows, D)."""
-    hidden = enc.new_empty(batch.num_rows, enc.size(-1))
+def join_forward(
+    enc: Tensor, pred: Tensor, batch: LatticeBatch, tile: RowTile, *, activation: str, out: Tensor
+) -> None:
+    """activation(enc_t + pred_u) of the tile's cells: (B,T,D), (B,U+1,D) -> out (tile rows, D)."""
     _C.cpu.join_forward(
         batch.native,
+        tile.native,
         dtype=_DTYPES[enc.dtype],
         enc=_address(enc),
         pred=_address(pred),
         width=enc.size(-1),
         activation=_C.Activation.__members__[activation],
         num_threads=torch.get_num_threads(),
-        hidden=_address(hidden),
+        hidden=_address(out),
     )
-    return hidden
 
 
 def join_backward(
@@ -270,14 +360,16 @@ def join_backward(
     enc: Tensor,
     pred: Tensor,
     batch: LatticeBatch,
+    tile: RowTile,
     *,
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of enc and pred from that of `hidden`: segmented sums, deterministic."""
-    dtype = compute_dtype(enc.dtype)
-    grad_enc, grad_pred = torch.empty_like(enc, dtype=dtype), torch.empty_like(pred, dtype=dtype)
+    grad_enc: Tensor,
+    grad_pred: Tensor,
+) -> None:
+    """Adds the tile's part of the gradients of enc and pred, which are of compute_dtype."""
     _C.cpu.join_backward(
         batch.native,
+        tile.native,
         dtype=_DTYPES[enc.dtype],
         grad_hidden=_address(grad_hidden),
         hidden=_address(hidden),
@@ -289,4 +381,3 @@ def join_backward(
         grad_enc=_address(grad_enc),
         grad_pred=_address(grad_pred),
     )
-    return grad_enc.to(enc.dtype), grad_pred.to(pred.dtype)

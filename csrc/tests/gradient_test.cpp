@@ -21,7 +21,7 @@ struct Stages {
   bool from_log_softmax;
   std::vector<Score> normaliser, blank, label, use_blank, use_label, loss;
 
-  explicit Stages(const LatticeBatch& batch, Topology topology, bool from_log_softmax)
+  Stages(const LatticeBatch& batch, Topology topology, bool from_log_softmax)
       : batch(batch),
         topology(topology),
         from_log_softmax(from_log_softmax),
@@ -34,8 +34,8 @@ struct Stages {
 
   template <typename T>
   void Forward(const std::vector<T>& logits) {
-    CellScoresCpu(batch, logits.data(), kVocab, kBlank, from_log_softmax, 2, normaliser.data(),
-                  blank.data(), label.data());
+    CellScoresCpu(batch, {nullptr, 0, batch.num_rows}, logits.data(), kVocab, kBlank,
+                  from_log_softmax, 2, normaliser.data(), blank.data(), label.data());
     LatticeCpu(batch, {topology, 0, 0}, blank.data(), label.data(), 2, nullptr, loss.data(),
                use_blank.data(), use_label.data());
   }
@@ -43,28 +43,64 @@ struct Stages {
   template <typename T>
   void Backward(const std::vector<T>& logits, const std::vector<Score>& loss_grad, double clamp,
                 T* grad) {
-    LogitsGradCpu(batch, logits.data(), kVocab, kBlank, from_log_softmax, clamp, normaliser.data(),
-                  use_blank.data(), use_label.data(), loss_grad.data(), 2, grad);
+    LogitsGradCpu(batch, {nullptr, 0, batch.num_rows}, logits.data(), kVocab, kBlank,
+                  from_log_softmax, clamp, normaliser.data(), use_blank.data(), use_label.data(),
+                  loss_grad.data(), 2, grad);
   }
 };
 
-bool IsCell(const LatticeBatch& batch, int64_t row) {
+bool IsCell(const BatchFixture& fixture, int64_t row) {
+  const LatticeBatch& batch = fixture.batch;
   for (int64_t b = 0; b < batch.num_utterances; ++b) {
     for (int64_t t = 0; t < batch.num_frames[b]; ++t) {
-      const int64_t begin = batch.Row(b, t, 0);
-      if (row >= begin && row <= begin + batch.num_targets[b]) return true;
+      for (int64_t u = 0; u <= batch.num_targets[b]; ++u) {
+        if (fixture.Has(b, t, u) && batch.Row(b, t, u) == row) return true;
+      }
     }
   }
   return false;
 }
 
-void TestAgainstDifferences(Topology topology, bool padded, bool from_log_softmax) {
-  BatchFixture fixture({4, 2, 3}, {2, 0, 1}, padded, kVocab, 3);
+// Tiles of rows give, piece by piece and in any order, what one call gives.
+void TestTiles(Layout layout) {
+  BatchFixture fixture({4, 2, 6}, {2, 0, 5}, layout, kVocab, 3);
+  const LatticeBatch& batch = fixture.batch;
+  const auto logits = RandomVector<float>(batch.num_rows * kVocab, 2, 4);
+  Stages whole(batch, Topology::kRegular, false), tiled(batch, Topology::kRegular, false);
+  whole.Forward(logits);
+  std::vector<float> grad(logits.size(), 99);
+  const std::vector<Score> loss_grad = {1, -0.5, 3};
+  whole.Backward(logits, loss_grad, 0, grad.data());
+
+  constexpr int64_t kTile = 5;
+  for (int64_t begin = (batch.num_rows - 1) / kTile * kTile; begin >= 0; begin -= kTile) {
+    const int64_t size = std::min(kTile, batch.num_rows - begin);
+    CellScoresCpu(batch, {nullptr, begin, size}, logits.data() + begin * kVocab, kVocab, kBlank,
+                  false, 1, tiled.normaliser.data(), tiled.blank.data(), tiled.label.data());
+  }
+  EXPECT_TRUE(whole.normaliser == tiled.normaliser && whole.blank == tiled.blank);
+  EXPECT_TRUE(whole.label == tiled.label);
+  std::vector<int64_t> every_third;
+  for (int64_t row = 0; row < batch.num_rows; row += 3) every_third.push_back(row);
+  std::vector<float> x, expected;
+  for (const int64_t row : every_third) {
+    x.insert(x.end(), logits.begin() + row * kVocab, logits.begin() + (row + 1) * kVocab);
+    expected.insert(expected.end(), grad.begin() + row * kVocab, grad.begin() + (row + 1) * kVocab);
+  }
+  const RowTile tile{every_third.data(), 1, static_cast<int64_t>(every_third.size()) - 1};
+  LogitsGradCpu(batch, tile, x.data() + kVocab, kVocab, kBlank, false, 0, whole.normaliser.data(),
+                whole.use_blank.data(), whole.use_label.data(), loss_grad.data(), 1,
+                x.data() + kVocab);
+  for (size_t i = kVocab; i < x.size(); ++i) EXPECT_TRUE(x[i] == expected[i]);
+}
+
+void TestAgainstDifferences(Topology topology, Layout layout, bool from_log_softmax) {
+  BatchFixture fixture({5, 2, 3}, {4, 0, 1}, layout, kVocab, 3);
   if (!from_log_softmax) fixture.targets[0] = kBlank;  // label == blank: both subtractions
   const LatticeBatch& batch = fixture.batch;
   auto logits = RandomVector<double>(batch.num_rows * kVocab, 2, 4);
   for (int64_t row = 0; row < batch.num_rows; ++row) {
-    if (!IsCell(batch, row)) {
+    if (!IsCell(fixture, row)) {
       std::fill_n(logits.begin() + row * kVocab, kVocab, std::numeric_limits<double>::quiet_NaN());
     }
   }
@@ -99,7 +135,7 @@ void TestAgainstDifferences(Topology topology, bool padded, bool from_log_softma
   for (int64_t b = 0; b < batch.num_utterances; ++b) {
     for (int64_t t = 0; t < batch.num_frames[b]; ++t) {
       for (int64_t u = 0; u <= batch.num_targets[b]; ++u) {
-        for (int64_t v = 0; v < kVocab; ++v) {
+        for (int64_t v = 0; v < kVocab && fixture.Has(b, t, u); ++v) {
           const int64_t i = batch.Row(b, t, u) * kVocab + v;
           const double plain = grad[i] / loss_grad[b];
           const double limited = std::min(std::max(plain, -0.1), 0.1);
@@ -114,7 +150,7 @@ void TestAgainstDifferences(Topology topology, bool padded, bool from_log_softma
 }
 
 void TestFloatIsAsGoodAsItsInputs() {
-  BatchFixture fixture({60, 40}, {20, 11}, false, kVocab, 3);
+  BatchFixture fixture({60, 40}, {20, 11}, Layout::kPacked, kVocab, 3);
   const auto logits = RandomVector<float>(fixture.batch.num_rows * kVocab, 30, 4);
   const std::vector<double> same(logits.begin(), logits.end());
   Stages stages(fixture.batch, Topology::kRegular, false);
@@ -131,7 +167,7 @@ void TestFloatIsAsGoodAsItsInputs() {
 }
 
 void TestMaskedByZeroGradient() {
-  BatchFixture fixture({3, 3}, {1, 1}, false, kVocab, 3);
+  BatchFixture fixture({3, 3}, {1, 1}, Layout::kPacked, kVocab, 3);
   auto logits = RandomVector<float>(fixture.batch.num_rows * kVocab, 1, 4);
   logits[0] = std::numeric_limits<float>::quiet_NaN();
   Stages stages(fixture.batch, Topology::kRegular, false);
@@ -152,11 +188,12 @@ int main() {
   using transducer::Topology;
   for (const auto topology : {Topology::kRegular, Topology::kModified, Topology::kConstrained,
                               Topology::kOneSymPerFrame}) {
-    for (const bool padded : {false, true}) {
-      transducer::TestAgainstDifferences(topology, padded, false);
-      transducer::TestAgainstDifferences(topology, padded, true);
+    for (const auto layout : transducer::kLayouts) {
+      transducer::TestAgainstDifferences(topology, layout, false);
+      transducer::TestAgainstDifferences(topology, layout, true);
     }
   }
+  for (const auto layout : transducer::kLayouts) transducer::TestTiles(layout);
   transducer::TestFloatIsAsGoodAsItsInputs();
   transducer::TestMaskedByZeroGradient();
   return expect::Finish();

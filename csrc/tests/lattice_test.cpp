@@ -16,8 +16,10 @@ struct Expected {
   std::vector<double> use_blank, use_label;  // unnormalised, by cell t * (U + 1) + u
 };
 
-// Walks every path of one utterance. `blank(t, u)` and `label(t, u)` are log scores.
+// Walks every path of one utterance through cells that it `has`. `blank(t, u)` and `label(t, u)` are
+// log scores.
 Expected Enumerate(Topology topology, int64_t frames, int64_t labels,
+                   const std::function<bool(int64_t, int64_t)>& has,
                    const std::function<double(int64_t, int64_t)>& blank,
                    const std::function<double(int64_t, int64_t)>& label) {
   const int64_t columns = labels + 1;
@@ -34,6 +36,7 @@ Expected Enumerate(Topology topology, int64_t frames, int64_t labels,
       for (const int64_t cell : label_cells) expected.use_label[cell] += p;
       return;
     }
+    if (!has(t, u)) return;
     blanks.push_back(t * columns + u);
     walk(t + 1, u, score + blank(t, u));
     blanks.pop_back();
@@ -42,11 +45,11 @@ Expected Enumerate(Topology topology, int64_t frames, int64_t labels,
     label_cells.push_back(t * columns + u);
     if (topology == Topology::kRegular) {
       walk(t, u + 1, score + label(t, u));
-    } else if (topology == Topology::kConstrained) {
+    } else if (topology == Topology::kConstrained && has(t, u + 1)) {
       blanks.push_back(t * columns + u + 1);
       walk(t + 1, u + 1, score + label(t, u) + blank(t, u + 1));
       blanks.pop_back();
-    } else {
+    } else if (topology != Topology::kConstrained) {
       walk(t + 1, u + 1, score + label(t, u));
     }
     label_cells.pop_back();
@@ -55,9 +58,11 @@ Expected Enumerate(Topology topology, int64_t frames, int64_t labels,
   return expected;
 }
 
-void TestAgainstEnumeration(Topology topology, bool padded, double delay_penalty,
+void TestAgainstEnumeration(Topology topology, Layout layout, double delay_penalty,
                             double fastemit_lambda) {
-  BatchFixture fixture({4, 1, 5, 3, 3}, {3, 0, 2, 0, 3}, padded, 9, 5);
+  BatchFixture fixture({6, 1, 5, 3, 3}, {5, 0, 2, 0, 3}, layout, 9, 5);
+  const std::vector<int64_t> first_frame = {3, 0, 1, 0, 7};
+  if (fastemit_lambda > 0) fixture.batch.first_frame = first_frame.data();
   const LatticeBatch& batch = fixture.batch;
   const auto blank = RandomVector<Score>(batch.num_rows, 2, 1);
   const auto label = RandomVector<Score>(batch.num_rows, 2, 2);
@@ -73,15 +78,18 @@ void TestAgainstEnumeration(Topology topology, bool padded, double delay_penalty
   for (int64_t b = 0; b < size; ++b) {
     const int64_t frames = batch.num_frames[b], labels = batch.num_targets[b];
     const Expected expected = Enumerate(
-        topology, frames, labels,
+        topology, frames, labels, [&](int64_t t, int64_t u) { return fixture.Has(b, t, u); },
         [&](int64_t t, int64_t u) { return blank[batch.Row(b, t, u)]; },
         [&](int64_t t, int64_t u) {
-          return label[batch.Row(b, t, u)] + delay_penalty * (0.5 * (frames - 1) - t);
+          const int64_t first = batch.first_frame != nullptr ? first_frame[b] : 0;
+          const double middle = 0.5 * (first + frames - 1);
+          return label[batch.Row(b, t, u)] + delay_penalty * (middle - (first + t));
         });
     EXPECT_NEAR(loss[b], -std::log(expected.probability), 1e-12);
     const double p = expected.probability > 0 ? expected.probability : 1;
     for (int64_t t = 0; t < frames; ++t) {
       for (int64_t u = 0; u <= labels; ++u) {
+        if (!fixture.Has(b, t, u)) continue;
         const int64_t cell = t * (labels + 1) + u, row = batch.Row(b, t, u);
         double by_blank = expected.use_blank[cell] / p;
         if (topology == Topology::kConstrained && u > 0) {  // FastEmit scales the forced blank too
@@ -95,7 +103,7 @@ void TestAgainstEnumeration(Topology topology, bool padded, double delay_penalty
 }
 
 void TestNonFinite() {
-  BatchFixture fixture({3, 3, 3}, {2, 2, 2}, false, 9, 5);
+  BatchFixture fixture({3, 3, 3}, {2, 2, 2}, Layout::kPacked, 9, 5);
   const LatticeBatch& batch = fixture.batch;
   auto blank = RandomVector<Score>(batch.num_rows, 1, 1);
   auto label = RandomVector<Score>(batch.num_rows, 1, 2);
@@ -124,9 +132,9 @@ int main() {
   using transducer::Topology;
   for (const auto topology : {Topology::kRegular, Topology::kModified, Topology::kConstrained,
                               Topology::kOneSymPerFrame}) {
-    for (const bool padded : {false, true}) {
-      transducer::TestAgainstEnumeration(topology, padded, 0, 0);
-      transducer::TestAgainstEnumeration(topology, padded, 0.3, 0.5);
+    for (const auto layout : transducer::kLayouts) {
+      transducer::TestAgainstEnumeration(topology, layout, 0, 0);
+      transducer::TestAgainstEnumeration(topology, layout, 0.3, 0.5);
     }
   }
   transducer::TestNonFinite();

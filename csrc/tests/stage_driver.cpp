@@ -7,34 +7,39 @@
 #include "../joint_tile.h"
 #include "../lattice.h"
 #include "../logits_grad.h"
+#include "../occupancy.h"
 #include "../row_kernels.h"
 #include "batch_fixture.h"
 
 int main() {
   using namespace transducer;
   constexpr int64_t kVocab = 500, kWidth = 256;
-  BatchFixture fixture({60, 50, 47}, {15, 11, 13}, false, kVocab, 1);
+  BatchFixture fixture({60, 50, 47}, {15, 11, 13}, Layout::kPacked, kVocab, 1);
   const LatticeBatch& batch = fixture.batch;
+  const RowTile tile = fixture.AllRows();
   const int64_t rows = batch.num_rows;
 
   const auto enc = RandomVector<float>(3 * batch.max_frames * kWidth, 1, 1);
   const auto pred = RandomVector<float>(3 * (batch.max_targets + 1) * kWidth, 1, 2);
   std::vector<float> hidden(rows * kWidth), grad_enc(enc.size()), grad_pred(pred.size());
-  JoinForwardCpu(batch, enc.data(), pred.data(), kWidth, Activation::kTanh, 1, hidden.data());
-  JoinBackwardCpu(batch, hidden.data(), hidden.data(), enc.data(), pred.data(), kWidth,
+  JoinForwardCpu(batch, tile, enc.data(), pred.data(), kWidth, Activation::kTanh, 1, hidden.data());
+  JoinBackwardCpu(batch, tile, hidden.data(), hidden.data(), enc.data(), pred.data(), kWidth,
                   Activation::kTanh, 1, grad_enc.data(), grad_pred.data());
 
   const auto logits = RandomVector<float>(rows * kVocab, 1, 3);
   std::vector<float> grad(logits.size());
   std::vector<Score> normaliser(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
-  std::vector<Score> loss(3);
+  std::vector<Score> loss(6);  // and room for dropped mass
   const std::vector<Score> loss_grad(3, 1);
-  CellScoresCpu(batch, logits.data(), kVocab, 0, false, 1, normaliser.data(), blank.data(),
+  CellScoresCpu(batch, tile, logits.data(), kVocab, 0, false, 1, normaliser.data(), blank.data(),
                 label.data());
   LatticeCpu(batch, {}, blank.data(), label.data(), 1, nullptr, loss.data(), use_blank.data(),
              use_label.data());
-  LogitsGradCpu(batch, logits.data(), kVocab, 0, false, 0, normaliser.data(), use_blank.data(),
+  LogitsGradCpu(batch, tile, logits.data(), kVocab, 0, false, 0, normaliser.data(), use_blank.data(),
                 use_label.data(), loss_grad.data(), 1, grad.data());
+  std::vector<int64_t> kept(rows), num_kept(3);
+  KeptRowsCpu(batch, use_blank.data(), use_label.data(), 1e-6, 1, kept.data(), num_kept.data(),
+              loss.data() + 3);
   std::printf("%s %lld cells, loss %.6f\n", GetRowKernelSet().name, static_cast<long long>(rows),
               loss[0]);
   return loss[0] > 0 ? 0 : 1;

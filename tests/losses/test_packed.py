@@ -306,7 +306,9 @@ def test_second_derivative_is_refused():
 def test_opcheck(packed):
     batch = ragged_batch([3, 2], [1, 2], 4, padding=0.0)
     logits = batch.packed() if packed else batch.logits
-    arguments = (logits, *batch.index_arguments, False, "regular", 0.0, 0.0, 0.0, True, True)
+    indices = batch.targets, batch.logit_lengths, batch.target_lengths
+    options = False, "regular", 0.0, 0.0, 0.0, True, False, True
+    arguments = (logits, *indices, None, None, batch.blank, *options)
     torch.library.opcheck(torch.ops.transducer_toolkit.transducer_loss, arguments)
 
 

@@ -7,6 +7,8 @@ the CPU already (or where the caller asked for them).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,11 +102,16 @@ def check_packed_rows(logit_lengths: Tensor, target_lengths: Tensor, num_rows: i
         )
 
 
-def check_labels(targets: Tensor, target_lengths: Tensor, *, blank: int, vocab_size: int) -> None:
-    """Raises a ValueError naming the first label outside [0, V) or equal to blank."""
+def check_labels(
+    targets: Tensor, target_lengths: Tensor, *, blank: int | None, vocab_size: int
+) -> None:
+    """Raises a ValueError naming the first label outside [0, V) or, unless None, equal to blank."""
     positions = torch.arange(targets.size(1), device=targets.device)
     real = positions < target_lengths.to(targets.device)[:, None]  # (B, U)
-    bad = ((targets < 0) | (targets >= vocab_size) | (targets == blank)) & real
+    bad = (targets < 0) | (targets >= vocab_size)
+    if blank is not None:
+        bad |= targets == blank
+    bad &= real
     if bool(bad.any()):
         b, u = (int(i) for i in bad.nonzero()[0])
         label = int(targets[b, u])
@@ -114,6 +121,56 @@ def check_labels(targets: Tensor, target_lengths: Tensor, *, blank: int, vocab_s
             else f"a label in [0, {vocab_size})"
         )
         raise ValueError(f"targets[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
+
+
+def check_boundary_values(
+    begins: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    *,
+    max_frames: int,
+    max_targets: int,
+) -> None:
+    """Raises a ValueError naming the first utterance whose boundary is impossible.
+
+    Args:
+        begins: (B, 2) s_begin, t_begin.
+        logit_lengths: (B,) t_end - t_begin.
+        target_lengths: (B,) s_end - s_begin.
+        max_frames: T.
+        max_targets: S.
+    """
+    lengths = zip(begins.tolist(), logit_lengths.tolist(), target_lengths.tolist(), strict=True)
+    for b, ((s_begin, t_begin), num_frames, num_targets) in enumerate(lengths):
+        s_end, t_end = s_begin + num_targets, t_begin + num_frames
+        if not (0 <= s_begin <= s_end <= max_targets and 0 <= t_begin < t_end <= max_frames):
+            raise ValueError(
+                f"boundary[{b}]: expected 0 <= s_begin <= s_end <= {max_targets} and "
+                f"0 <= t_begin < t_end <= {max_frames}, "
+                f"got [{s_begin}, {t_begin}, {s_end}, {t_end}]"
+            )
+
+
+def check_ranges_values(ranges: Tensor, logit_lengths: Tensor, max_targets: int) -> None:
+    """Raises a ValueError naming the first frame whose window is not one.
+
+    Args:
+        ranges: (B, T, R), R consecutive symbols for each frame, all in [0, max_targets].
+        logit_lengths: (B,) frames to look at.
+        max_targets: U.
+    """
+    width = ranges.size(2)
+    real = torch.arange(ranges.size(1)) < logit_lengths[:, None]
+    start = ranges[:, :, :1].cpu()
+    is_run = (ranges.cpu() == start + torch.arange(width)).all(2)
+    fits = (start[:, :, 0] >= 0) & (start[:, :, 0] + width <= max_targets + 1)
+    bad = ~(is_run & fits) & real
+    if bool(bad.any()):
+        b, t = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"ranges[{b}, {t}] (utterance {b}): expected {width} consecutive symbols within "
+            f"0 ... {max_targets}, got {ranges[b, t].tolist()}"
+        )
 
 
 def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str) -> None:
@@ -133,3 +190,12 @@ def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str)
                 f"utterance {b}: {topology} needs {relation}, "
                 f"got {num_frames} frames and {num_targets} symbols"
             )
+
+
+def check_options(fastemit_lambda: float, delay_penalty: float, clamp: float = 0.0) -> None:
+    """Raises a ValueError for a negative or non-finite weight, or a clamp that is NaN."""
+    for name, value in (("fastemit_lambda", fastemit_lambda), ("delay_penalty", delay_penalty)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    if clamp != clamp:  # NaN; torch.compile traces this, but not math.isnan
+        raise ValueError("clamp: expected a number, got nan")

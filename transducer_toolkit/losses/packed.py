@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact transducer loss on packed or padded logits, through the compiled stages."""
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from transducer_toolkit import native
 from transducer_toolkit.losses import checks
+from transducer_toolkit.losses.operator import logits_loss
 from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
 
 
@@ -83,6 +82,7 @@ def transducer_loss(
         RuntimeError: no stage for this device in this build; a second derivative.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(2 * 2 + 3 * 1, 5, requires_grad=True)
         >>> loss = transducer_loss(
         ...     logits,
@@ -105,29 +105,21 @@ def transducer_loss(
     topology = "one_sym_per_frame" if one_sym_per_frame else "regular"
     check_reduction(reduction)
     _check_arguments(logits, targets, logit_lengths, target_lengths, blank)
-    _check_options(fastemit_lambda, delay_penalty, clamp)
-    native.require_supported_device(logits.device)
-    if validate is None:
-        validate = logit_lengths.device.type == target_lengths.device.type == "cpu"
-    arguments = (
-        logits.contiguous(),
+    checks.check_options(fastemit_lambda, delay_penalty, clamp)
+    losses = logits_loss(
+        logits,
         targets,
         logit_lengths,
         target_lengths,
-        blank,
-        from_log_softmax,
-        topology,
-        float(fastemit_lambda),
-        float(delay_penalty),
-        float(clamp),
-        validate,
-    )
-    if inplace and torch.is_grad_enabled() and logits.requires_grad:
-        _check_inplace(logits)
-        losses = _InplaceTransducerLoss.apply(*arguments)
-    else:
-        with_uses = torch.is_grad_enabled() and logits.requires_grad
-        losses = torch.ops.transducer_toolkit.transducer_loss(*arguments, with_uses)[0]
+        blank=blank,
+        from_log_softmax=from_log_softmax,
+        topology=topology,
+        fastemit_lambda=fastemit_lambda,
+        delay_penalty=delay_penalty,
+        clamp=clamp,
+        inplace=inplace,
+        validate=validate,
+    ).losses
     return reduce_losses(losses, reduction)
 
 
@@ -135,6 +127,7 @@ class TransducerLoss(nn.Module):
     """Module form of :func:`transducer_loss`: options here, tensors in forward.
 
     Example:
+        >>> import torch
         >>> criterion = TransducerLoss(blank=0, reduction="sum")
         >>> lengths = torch.tensor([2]), torch.tensor([1])
         >>> criterion(torch.zeros(1, 2, 2, 5), torch.tensor([[1]]), *lengths)
@@ -156,7 +149,7 @@ class TransducerLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        _check_options(fastemit_lambda, delay_penalty, clamp)
+        checks.check_options(fastemit_lambda, delay_penalty, clamp)
         self.options: dict[str, Any] = {
             "blank": blank,
             "from_log_softmax": from_log_softmax,
@@ -197,245 +190,3 @@ def _check_arguments(
                 f"U + 1 from targets {tuple(targets.shape)}, got {tuple(logits.shape)}"
             )
     checks.check_blank(blank, logits.size(-1))
-
-
-def _check_options(fastemit_lambda: float, delay_penalty: float, clamp: float) -> None:
-    for name, value in (("fastemit_lambda", fastemit_lambda), ("delay_penalty", delay_penalty)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    if clamp != clamp:  # NaN; torch.compile traces this, but not math.isnan
-        raise ValueError("clamp: expected a number, got nan")
-
-
-def _check_inplace(logits: Tensor) -> None:
-    what = None
-    if logits.is_leaf:
-        what = "a leaf"
-    elif logits._is_view():
-        what = "a view (so is what nn.Linear makes of more than two dimensions: pack first)"
-    elif not logits.is_contiguous():
-        what = "a tensor that is not contiguous"
-    if what is not None:
-        raise ValueError(
-            "inplace: expected logits that an operation has just made (contiguous, neither a leaf "
-            f"nor a view), got {what}"
-        )
-
-
-# --- the operator -------------------------------------------------------------------------------
-
-
-def _lattice_batch(
-    logits: Tensor, targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor
-) -> native.LatticeBatch:
-    padded = logits.dim() == 4
-    return native.LatticeBatch(
-        logit_lengths,
-        target_lengths,
-        targets,
-        num_rows=logits.shape[:-1].numel(),
-        # Bounded by the rows, so that no product of lengths nobody checked can overflow.
-        max_frames=logits.size(1)
-        if padded
-        else min(max(int(logit_lengths.max()), 1), logits.size(0)),
-        padded=padded,
-        device=logits.device,
-    )
-
-
-def _validate(
-    logits: Tensor,
-    targets: Tensor,
-    logit_lengths: Tensor,
-    target_lengths: Tensor,
-    blank: int,
-    topology: str,
-) -> None:
-    padded = logits.dim() == 4
-    checks.check_lengths_fit(
-        logit_lengths,
-        target_lengths,
-        max_frames=logits.size(1 if padded else 0),
-        max_targets=targets.size(1),
-    )
-    checks.check_feasible(logit_lengths, target_lengths, topology)
-    checks.check_labels(targets, target_lengths, blank=blank, vocab_size=logits.size(-1))
-
-
-def _forward(
-    logits: Tensor,
-    targets: Tensor,
-    logit_lengths: Tensor,
-    target_lengths: Tensor,
-    blank: int,
-    from_log_softmax: bool,
-    topology: str,
-    fastemit_lambda: float,
-    delay_penalty: float,
-    clamp: float,
-    validate: bool,
-    with_uses: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Stages 1 and 2: losses (B,), and what stage 3 needs per row (empty unless with_uses)."""
-    if validate:
-        _validate(logits, targets, logit_lengths, target_lengths, blank, topology)
-    if logits.dim() == 2 and logit_lengths.device.type == target_lengths.device.type == "cpu":
-        checks.check_packed_rows(logit_lengths, target_lengths, logits.size(0))
-    batch = _lattice_batch(logits, targets, logit_lengths, target_lengths)
-    normaliser, blank_score, label_score = native.cell_scores(
-        logits, batch, blank=blank, from_log_softmax=from_log_softmax
-    )
-    losses, use_blank, use_label = native.lattice(
-        blank_score,
-        label_score,
-        batch,
-        topology=topology,
-        delay_penalty=delay_penalty,
-        fastemit_lambda=fastemit_lambda,
-        with_uses=with_uses,
-    )
-    if not with_uses:
-        normaliser = normaliser.new_empty(0)
-    return losses.to(native.compute_dtype(logits.dtype)), normaliser, use_blank, use_label
-
-
-_INPUTS = (
-    "Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, int blank, "
-    "bool from_log_softmax"
-)
-
-torch.library.custom_op(
-    "transducer_toolkit::transducer_loss",
-    _forward,
-    mutates_args=(),
-    schema=f"({_INPUTS}, str topology, float fastemit_lambda, float delay_penalty, float clamp, "
-    "bool validate, bool with_uses) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("transducer_toolkit::transducer_loss")
-def _forward_fake(logits, targets, logit_lengths, target_lengths, blank, *options):
-    with_uses = options[-1]
-    # Not Size.numel(): it would turn symbolic sizes into numbers, and each shape into a recompile.
-    num_rows = math.prod(logits.shape[:-1]) if with_uses else 0
-    losses = logits.new_empty(targets.size(0), dtype=native.compute_dtype(logits.dtype))
-    return losses, *(logits.new_empty(num_rows, dtype=native.SCORE_DTYPE) for _ in range(3))
-
-
-def _backward(
-    logits: Tensor,
-    targets: Tensor,
-    logit_lengths: Tensor,
-    target_lengths: Tensor,
-    blank: int,
-    from_log_softmax: bool,
-    clamp: float,
-    normaliser: Tensor,
-    use_blank: Tensor,
-    use_label: Tensor,
-    loss_grad: Tensor,
-) -> Tensor:
-    """Stage 3: the gradient of the logits, in their layout."""
-    batch = _lattice_batch(logits, targets, logit_lengths, target_lengths)
-    return native.logits_grad(
-        logits,
-        batch,
-        normaliser,
-        use_blank,
-        use_label,
-        loss_grad,
-        blank=blank,
-        from_log_softmax=from_log_softmax,
-        clamp=clamp,
-    )
-
-
-torch.library.custom_op(
-    "transducer_toolkit::transducer_loss_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"({_INPUTS}, float clamp, Tensor normaliser, Tensor use_blank, Tensor use_label, "
-    "Tensor loss_grad) -> Tensor",
-)
-
-
-@torch.library.register_fake("transducer_toolkit::transducer_loss_backward")
-def _backward_fake(logits, *arguments):
-    return torch.empty_like(logits)
-
-
-def _setup_context(ctx, inputs, output):
-    logits, targets, logit_lengths, target_lengths, blank, from_log_softmax = inputs[:6]
-    ctx.clamp, ctx.with_uses = inputs[9], inputs[11]
-    ctx.blank, ctx.from_log_softmax = blank, from_log_softmax
-    ctx.save_for_backward(logits, targets, logit_lengths, target_lengths, *output[1:])
-
-
-def _differentiate(ctx, loss_grad, *_):
-    logits, targets, logit_lengths, target_lengths, *for_stage_3 = ctx.saved_tensors
-    grad = torch.ops.transducer_toolkit.transducer_loss_backward(
-        logits,
-        targets,
-        logit_lengths,
-        target_lengths,
-        ctx.blank,
-        ctx.from_log_softmax,
-        ctx.clamp,
-        *for_stage_3,
-        loss_grad,
-    )
-    return grad, *(None for _ in range(11))
-
-
-torch.library.register_autograd(
-    "transducer_toolkit::transducer_loss", _differentiate, setup_context=_setup_context
-)
-
-
-def _refuse_second_derivative(ctx, grad):
-    raise RuntimeError(
-        "transducer_loss: the gradient of the gradient (create_graph=True) is not implemented"
-    )
-
-
-torch.library.register_autograd(
-    "transducer_toolkit::transducer_loss_backward", _refuse_second_derivative
-)
-
-
-class _InplaceTransducerLoss(torch.autograd.Function):
-    """The same stages, backward writing over the logits (an operator may not do that)."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        losses, *for_stage_3 = _forward(*arguments, ctx.needs_input_grad[0])
-        ctx.save_for_backward(*arguments[:4], *for_stage_3)
-        ctx.blank, ctx.from_log_softmax, ctx.clamp = arguments[4], arguments[5], arguments[9]
-        ctx.is_consumed = False
-        return losses
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, loss_grad):
-        # Autograd notices by itself if the logits were changed, our own first backward included,
-        # but not under saved-tensor hooks.
-        if ctx.is_consumed:
-            raise RuntimeError(
-                "transducer_loss: inplace=True allows one backward; the logits were overwritten "
-                "with their gradient (modified by an inplace operation)"
-            )
-        ctx.is_consumed = True
-        logits, targets, logit_lengths, target_lengths, *for_stage_3 = ctx.saved_tensors
-        batch = _lattice_batch(logits, targets, logit_lengths, target_lengths)
-        native.logits_grad(
-            logits,
-            batch,
-            *for_stage_3,
-            loss_grad,
-            blank=ctx.blank,
-            from_log_softmax=ctx.from_log_softmax,
-            clamp=ctx.clamp,
-            out=logits,
-        )
-        torch.autograd.graph.increment_version(logits)
-        return logits, *(None for _ in range(10))

@@ -167,14 +167,27 @@ def _lattice_batch(
 
 def _forward(enc, pred, logit_lengths, target_lengths, num_cells, activation):
     batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, num_cells)
-    return native.join_forward(enc, pred, batch, activation=activation)
+    hidden = enc.new_empty(num_cells, enc.size(-1))
+    native.join_forward(enc, pred, batch, batch.all_rows(), activation=activation, out=hidden)
+    return hidden
 
 
 def _backward(grad_hidden, hidden, enc, pred, logit_lengths, target_lengths, activation):
     batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, hidden.size(0))
-    return native.join_backward(
-        grad_hidden.contiguous(), hidden, enc, pred, batch, activation=activation
+    dtype = native.compute_dtype(enc.dtype)
+    grads = torch.zeros_like(enc, dtype=dtype), torch.zeros_like(pred, dtype=dtype)
+    native.join_backward(
+        grad_hidden.contiguous(),
+        hidden,
+        enc,
+        pred,
+        batch,
+        batch.all_rows(),
+        activation=activation,
+        grad_enc=grads[0],
+        grad_pred=grads[1],
     )
+    return grads[0].to(enc.dtype), grads[1].to(pred.dtype)
 
 
 torch.library.custom_op(

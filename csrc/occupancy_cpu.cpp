@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "occupancy.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace transducer {
+namespace {
+
+// A grid on the occupancies: bin i > 0 begins at EdgeOf(i), four bins a power of two, taken from the
+// number's own exponent and first two mantissa bits. Bin 0 is everything below 2^-128.
+constexpr int64_t kBinsPerOctave = 4, kLowestExponent = -128, kHighestExponent = 16;
+constexpr int64_t kNumBins = (kHighestExponent - kLowestExponent) * kBinsPerOctave;
+
+int64_t BinOf(Score occupancy) {
+  uint64_t bits;
+  std::memcpy(&bits, &occupancy, sizeof(bits));
+  const int64_t bin = static_cast<int64_t>(bits >> 50) - (1023 + kLowestExponent) * kBinsPerOctave;
+  return std::min(std::max<int64_t>(bin, 0), kNumBins - 1);
+}
+
+Score EdgeOf(int64_t bin) {
+  if (bin == 0) return 0;
+  const uint64_t bits = static_cast<uint64_t>(bin + (1023 + kLowestExponent) * kBinsPerOctave) << 50;
+  Score edge;
+  std::memcpy(&edge, &bits, sizeof(edge));
+  return edge;
+}
+
+template <typename F>
+void ForEachCell(const LatticeBatch& batch, int64_t b, F f) {
+  for (int64_t t = 0; t < batch.num_frames[b]; ++t) {
+    const int64_t begin = batch.ColumnBegin(b, t), end = batch.ColumnEnd(b, t);
+    for (int64_t u = begin; u < end; ++u) f(batch.Row(b, t, u));
+  }
+}
+
+// Cells of occupancy below this are dropped; and those of occupancy zero.
+Score LowestKept(const LatticeBatch& batch, int64_t b, const Score* use_blank,
+                 const Score* use_label, double dropped_mass, Score* dropped) {
+  *dropped = 0;
+  if (!(dropped_mass > 0)) return 0;
+  std::array<Score, kNumBins> mass{};
+  ForEachCell(batch, b, [&](int64_t row) {
+    const Score occupancy = use_blank[row] + use_label[row];
+    if (occupancy > 0) mass[BinOf(occupancy)] += occupancy;  // not NaN
+  });
+  const Score limit =
+      dropped_mass * static_cast<Score>(batch.num_frames[b] + batch.num_targets[b]);
+  int64_t bin = 0;
+  while (bin < kNumBins - 1 && *dropped + mass[bin] <= limit) *dropped += mass[bin++];
+  return EdgeOf(bin);
+}
+
+}  // namespace
+
+int64_t KeptRowsCpu(const LatticeBatch& batch, const Score* use_blank, const Score* use_label,
+                    double dropped_mass, int num_threads, int64_t* kept_rows, int64_t* num_kept,
+                    Score* dropped) {
+  // Each utterance writes to the room of its own rows; then the runs move together. Utterances lie
+  // in ascending order of rows, so a run never moves onto one that is yet to move.
+  const auto room = [&](int64_t b) {
+    return batch.rows_per_utterance != 0 ? b * batch.rows_per_utterance : batch.first_row[b];
+  };
+  ParallelFor(batch.num_utterances, num_threads, [&](int64_t b) {
+    num_kept[b] = 0;
+    dropped[b] = 0;
+    if (!batch.IsValid(b)) return;
+    const Score lowest = LowestKept(batch, b, use_blank, use_label, dropped_mass, &dropped[b]);
+    int64_t* out = kept_rows + room(b);
+    ForEachCell(batch, b, [&](int64_t row) {
+      const Score occupancy = use_blank[row] + use_label[row];
+      if (!(occupancy < lowest || occupancy == 0)) *out++ = row;
+    });
+    num_kept[b] = out - (kept_rows + room(b));
+  });
+  int64_t total = 0;
+  for (int64_t b = 0; b < batch.num_utterances; ++b) {
+    const int64_t* begin = kept_rows + room(b);
+    if (num_kept[b] > 0) std::copy(begin, begin + num_kept[b], kept_rows + total);
+    total += num_kept[b];
+  }
+  return total;
+}
+
+}  // namespace transducer
