@@ -56,14 +56,14 @@ def _torchaudio_loss(workload: Workload) -> Job:
 
 
 def _ours_step(workload: Workload, *, inplace: bool) -> Job:
-    from transducer_toolkit import join, transducer_loss
+    from transducer_toolkit import joiner_logits, transducer_loss
 
     shape, targets = workload.shape, workload.targets()
     inputs = [tensor.requires_grad_() for tensor in workload.joiner_inputs()]
 
     def run(_: None) -> tuple[Tensor, Tensor]:
         enc, pred, weight, bias = inputs
-        logits = functional.linear(join(enc, pred, shape), weight, bias)
+        logits = joiner_logits(enc, pred, weight, bias, shape)
         losses = transducer_loss(
             logits,
             targets,

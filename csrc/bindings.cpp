@@ -14,6 +14,7 @@
 #include "lattice.h"
 #include "logits_grad.h"
 #include "occupancy.h"
+#include "pages.h"
 #include "row_kernels.h"
 
 namespace py = pybind11;
@@ -168,8 +169,8 @@ PYBIND11_MODULE(_C, m) {
 
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::module_ cpu = m.def_submodule("cpu");
-  cpu.def("cell_scores", &CellScores, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(), py::arg("dtype"),
-          py::arg("logits"), py::arg("vocab_size"), py::arg("blank"), py::arg("from_log_softmax"),
+  cpu.def("cell_scores", &CellScores, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(),
+          py::arg("dtype"), py::arg("logits"), py::arg("vocab_size"), py::arg("blank"), py::arg("from_log_softmax"),
           py::arg("num_threads"), py::arg("normaliser"), py::arg("blank_score"),
           py::arg("label_score"));
   cpu.def("lattice", &Lattice, no_gil, py::arg("batch"), py::kw_only(), py::arg("topology"),
@@ -179,17 +180,21 @@ PYBIND11_MODULE(_C, m) {
   cpu.def("kept_rows", &KeptRows, no_gil, py::arg("batch"), py::kw_only(), py::arg("use_blank"),
           py::arg("use_label"), py::arg("dropped_mass"), py::arg("num_threads"),
           py::arg("kept_rows"), py::arg("num_kept"), py::arg("dropped"));
-  cpu.def("logits_grad", &LogitsGrad, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(), py::arg("dtype"),
-          py::arg("logits"), py::arg("vocab_size"), py::arg("blank"), py::arg("from_log_softmax"),
+  cpu.def("logits_grad", &LogitsGrad, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(),
+          py::arg("dtype"), py::arg("logits"), py::arg("vocab_size"), py::arg("blank"), py::arg("from_log_softmax"),
           py::arg("clamp"), py::arg("normaliser"), py::arg("use_blank"), py::arg("use_label"),
           py::arg("loss_grad"), py::arg("num_threads"), py::arg("grad"));
-  cpu.def("join_forward", &JoinForward, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(), py::arg("dtype"),
-          py::arg("enc"), py::arg("pred"), py::arg("width"), py::arg("activation"),
+  cpu.def("join_forward", &JoinForward, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(),
+          py::arg("dtype"), py::arg("enc"), py::arg("pred"), py::arg("width"), py::arg("activation"),
           py::arg("num_threads"), py::arg("hidden"));
   cpu.def("join_backward", &JoinBackward, no_gil, py::arg("batch"), py::arg("tile"), py::kw_only(),
           py::arg("dtype"), py::arg("grad_hidden"), py::arg("hidden"), py::arg("enc"),
           py::arg("pred"), py::arg("width"), py::arg("activation"), py::arg("num_threads"),
           py::arg("grad_enc"), py::arg("grad_pred"));
+  cpu.def(
+      "advise_huge_pages",
+      [](Address data, int64_t bytes) { AdviseHugePages(As<void>(data), bytes); },
+      py::kw_only(), py::arg("data"), py::arg("bytes"));
 
   py::module_ cuda = m.def_submodule("cuda");
   cuda.def("device_count", &CudaDeviceCount);

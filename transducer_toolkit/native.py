@@ -96,6 +96,18 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+_HUGE_FROM_BYTES = 8 * 2**20
+
+
+def empty(*size: int, like: Tensor) -> Tensor:
+    """A tensor of dtype and device of `like`, on huge pages if it is large and on the CPU."""
+    tensor = like.new_empty(size)
+    num_bytes = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "cpu" and num_bytes >= _HUGE_FROM_BYTES:
+        _C.cpu.advise_huge_pages(data=tensor.data_ptr(), bytes=num_bytes)
+    return tensor
+
+
 def _index(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device=device, dtype=torch.int64).contiguous()
 
@@ -205,6 +217,7 @@ class RowTile:
     """
 
     def __init__(self, begin: int, size: int, rows: Tensor | None = None) -> None:
+        self.begin = begin
         self.size = size
         self._keep_alive = rows
         address = 0 if rows is None else _address(rows)
@@ -284,7 +297,10 @@ def lattice(
 def kept_rows(
     use_blank: Tensor, use_label: Tensor, batch: LatticeBatch, *, dropped_mass: float
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the cells that carry gradient (csrc/occupancy.h), and their number (B,)."""
+    """The rows of the cells that carry gradient (csrc/occupancy.h), and their numbers (B,).
+
+    The first is (rows,): what stands behind its first ``numbers.sum()`` elements means nothing.
+    """
     rows = torch.empty(batch.num_rows, dtype=torch.int64, device=use_blank.device)
     counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
     dropped = use_blank.new_empty(batch.num_utterances)
@@ -298,7 +314,8 @@ def kept_rows(
         num_kept=_address(counts),
         dropped=_address(dropped),
     )
-    return rows[:total].clone(), counts
+    assert total <= batch.num_rows
+    return rows, counts
 
 
 def logits_grad(

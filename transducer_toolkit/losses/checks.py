@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from transducer_toolkit import native
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -26,6 +28,48 @@ def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> N
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
+
+
+def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_joint(enc: Tensor, pred: Tensor) -> None:
+    """Types, dtypes, devices and sizes of what a joiner adds: (B, T, D) and (B, U + 1, D)."""
+    for name, tensor in (("enc", enc), ("pred", pred)):
+        check_tensor(tensor, name)
+        check_dtype(tensor, name, native.SUPPORTED_DTYPES)
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected shape (B, length, D), got {tuple(tensor.shape)}")
+    if pred.dtype != enc.dtype:
+        raise TypeError(f"pred: expected dtype {enc.dtype}, that of enc, got {pred.dtype}")
+    if pred.device != enc.device:
+        raise ValueError(f"pred: expected device {enc.device}, that of enc, got {pred.device}")
+    if (pred.size(0), pred.size(2)) != (enc.size(0), enc.size(2)):
+        raise ValueError(
+            f"pred: expected shape ({enc.size(0)}, U + 1, {enc.size(2)}), B and D from enc, "
+            f"got {tuple(pred.shape)}"
+        )
+
+
+def check_ranges(
+    ranges: Tensor | None, num_utterances: int, num_frames: int, device: torch.device
+) -> None:
+    """Type, dtype, size and device of ranges (B, T, R); None passes."""
+    if ranges is None:
+        return
+    check_tensor(ranges, "ranges")
+    check_dtype(ranges, "ranges", INDEX_DTYPES)
+    if ranges.dim() != 3 or tuple(ranges.shape[:2]) != (num_utterances, num_frames):
+        raise ValueError(
+            f"ranges: expected shape ({num_utterances}, {num_frames}, R), got {tuple(ranges.shape)}"
+        )
+    if ranges.device != device:
+        raise ValueError(
+            f"ranges: expected device {device}, that of the logits or enc, got {ranges.device}"
+        )
 
 
 def check_targets_and_lengths(

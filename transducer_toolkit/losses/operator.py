@@ -261,7 +261,7 @@ def _backward(
 ) -> Tensor:
     """Stage 3: the gradient of the logits, in their layout."""
     inputs = logits, targets, logit_lengths, target_lengths, ranges, begins
-    grad = torch.empty_like(logits)
+    grad = native.empty(*logits.shape, like=logits)
     for_stage_3 = normaliser, use_blank, use_label
     _write_gradient(inputs, blank, from_log_softmax, clamp, for_stage_3, loss_grad, grad)
     return grad
