@@ -394,7 +394,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of enc, pred, weight and bias; empty where not wanted."""
     batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, normaliser.numel())
-    loss_grad = loss_grad.to(native.SCORE_DTYPE)
+    loss_grad = loss_grad.to(native.SCORE_DTYPE).contiguous()
     scale = None
     if enc.dtype == torch.float16:
         # A loss scale of 65536 would overflow the tiles: it comes back in after the products.
