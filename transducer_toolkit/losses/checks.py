@@ -105,12 +105,12 @@ def check_targets_and_lengths(
         raise ValueError(f"targets: expected device {device}, that of logits, got {targets.device}")
 
 
-def check_blank(blank: int, vocab_size: int) -> None:
+def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
     """Raises a TypeError unless blank is an integer, a ValueError unless 0 <= blank < V."""
     if not isinstance(blank, int):
-        raise TypeError(f"blank: expected an int, got {type(blank).__name__}")
+        raise TypeError(f"{name}: expected an int, got {type(blank).__name__}")
     if not 0 <= blank < vocab_size:
-        raise ValueError(f"blank: expected 0 <= blank < {vocab_size} (V of logits), got {blank}")
+        raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V of logits), got {blank}")
 
 
 def check_lengths_fit(

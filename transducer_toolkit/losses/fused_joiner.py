@@ -340,9 +340,8 @@ def _forward(
         checks.check_lengths_fit(
             logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
         )
-        if ranges is None:
-            checks.check_feasible(logit_lengths, target_lengths, topology)
-        else:
+        checks.check_feasible(logit_lengths, target_lengths, topology)
+        if ranges is not None:
             checks.check_ranges_values(ranges, logit_lengths, targets.size(1))
         checks.check_labels(targets, target_lengths, blank=blank, vocab_size=weight.size(0))
     batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, num_rows)

@@ -159,8 +159,7 @@ def _validate(
         ends = logit_lengths + begins[:, 1], target_lengths + begins[:, 0]
     if ranges is not None:
         checks.check_ranges_values(ranges, ends[0], targets.size(1))
-    else:  # in a band an utterance may be infeasible however long it is: its loss is +inf
-        checks.check_feasible(logit_lengths, target_lengths, topology)
+    checks.check_feasible(logit_lengths, target_lengths, topology)
     checks.check_labels(targets, ends[1], blank=blank, vocab_size=logits.size(-1))
 
 
