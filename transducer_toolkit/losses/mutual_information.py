@@ -54,11 +54,12 @@ def mutual_information_recursion(
 
     Example:
         >>> px, py = torch.zeros(1, 2, 4), torch.zeros(1, 3, 3)
-        >>> mutual_information_recursion(px, py).exp()  # paths of 2 symbols and 3 frames: 5 over 2
-        tensor([10.])
+        >>> score = mutual_information_recursion(px, py)
+        >>> round(score.exp().item(), 4)  # paths of 2 symbols and 3 frames: 5 over 2
+        10.0
         >>> _, (px_grad, py_grad) = mutual_information_recursion(px, py, return_grad=True)
-        >>> px_grad.sum(), py_grad.sum()  # every path has 2 symbols and 3 frames
-        (tensor(2.), tensor(3.))
+        >>> round(px_grad.sum().item(), 4), round(py_grad.sum().item(), 4)  # of every path
+        (2.0, 3.0)
 
     Source:
         F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022, eq. 4 and 5.
@@ -77,8 +78,7 @@ def mutual_information_recursion(
     scores = -losses.to(px.dtype)
     if not return_grad:
         return scores
-    grads = (label_posteriors, blank_posteriors)
-    return scores, _posteriors_of_symbols_and_frames(*grads, px.dtype)
+    return scores, posteriors_of_symbols_and_frames(label_posteriors, blank_posteriors, px.dtype)
 
 
 def joint_mutual_information_recursion(
@@ -160,7 +160,7 @@ def _expectation(posteriors: Tensor, scores: Tensor) -> Tensor:
     return (posteriors * used).sum((-2, -1))
 
 
-def _posteriors_of_symbols_and_frames(
+def posteriors_of_symbols_and_frames(
     label_posteriors: Tensor, blank_posteriors: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(B, frames, S) and (B, T, S + 1) -> px_grad (B, S, frames), py_grad (B, S + 1, T)."""
@@ -291,8 +291,9 @@ def _forward(
         padded=True,
         device=blank.device,
     )
-    losses, *uses = native.lattice(
-        *(score.flatten() for score in scores),
+    losses, use_blank, use_label = native.lattice(
+        scores[0].flatten(),
+        scores[1].flatten(),
         batch,
         topology=topology,
         delay_penalty=0.0,
@@ -303,10 +304,15 @@ def _forward(
     is_bad = losses == float("-inf")
     losses = losses.masked_fill(is_bad, float("nan"))
     if not with_posteriors:
-        return losses, *uses
-    posteriors = [use.view(shape).masked_fill_(is_bad[:, None, None], float("nan")) for use in uses]
+        return losses, use_blank, use_label
+    posteriors = [
+        uses.view(shape).masked_fill_(is_bad[:, None, None], float("nan"))
+        for uses in (use_blank, use_label)
+    ]
     if may_shift:
         posteriors = [_shift(posterior, -t_begin, -s_begin) for posterior in posteriors]
+    if open_end:  # the blank that leaves frame t_end is our own
+        posteriors[0][utterances, end] = 0
     return (
         losses,
         posteriors[0][:, :num_frames].clone() if open_end else posteriors[0],
