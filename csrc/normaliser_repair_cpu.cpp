@@ -18,13 +18,22 @@ void ShiftedSum(const T* am, const T* lm, int64_t size, Score offset, T* out) {
   }
 }
 
+// About max_v(am_v + lm_v): rounded to T, which is near enough for what is only an offset. Several
+// running maxima instead of one, so that the compiler can keep them in a vector.
 template <typename T>
-Score MaxOfSum(const T* am, const T* lm, int64_t size) {
-  Score max = kLogZero;
-  for (int64_t v = 0; v < size; ++v) {
-    max = std::max(max, static_cast<Score>(am[v]) + static_cast<Score>(lm[v]));
+T MaxOfSum(const T* am, const T* lm, int64_t size) {
+  constexpr int64_t kLanes = 16;
+  T lanes[kLanes];
+  std::fill_n(lanes, kLanes, -std::numeric_limits<T>::infinity());
+  int64_t v = 0;
+  for (; v + kLanes <= size; v += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const T sum = am[v + lane] + lm[v + lane];
+      lanes[lane] = sum > lanes[lane] ? sum : lanes[lane];
+    }
   }
-  return max;
+  for (; v < size; ++v) lanes[0] = std::max(lanes[0], am[v] + lm[v]);
+  return *std::max_element(lanes, lanes + kLanes);
 }
 
 }  // namespace
