@@ -13,6 +13,7 @@
 #include "joint_tile.h"
 #include "lattice.h"
 #include "logits_grad.h"
+#include "normaliser_repair.h"
 #include "occupancy.h"
 #include "pages.h"
 #include "row_kernels.h"
@@ -122,6 +123,43 @@ void JoinBackward(const LatticeBatch& batch, const RowTile& tile, DType dtype,
   });
 }
 
+// Calls f with the cells of an additive joiner in float32 or float64.
+template <typename F>
+void ForAdditiveCells(DType dtype, int64_t num_utterances, int64_t num_frames, int64_t num_columns,
+                      int64_t vocab_size, Address am, Address lm, Address product,
+                      double threshold, F f) {
+  const auto call = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    f(AdditiveCells<T>{num_utterances, num_frames, num_columns, vocab_size, As<const T>(am),
+                       As<const T>(lm), As<const T>(product), static_cast<T>(threshold)});
+  };
+  TRANSDUCER_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, "float32 or float64 only");
+  if (dtype == DType::kFloat32) return call(static_cast<float*>(nullptr));
+  call(static_cast<double*>(nullptr));
+}
+
+void RepairNormaliser(DType dtype, int64_t num_utterances, int64_t num_frames, int64_t num_columns,
+                      int64_t vocab_size, Address am, Address lm, Address product,
+                      double threshold, int num_threads, Address normaliser) {
+  ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
+                   threshold, [&](const auto& cells) {
+                     RepairNormaliserCpu(cells, num_threads, As<Score>(normaliser));
+                   });
+}
+
+void RepairNormaliserBackward(DType dtype, int64_t num_utterances, int64_t num_frames,
+                              int64_t num_columns, int64_t vocab_size, Address am, Address lm,
+                              Address product, double threshold, Address normaliser, Address grad,
+                              int num_threads, Address grad_am, Address grad_lm) {
+  ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
+                   threshold, [&](const auto& cells) {
+                     using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
+                     RepairNormaliserBackwardCpu(cells, As<const Score>(normaliser),
+                                                 As<const Score>(grad), num_threads,
+                                                 As<T>(grad_am), As<T>(grad_lm));
+                   });
+}
+
 py::dict BuildInfo() {
   py::dict info;
   info["version"] = TRANSDUCER_VERSION;
@@ -195,6 +233,15 @@ PYBIND11_MODULE(_C, m) {
       "advise_huge_pages",
       [](Address data, int64_t bytes) { AdviseHugePages(As<void>(data), bytes); },
       py::kw_only(), py::arg("data"), py::arg("bytes"));
+  cpu.def("repair_normaliser", &RepairNormaliser, no_gil, py::kw_only(), py::arg("dtype"),
+          py::arg("num_utterances"), py::arg("num_frames"), py::arg("num_columns"),
+          py::arg("vocab_size"), py::arg("am"), py::arg("lm"), py::arg("product"),
+          py::arg("threshold"), py::arg("num_threads"), py::arg("normaliser"));
+  cpu.def("repair_normaliser_backward", &RepairNormaliserBackward, no_gil, py::kw_only(),
+          py::arg("dtype"), py::arg("num_utterances"), py::arg("num_frames"),
+          py::arg("num_columns"), py::arg("vocab_size"), py::arg("am"), py::arg("lm"),
+          py::arg("product"), py::arg("threshold"), py::arg("normaliser"), py::arg("grad"),
+          py::arg("num_threads"), py::arg("grad_am"), py::arg("grad_lm"));
 
   py::module_ cuda = m.def_submodule("cuda");
   cuda.def("device_count", &CudaDeviceCount);

@@ -124,7 +124,7 @@ class JointTiles:
                 self._grad_weight += torch.mm(grad_logits.t(), hidden)
         if self._grad_bias is not None:
             self._grad_bias += grad_logits.sum(0, dtype=self._grad_bias.dtype)
-        if self._grad_enc is not None:
+        if self._grad_enc is not None and self._grad_pred is not None:
             grad_hidden = self.buffer("grad_hidden", hidden.size(0), self.width)
             native.join_backward(
                 torch.mm(grad_logits, self.weight, out=grad_hidden),

@@ -398,3 +398,49 @@ def join_backward(
         grad_enc=_address(grad_enc),
         grad_pred=_address(grad_pred),
     )
+
+
+def _additive_cells(am: Tensor, lm: Tensor, product: Tensor, threshold: float) -> dict[str, Any]:
+    return {
+        "dtype": _DTYPES[am.dtype],
+        "num_utterances": am.size(0),
+        "num_frames": am.size(1),
+        "num_columns": lm.size(1),
+        "vocab_size": am.size(2),
+        "am": _address(am),
+        "lm": _address(lm),
+        "product": _address(product),
+        "threshold": threshold,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def repair_normaliser(
+    am: Tensor, lm: Tensor, product: Tensor, threshold: float, normaliser: Tensor
+) -> None:
+    """Overwrites `normaliser` with logsumexp(am_t + lm_u) in the cells of product < threshold.
+
+    am (B,T,V), lm (B,U+1,V), product (B,T,U+1) float32 or float64; normaliser (B,T,U+1) float64.
+    """
+    cells = _additive_cells(am, lm, product, threshold)
+    _C.cpu.repair_normaliser(**cells, normaliser=_address(normaliser))
+
+
+def repair_normaliser_backward(
+    am: Tensor,
+    lm: Tensor,
+    product: Tensor,
+    threshold: float,
+    normaliser: Tensor,
+    grad: Tensor,
+    grad_am: Tensor,
+    grad_lm: Tensor,
+) -> None:
+    """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to grad_am, grad_lm."""
+    _C.cpu.repair_normaliser_backward(
+        **_additive_cells(am, lm, product, threshold),
+        normaliser=_address(normaliser),
+        grad=_address(grad),
+        grad_am=_address(grad_am),
+        grad_lm=_address(grad_lm),
+    )

@@ -147,11 +147,22 @@ def check_packed_rows(logit_lengths: Tensor, target_lengths: Tensor, num_rows: i
 
 
 def check_labels(
-    targets: Tensor, target_lengths: Tensor, *, blank: int | None, vocab_size: int
+    targets: Tensor,
+    target_lengths: Tensor,
+    *,
+    blank: int | None,
+    vocab_size: int,
+    first: Tensor | None = None,
+    name: str = "targets",
 ) -> None:
-    """Raises a ValueError naming the first label outside [0, V) or, unless None, equal to blank."""
-    positions = torch.arange(targets.size(1), device=targets.device)
-    real = positions < target_lengths.to(targets.device)[:, None]  # (B, U)
+    """Raises a ValueError naming the first label outside [0, V) or, unless None, equal to blank.
+
+    The labels of an utterance are `target_lengths` (B,) many from place `first` (B,) on, or from 0.
+    """
+    places = torch.arange(targets.size(1), device=targets.device)
+    if first is not None:
+        places = places - first.to(targets.device)[:, None]
+    real = (places >= 0) & (places < target_lengths.to(targets.device)[:, None])  # (B, U)
     bad = (targets < 0) | (targets >= vocab_size)
     if blank is not None:
         bad |= targets == blank
@@ -164,7 +175,7 @@ def check_labels(
             if label == blank
             else f"a label in [0, {vocab_size})"
         )
-        raise ValueError(f"targets[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
+        raise ValueError(f"{name}[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
 
 
 def check_boundary_values(

@@ -215,8 +215,8 @@ def _check_arguments(
     if symbols.dim() != 2 or symbols.size(0) == 0:
         raise ValueError(f"symbols: expected shape (B, S), B >= 1, got {tuple(symbols.shape)}")
     if logits.dim() != 4:
-        columns = "S + 1" if ranges is None else "R"
-        raise ValueError(f"logits: expected shape (B, T, {columns}, V), got {tuple(logits.shape)}")
+        layout = "(B, T, S + 1, V)" if ranges is None else "(B, T, R, V)"
+        raise ValueError(f"logits: expected shape {layout}, got {tuple(logits.shape)}")
     num_utterances, num_frames, columns, vocab_size = logits.shape
     checks.check_ranges(ranges, num_utterances, num_frames, logits.device)
     expected = symbols.size(1) + 1 if ranges is None else ranges.size(2)

@@ -243,9 +243,8 @@ def _check_arguments(
     blank: int,
 ) -> None:
     checks.check_joint(enc, pred)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
         checks.check_tensor(tensor, name)
         if hasattr(tensor, "placements"):
             raise TypeError(
