@@ -241,8 +241,9 @@ class UtterancePicture(Callback):
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
         logits = model.joiner(encoder_out, predictor_out, shape).float()
-        occupancy = lattice_occupancy(logits, batch.targets, shape, model.blank)[0]
-        alignment = align(logits, batch.targets, shape, model.blank)[0]
+        lattice = (logits, batch.targets, shape, model.blank)
+        occupancy = lattice_occupancy(*lattice, topology=pl_module.topology)[0]
+        alignment = align(*lattice, topology=pl_module.topology)[0]
         figure = draw_utterance(
             batch.features[0].cpu(),
             occupancy.cpu(),
