@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMATS = ("json", "ctm", "png")
 CTM_NAME = "alignment.ctm"
 TIME_DECIMALS = 4  # of seconds in JSON
-PROBABILITY_DECIMALS = 6
+PROBABILITY_DIGITS = 6  # significant ones: early and late frames can be very unlikely
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def to_json(utterance: Utterance, aligned: AlignedUtterance) -> dict[str, Any]:
                 "symbol": token.symbol,
                 "frame": token.frame,
                 "time_s": rounded(token.time_s),
-                "posterior": round(token.posterior, PROBABILITY_DECIMALS),
+                "posterior": float(f"{token.posterior:.{PROBABILITY_DIGITS}g}"),
                 "expected_time_s": rounded(token.expected_time_s),
             }
             for token in aligned.tokens
