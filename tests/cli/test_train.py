@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from transducer_toolkit.cli.train import main
+from transducer_toolkit.data.manifest import read_manifest
 
 EXPECTED_FILES = [
     "checkpoints/best.ckpt",
@@ -30,13 +31,20 @@ def loss_of(run_dir):
     return {int(row["step"]): float(row["train/loss"]) for row in rows if row["train/loss"]}
 
 
-def test_a_run_leaves_everything_behind(trained):
+def test_a_run_leaves_everything_behind(trained, tones):
     for name in EXPECTED_FILES:
         assert (trained / name).stat().st_size > 0, name
     assert list((trained / "tensorboard").glob("events.*"))
     results = json.loads((trained / "results.json").read_text())
     assert results["optimizer_steps"] == 8
     assert set(results["test_wer"]) == {"tones"}
+    delay = results["symbol_delay_ms"]["tones"]
+    words = [row.text.split() for row in read_manifest(tones / "test.jsonl")]
+    assert delay["words"] == sum(map(len, words))
+    assert all(-1000 < delay[name] < 1500 for name in ("mean", "median"))
+    with open(trained / "metrics" / "metrics.csv") as file:
+        logged = [row["test/symbol_delay_ms/tones"] for row in csv.DictReader(file)]
+    assert [float(value) for value in logged if value] == [pytest.approx(delay["mean"])]
     rows = (trained / "transcripts" / "tones.tsv").read_text().splitlines()
     assert rows[0] == "id\treference\thypothesis" and len(rows) == 7
     log = (trained / "train.log").read_text()
@@ -79,6 +87,17 @@ def test_fast_dev_run(tmp_path, console, train_overrides, capsys):
     console(main, tmp_path, *train_overrides, "+trainer.fast_dev_run=true")
     out = capsys.readouterr().out
     assert "test set" in out and "tones" in out
+
+
+def test_checkpoints_carry_the_topology_of_the_loss(tmp_path, console, train_overrides, trained):
+    options = ["+loss.one_sym_per_frame=true", "test=false", "trainer.max_epochs=1"]
+    console(main, tmp_path, *train_overrides, *options, "+data.topology=one_sym_per_frame")
+    paths = [trained, tmp_path / "outputs" / "transducer" / "run"]
+    topologies = [
+        torch.load(path / "checkpoints/last.ckpt", weights_only=True)["recognizer"]["topology"]
+        for path in paths
+    ]
+    assert topologies == ["regular", "one_sym_per_frame"]
 
 
 def test_multirun_gives_each_job_a_folder(tmp_path, console, train_overrides):

@@ -106,16 +106,18 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     assert tokenizer is not None  # setup made it
     model_config: Any = OmegaConf.to_container(cfg.model, resolve=True)
     model_config |= {"vocab_size": tokenizer.vocab_size, "blank": tokenizer.blank}
+    loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
     recipe = recognizer_recipe(
         model_config,
         tokenizer,
         datamodule.fbank,
         max_symbols_per_frame=cfg.max_symbols_per_frame,
+        topology=loss.topology,
     )
     return TransducerModule(
         instantiate(model_config, _convert_="all"),
         tokenizer,
-        loss=instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all"),
+        loss=loss,
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,
@@ -146,10 +148,14 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     report["test_wer"] = {name: errors.wer for name, errors in module.test_errors.items()}
+    report["symbol_delay_ms"] = {
+        name: delay and {"mean": delay.mean_ms, "median": delay.median_ms, "words": delay.num_words}
+        for name, delay in module.test_symbol_delays.items()
+    }
     (run_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     if module.test_errors:
         write_transcripts(run_dir / "transcripts", module.test_transcripts)
-        print_word_errors(module.test_errors)
+        print_word_errors(module.test_errors, module.test_symbol_delays)
     print(
         f"{report['optimizer_steps']} steps in {report['training_s']:.0f} s, "
         f"{1000 * report['seconds_per_step']:.0f} ms a step"

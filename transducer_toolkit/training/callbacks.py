@@ -15,6 +15,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.decoding import align, lattice_occupancy
@@ -198,6 +199,8 @@ class LearningCurves(Callback):
 class UtterancePicture(Callback):
     """Draw one utterance of the first test set: features, lattice occupancy, best path.
 
+    Utterances without symbols, or without a path in the model's topology, are passed over.
+
     Args:
         path: PNG file to write.
         duration_s: the utterance closest to this duration is drawn.
@@ -222,12 +225,17 @@ class UtterancePicture(Callback):
     ) -> None:
         if dataloader_idx != 0 or not trainer.is_global_zero:
             return
+        if not isinstance(pl_module, TransducerModule):
+            return
         frame_s = FRAME_SHIFT_MS / 1000
         for row, length in enumerate(batch.feature_lengths.tolist()):
             distance = abs(length * frame_s - self.duration_s)
-            # An utterance without symbols has nothing to align.
-            if int(batch.target_lengths[row]) and (
-                self._chosen is None or distance < self._chosen[0]
+            num_targets = int(batch.target_lengths[row])
+            num_frames = pl_module.model.encoder.num_output_frames(length)
+            if (
+                num_targets > 0
+                and is_feasible(num_frames, num_targets, topology=pl_module.topology)
+                and (self._chosen is None or distance < self._chosen[0])
             ):
                 self._chosen = (distance, _row(batch, row))
 
@@ -241,8 +249,9 @@ class UtterancePicture(Callback):
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
         logits = model.joiner(encoder_out, predictor_out, shape).float()
-        occupancy = lattice_occupancy(logits, batch.targets, shape, model.blank)[0]
-        alignment = align(logits, batch.targets, shape, model.blank)[0]
+        lattice = (logits, batch.targets, shape, model.blank)
+        occupancy = lattice_occupancy(*lattice, topology=pl_module.topology)[0]
+        alignment = align(*lattice, topology=pl_module.topology)[0]
         figure = draw_utterance(
             batch.features[0].cpu(),
             occupancy.cpu(),

@@ -30,7 +30,14 @@ class StageOutput(NamedTuple):
 
 
 class LossStage(nn.Module, ABC):
-    """What every loss stage offers. It may own parameters; they are trained with the model."""
+    """What every loss stage offers. It may own parameters; they are trained with the model.
+
+    Attributes:
+        topology: of the lattice, one of :data:`~transducer_toolkit.decoding.TOPOLOGIES`.
+            Checkpoints carry it: a model is aligned as it was trained.
+    """
+
+    topology: str = "regular"
 
     @abstractmethod
     def forward(
@@ -87,6 +94,7 @@ class PackedLoss(LossStage):
         super().__init__()
         self.blank = blank
         self.one_sym_per_frame = one_sym_per_frame
+        self.topology = "one_sym_per_frame" if one_sym_per_frame else "regular"
         self.fastemit_lambda = fastemit_lambda
         self.delay_penalty = delay_penalty
         self.clamp = clamp
