@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transducer_toolkit import FusedJoinerLoss, LatticeShape, fused_joiner_loss
 from transducer_toolkit.losses.operator import logits_loss
-from transducer_toolkit.modules.joiner import _ACTIVATIONS
+from transducer_toolkit.modules.joint import _ACTIVATIONS
 from transducer_toolkit.native import ACTIVATIONS, TOPOLOGIES
 
 FRAMES, SYMBOLS, V, D = [7, 4, 9], [3, 0, 4], 11, 6

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transducer_toolkit.decoding.alignment import at_targets, check_topology
+from transducer_toolkit.decoding.alignment import check_topology
 from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.losses import transducer_loss
+from transducer_toolkit.losses.operator import logits_loss
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ def lattice_posteriors(
 ) -> LatticePosteriors:
     """Posterior probabilities of the cells and of the label arcs of each lattice.
 
-    The derivative of the log-likelihood with respect to a log-probability is the expected number
-    of its uses, and the loss gives just that when its input counts as log-probabilities. At the
-    label it is the posterior of the label's arc; summed over blank and label it is the occupancy.
-
     Args:
         logits: (cells, V) float32 or float64, packed, not normalised.
         targets: (B, U) integer; padding may hold any value.
@@ -72,16 +68,22 @@ def lattice_posteriors(
         (torch.Size([1, 3, 2]), 2.0)
     """
     check_topology(topology)
-    # Tensors made in inference mode cannot take part in autograd: their clones can.
-    with torch.inference_mode(False), torch.enable_grad():
-        log_probs = logits.detach().clone().log_softmax(-1).requires_grad_()
-        losses = _losses(log_probs, targets.clone(), shape, blank, topology)
-        (gradient,) = torch.autograd.grad(losses.sum(), log_probs)
-    uses = shape.unpack(-gradient)  # (B, T, U + 1, V)
+    result = logits_loss(
+        logits.detach(),
+        targets,
+        shape.logit_lengths,
+        shape.target_lengths,
+        blank=blank,
+        topology=topology,
+        with_uses=True,
+    )
+    use_blank, use_label = (
+        shape.unpack(uses.to(logits.dtype)) for uses in (result.use_blank, result.use_label)
+    )  # (B, T, U + 1)
     return LatticePosteriors(
-        log_likelihood=-losses.detach(),
-        occupancy=uses.sum(-1),
-        labels=at_targets(uses, targets, shape, fill=0.0),
+        log_likelihood=-result.losses,
+        occupancy=use_blank + use_label,
+        labels=use_label[:, :, :-1],
     )
 
 
@@ -107,36 +109,3 @@ def lattice_occupancy(
         5.0
     """
     return lattice_posteriors(logits, targets, shape, blank, topology=topology).occupancy
-
-
-def _losses(
-    log_probs: Tensor, targets: Tensor, shape: LatticeShape, blank: int, topology: str
-) -> Tensor:
-    """Losses (B,) of packed log-probabilities, of which only blank and label get a gradient."""
-    lengths = (shape.logit_lengths.clone(), shape.target_lengths.clone())
-    if topology in ("regular", "one_sym_per_frame"):
-        return transducer_loss(
-            log_probs,
-            targets,
-            *lengths,
-            blank,
-            from_log_softmax=True,
-            one_sym_per_frame=topology == "one_sym_per_frame",
-            reduction="none",
-        )
-    # The public function offers two topologies; the operator below it knows them all.
-    fastemit_lambda = delay_penalty = clamp = 0.0
-    validate = with_uses = True
-    return torch.ops.transducer_toolkit.transducer_loss(
-        log_probs,
-        targets,
-        *lengths,
-        blank,
-        True,
-        topology,
-        fastemit_lambda,
-        delay_penalty,
-        clamp,
-        validate,
-        with_uses,
-    )[0]

@@ -31,6 +31,8 @@ def rnnt_loss(
     delay_penalty: float = 0.0,
     reduction: str = "mean",
     return_grad: bool = False,
+    *,
+    fastemit_lambda: float = 0.0,
 ) -> Tensor | LossAndGrads:
     """Transducer loss of padded logits, regular, modified or constrained.
 
@@ -50,6 +52,7 @@ def rnnt_loss(
             symbol at frame t.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         return_grad: also return posteriors.
+        fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; not in k2.
 
     Returns:
         As :func:`~transducer_toolkit.rnnt_loss_simple`.
@@ -70,7 +73,7 @@ def rnnt_loss(
     """
     return joint_loss(
         logits, symbols, None, termination_symbol, boundary, rnnt_type, delay_penalty, reduction,
-        return_grad,
+        return_grad, fastemit_lambda,
     )  # fmt: skip
 
 
@@ -118,10 +121,11 @@ def joint_loss(
     delay_penalty: float,
     reduction: str,
     return_grad: bool,
+    fastemit_lambda: float,
 ) -> Tensor | LossAndGrads:
     """:func:`rnnt_loss`; with ranges :func:`~transducer_toolkit.rnnt_loss_pruned`."""
     check_reduction(reduction)
-    checks.check_options(0.0, delay_penalty)
+    checks.check_options(fastemit_lambda, delay_penalty)
     _check_arguments(logits, symbols, ranges, termination_symbol, boundary, rnnt_type)
     whole = boundary_or_everything(boundary, logits.size(0), symbols.size(1), logits.size(1))
     s_begin, t_begin, s_end, t_end = whole.unbind(1)
@@ -133,6 +137,7 @@ def joint_loss(
         blank=termination_symbol,
         topology=rnnt_type,
         delay_penalty=delay_penalty,
+        fastemit_lambda=fastemit_lambda,
         blank_may_be_target=True,
         ranges=ranges,
         begins=None if boundary is None else whole[:, :2],
@@ -142,10 +147,12 @@ def joint_loss(
     if not return_grad:
         return loss
     grid = logits.shape[:-1]  # (B, T, S + 1) or (B, T, R)
-    label, blank = use_label.detach().view(grid), use_blank.detach().view(grid)
+    # Arc posteriors are not scaled, uses are.
+    label = use_label.detach().view(grid) / (1 + fastemit_lambda)
+    blank = use_blank.detach().view(grid)
     if rnnt_type == "constrained":  # without the blank that a label drags along
         forced = torch.nn.functional.pad(label[:, :, :-1], (1, 0))
-        blank = blank - forced
+        blank = blank - (1 + fastemit_lambda) * forced
     if ranges is not None:
         everything = label.new_zeros(*grid[:2], symbols.size(1) + 1)
         columns = ranges.to(torch.int64)

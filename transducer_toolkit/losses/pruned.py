@@ -18,6 +18,8 @@ def rnnt_loss_pruned(
     delay_penalty: float = 0.0,
     reduction: str = "mean",
     return_grad: bool = False,
+    *,
+    fastemit_lambda: float = 0.0,
 ) -> Tensor | LossAndGrads:
     """Transducer loss over the paths that stay within R symbols of each frame.
 
@@ -39,6 +41,7 @@ def rnnt_loss_pruned(
             symbol at frame t.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         return_grad: also return posteriors, of the full lattice's shapes, zero outside of the band.
+        fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; not in k2.
 
     Returns:
         As :func:`~transducer_toolkit.rnnt_loss_simple`. +inf, with zero gradient, for an utterance
@@ -65,7 +68,7 @@ def rnnt_loss_pruned(
         raise TypeError("ranges: expected a torch.Tensor, got None; rnnt_loss takes no ranges")
     return joint_loss(
         logits, symbols, ranges, termination_symbol, boundary, rnnt_type, delay_penalty, reduction,
-        return_grad,
+        return_grad, fastemit_lambda,
     )  # fmt: skip
 
 

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The joiner: from encoder and predictor outputs to logits, packed without padding."""
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.modules.joint import check_activation, join, joiner_logits
-
-_ACTIVATIONS = {
-    "identity": lambda x: x,
-    "tanh": torch.tanh,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-}
+from transducer_toolkit.modules.joint import (
+    apply_activation,
+    check_activation,
+    join,
+    joiner_logits,
+)
 
 
 class Joiner(nn.Module):
@@ -74,7 +69,51 @@ class Joiner(nn.Module):
     def step(self, encoder_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """(..., E), (..., P), broadcast against each other -> logits (..., V); for decoding."""
         hidden = self.encoder_projection(encoder_frames) + self.predictor_projection(predictor_out)
-        return self.output(_ACTIVATIONS[self.activation](hidden))
+        return self.output(apply_activation(hidden, self.activation))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
+
+
+class AdditiveJoiner(nn.Module):
+    """``Linear(encoder) + Linear(predictor)``, am and lm in width V: what simple losses train.
+
+    The interface of :class:`Joiner`, so that a model may have either.
+
+    Args:
+        encoder_dim: E, width of the encoder's output.
+        predictor_dim: P, width of the predictor's output.
+        vocab_size: V, blank included.
+
+    Example:
+        >>> joiner = AdditiveJoiner(encoder_dim=8, predictor_dim=4, vocab_size=10)
+        >>> am, lm = joiner.parts(torch.zeros(2, 3, 8), torch.zeros(2, 3, 4))
+        >>> am.shape, lm.shape
+        (torch.Size([2, 3, 10]), torch.Size([2, 3, 10]))
+    """
+
+    def __init__(self, encoder_dim: int, predictor_dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.am = nn.Linear(encoder_dim, vocab_size)
+        # One bias is enough for the sum of the two.
+        self.lm = nn.Linear(predictor_dim, vocab_size, bias=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.am.out_features
+
+    def parts(self, encoder_out: Tensor, predictor_out: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, E), (B, U + 1, P) -> am (B, T, V), lm (B, U + 1, V)."""
+        return self.am(encoder_out), self.lm(predictor_out)
+
+    def forward(self, encoder_out: Tensor, predictor_out: Tensor, shape: LatticeShape) -> Tensor:
+        """(B, T, E), (B, U + 1, P) -> packed logits (shape.num_cells, V)."""
+        return join(*self.parts(encoder_out, predictor_out), shape, activation="identity")
+
+    def padded(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
+        """(B, T, E), (B, U + 1, P) -> logits (B, T, U + 1, V), padding included."""
+        return self.step(encoder_out[:, :, None], predictor_out[:, None])
+
+    def step(self, encoder_frames: Tensor, predictor_out: Tensor) -> Tensor:
+        """(..., E), (..., P), broadcast against each other -> logits (..., V); for decoding."""
+        return self.am(encoder_frames) + self.lm(predictor_out)

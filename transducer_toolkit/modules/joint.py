@@ -3,6 +3,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from transducer_toolkit import native
 from transducer_toolkit.joint_tiles import JointTiles
@@ -110,6 +111,20 @@ def joiner_logits(
         shape.num_cells,
         activation,
     )
+
+
+_ACTIVATIONS = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
+
+
+def apply_activation(x: Tensor, activation: str) -> Tensor:
+    """The activation of one of native.ACTIVATIONS in plain torch, any shape."""
+    return _ACTIVATIONS[activation](x)
 
 
 def check_activation(activation: str) -> None:

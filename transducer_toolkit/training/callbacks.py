@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,50 +100,6 @@ class StopOnNonFiniteLoss(Callback):
                 f"{', '.join(batch.utterance_ids)}. Try a lower optimizer.lr or "
                 "trainer.gradient_clip_val, and look at these utterances"
             )
-
-
-class StepClock(Callback):
-    """Measure the wall time of training steps, without validation and start-up.
-
-    Attributes:
-        seconds_per_step: mean so far, data loading included; 0 before the second step.
-        training_s: wall time from the start of the training to its end, validation included.
-    """
-
-    # The first steps pay for allocations and worker start-up.
-    NUM_IGNORED_STEPS = 5
-
-    def __init__(self) -> None:
-        self.training_s = 0.0
-        self._sum_s = 0.0
-        self._num_steps = 0
-        self._num_seen = 0
-        self._last: float | None = None
-        self._start = 0.0
-
-    @property
-    def seconds_per_step(self) -> float:
-        return self._sum_s / max(1, self._num_steps)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.training_s = time.perf_counter() - self._start
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = None
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = None
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        self._num_seen += 1
-        if self._last is not None and self._num_seen > self.NUM_IGNORED_STEPS:
-            self._sum_s += now - self._last
-            self._num_steps += 1
-        self._last = now
 
 
 class LearningCurves(Callback):

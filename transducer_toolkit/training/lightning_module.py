@@ -32,7 +32,7 @@ from transducer_toolkit.training.scoring import (
     measure_symbol_delay,
     symbol_delays_ms,
 )
-from transducer_toolkit.training.stages import LossStage, StageOutput
+from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
 
 logger = logging.getLogger(__name__)
 
@@ -86,17 +86,21 @@ class TransducerModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.recipe = recipe
-        self.max_symbols_per_frame = max_symbols_per_frame
+        if loss is not None:
+            loss.bind(model)
         self.num_logged_hypotheses = num_logged_hypotheses
         if topology is None:
             topology = "regular" if loss is None else loss.topology
         self.topology = topology
+        # In the other topologies a label moves on to the next frame, in decoding as in training.
+        self.max_symbols_per_frame = max_symbols_per_frame if topology == "regular" else 1
         self.test_transcripts: dict[str, list[Transcript]] = {}
         self.test_errors: dict[str, WordErrors] = {}
         self.test_symbol_delays: dict[str, SymbolDelay | None] = {}
         self._transcripts: dict[int, list[Transcript]] = {}  # by dataloader, during an epoch
         self._loss_sum = 0.0
         self._frame_sum = 0.0
+        self._num_steps = 0
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
         if self.make_optimizer is None:
@@ -123,8 +127,17 @@ class TransducerModule(LightningModule):
             batch.features, batch.feature_lengths, batch.targets
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
-        output = self.loss(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
+        output = self.loss(
+            LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
+        )
         return output, shape, encoder_out
+
+    def on_train_start(self) -> None:
+        self._num_steps = int(self.trainer.estimated_stepping_batches)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.loss is not None:
+            self.loss.set_progress(self.global_step, self._num_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, shape, _ = self.compute_losses(batch)
