@@ -255,6 +255,12 @@ BAD = [
     ((PX, PY), {"boundary": torch.zeros(2, 4)}, TypeError, "boundary: expected dtype int32, int64"),
     (
         (PX, PY),
+        {"boundary": torch.zeros(2, 4, dtype=torch.int64, device="meta")},
+        ValueError,
+        "boundary: expected device cpu or cpu, got meta",
+    ),
+    (
+        (PX, PY),
         {"boundary": torch.tensor([[0, 0, 3, 4]])},
         ValueError,
         r"boundary: expected shape \(2, 4\), .* got \(1, 4\)",

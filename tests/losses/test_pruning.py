@@ -158,6 +158,22 @@ def test_ties_take_the_lowest_start():
     assert optimal[0, :, 0].tolist() == [0, 0, 0, 0, 2]
 
 
+@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("method", ["greedy", "optimal"])
+def test_starts_climb_from_the_first_frame_as_fast_as_they_may(rnnt_type, method):
+    # All mass is at the top from the first real frame (t = 2) on.
+    px_grad, py_grad = torch.zeros(1, 8, 9), torch.zeros(1, 9, 8)
+    py_grad[0, 7, 2:7] = 1.0
+    if rnnt_type != "regular":
+        px_grad = px_grad[:, :, :8]
+    ranges = get_rnnt_prune_ranges(
+        *(px_grad, py_grad, torch.tensor([[1, 2, 7, 7]]), 3), rnnt_type=rnnt_type, method=method
+    )
+    step = 2 if rnnt_type == "regular" else 1
+    expected = [5, 5, *(min(1 + step * t, 5) for t in range(5)), 5]
+    assert ranges[0, :, 0].tolist() == expected
+
+
 def test_a_sharp_alignment_stays_inside():
     px_grad, py_grad = torch.zeros(1, 6, 9), torch.zeros(1, 7, 8)
     columns = [0, 1, 1, 2, 4, 4, 5, 6]  # symbols behind at the end of each frame

@@ -103,7 +103,7 @@ def test_gradcheck(rnnt_type, scales):
 def test_equals_transducer_loss():
     batch = additive_batch([boundary_row(5, 3), boundary_row(4, 1)], extra=0)
     with torch.no_grad():
-        batch.symbols.clamp_(max=5)
+        batch.symbols.clamp_(0, 5)
         batch.symbols[batch.symbols == 0] = 1
     logits = batch.am[:, :, None] + batch.lm[:, None]
     lengths = batch.boundary[:, 3], batch.boundary[:, 2]
@@ -411,3 +411,24 @@ def test_compiles_into_one_graph(rnnt_type):
     grads = grads_of(actual, *batch.inputs), grads_of(expected, *batch.inputs)
     for grad, expected_grad in zip(*grads, strict=True):
         torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("with_boundary", [False, True])
+def test_one_graph_serves_batches_of_every_shape(dynamic, with_boundary):
+    torch.compiler.reset()
+
+    def loss_of(lm, am, symbols, boundary):
+        return rnnt_loss_simple(lm * 2, am, symbols, 0, boundary)
+
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for step in range(12):  # the limit of recompilations is 8
+        rows = [boundary_row(6 + step, 3 + step % 4), boundary_row(4, 1)]
+        batch = additive_batch(rows, padding=0.0, extra=0)
+        batch.symbols.clamp_(0, 5)
+        inputs = (*batch.inputs, batch.symbols, batch.boundary if with_boundary else None)
+        expected, actual = loss_of(*inputs), compiled(*inputs)
+        torch.testing.assert_close(actual, expected)
+        grads = (torch.autograd.grad(loss, batch.inputs) for loss in (actual, expected))
+        for grad, expected_grad in zip(*grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad)

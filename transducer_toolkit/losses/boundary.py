@@ -73,7 +73,9 @@ def boundary_or_everything(
     """`boundary` as int64 where it is; for None rows [0, 0, S, T] on the CPU."""
     if boundary is not None:
         return boundary.detach().to(torch.int64)
-    return torch.tensor([[0, 0, max_targets, max_frames]]).repeat(num_utterances, 1)
+    # Not torch.tensor([...]): it would make symbolic sizes constants, and each shape a recompile.
+    begin = torch.zeros(num_utterances, dtype=torch.int64)
+    return torch.stack([begin, begin, begin + max_targets, begin + max_frames], 1)
 
 
 def real_frames(boundary: Tensor, max_frames: int, device: torch.device) -> Tensor:
@@ -123,7 +125,7 @@ torch.library.custom_op(
     "transducer_toolkit::checked_symbols",
     _checked_symbols,
     mutates_args=(),
-    schema="(Tensor symbols, Tensor boundary, int max_frames, int vocab_size, str topology) "
+    schema="(Tensor symbols, Tensor boundary, SymInt max_frames, SymInt vocab_size, str topology) "
     "-> Tensor",
 )
 

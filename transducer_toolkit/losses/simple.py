@@ -34,7 +34,9 @@ def rnnt_loss_simple(
     """Transducer loss of the joiner ``logits[b, t, u] = am[b, t] + lm[b, u]``, without the logits.
 
     The normaliser of every cell comes from one batched matrix product, so memory is
-    ``B * (T + U) * V`` and ``B * T * U`` instead of ``B * T * U * V``. The posteriors that
+    ``B * (T + U) * V`` and ``B * T * U`` instead of ``B * T * U * V``. (Float32 products obey
+    ``torch.set_float32_matmul_precision``; below "highest" the loss is that much less exact.) Cells
+    whose product underflows are computed again, term by term. The posteriors that
     `return_grad` adds tell :func:`~transducer_toolkit.get_rnnt_prune_ranges` which cells matter.
 
     ==============  =======================================  ===================================
