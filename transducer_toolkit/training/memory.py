@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -15,10 +16,8 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    try:
+    with contextlib.suppress(OSError):
         _CLEAR.write_text("5")  # sets the high-water mark of resident memory to the present
-    except OSError:
-        pass
     return _status_bytes("VmRSS")
 
 

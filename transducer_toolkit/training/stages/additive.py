@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from transducer_toolkit.losses import checks, rnnt_loss_smoothed
 from transducer_toolkit.losses.boundary import check_rnnt_type
 from transducer_toolkit.modules.joiner import AdditiveJoiner
@@ -70,6 +72,7 @@ class SmoothedLoss(LossStage):
             delay_penalty=self.delay_penalty,
             reduction="none",
         )
+        assert isinstance(losses, Tensor)  # no return_grad
         return StageOutput(losses, {})
 
 

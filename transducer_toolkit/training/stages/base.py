@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.modules.joiner import Joiner
+from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
 from transducer_toolkit.modules.transducer import Transducer
 
 
@@ -18,14 +18,14 @@ class LossInput(NamedTuple):
     """A batch between the model and its loss.
 
     Attributes:
-        joiner: the model's joiner.
+        joiner: the model's joiner, or one of yours with the methods of either class.
         encoder_out: (B, T, E) float; anything finite in padding.
         predictor_out: (B, U + 1, P) float; anything finite in padding.
         targets: (B, U) integer ids on the device of ``encoder_out``; anything in padding.
         shape: lengths of the batch's lattices, on the CPU.
     """
 
-    joiner: nn.Module
+    joiner: Joiner | AdditiveJoiner
     encoder_out: Tensor
     predictor_out: Tensor
     targets: Tensor

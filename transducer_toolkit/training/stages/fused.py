@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transducer_toolkit.losses import checks, fused_joiner_loss
 from transducer_toolkit.native import TOPOLOGIES
 from transducer_toolkit.training.stages.base import (
@@ -52,7 +54,7 @@ class FusedLoss(LossStage):
         checks.check_options(fastemit_lambda, delay_penalty, clamp)
         self.blank = blank
         self.topology = rnnt_type
-        self.options = {
+        self.options: dict[str, Any] = {
             "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty,
             "clamp": clamp,

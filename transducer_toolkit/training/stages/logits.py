@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from transducer_toolkit.losses import checks, rnnt_loss
 from transducer_toolkit.losses.operator import logits_loss
 from transducer_toolkit.native import TOPOLOGIES
@@ -107,6 +109,7 @@ class FullLoss(LossStage):
             "none",
             fastemit_lambda=self.fastemit_lambda,
         )
+        assert isinstance(losses, Tensor)  # no return_grad
         return StageOutput(losses, {})
 
 

@@ -162,6 +162,7 @@ class PrunedLoss(LossStage):
             "none",
             fastemit_lambda=self.fastemit_lambda,
         )
+        assert isinstance(losses, Tensor)  # no return_grad
         return losses, {}
 
 
