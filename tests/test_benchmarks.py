@@ -200,6 +200,27 @@ def test_what_goes_wrong_is_a_row(odd_rows, name, status, detail):
     assert "seconds" not in row or status == "disagrees"
 
 
+def test_without_a_truth_the_first_that_works_is_the_reference(monkeypatch):
+    session = odd_session()
+    wrong = {"losses": [2.0], "signatures": [[1.0]]}
+    answers = {
+        "truth": {"status": "out of memory", "detail": "MemoryError: "},
+        "floor": {"status": "ok"},
+        "ours: packed": {"status": "ok", "losses": [1.0], "signatures": [[1.0]]},
+        "wrong loss": {"status": "ok", **wrong},
+    }
+    timing = {"seconds": 1.0, "all_seconds": [1.0], "peak_bytes": 0}
+    for name in set(session.implementations) - set(answers):
+        del session.implementations[name]
+    monkeypatch.setattr(
+        Session, "measure", lambda self, suite, name, workload: {**timing, **answers[name]}
+    )
+    rows = {row["name"]: row for row in session.rows("loss", TINY)}
+    assert rows["ours: packed"]["status"] == "ok"
+    assert rows["ours: packed"]["reference"] == "ours: packed"
+    assert rows["wrong loss"]["status"] == "disagrees"
+
+
 def test_table_has_a_row_for_everything(odd_rows):
     table = report.suite_table(list(odd_rows.values()), TINY, "loss")
     lines = [line for line in table.splitlines() if line.startswith("|")]
