@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the other projects' losses for the CPU, from their source distributions on PyPI.
+"""Installs the other projects' losses for the CPU, from PyPI alone.
 
     python benchmarks/install_peers.py                                  # all, into build/peers
     python benchmarks/install_peers.py --target DIR fast_rnnt           # one, elsewhere
@@ -8,7 +8,8 @@
 Needs a C++17 compiler, make, and torch, setuptools, wheel, pybind11 >= 2.13 and cmake in the
 environment of the Python that runs it, which is left as it is: everything goes to the target. The
 sources are patched in a temporary folder; the patches change how they are built, not what they
-compute. Prints for each peer that it was built, or why not.
+compute. warp-transducer is not on PyPI, but PaddlePaddle's wheel (190 MB) has its compiled library,
+which is taken out. Prints for each peer that it was built, or why not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,7 @@ class Peer:
     cmake_arguments_variable: str = ""  # the environment variable that its setup.py reads
     make_arguments_variable: str = ""
     undeclared: tuple[str, ...] = ()
+    library: str = ""  # of a wheel instead: the file to take out; the module then has its PATH
 
 
 def patch_cmake(folder: Path) -> None:
@@ -97,7 +100,9 @@ PEERS = {
         "warprnnt_numba==0.4.1", "warprnnt_numba", undeclared=("numba", "packaging")
     ),
     "warp_rnnt": Peer("warp_rnnt==0.7.0", "warp_rnnt"),
-    "warp-transducer": Peer("warprnnt_pytorch", "warprnnt_pytorch"),
+    "warp-transducer": Peer(
+        "paddlepaddle==3.3.1", "warp_transducer_library", library="paddle/libs/libwarprnnt.so"
+    ),
     "k2": Peer("k2", "k2"),
 }
 
@@ -165,8 +170,25 @@ def missing_requirements(requirements: tuple[str, ...]) -> list[str]:
     return [f"{item['name']}=={item['version']}" for item in wanted]
 
 
-def install(peer: Peer, target: Path, jobs: int) -> str:
-    """Downloads, patches, builds, installs and imports a peer; returns its version."""
+def install_library(peer: Peer, target: Path) -> None:
+    """A package with nothing but a compiled library out of another project's wheel."""
+    package = target / peer.module
+    with tempfile.TemporaryDirectory() as folder:
+        pip("download", "--no-deps", "--only-binary", ":all:", "--dest", folder, peer.requirement)
+        (archive,) = Path(folder).glob("*.whl")
+        package.mkdir(exist_ok=True)
+        with zipfile.ZipFile(archive) as opened:
+            (package / Path(peer.library).name).write_bytes(opened.read(peer.library))
+    (package / "__init__.py").write_text(
+        f'"""{peer.library} of {peer.requirement}."""\n\n'
+        "from pathlib import Path\n\n"
+        f'PATH = str(Path(__file__).with_name("{Path(peer.library).name}"))\n'
+        f'__version__ = "{peer.requirement.split("==")[1]}"\n'
+    )
+
+
+def install_source(peer: Peer, target: Path, jobs: int) -> None:
+    """Downloads, patches, builds and installs a source distribution, and what it needs."""
     into_target = ("install", "--no-deps", "--upgrade", "--target", str(target))
     environment = build_environment(peer, jobs)
     with tempfile.TemporaryDirectory() as folder:
@@ -180,10 +202,23 @@ def install(peer: Peer, target: Path, jobs: int) -> str:
         pip(*into_target, "--no-build-isolation", str(source), environment=environment)
     if peer.undeclared and (missing := missing_requirements(peer.undeclared)):
         pip(*into_target, *missing)
-    query = (
-        "import importlib.metadata, sys; sys.path.append(sys.argv[1]); import torch;"
-        "__import__(sys.argv[2]); print(importlib.metadata.version(sys.argv[3]))"
-    )
+
+
+def install(peer: Peer, target: Path, jobs: int) -> str:
+    """Installs a peer and imports it beside torch; returns its version."""
+    if peer.library:
+        install_library(peer, target)
+        query = (
+            "import sys; sys.path.append(sys.argv[1]); import ctypes, torch, importlib;"
+            "module = importlib.import_module(sys.argv[2]); ctypes.CDLL(module.PATH);"
+            "print(sys.argv[3], module.__version__)"
+        )
+    else:
+        install_source(peer, target, jobs)
+        query = (
+            "import sys; sys.path.append(sys.argv[1]); import torch, importlib.metadata;"
+            "importlib.import_module(sys.argv[2]); print(importlib.metadata.version(sys.argv[3]))"
+        )
     distribution = peer.requirement.split("==")[0]
     return run([sys.executable, "-c", query, str(target), peer.module, distribution]).strip()
 
@@ -206,7 +241,8 @@ def main() -> None:
     for name in arguments.names or PEERS:
         try:
             version = install(PEERS[name], arguments.target.resolve(), arguments.jobs)
-            print(f"{name} {version}: built", flush=True)
+            made = "taken from its wheel" if PEERS[name].library else "built"
+            print(f"{name} {version}: {made}", flush=True)
         except NotBuilt as error:
             failed = True
             indented = str(error).replace("\n", "\n    ")

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import truth
 from benchmarks.agreement import Signature, signature
-from benchmarks.jobs import Job
+from benchmarks.jobs import Implementation, Job
 from benchmarks.peers import Absent, implementations, require_present
 from benchmarks.precision import largest_error
 from benchmarks.workloads import Workload
@@ -149,6 +151,15 @@ def packed_gradients(workload: Workload, suite: str, gradients: tuple[Tensor, ..
     return list(gradients)
 
 
+def version_of(implementation: Implementation) -> str:
+    """Of what was measured, as it is found in this process."""
+    try:
+        return metadata.version(implementation.distribution)
+    except (metadata.PackageNotFoundError, ValueError):  # the latter: it has no distribution
+        module = importlib.import_module(implementation.module)
+        return str(getattr(module, "__version__", "unknown"))
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Does what the request asks for."""
     workload = Workload(**request["workload"])
@@ -163,9 +174,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if suite == "accuracy":
         _, gradients = job.run(job.prepare())
         (gradient,) = packed_gradients(workload, suite, gradients)
-        return {"error": largest_error(gradient, truth.loss_truth(workload))}
+        error = largest_error(gradient, truth.loss_truth(workload))
+        return {"error": error, "version": version_of(implementation)}
     measured, (losses, gradients) = measure(job, request["repetitions"], workload.device)
     packed = packed_gradients(workload, suite, gradients)
+    measured["version"] = version_of(implementation)
     measured["losses"] = losses.reshape(-1).tolist()
     measured["signatures"] = [signature(gradient) for gradient in packed]
     return measured

@@ -8,13 +8,12 @@ import datetime
 import json
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import transducer_toolkit
-from benchmarks.session import FLOORS, PROJECT_ROOT, Row, Session
+from benchmarks.session import FLOORS, PROJECT_ROOT, Row
 from benchmarks.workloads import Workload
 
 MIB = 2**20
@@ -52,32 +51,25 @@ def commit() -> str:
     return f"{revision}, changed" if git("status", "--porcelain", "-uno") else revision
 
 
-def versions(session: Session) -> dict[str, str]:
-    """Of Python, torch and every project that is installed."""
-    search = [str(session.peers_dir)] if session.peers_dir else []
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for entry in session.implementations.values():
-        if entry.distribution:
-            try:
-                found[entry.distribution] = metadata.version(entry.distribution)
-            except metadata.PackageNotFoundError:
-                at_peers = list(metadata.distributions(name=entry.distribution, path=search))
-                if at_peers:
-                    found[entry.distribution] = at_peers[0].version
-    found["transducer_toolkit"] = transducer_toolkit.__version__
-    return found
+def versions(rows: list[Row]) -> dict[str, str]:
+    """Of Python, torch, ours, and every project that was measured."""
+    found = {row["project"]: row["version"] for row in rows if row.get("version")}
+    return {
+        **found,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ours": transducer_toolkit.__version__,
+    }
 
 
-def write_json(
-    path: Path, options: argparse.Namespace, session: Session, machine: str, rows: list[Row]
-) -> None:
+def write_json(path: Path, options: argparse.Namespace, machine: str, rows: list[Row]) -> None:
     """Everything that was measured, and how."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "machine": machine,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(session),
+        "versions": versions(rows),
         "options": {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(options).items()

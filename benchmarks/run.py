@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = session.rows(options.suite, workload)
         print(report.suite_table(rows, workload, options.suite))
     if options.json:
-        report.write_json(options.json, options, session, machine, rows)
+        report.write_json(options.json, options, machine, rows)
     if options.plot:
         from benchmarks import plot
 

@@ -164,7 +164,8 @@ class Session:
                 row = ended.get(name) or self.measure("accuracy", name, workload)
                 if row["status"] in ("absent", "timed out"):
                     ended[name] = row
-                yield {**row, "name": name, "T": size[0], "U": size[1], "scale": size[2]}
+                row = {**row, "name": name, "project": entry.project}
+                yield {**row, "T": size[0], "U": size[1], "scale": size[2]}
 
 
 def summary(measured: list[Row]) -> Row:
@@ -172,6 +173,7 @@ def summary(measured: list[Row]) -> Row:
     seconds = [result["seconds"] for result in measured]
     return {
         "status": "ok",
+        "version": measured[0].get("version"),
         "seconds": statistics.median(seconds),
         "fastest": min(min(result["all_seconds"]) for result in measured),
         "slowest": max(max(result["all_seconds"]) for result in measured),

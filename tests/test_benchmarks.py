@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks measure what they say, and say so when they cannot."""
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import transducer_toolkit
 from benchmarks import install_peers, report, run
 from benchmarks.agreement import disagreement, gradient_error, signature
 from benchmarks.jobs import Job
@@ -158,6 +161,11 @@ def test_accuracy_is_the_error_of_the_gradient():
     assert wrong == pytest.approx(0.1 * gradient.abs().max().item(), rel=1e-4)
 
 
+def test_versions_are_those_of_the_process_that_measured():
+    assert ask("loss", "ours: packed")["version"] == transducer_toolkit.__version__
+    assert ask("loss", "wrong loss", extra=[ODD])["version"] == torch.__version__  # its module
+
+
 def odd_session(**options):
     """With every way to go wrong, and one implementation that is right."""
     every = implementations((ODD,))
@@ -254,6 +262,7 @@ def test_suite_runs_end_to_end(suite, tmp_path, capsys, monkeypatch):
     assert written["commit"] and written["options"]["suite"] == suite
     assert {row["name"] for row in written["rows"]} >= set(wanted)
     if suite != "pruned":
+        assert written["versions"]["ours"] == transducer_toolkit.__version__
         assert all(row["status"] == "ok" for row in written["rows"])
     assert picture.stat().st_size > 1000
 
@@ -353,6 +362,21 @@ def test_reason_is_what_went_wrong_without_the_noise():
     """
     assert install_peers.reason(output) == "Exception: CPU version is not implemented"
     assert install_peers.reason("one\n\ntwo\n") == "one\ntwo"
+
+
+def test_library_is_taken_out_of_a_wheel(tmp_path, monkeypatch):
+    def download(*arguments, environment=None):
+        folder = Path(arguments[arguments.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "other-2.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("other/libs/libloss.so", b"compiled")
+
+    monkeypatch.setattr(install_peers, "pip", download)
+    peer = install_peers.Peer("other==2.0", "loss_library", library="other/libs/libloss.so")
+    install_peers.install_library(peer, tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("loss_library")
+    assert Path(module.PATH).read_bytes() == b"compiled"
+    assert module.__version__ == "2.0"
 
 
 def test_what_cannot_be_built_is_said(tmp_path, capsys, monkeypatch):
