@@ -129,7 +129,7 @@ def reason(output: str) -> str:
         line
         for line in lines
         if ("rror:" in line or "Exception:" in line or "No matching" in line)
-        and "subprocess-exited-with-error" not in line
+        and line not in ("error: subprocess-exited-with-error", "error: metadata-generation-failed")
     ]
     return "\n".join((telling or lines)[-ERROR_LINES:])
 

@@ -201,7 +201,7 @@ def main() -> None:
             "can't allocate memory" in line or "out of memory" in line for line in message
         )
         status = "out of memory" if out_of_memory else "failed"
-        detail = message[0] if message else ""
+        detail = message[0].split("DefaultCPUAllocator: ")[-1] if message else ""
         result = {"status": status, "detail": f"{type(error).__name__}: {detail}"}
     print()
     print(json.dumps(result))
