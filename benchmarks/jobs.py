@@ -116,6 +116,9 @@ def pruned_job(
     enc and pred -> simple joiner's am and lm -> smoothed loss and posteriors -> ranges -> joiner on
     the band -> pruned loss; forward and backward of the sum of both losses. `fused`, if given, does
     everything after the ranges.
+
+    Everyone finds windows, but the joiner works on the same: which of two windows with all of the
+    mass is better is decided by the last digit, and losses on different windows cannot be compared.
     """
     boundary = boundary_of(workload)
     symbols, blank = workload.targets(), 0
@@ -123,6 +126,7 @@ def pruned_job(
     inputs = [*workload.joiner_inputs(), *workload.simple_projections()]
     for tensor in inputs:
         tensor.requires_grad_()
+    common_ranges = exact_ranges(workload)
 
     def run(_: None) -> Outcome:
         enc, pred, weight, bias, am_projection, lm_projection = inputs
@@ -137,7 +141,8 @@ def pruned_job(
             reduction="none",
             return_grad=True,
         )
-        ranges = api.get_rnnt_prune_ranges(px_grad, py_grad, boundary, workload.band_width)
+        api.get_rnnt_prune_ranges(px_grad, py_grad, boundary, workload.band_width)
+        ranges = common_ranges
         if fused is not None:
             lengths = shape.logit_lengths, shape.target_lengths
             pruned = fused(
@@ -160,6 +165,27 @@ def pruned_job(
         return losses.detach(), torch.autograd.grad(losses.sum(), inputs)
 
     return Job(run)
+
+
+def exact_ranges(workload: Workload) -> Tensor:
+    """(B, T, R) windows from posteriors in float64."""
+    from transducer_toolkit import get_rnnt_prune_ranges, rnnt_loss_smoothed
+
+    enc, pred, _, _ = workload.joiner_inputs()
+    am_projection, lm_projection = workload.simple_projections()
+    boundary = boundary_of(workload)
+    with torch.no_grad():
+        _, (px_grad, py_grad) = rnnt_loss_smoothed(
+            functional.linear(pred.double(), lm_projection.double()),
+            functional.linear(enc.double(), am_projection.double()),
+            workload.targets(),
+            0,
+            LM_ONLY_SCALE,
+            AM_ONLY_SCALE,
+            boundary,
+            return_grad=True,
+        )
+    return get_rnnt_prune_ranges(px_grad, py_grad, boundary, workload.band_width)
 
 
 def boundary_of(workload: Workload) -> Tensor:

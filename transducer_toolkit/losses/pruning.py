@@ -19,6 +19,9 @@ from transducer_toolkit.losses.boundary import (
 )
 
 METHODS = ("greedy", "optimal")
+# float32 posteriors make windows that hold all of the mass unequal in the seventh digit; a start
+# chosen by that is chosen at random.
+EQUAL_MASS = 2.0**-20
 
 
 def get_rnnt_prune_ranges(
@@ -40,9 +43,10 @@ def get_rnnt_prune_ranges(
     feasible if the first real frame starts at ``s_begin``, starts never decrease, a step is at most
     ``R - 1`` for "regular" and 1 otherwise, and the last real frame starts at
     ``max(0, s_end - R + 1)``, or as close to it as such steps lead. "greedy" takes each frame's
-    window of largest mass (the lowest of equals) and repairs the sequence: a start comes down to
-    the lowest after it, then up as far as later frames need. "optimal" is the feasible sequence of
-    largest total mass. Frames that are padding start at ``max(0, s_end - R + 1)``.
+    window of largest mass (of windows equal to about 1e-6 the lowest) and repairs the sequence: a
+    start comes down to the lowest after it, then up as far as later frames need. "optimal" is the
+    feasible sequence of largest total mass. Frames that are padding start at
+    ``max(0, s_end - R + 1)``.
 
     Args:
         px_grad: (B, S, T + 1) or (B, S, T), floating; from ``return_grad=True``.
@@ -163,7 +167,7 @@ def _greedy_starts(
 ) -> Tensor:
     """Best window of each frame, repaired; (B, T), of no meaning in padding."""
     frames = torch.arange(mass.size(1), device=mass.device)
-    starts = mass.argmax(2)  # the lowest of equals
+    starts = torch.round(mass / EQUAL_MASS).argmax(2)  # the lowest of equals
     # The last real frame's start is given, and is the upper bound for the frames before it.
     starts = torch.where(frames < t_end[:, None] - 1, starts, last[:, None])
     starts = torch.maximum(_lowest_from_here_on(starts), first[:, None])
