@@ -1,18 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "fast_log_add.h"
 #include "lattice.h"
-#include "log_add.h"
 #include "parallel.h"
 
 namespace transducer {
 namespace {
 
-// The cells of one frame: u = begin ... end - 1, cell u at index offset + u of the utterance's rows.
+// The cells of one frame: u = begin ... end - 1; cell u is row offset + u.
 struct Frame {
   int64_t begin, end, offset;
   bool Has(int64_t u) const { return u >= begin && u < end; }
 };
+
+const SoftplusTable& Softplus() {
+  static const SoftplusTable table;
+  return table;
+}
+
+// exp(x), but 0 where it would be below 1e-130: most cells of a lattice carry nothing.
+Score Posterior(Score x) { return x < -300 ? 0 : std::exp(x); }
 
 // One utterance. Every topology has the blank arc (t, u) -> (t + 1, u); they differ in the label
 // arc, and in what may reach the final node (T, U), which lies behind the last frame. Arcs that
@@ -23,6 +31,7 @@ class Utterance {
   Utterance(const LatticeBatch& batch, const LatticeOptions& options, int64_t b,
             const Score* blank_score, const Score* label_score)
       : batch_(batch),
+        softplus_(Softplus()),
         b_(b),
         frames_(batch.num_frames[b]),
         labels_(batch.num_targets[b]),
@@ -46,7 +55,7 @@ class Utterance {
         const Score by_label =
             u < labels_ ? LabelScore(here, u, penalty) + AfterLabel(beta, here, next, t, u)
                         : kLogZero;
-        beta[cell] = LogAdd(by_blank, by_label);
+        beta[cell] = FastLogAdd(softplus_, by_blank, by_label);
       }
       next = here;
     }
@@ -75,10 +84,10 @@ class Utterance {
         const Score by_blank = from + blank_[cell];
         const Score by_label = u < labels_ ? from + LabelScore(here, u, penalty) : kLogZero;
 
-        const Score post_blank = std::exp(by_blank + AfterBlank(beta, next, t, u) - total);
+        const Score post_blank = Posterior(by_blank + AfterBlank(beta, next, t, u) - total);
         const Score post_label =
             u < labels_
-                ? label_gain * std::exp(by_label + AfterLabel(beta, here, next, t, u) - total)
+                ? label_gain * Posterior(by_label + AfterLabel(beta, here, next, t, u) - total)
                 : 0;
 
         if (next.Has(u)) Push(alpha + next.offset + u, by_blank);
@@ -117,7 +126,7 @@ class Utterance {
     return {begin, std::max(begin, batch_.ColumnEnd(b_, t)), batch_.Row(b_, t, 0)};
   }
 
-  static void Push(Score* alpha, Score score) { *alpha = LogAdd(*alpha, score); }
+  void Push(Score* alpha, Score score) const { *alpha = FastLogAdd(softplus_, *alpha, score); }
 
   Score Penalty(int64_t t) const {
     const Score middle = 0.5 * static_cast<Score>(frames_ - 1 - first_frame_);
@@ -148,6 +157,7 @@ class Utterance {
   }
 
   const LatticeBatch& batch_;
+  const SoftplusTable& softplus_;
   const int64_t b_, frames_, labels_, first_frame_;
   const LatticeOptions& options_;
   const Score* blank_;

@@ -372,7 +372,7 @@ def test_bad_options(options, message):
 
 MEMORY_SCRIPT = """
 import gc, sys, torch
-from benchmarks.measure import peak_bytes, reset_peak, resident_bytes
+from transducer_toolkit.training import memory
 from transducer_toolkit import fused_joiner_loss
 V = int(sys.argv[1])
 torch.set_num_threads(1)
@@ -384,10 +384,10 @@ def step():
     fused_joiner_loss(enc, pred, weight, None, targets, *lengths, blank=0).backward()
 step()
 gc.collect()
-reset_peak()
-before = resident_bytes()
+cpu = torch.device("cpu")
+before = memory.reset_peak(cpu)
 step()
-print(peak_bytes() - before)
+print(memory.peak(cpu) - before)
 """
 
 

@@ -47,7 +47,7 @@ class FusedLoss(LossStage):
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
-        dropped_mass: float = 1e-6,
+        dropped_mass: float = 1e-7,
     ) -> None:
         super().__init__()
         checks.check_choice(rnnt_type, "rnnt_type", TOPOLOGIES)

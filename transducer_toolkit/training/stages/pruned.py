@@ -180,7 +180,7 @@ class FusedPrunedLoss(PrunedLoss):
         >>> stage = FusedPrunedLoss(prune_range=5, simple_joiner=AdditiveJoiner(8, 6, 5))
     """
 
-    def __init__(self, *, dropped_mass: float = 1e-6, **options) -> None:
+    def __init__(self, *, dropped_mass: float = 1e-7, **options) -> None:
         super().__init__(**options)
         self.dropped_mass = dropped_mass
 
