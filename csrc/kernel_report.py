@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints registers, spills and shared memory of every CUDA kernel: python csrc/kernel_report.py 75 90
+"""Prints registers, spills and shared memory of every CUDA kernel.
+
+    python csrc/kernel_report.py 75 90      (default: every architecture of nvcc from 7.5 on)
 
 Compiles with warnings as errors; the exit status says whether a kernel spills.
 """
@@ -17,6 +19,12 @@ _KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def every_architecture() -> list[str]:
+    """Of the nvcc at hand, from 7.5 on."""
+    listing = subprocess.check_output(["nvcc", "--list-gpu-code"], text=True)
+    return [code for code in re.findall(r"sm_(\d+)", listing) if int(code) >= 75]
 
 
 def compile_one(source: Path, architecture: str, folder: str) -> str:
@@ -57,7 +65,7 @@ def kernels(log: str) -> list[dict[str, object]]:
 
 
 def main() -> int:
-    architectures = sys.argv[1:] or ["75", "90"]
+    architectures = sys.argv[1:] or every_architecture()
     columns = ("registers", "stack", "spill", "shared")
     spilling = 0
     with tempfile.TemporaryDirectory() as folder:

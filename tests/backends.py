@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three ways to run a stage: on the CPU, emulated CUDA on the CPU, and CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from transducer_toolkit import native
+
+ROOT = Path(__file__).resolve().parents[1]
+# Results must not depend on which thread goes first.
+ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
+
+
+def build_emulated(source: Path, build: Path, *options: str) -> Path:
+    """Builds, or brings up to date, the module _emulated; returns its file."""
+    import pybind11
+
+    tools = Path(sys.executable).parent
+    commands = [
+        [tools / "cmake", "--build", build, "--target", "_emulated", "--parallel", "2"],
+    ]
+    if not (build / "build.ninja").exists():
+        configure = [tools / "cmake", "-S", source, "-B", build, "-G", "Ninja"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", "-DTRANSDUCER_EMULATION=ON"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DTRANSDUCER_CUDA=OFF"]
+        configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options]
+        commands.insert(0, configure)
+    for command in commands:
+        result = subprocess.run(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if result.returncode:
+            raise RuntimeError(f"the emulated backend does not build:\n{result.stdout}")
+    return next(build.glob("_emulated.*.so"))
+
+
+def load_emulated(path: Path) -> Any:
+    """The module of a file that build_emulated returned."""
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def emulated_module() -> ModuleType:
+    """The emulated stages of this tree; EMULATED_MODULE names a file built before (sanitizers)."""
+    given = os.environ.get("EMULATED_MODULE")
+    return load_emulated(
+        Path(given) if given else build_emulated(ROOT, ROOT / "build" / "emulated")
+    )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """ "cpu", "emulated" or "cuda": tensors on `device` run there inside of `active`."""
+
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.name == "cuda" else "cpu")
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot run here."""
+        info = native.build_info()
+        if self.name != "cuda" or (info["cuda_devices"] and torch.cuda.is_available()):
+            return None
+        return "needs a CUDA device, and torch and transducer_toolkit built for it"
+
+    @property
+    def orders(self) -> tuple[tuple[str, int], ...]:
+        """Orders of threads to try: a device has its own, each time."""
+        return {"emulated": ORDERS, "cuda": (("own", 0),) * 3}.get(self.name, (("only", 0),))
+
+    @contextmanager
+    def active(self, order: str = "forward", seed: int = 0) -> Iterator[None]:
+        if self.name != "emulated":
+            yield
+            return
+        module = emulated_module()
+        module.set_order(getattr(module.Order, order), seed)
+        with native.emulated(module):
+            yield
+        module.set_order(module.Order.forward, 0)

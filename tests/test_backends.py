@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every stage, on every backend, against the CPU; in several orders of threads, bit for bit."""
+
+import functools
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from tests.backends import Backend
+from tests.stage_cases import (
+    LAYOUTS,
+    cell_rows,
+    make_case,
+    misaligned,
+    random_scores,
+    random_uses,
+    score,
+)
+from transducer_toolkit import native
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Of single numbers that were computed in float32, and rounded to 16 bits once.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SHAPES = {  # frames, symbols
+    "ragged": ((9, 1, 6, 7), (4, 0, 5, 2)),
+    "long": ((1100, 3), (3, 1)),
+    "wide": ((3, 1), (1100, 2)),
+    "square": ((64, 33), (60, 63)),
+}
+
+accelerated = pytest.mark.parametrize("name", ["emulated", "cuda"])
+
+
+def of(name):
+    backend = Backend(name)
+    if backend.missing:
+        pytest.skip(backend.missing)
+    return backend
+
+
+def in_every_order(backend, run):
+    """What run() gives on the backend, on the CPU afterwards; the same bits in every order."""
+    results = []
+    for order, seed in backend.orders:
+        with backend.active(order, seed):
+            results.append([tensor.cpu() for tensor in run()])
+    for result in results[1:]:
+        for tensor, first in zip(result, results[0], strict=True):
+            assert torch.equal(tensor.nan_to_num(nan=7e5), first.nan_to_num(nan=7e5))
+    return results[0]
+
+
+def check_close(actual, expected, tolerance, names):
+    for name, a, e in zip(names, actual, expected, strict=True):
+        torch.testing.assert_close(
+            a,
+            e,
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=functools.partial("{}: {}".format, name),
+        )
+
+
+def check_stage_1(backend, case, vocab_size, dtype, *, shift=0, **options):
+    batch = case.batch()
+    logits = (3 * torch.randn(batch.num_rows, vocab_size)).to(dtype)
+    logits[0, vocab_size // 2] = -torch.inf
+    expected = score(logits, batch, batch.all_rows(), **options)
+
+    def run():
+        on_device = misaligned(logits.to(backend.device), shift)
+        there = case.batch(backend.device)
+        return score(on_device, there, there.all_rows(), **options)
+
+    actual = in_every_order(backend, run)
+    # Scores are sums of float32 numbers whatever the dtype.
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    check_close(actual, expected, tolerance, ("normaliser", "blank", "label"))
+
+
+@accelerated
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cell_scores(name, layout, dtype):
+    check_stage_1(of(name), make_case(layout), 7, dtype)
+    check_stage_1(of(name), make_case(layout), 7, dtype, from_log_softmax=True)
+
+
+@accelerated
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [2, 31, 128, 500, 517, 4096, 4097, 5003])
+def test_cell_scores_of_any_vocabulary_and_alignment(name, dtype, vocab_size):
+    case = make_case("packed", (2, 2), (1, 2), vocab_size)
+    for shift in (0, 8 // dtype.itemsize, 1):
+        check_stage_1(of(name), case, vocab_size, dtype, shift=shift, blank=vocab_size - 1)
+
+
+@accelerated
+def test_cell_scores_do_not_depend_on_the_address(name):
+    backend = of(name)
+    case = make_case("packed", (5,), (3,), 517)
+    logits = torch.randn(20, 517, device=backend.device)
+    batch = case.batch(backend.device)
+    with backend.active():
+        results = [score(misaligned(logits, k), batch, batch.all_rows()) for k in range(5)]
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+@accelerated
+@pytest.mark.parametrize("vocab_size", [7, 5000])
+def test_cell_scores_of_bad_rows(name, vocab_size):
+    backend = of(name)
+    case = make_case("packed", (4,), (2,), vocab_size)
+    case.targets[0, 1] = vocab_size  # out of range
+    logits = torch.randn(12, vocab_size)
+    logits[0] = -torch.inf
+    logits[1, :5] = torch.tensor([-torch.inf, torch.nan, -torch.inf, -torch.inf, 0.5])
+    logits[2, 3] = torch.inf
+    logits[3, 1:] = -torch.inf
+    logits[5, -1] = torch.nan
+    logits[8, 4:] = -torch.inf
+    batch = case.batch()
+    expected = score(logits, batch, batch.all_rows())
+    there = case.batch(backend.device)
+    actual = in_every_order(
+        backend, lambda: score(logits.to(backend.device), there, there.all_rows())
+    )
+    check_close(actual, expected, 2e-6, ("normaliser", "blank", "label"))
+    assert expected[0][:6].isnan().tolist() == [True, True, True, False, False, True]
+
+
+# --- stage 2 ------------------------------------------------------------------------------------
+
+
+def run_lattice(scores, batch, device, **options):
+    options = {"delay_penalty": 0.0, "fastemit_lambda": 0.0, "with_uses": True, **options}
+    return native.lattice(*(tensor.to(device) for tensor in scores), batch, **options)
+
+
+def check_stage_2(backend, case, scores=None, *, exact, tolerance=None, **options):
+    batch = case.batch()
+    scores = random_scores(batch) if scores is None else scores
+    expected = run_lattice(scores, batch, "cpu", **options)
+    there = case.batch(backend.device)
+    actual = in_every_order(
+        backend, lambda: run_lattice(scores, there, backend.device, exact=exact, **options)
+    )
+    tolerance = tolerance or (1e-10 if exact else 2e-6)
+    check_close(actual, expected, tolerance, ("loss", "use_blank", "use_label"))
+    return expected
+
+
+@accelerated
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("topology", native.TOPOLOGIES)
+@pytest.mark.parametrize("exact", [True, False])
+def test_lattice(name, layout, topology, exact):
+    for options in ({}, {"delay_penalty": 0.3, "fastemit_lambda": 0.5}):
+        case = make_case(layout)
+        expected = check_stage_2(of(name), case, topology=topology, exact=exact, **options)
+    assert expected[0].isfinite().any()
+
+
+@accelerated
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("topology", native.TOPOLOGIES)
+def test_lattice_loss_alone(name, layout, topology):
+    backend = of(name)
+    case = make_case(layout)
+    scores = random_scores(case.batch())
+    with_uses = run_lattice(scores, case.batch(), "cpu", topology=topology)
+    there = case.batch(backend.device)
+    (loss, *uses) = in_every_order(
+        backend,
+        lambda: run_lattice(scores, there, backend.device, topology=topology, with_uses=False),
+    )
+    torch.testing.assert_close(loss, with_uses[0], rtol=1e-12, atol=1e-12)
+    assert all(tensor.numel() == 0 for tensor in uses)
+
+
+@accelerated
+@pytest.mark.parametrize("topology", native.TOPOLOGIES)
+@pytest.mark.parametrize("shape", ["long", "wide", "square"])
+@pytest.mark.parametrize("layout", ["packed", "band"])
+def test_lattice_of_any_shape(name, shape, topology, layout):
+    """More lanes than a block has, along frames and along symbols; and in strips."""
+    width = 3 if shape == "long" else 40
+    case = make_case(layout, *SHAPES[shape], band_width=width)
+    check_stage_2(of(name), case, topology=topology, exact=True)
+    check_stage_2(of(name), case, topology=topology, exact=False, tolerance=1e-5)
+
+
+@accelerated
+@pytest.mark.parametrize("topology", ["regular", "modified"])
+def test_square_lattice_in_strips(name, topology):
+    backend = of(name)
+    case = make_case("packed", (1100,), (1100 if topology == "regular" else 1090,))
+    batch = case.batch()
+    scores = [-4 * torch.rand(batch.num_rows, dtype=torch.float64) for _ in range(2)]
+    expected = run_lattice(scores, batch, "cpu", topology=topology)
+    with backend.active("reverse"):
+        there = case.batch(backend.device)
+        actual = run_lattice(scores, there, backend.device, topology=topology, exact=False)
+    actual = [tensor.cpu() for tensor in actual]
+    check_close(actual, expected, 1e-5, ("loss", "use_blank", "use_label"))
+
+
+@accelerated
+@pytest.mark.parametrize("peak", [1.0, 30.0])
+def test_float32_transcendentals_keep_posteriors_within_1e_5(name, peak):
+    """The precision promise where the sums of logarithms are longest: T = 3000, U = 600."""
+    backend = of(name)
+    case = make_case("packed", (3000,), (600,))
+    batch = case.batch()
+    logits = torch.randn(batch.num_rows, dtype=torch.float64).mul(peak)
+    scores = logsigmoid(logits), logsigmoid(-logits)
+    expected = run_lattice(scores, batch, "cpu", topology="regular")
+    with backend.active():
+        there = case.batch(backend.device)
+        actual = run_lattice(scores, there, backend.device, topology="regular", exact=False)
+    actual = [tensor.cpu() for tensor in actual]
+    check_close(actual[:1], expected[:1], 1e-7, ("loss",))
+    for use, expected_use in zip(actual[1:], expected[1:], strict=True):
+        assert (use - expected_use).abs().max() < 5e-6
+
+
+@accelerated
+@pytest.mark.parametrize("topology", native.TOPOLOGIES)
+def test_lattice_of_nan_and_of_no_path(name, topology):
+    case = make_case("padded", (5, 5, 5, 5), (3, 3, 3, 3))
+    batch = case.batch()
+    blank, label = random_scores(batch)
+    label = label.clamp(min=-50)
+    rows = batch.num_rows // 4
+    blank[rows + 4] = torch.nan  # cell (1, 0)
+    label[2 * rows + 2] = torch.nan  # cell (0, 2): on no path of one symbol a frame
+    blank[3 * rows : 4 * rows] = -torch.inf
+    label[3 * rows : 4 * rows] = -torch.inf
+    expected = check_stage_2(of(name), case, (blank, label), topology=topology, exact=True)
+    assert expected[0].isnan().tolist() == [False, True, True, False]
+    assert expected[0][3] == torch.inf
+    assert expected[1][rows].isnan() and expected[1][3 * rows] == 0
+
+
+@accelerated
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nonsense_lengths_are_nan_and_touch_nothing(name, layout):
+    backend = of(name)
+    case = make_case(layout, (4, 3, 5, 2), (2, 3, 1, 2))
+    good = case.batch()
+    rows = good.num_rows
+    case.logit_lengths[1] = 10**12
+    case.target_lengths[2] = -3
+    fields = dict(vars(case))
+    bad = [
+        native.LatticeBatch(
+            **{k: v.to(d) if hasattr(v, "to") else v for k, v in fields.items()},
+            device=torch.device(d),
+            num_rows=rows,
+        )
+        for d in ("cpu", backend.device)
+    ]
+    scores = random_scores(good)
+    expected = run_lattice(scores, bad[0], "cpu", topology="regular")
+    actual = in_every_order(
+        backend, lambda: run_lattice(scores, bad[1], backend.device, topology="regular")
+    )
+    check_close(actual, expected, 1e-10, ("loss", "use_blank", "use_label"))
+    assert expected[0][1:3].isnan().all()
+    logits = torch.randn(rows, 7)
+    loss_grad = torch.ones(4, dtype=torch.float64)
+    check_stage_3(backend, bad, logits, expected[1:], loss_grad)
+
+
+# --- stage 3 ------------------------------------------------------------------------------------
+
+
+def run_gradient(logits, batch, normaliser, uses, loss_grad, device, *, inplace=False, **options):
+    logits = logits.to(device, copy=True)
+    out = logits if inplace else torch.full_like(logits, 7.0)
+    native.logits_grad(
+        logits,
+        batch,
+        batch.all_rows(),
+        *(tensor.to(device) for tensor in (normaliser, *uses, loss_grad)),
+        **{"blank": 0, **options},
+        out=out,
+    )
+    return (out,)
+
+
+def check_stage_3(backend, batches, logits, uses, loss_grad, **options):
+    normaliser = logits.double().logsumexp(-1)
+    arguments = normaliser, uses, loss_grad
+    inplace = options.pop("inplace", False)
+    expected = run_gradient(logits, batches[0], *arguments, "cpu", **options)
+    actual = in_every_order(
+        backend,
+        lambda: run_gradient(
+            logits, batches[1], *arguments, backend.device, inplace=inplace, **options
+        ),
+    )
+    scale = float(loss_grad.abs().max().clamp(1e-6, 1e6))
+    tolerance = TOLERANCE[logits.dtype]
+    check_close(
+        [actual[0].double() / scale], [expected[0].double() / scale], tolerance, ("gradient",)
+    )
+    return actual[0]
+
+
+@accelerated
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"from_log_softmax": True}, {"clamp": 0.05}, {"inplace": True}],
+    ids=["plain", "log_softmax", "clamp", "inplace"],
+)
+def test_logits_grad(name, layout, dtype, options):
+    backend = of(name)
+    case = make_case(layout)
+    batches = case.batch(), case.batch(backend.device)
+    uses = random_uses(batches[0])
+    logits = (3 * torch.randn(batches[0].num_rows, 7)).to(dtype)
+    loss_grad = torch.tensor([1.0, -2.5, 0.0, 1e-3], dtype=torch.float64)
+    grad = check_stage_3(backend, batches, logits, uses, loss_grad, **options)
+    assert grad[~cell_rows(batches[0])].eq(0).all()
+
+
+@accelerated
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [2, 31, 500, 517, 5003])
+def test_logits_grad_of_any_vocabulary(name, dtype, vocab_size):
+    """Tiny occupancies too: no subnormal comes out, and the row's two entries are right."""
+    backend = of(name)
+    case = make_case("packed", (3, 2), (1, 2), vocab_size)
+    batches = case.batch(), case.batch(backend.device)
+    uses = random_uses(batches[0])
+    uses[0][1], uses[1][1] = 3e-38, 2e-38
+    uses[0][2], uses[1][2] = 1e-300, 0
+    uses[0][3] = torch.nan
+    logits = (3 * torch.randn(12, vocab_size)).to(dtype)
+    logits[4, 1] = -torch.inf
+    loss_grad = torch.tensor([1.0, 1e2 if dtype == torch.float16 else 1e5], dtype=torch.float64)
+    options = {"blank": vocab_size - 1} if vocab_size != 500 else {}
+    for inplace in (False, True):
+        grad = check_stage_3(
+            backend, batches, logits, uses, loss_grad, inplace=inplace, **options
+        ).double()
+    assert grad[3].isnan().all() and grad[[0, 1, 2, *range(4, 12)]].isfinite().all()
+    if dtype == torch.float32:
+        finite = grad[~grad.isnan()].abs()
+        assert ((finite == 0) | (finite >= torch.finfo(dtype).tiny)).all()
+
+
+@accelerated
+def test_logits_grad_where_blank_is_the_target(name):
+    backend = of(name)
+    case = make_case("packed")
+    case.targets[:] = 0
+    batches = case.batch(), case.batch(backend.device)
+    logits = torch.randn(batches[0].num_rows, 7)
+    check_stage_3(backend, batches, logits, random_uses(batches[0]), torch.ones(4).double())
+
+
+# --- tiles, occupancy, joiner -------------------------------------------------------------------
+
+
+@accelerated
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("listed", [False, True])
+def test_tiles_give_what_all_rows_give(name, layout, listed):
+    backend = of(name)
+    case = make_case(layout)
+    batch = case.batch(backend.device)
+    rows = torch.arange(batch.num_rows, device=backend.device)
+    logits = torch.randn(batch.num_rows, 7).to(backend.device)
+    with backend.active():
+        whole = score(logits, batch, batch.all_rows())
+        out = native.CellScores(batch, backend.device)
+        for tensor in (out.normaliser, out.blank, out.label):
+            tensor.fill_(7.0)
+        for begin in range(0, batch.num_rows, 11):
+            size = min(11, batch.num_rows - begin)
+            tile = native.RowTile(begin, size, rows if listed else None)
+            native.cell_scores(logits[begin : begin + size], batch, tile, out, blank=0)
+    parts = out.normaliser, out.blank, out.label
+    assert all(torch.equal(*pair) for pair in zip(parts, whole, strict=True))
+
+
+@accelerated
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dropped_mass", [0.0, 1e-9, 1e-4, 1e-1, 10.0])
+def test_kept_rows(name, layout, dropped_mass):
+    backend = of(name)
+    case = make_case(layout, (40, 1, 26, 33), (14, 0, 9, 12))
+    batch = case.batch()
+    uses = random_uses(batch)
+    uses[0][batch.num_rows // 2] = torch.nan
+    expected = native.kept_rows(*uses, batch, dropped_mass=dropped_mass)
+    there = case.batch(backend.device)
+    actual = in_every_order(
+        backend,
+        lambda: native.kept_rows(
+            *(tensor.to(backend.device) for tensor in uses), there, dropped_mass=dropped_mass
+        ),
+    )
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+@accelerated
+def test_kept_rows_of_extreme_occupancies_and_bad_lengths(name):
+    backend = of(name)
+    case = make_case("padded", (40, 3, 26), (14, 2, 9))
+    case.logit_lengths[1] = 41
+    batch = case.batch()
+    uses = [torch.zeros(batch.num_rows, dtype=torch.float64) for _ in range(2)]
+    uses[0][:] = torch.pow(10.0, torch.linspace(-320, 9, batch.num_rows, dtype=torch.float64))
+    uses[0][5] = torch.inf
+    expected = native.kept_rows(*uses, batch, dropped_mass=1e-7)
+    assert expected[1][1] == 0
+    there = case.batch(backend.device)
+    actual = in_every_order(
+        backend,
+        lambda: native.kept_rows(
+            *(tensor.to(backend.device) for tensor in uses), there, dropped_mass=1e-7
+        ),
+    )
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+def run_join(case, enc, pred, grad_hidden, device, activation, tile_size=None, kept=None, shift=0):
+    """hidden, grad_enc, grad_pred; in tiles, of all rows or of those in `kept`."""
+    batch = case.batch(device)
+    enc, pred = (misaligned(tensor.to(device), shift) for tensor in (enc, pred))
+    grad_hidden = grad_hidden.to(device)
+    rows = None if kept is None else kept.to(device)
+    count = batch.num_rows if rows is None else rows.numel()
+    hidden = torch.full((count, enc.size(-1)), 7.0, dtype=enc.dtype, device=device)
+    dtype = native.compute_dtype(enc.dtype)
+    grads = torch.zeros_like(enc, dtype=dtype), torch.zeros_like(pred, dtype=dtype)
+    for begin in range(0, count, tile_size or count):
+        end = min(begin + (tile_size or count), count)
+        tile = native.RowTile(begin, end - begin, rows)
+        part = hidden[begin:end]
+        native.join_forward(enc, pred, batch, tile, activation=activation, out=part)
+        native.join_backward(
+            grad_hidden[begin:end],
+            part,
+            enc,
+            pred,
+            batch,
+            tile,
+            activation=activation,
+            grad_enc=grads[0],
+            grad_pred=grads[1],
+        )
+    return hidden, *grads
+
+
+@accelerated
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_join(name, layout, dtype, activation):
+    backend = of(name)
+    case = make_case(layout)
+    width = 24
+    batch = case.batch()
+    enc = torch.randn(4, case.max_frames, width).to(dtype)
+    pred = torch.randn(4, case.targets.size(1) + 1, width).to(dtype)
+    for b, (frames, symbols) in enumerate(
+        zip(case.logit_lengths, case.target_lengths, strict=True)
+    ):
+        enc[b, frames:], pred[b, symbols + 1 :] = torch.nan, torch.nan
+    grad_hidden = torch.randn(batch.num_rows, width).to(dtype)
+    inputs = case, enc, pred, grad_hidden
+    expected = run_join(*inputs, "cpu", activation)
+    actual = in_every_order(backend, lambda: run_join(*inputs, backend.device, activation))
+    tolerance = TOLERANCE[dtype]
+    check_close(actual[:1], expected[:1], tolerance, ("hidden",))
+    check_close(actual[1:], expected[1:], 10 * tolerance, ("grad_enc", "grad_pred"))
+
+
+@accelerated
+@pytest.mark.parametrize("width", [1, 7, 130, 260])
+@pytest.mark.parametrize("layout", ["packed", "band"])
+def test_join_in_tiles_gives_the_same_bits(name, layout, width):
+    backend = of(name)
+    case = make_case(layout, (9, 1, 17), (12, 0, 5))
+    rows = case.batch().num_rows
+    enc = torch.randn(3, case.max_frames, width)
+    pred = torch.randn(3, case.targets.size(1) + 1, width)
+    kept = torch.arange(rows)[torch.rand(rows) < 0.4]
+    kept_of = kept[cell_rows(case.batch())[kept]]
+    grad_hidden = torch.randn(rows, width)
+    for listed in (None, kept_of):
+        count = rows if listed is None else listed.numel()
+        inputs = case, enc, pred, grad_hidden[:count]
+        expected = run_join(*inputs, "cpu", "tanh", 9, listed)
+        results = [
+            in_every_order(
+                backend,
+                lambda size=size, shift=shift, inputs=inputs, listed=listed: run_join(
+                    *inputs, backend.device, "tanh", size, listed, shift
+                ),
+            )
+            for size, shift in ((None, 0), (9, 0), (50, 1))
+        ]
+        check_close(results[0], expected, 1e-5, ("hidden", "grad_enc", "grad_pred"))
+        for result in results[1:]:
+            assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
