@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # make train   set up .venv, build, train the default recipe on real audio, print WER
 # make test    set up .venv, build, run the whole test-suite
+# make bench   build the other projects' losses, measure every suite, write build/benchmarks
 # make lint    style and types
 # make soak    what is too long for every change: mutated kernels, all CUDA architectures
 # make clean   remove .venv and everything that was built (trained models in outputs/ stay)
 #
-# ARGS is passed on: make train ARGS="loss=torchaudio seed=2", make test ARGS="-k joiner".
+# ARGS is passed on: make train ARGS="loss=torchaudio seed=2", make test ARGS="-k joiner",
+# make bench SUITES="loss step" ARGS="--threads 2 --lattice peaky".
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := build/peers
+RESULTS := build/benchmarks
+SUITES ?= loss step pruned accuracy scaling
 # What the compiled module or the installed metadata depends on: Python files are used in place.
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
            $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
 
-.PHONY: train test lint soak clean
+.PHONY: train test bench lint soak clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -23,6 +28,12 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(PEERS)/.installed
+	@for suite in $(SUITES); do \
+	  $(BIN)/python -m benchmarks.run --suite $$suite --peers-dir $(PEERS) \
+	    --json $(RESULTS)/$$suite.json --plot $(RESULTS)/$$suite.png $(ARGS) || exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet 'ruff>=0.8' 'mypy>=1.13'
@@ -37,6 +48,12 @@ soak: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info transducer_toolkit/_C.*.so
+
+# What cannot be built here is said once, and is a row of every table.
+$(PEERS)/.installed: benchmarks/install_peers.py $(INSTALLED)
+	$(BIN)/python -m pip install --quiet pybind11 cmake 'setuptools<82' wheel
+	$(BIN)/python benchmarks/install_peers.py --target $(PEERS)
+	@touch $@
 
 $(INSTALLED): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

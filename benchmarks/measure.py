@@ -3,69 +3,208 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import importlib
 import json
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.implementations import SUITES, Job
+from benchmarks import truth
+from benchmarks.agreement import Signature, signature
+from benchmarks.jobs import Implementation, Job
+from benchmarks.peers import Absent, implementations, require_present
+from benchmarks.precision import largest_error
 from benchmarks.workloads import Workload
 
-
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+BUDGET_S = 30.0  # a process that has measured for so long stops repeating
+GEMM_TILE_CELLS = 4096
 
 
-def reset_peak() -> None:
-    """Sets the kernel's high-water mark of resident memory back to the present."""
-    Path("/proc/self/clear_refs").write_text("5")
+class HostMemory:
+    """Time and resident memory of this process."""
 
-
-def peak_bytes() -> int:
-    """The high-water mark since reset_peak."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def measure(job: Job, repetitions: int) -> dict[str, float | list[float]]:
-    """Median and spread of seconds, and peak memory above what was there before the run."""
-    job.run(job.prepare())  # warm-up: threads, allocator, caches of the libraries
-    seconds, peaks = [], []
-    for _ in range(repetitions):
-        prepared = job.prepare()
+    def start(self) -> None:
         gc.collect()
-        reset_peak()
-        before = resident_bytes()
-        start = time.perf_counter()
+        # What malloc keeps for later would hide as much of what comes.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now the present
+        self.before = self._status("VmRSS")
+        self.start_s = time.perf_counter()
+
+    def stop(self) -> tuple[float, int]:
+        """Seconds since start, and peak bytes above what there was at start."""
+        elapsed_s = time.perf_counter() - self.start_s
+        return elapsed_s, self._status("VmHWM") - self.before
+
+    @staticmethod
+    def _status(field: str) -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in status if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+
+class DeviceMemory:
+    """Time by events, and memory by torch's allocator."""
+
+    def start(self) -> None:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.events[0].record()
+
+    def stop(self) -> tuple[float, int]:
+        self.events[1].record()
+        torch.cuda.synchronize()
+        elapsed_s = self.events[0].elapsed_time(self.events[1]) / 1e3
+        return elapsed_s, torch.cuda.max_memory_allocated() - self.before
+
+
+def measure(job: Job, repetitions: int, device: str) -> tuple[dict[str, Any], Any]:
+    """Seconds and peak bytes of each run after a warm-up, and what the last run returned."""
+    meter = DeviceMemory() if device == "cuda" else HostMemory()
+    seconds: list[float] = []
+    peaks: list[int] = []
+    begun_s = time.perf_counter()
+    warm_up: dict[str, float] = {}
+    while len(seconds) < repetitions:
+        prepared = job.prepare()
+        result = None
+        meter.start()
         result = job.run(prepared)
-        seconds.append(time.perf_counter() - start)
-        peaks.append(peak_bytes() - before)
-    losses, grad = result
-    return {
+        elapsed_s, peak_bytes = meter.stop()
+        del prepared
+        if not warm_up:  # threads, caches and compilers of the libraries
+            warm_up = {"seconds": elapsed_s, "peak_bytes": peak_bytes}
+            continue
+        seconds.append(elapsed_s)
+        peaks.append(peak_bytes)
+        if time.perf_counter() - begun_s > BUDGET_S:
+            break
+    measured = {
         "seconds": statistics.median(seconds),
-        "seconds_range": [min(seconds), max(seconds)],
         "peak_bytes": statistics.median(peaks),
-        "losses": losses.tolist(),
-        # The same number for packed and padded gradients: padding is zero.
-        "grad_norm": grad.double().norm().item(),
+        "all_seconds": seconds,
+        "all_peak_bytes": peaks,
+        "warm_up": warm_up,
     }
+    return measured, result
+
+
+def gemm_unit(workload: Workload, num_cells: int) -> Callable[[Any], None]:
+    """One (cells, D) x (D, V) product in tiles: the step's unit of arithmetic."""
+    _, _, weight, _ = workload.joiner_inputs()
+    tile_cells = min(GEMM_TILE_CELLS, num_cells)
+    hidden = torch.rand(tile_cells, workload.joiner_dim).to(workload.device)
+    logits = torch.empty(tile_cells, workload.vocab_size, device=workload.device)
+
+    def run(_: None) -> None:
+        for start in range(0, num_cells, tile_cells):
+            rows = min(tile_cells, num_cells - start)
+            torch.mm(hidden[:rows], weight.T, out=logits[:rows])
+
+    return run
+
+
+def copy_of_logits(workload: Workload) -> Callable[[Any], None]:
+    """Logits read and as much written: the least that a loss and its gradient move."""
+    logits = workload.logits()
+    copy = torch.zeros_like(logits)
+    return lambda _: copy.copy_(logits)
+
+
+def floor(suite: str, workload: Workload) -> Job:
+    """The floor that a suite's times are compared with."""
+    if suite == "loss":
+        return Job(copy_of_logits(workload))
+    num_cells = workload.band_cells if suite == "pruned" else workload.shape.num_cells
+    return Job(gemm_unit(workload, num_cells))
+
+
+def true_outcome(suite: str, workload: Workload) -> dict[str, Any]:
+    """Losses and signatures of the gradients in float64."""
+    if suite == "loss":
+        reference = truth.loss_truth(workload)
+        made = Signature(workload.vocab_size)
+        for rows, gradient in reference.gradient_tiles():
+            made.add(rows.start, gradient)
+        return {"losses": reference.losses.tolist(), "signatures": [made.values()]}
+    losses, gradients = truth.step_truth(workload)
+    return {"losses": losses.tolist(), "signatures": [signature(grad) for grad in gradients]}
+
+
+def packed_gradients(workload: Workload, suite: str, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients in the layout of the truth."""
+    if suite in ("loss", "accuracy") and gradients[0].dim() == 4:
+        return [workload.shape.pack(gradients[0])]
+    return list(gradients)
+
+
+def version_of(implementation: Implementation) -> str:
+    """Of what was measured, as it is found in this process."""
+    try:
+        return metadata.version(implementation.distribution)
+    except (metadata.PackageNotFoundError, ValueError):  # the latter: it has no distribution
+        module = importlib.import_module(implementation.module)
+        return str(getattr(module, "__version__", "unknown"))
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Does what the request asks for."""
+    workload = Workload(**request["workload"])
+    suite, name = request["suite"], request["implementation"]
+    if name == "truth":
+        return true_outcome(suite, workload)
+    if name == "floor":
+        return measure(floor(suite, workload), request["repetitions"], workload.device)[0]
+    implementation = implementations(tuple(request["extra"]))[name]
+    require_present(implementation)
+    job = implementation.jobs["loss" if suite == "accuracy" else suite](workload)
+    if suite == "accuracy":
+        _, gradients = job.run(job.prepare())
+        (gradient,) = packed_gradients(workload, suite, gradients)
+        error = largest_error(gradient, truth.loss_truth(workload))
+        return {"error": error, "version": version_of(implementation)}
+    measured, (losses, gradients) = measure(job, request["repetitions"], workload.device)
+    packed = packed_gradients(workload, suite, gradients)
+    measured["version"] = version_of(implementation)
+    measured["losses"] = losses.reshape(-1).tolist()
+    measured["signatures"] = [signature(gradient) for gradient in packed]
+    return measured
 
 
 def main() -> None:
     request = json.load(sys.stdin)
+    torch.set_flush_denormal(request["flush_denormal"])  # before threads start, or not for them
     torch.set_num_threads(request["threads"])
-    torch.set_flush_denormal(request["flush_denormal"])
-    workload = Workload(**request["workload"])
-    job = SUITES[request["suite"]][request["implementation"]](workload)
-    print(json.dumps(measure(job, request["repetitions"])))
+    limit = request["memory_limit_bytes"]
+    if limit:  # an allocation that fails is reported; the kernel's killer might choose others
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        result = {"status": "ok", **answer(request)}
+    except Absent as reason:
+        result = {"status": "absent", "detail": str(reason)}
+    except Exception as error:
+        message = str(error).strip().splitlines()
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+            "can't allocate memory" in line or "out of memory" in line for line in message
+        )
+        status = "out of memory" if out_of_memory else "failed"
+        detail = message[0].split("DefaultCPUAllocator: ")[-1] if message else ""
+        result = {"status": status, "detail": f"{type(error).__name__}: {detail}"}
+    print()
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -3,170 +3,145 @@
 
     python -m benchmarks.run --suite loss                 # logits given
     python -m benchmarks.run --suite step                 # joiner and loss
+    python -m benchmarks.run --suite pruned               # smoothed loss, ranges, pruned loss
     python -m benchmarks.run --suite accuracy             # gradient error against float64
+    python -m benchmarks.run --suite scaling              # the step as cells, V, D and T grow
 
 Rounds go through all implementations before the next round starts, so that a busy neighbour hits
-everyone; the table has the median over rounds. A loss or gradient that disagrees with the first
-implementation's is an error, not a row.
+everyone. A time is believed after loss and gradients agree with float64; what disagrees, crashes,
+is absent, runs out of memory or of time is a row that says so. benchmarks/README.md has the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-import transducer_toolkit
-from benchmarks.implementations import SUITES
-from benchmarks.precision import precision_rows
-from benchmarks.workloads import Workload, sorted_batch, utterance_shapes
+from benchmarks import report
+from benchmarks.peers import implementations
+from benchmarks.session import Session
+from benchmarks.workloads import (
+    LATTICE_SCALES,
+    SCALING_FACTORS,
+    Workload,
+    choose_batch,
+    utterance_shapes,
+)
 
-MIB = 2**20
+SUITES = ("loss", "step", "pruned", "accuracy", "scaling")
+DEFAULT_FRAMES = {"accuracy": 3000}
+DEFAULT_VOCAB_SIZE = {"accuracy": 16}
+GIB = 2**30
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--suite", choices=[*SUITES, "accuracy"], required=True)
-    add("--threads", type=int, default=1)
-    add("--frames", type=int, default=1400, help="of all utterances of the batch")
-    add("--vocab-size", type=int, default=500)
-    add("--joiner-dim", type=int, default=512)
+    add = made.add_argument
+    add("--suite", choices=SUITES, required=True)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--peers", nargs="+", default=["all"], metavar="NAME", help="all, none, or projects")
+    add("--peers-dir", type=Path, help="where benchmarks/install_peers.py put them")
+    add("--extra", nargs="+", default=[], metavar="MODULE",
+        help="modules with IMPLEMENTATIONS of your own, as those in benchmarks/peers")  # fmt: skip
     add("--shapes", type=Path, help=".npy of (N, 2) frames and tokens; default: built-in quantiles")
-    add("--rounds", type=int, default=3, help="processes for each implementation")
-    add("--repetitions", type=int, default=3, help="timed runs in a process")
+    add("--frames", type=int, help="of all utterances of the batch (1400); accuracy: largest T")
+    add("--batch", choices=("sorted", "unsorted"), default="sorted", help="corpus order")
+    add("--vocab-size", type=int, help="500; accuracy: 16")
+    add("--joiner-dim", type=int, default=512)
+    add("--lattice", choices=LATTICE_SCALES, default="initial",
+        help="weights or logits of an untrained model, or times 12: few paths count")  # fmt: skip
+    add("--factors", type=float, nargs="+", default=SCALING_FACTORS, metavar="X",
+        help="scaling: what --frames, --vocab-size and --joiner-dim are multiplied by")  # fmt: skip
+    add("--threads", type=int, default=1)
     add("--flush-denormal", action="store_true", help="torch.set_flush_denormal(True) first")
+    add("--rounds", type=int, default=3, help="processes for each implementation")
+    add("--repetitions", type=int, default=3, help="timed runs in a process, after a warm-up")
+    add("--timeout", type=float, default=600.0, metavar="S", help="of one process")
+    add("--memory-limit", type=float, metavar="GIB", help="of one process; default: 80 %% of free")
     add("--json", type=Path, help="write all measurements here")
-    return parser.parse_args()
+    add("--plot", type=Path, help="write the picture here (.png, .svg, .pdf)")
+    return made
 
 
-def measure(request: dict[str, object]) -> dict:
-    """One measurement in a process of its own."""
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.measure"],
-        input=json.dumps(request),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+def choose_implementations(
+    peers: list[str], extra: tuple[str, ...], error: argparse.ArgumentParser
+) -> dict:
+    """Ours and those of the named projects."""
+    everything = implementations(extra)
+    projects = {entry.project for entry in everything.values()} - {"ours"}
+    if peers == ["all"]:
+        return everything
+    wanted = set() if peers == ["none"] else set(peers)
+    if unknown := sorted(wanted - projects):
+        error.error(
+            f"--peers: expected all, none or some of {', '.join(sorted(projects))}, "
+            f"got {', '.join(unknown)}"
+        )
+    return {name: entry for name, entry in everything.items() if entry.project in wanted | {"ours"}}
+
+
+def free_memory_bytes() -> int:
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    line = next(line for line in meminfo if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options_parser = parser()
+    options = options_parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        options_parser.error("--device cuda: torch sees no CUDA device here")
+    if options.frames is None:
+        options.frames = DEFAULT_FRAMES.get(options.suite, 1400)
+    if options.vocab_size is None:
+        options.vocab_size = DEFAULT_VOCAB_SIZE.get(options.suite, 500)
+    extra = tuple(options.extra)
+    limit = options.memory_limit * GIB if options.memory_limit else 0.8 * free_memory_bytes()
+    session = Session(
+        choose_implementations(options.peers, extra, options_parser),
+        threads=options.threads,
+        flush_denormal=options.flush_denormal,
+        rounds=options.rounds,
+        repetitions=options.repetitions,
+        timeout_s=options.timeout,
+        memory_limit_bytes=int(limit),
+        peers_dir=options.peers_dir,
+        extra=extra,
     )
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-def check_agreement(name: str, result: dict, reference: dict) -> None:
-    for ours, theirs in zip(result["losses"], reference["losses"], strict=True):
-        if abs(ours - theirs) > 1e-3 * abs(theirs):
-            raise SystemExit(f"{name}: loss {ours}, expected {theirs}")
-    if abs(result["grad_norm"] - reference["grad_norm"]) > 1e-2 * reference["grad_norm"]:
-        raise SystemExit(
-            f"{name}: gradient norm {result['grad_norm']}, expected {reference['grad_norm']}"
-        )
-
-
-def run_suite(arguments: argparse.Namespace, workload: Workload) -> list[dict]:
-    names = list(SUITES[arguments.suite])
-    results: dict[str, list[dict]] = {name: [] for name in names}
-    for round_index in range(arguments.rounds):
-        for name in names:
-            print(f"round {round_index + 1}: {name}", file=sys.stderr, flush=True)
-            request = {
-                "suite": arguments.suite,
-                "implementation": name,
-                "workload": asdict(workload),
-                "threads": arguments.threads,
-                "flush_denormal": arguments.flush_denormal,
-                "repetitions": arguments.repetitions,
-            }
-            results[name].append(measure(request))
-            check_agreement(name, results[name][-1], results[names[0]][0])
-    rows = []
-    for name in names:
-        seconds = [result["seconds"] for result in results[name]]
-        peaks = [result["peak_bytes"] for result in results[name]]
-        rows.append(
-            {
-                "implementation": name,
-                "seconds": statistics.median(seconds),
-                "fastest": min(seconds),
-                "slowest": max(seconds),
-                "peak_mib": statistics.median(peaks) / MIB,
-            }
-        )
-    return rows
-
-
-def machine_line(threads: int) -> str:
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = models[0].split(":")[1].strip() if models else cpu
-    info = transducer_toolkit.build_info()
-    return (
-        f"{cpu}, {threads} thread(s), {info['cpu_path']}; torch {torch.__version__}, "
-        f"transducer_toolkit {info['version']}"
+    shapes = utterance_shapes(options.shapes)
+    frames, symbols = choose_batch(shapes, max_frames=options.frames, batch=options.batch).T
+    workload = Workload(
+        tuple(frames.tolist()),
+        tuple(symbols.tolist()),
+        options.vocab_size,
+        options.joiner_dim,
+        lattice=options.lattice,
+        device=options.device,
     )
-
-
-def print_suite(rows: list[dict], workload: Workload) -> None:
-    logits_mib = workload.shape.num_cells * workload.vocab_size * 4 / MIB
-    print(
-        f"{len(workload.frames)} utterances, T {min(workload.frames)}-{max(workload.frames)}, "
-        f"U {min(workload.symbols)}-{max(workload.symbols)}, "
-        f"{workload.shape.num_cells} cells, V {workload.vocab_size}, D {workload.joiner_dim}; "
-        f"packed float32 logits are {logits_mib:.0f} MiB\n"
-    )
-    print("| implementation | ms (range) | of torchaudio | peak MiB | of packed logits |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['implementation']} | {row['seconds'] * 1e3:.0f} "
-            f"({row['fastest'] * 1e3:.0f}-{row['slowest'] * 1e3:.0f}) "
-            f"| {row['seconds'] / rows[0]['seconds']:.3f} | {row['peak_mib']:.0f} "
-            f"| {row['peak_mib'] / logits_mib:.2f} |"
-        )
-
-
-def print_precision(rows: list[dict]) -> None:
-    print("| T | U | logits scale | ours | torchaudio |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['T']} | {row['U']} | {row['scale']:g} "
-            f"| {row['packed']:.1e} | {row['torchaudio']:.1e} |"
-        )
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    print(machine_line(arguments.threads))
-    if arguments.suite == "accuracy":
-        torch.set_num_threads(arguments.threads)
-        rows = list(precision_rows())
-        print("largest error of a float32 gradient entry against float64\n")
-        print_precision(rows)
+    machine = report.machine_line(options.threads, options.device)
+    print(machine)
+    if options.suite == "accuracy":
+        rows = list(session.accuracy(workload, options.frames))
+        print(report.accuracy_table(rows, workload))
+    elif options.suite == "scaling":
+        factors = tuple(sorted(options.factors))
+        rows = list(session.scaling(workload, options.frames, factors))
+        print(report.scaling_table(rows, workload))
     else:
-        workload = sorted_batch(
-            utterance_shapes(arguments.shapes),
-            max_frames=arguments.frames,
-            vocab_size=arguments.vocab_size,
-            joiner_dim=arguments.joiner_dim,
-        )
-        rows = run_suite(arguments, workload)
-        print_suite(rows, workload)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine_line(arguments.threads),
-                                              "rows": rows}, indent=1))  # fmt: skip
+        rows = session.rows(options.suite, workload)
+        print(report.suite_table(rows, workload, options.suite))
+    if options.json:
+        report.write_json(options.json, options, machine, rows)
+    if options.plot:
+        from benchmarks import plot
+
+        plot.draw(options.plot, options.suite, rows, machine)
 
 
 if __name__ == "__main__":

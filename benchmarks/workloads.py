@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,49 +18,78 @@ from transducer_toolkit import LatticeShape
 FRAME_QUANTILES = (31, 105, 160, 214, 256, 284, 302, 315, 326, 335, 343, 350, 357, 365, 373, 382,
                    391, 402, 416, 432, 680)  # fmt: skip
 TOKENS_PER_FRAME, TOKENS_PER_FRAME_SPREAD = 0.215, 0.04
+# The output layer's weights, and logits that are given, are multiplied by this: an untrained
+# model's lattice, where every path counts, or one like a trained model's, where few do.
+LATTICE_SCALES = {"initial": 1.0, "peaky": 12.0}
+SCALING_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+SCALING_UTTERANCES = 4
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One batch: its lattices and the sizes of everything around them."""
+    """One batch: its lattices, the sizes of everything around them, and where it lives."""
 
     frames: tuple[int, ...]
     symbols: tuple[int, ...]
     vocab_size: int
     joiner_dim: int
+    lattice: str = "initial"
+    device: str = "cpu"
+    band_width: int = 5  # R, of the pruned losses
+    logits_scale: float = 1.0
     seed: int = 0
 
     @property
     def shape(self) -> LatticeShape:
         return LatticeShape.from_lengths(self.frames, self.symbols)
 
+    @property
+    def band_cells(self) -> int:
+        """Cells of the band of the pruned losses, as they are stored: padded."""
+        return len(self.frames) * max(self.frames) * min(self.band_width, max(self.symbols) + 1)
+
     def targets(self) -> Tensor:
+        """(B, U) int64; padding is a legal label, which some peers need."""
         generator = torch.Generator().manual_seed(self.seed)
         size = (len(self.symbols), max(self.symbols))
-        return torch.randint(1, self.vocab_size, size, generator=generator)
+        return torch.randint(1, self.vocab_size, size, generator=generator).to(self.device)
 
     def logits(self) -> Tensor:
-        """Packed (cells, V), as an untrained joiner makes them."""
+        """Packed (cells, V)."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn(self.shape.num_cells, self.vocab_size, generator=generator)
+        logits = torch.randn(self.shape.num_cells, self.vocab_size, generator=generator)
+        return (LATTICE_SCALES[self.lattice] * self.logits_scale * logits).to(self.device)
 
     def joiner_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """enc (B, T, D), pred (B, U + 1, D), weight (V, D), bias (V,)."""
         generator = torch.Generator().manual_seed(self.seed + 2)
         shape, width = self.shape, self.joiner_dim
         batch = shape.num_utterances
-        return (
+        scale = LATTICE_SCALES[self.lattice] / width**0.5
+        inputs = (
             torch.randn(batch, shape.max_frames, width, generator=generator),
             torch.randn(batch, shape.max_targets + 1, width, generator=generator),
-            torch.randn(self.vocab_size, width, generator=generator) / width**0.5,
+            torch.randn(self.vocab_size, width, generator=generator) * scale,
             torch.zeros(self.vocab_size),
         )
+        return tuple(tensor.to(self.device) for tensor in inputs)  # type: ignore[return-value]
+
+    def simple_projections(self) -> tuple[Tensor, Tensor]:
+        """(V, D) each: from enc and from pred to the addends of the simple joiner's logits."""
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        size = (2, self.vocab_size, self.joiner_dim)
+        scale = LATTICE_SCALES[self.lattice] / self.joiner_dim**0.5
+        am, lm = (torch.randn(size, generator=generator) * scale).to(self.device)
+        return am, lm
 
 
 def utterance_shapes(path: Path | None, count: int = 20_000, seed: int = 0) -> np.ndarray:
     """(N, 2) frames and symbols: the rows of a .npy file, or drawn from the built-in quantiles."""
     if path is not None:
-        return np.load(path).astype(np.int64)
+        shapes = np.load(path).astype(np.int64)
+        if shapes.ndim != 2 or shapes.shape[1] != 2:
+            raise ValueError(f"shapes: expected (N, 2) frames and symbols, got {shapes.shape}")
+        return shapes
     random = np.random.default_rng(seed)
     percentiles = np.linspace(0, 100, len(FRAME_QUANTILES))
     frames = np.interp(random.uniform(0, 100, count), percentiles, FRAME_QUANTILES).astype(np.int64)
@@ -67,17 +97,45 @@ def utterance_shapes(path: Path | None, count: int = 20_000, seed: int = 0) -> n
     return np.stack([frames, np.maximum(1, frames * rate).astype(np.int64)], 1)
 
 
-def sorted_batch(
-    shapes: np.ndarray, *, max_frames: int, vocab_size: int, joiner_dim: int
-) -> Workload:
-    """The middle batch of a corpus sorted by length: at most `max_frames` frames in all."""
-    order = np.argsort(shapes[:, 0], kind="stable")
-    start = len(order) // 2
-    chosen, total = [], 0
-    for index in order[start:]:
-        total += int(shapes[index, 0])
-        if total > max_frames and chosen:
-            break
-        chosen.append(index)
-    frames, symbols = shapes[chosen].T.tolist()
-    return Workload(tuple(frames), tuple(symbols), vocab_size, joiner_dim)
+def choose_batch(shapes: np.ndarray, *, max_frames: int, batch: str) -> np.ndarray:
+    """(B, 2): at most `max_frames` frames in all, but at least one utterance.
+
+    "sorted": neighbours from the middle of the corpus sorted by length, so that there is little
+    padding; "unsorted": utterances drawn at random (30 of them are about 10,000 frames).
+    """
+    if batch == "sorted":
+        order = np.argsort(shapes[:, 0], kind="stable")[len(shapes) // 2 :]
+    else:
+        order = np.random.default_rng(0).permutation(len(shapes))
+    within = np.cumsum(shapes[order, 0]) <= max_frames
+    return shapes[order[: max(1, int(within.sum()))]]
+
+
+def scaling_workloads(
+    base: Workload, max_frames: int, factors: tuple[float, ...] = SCALING_FACTORS
+) -> Iterator[tuple[str, int, Workload]]:
+    """(variable, its value, workload): one of cells, V, D and T grows, the others stay.
+
+    At factor 1, each series is at four utterances of equal length, `max_frames` frames in all, with
+    V and D as in `base`. Cells grow by adding utterances; T grows at fixed U.
+    """
+    frames = max(4, max_frames // SCALING_UTTERANCES)
+    symbols = max(1, round(frames * TOKENS_PER_FRAME))
+
+    def workload(utterances: float = 1, length: float = 1, **sizes: int) -> Workload:
+        count = max(1, round(SCALING_UTTERANCES * utterances))
+        lengths = (max(1, round(frames * length)),) * count
+        return replace(base, frames=lengths, symbols=(symbols,) * count, **sizes)
+
+    for factor in factors:
+        more_cells = workload(utterances=factor)
+        yield "cells", more_cells.shape.num_cells, more_cells
+    for factor in factors:
+        vocab_size = max(2, round(base.vocab_size * factor))
+        yield "V", vocab_size, workload(vocab_size=vocab_size)
+    for factor in factors:
+        joiner_dim = max(1, round(base.joiner_dim * factor))
+        yield "D", joiner_dim, workload(joiner_dim=joiner_dim)
+    for factor in factors:
+        longer = workload(length=factor)
+        yield "T", longer.frames[0], longer

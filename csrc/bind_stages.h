@@ -10,9 +10,11 @@
 #include <type_traits>
 
 #include "cell_scores.h"
+#include "check.h"
 #include "joint_tile.h"
 #include "lattice.h"
 #include "logits_grad.h"
+#include "normaliser_repair.h"
 #include "occupancy.h"
 
 namespace transducer {
@@ -46,6 +48,10 @@ struct CpuBackend {
   static constexpr auto kJoinForward = &JoinForwardCpu<T>;
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardCpu<T>;
+  template <typename T>
+  static constexpr auto kRepair = &RepairNormaliserCpu<T>;
+  template <typename T>
+  static constexpr auto kRepairBackward = &RepairNormaliserBackwardCpu<T>;
   static constexpr auto kLattice = &LatticeCpu;
 
   static Queue QueueOf(Address num_threads) { return static_cast<int>(num_threads); }
@@ -65,6 +71,10 @@ struct CudaBackend {
   static constexpr auto kJoinForward = &JoinForwardCuda<T>;
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardCuda<T>;
+  template <typename T>
+  static constexpr auto kRepair = &RepairNormaliserCuda<T>;
+  template <typename T>
+  static constexpr auto kRepairBackward = &RepairNormaliserBackwardCuda<T>;
   static constexpr auto kLattice = &LatticeCuda;
 
   static Queue QueueOf(Address stream) { return As<void>(stream); }
@@ -135,7 +145,48 @@ void JoinBackward(const LatticeBatch& batch, const RowTile& tile, DType dtype, A
   });
 }
 
-// Everything but kept_rows, whose count the CPU returns and CUDA leaves on the device.
+// Calls f with the cells of an additive joiner in float32 or float64.
+template <typename F>
+void ForAdditiveCells(DType dtype, int64_t num_utterances, int64_t num_frames, int64_t num_columns,
+                      int64_t vocab_size, Address am, Address lm, Address product,
+                      double threshold, F f) {
+  const auto call = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    f(AdditiveCells<T>{num_utterances, num_frames, num_columns, vocab_size, As<const T>(am),
+                       As<const T>(lm), As<const T>(product), static_cast<T>(threshold)});
+  };
+  TRANSDUCER_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, "float32 or float64 only");
+  if (dtype == DType::kFloat32) return call(static_cast<float*>(nullptr));
+  call(static_cast<double*>(nullptr));
+}
+
+template <typename Backend>
+void RepairNormaliser(DType dtype, int64_t num_utterances, int64_t num_frames, int64_t num_columns,
+                      int64_t vocab_size, Address am, Address lm, Address product,
+                      double threshold, Address queue, Address normaliser) {
+  ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
+                   threshold, [&](const auto& cells) {
+                     using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
+                     Backend::template kRepair<T>(cells, Backend::QueueOf(queue),
+                                                  As<Score>(normaliser));
+                   });
+}
+
+template <typename Backend>
+void RepairNormaliserBackward(DType dtype, int64_t num_utterances, int64_t num_frames,
+                              int64_t num_columns, int64_t vocab_size, Address am, Address lm,
+                              Address product, double threshold, Address normaliser, Address grad,
+                              Address queue, Address grad_am, Address grad_lm) {
+  ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
+                   threshold, [&](const auto& cells) {
+                     using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
+                     Backend::template kRepairBackward<T>(
+                         cells, As<const Score>(normaliser), As<const Score>(grad),
+                         Backend::QueueOf(queue), As<T>(grad_am), As<T>(grad_lm));
+                   });
+}
+
+// Everything but kept_rows: CUDA needs room for it, and only the CPU returns the total.
 template <typename Backend>
 void BindStages(pybind11::module_& m) {
   using pybind11::arg;
@@ -161,6 +212,13 @@ void BindStages(pybind11::module_& m) {
   m.def("join_backward", &JoinBackward<Backend>, no_gil, arg("batch"), arg("tile"), named,
         arg("dtype"), arg("grad_hidden"), arg("hidden"), arg("enc"), arg("pred"), arg("width"),
         arg("activation"), queue, arg("grad_enc"), arg("grad_pred"));
+  m.def("repair_normaliser", &RepairNormaliser<Backend>, no_gil, named, arg("dtype"),
+        arg("num_utterances"), arg("num_frames"), arg("num_columns"), arg("vocab_size"), arg("am"),
+        arg("lm"), arg("product"), arg("threshold"), queue, arg("normaliser"));
+  m.def("repair_normaliser_backward", &RepairNormaliserBackward<Backend>, no_gil, named,
+        arg("dtype"), arg("num_utterances"), arg("num_frames"), arg("num_columns"),
+        arg("vocab_size"), arg("am"), arg("lm"), arg("product"), arg("threshold"),
+        arg("normaliser"), arg("grad"), queue, arg("grad_am"), arg("grad_lm"));
 }
 
 // The CUDA stages; the emulated module binds the same.
@@ -170,15 +228,14 @@ inline void BindCudaStages(pybind11::module_& m) {
   m.def(
       "kept_rows",
       [](const LatticeBatch& batch, Address use_blank, Address use_label, double dropped_mass,
-         Address stream, Address scratch, Address kept_rows, Address num_kept, Address dropped,
-         Address total) {
+         Address stream, Address scratch, Address kept_rows, Address num_kept, Address dropped) {
         KeptRowsCuda(batch, As<const Score>(use_blank), As<const Score>(use_label), dropped_mass,
                      As<void>(stream), As<Score>(scratch), As<int64_t>(kept_rows),
-                     As<int64_t>(num_kept), As<Score>(dropped), As<int64_t>(total));
+                     As<int64_t>(num_kept), As<Score>(dropped));
       },
       pybind11::call_guard<pybind11::gil_scoped_release>(), arg("batch"), pybind11::kw_only(),
       arg("use_blank"), arg("use_label"), arg("dropped_mass"), arg("stream"), arg("scratch"),
-      arg("kept_rows"), arg("num_kept"), arg("dropped"), arg("total"));
+      arg("kept_rows"), arg("num_kept"), arg("dropped"));
 }
 
 }  // namespace transducer

@@ -9,6 +9,7 @@
 #include "bind_stages.h"
 #include "check.h"
 #include "device.h"
+#include "pages.h"
 #include "row_kernels.h"
 
 namespace py = pybind11;
@@ -96,6 +97,10 @@ PYBIND11_MODULE(_C, m) {
   cpu.def("kept_rows", &KeptRows, py::call_guard<py::gil_scoped_release>(), py::arg("batch"),
           py::kw_only(), py::arg("use_blank"), py::arg("use_label"), py::arg("dropped_mass"),
           py::arg("num_threads"), py::arg("kept_rows"), py::arg("num_kept"), py::arg("dropped"));
+  cpu.def(
+      "advise_huge_pages",
+      [](Address data, int64_t bytes) { AdviseHugePages(As<void>(data), bytes); },
+      py::kw_only(), py::arg("data"), py::arg("bytes"));
 
   py::module_ cuda = m.def_submodule("cuda");
   cuda.def("device_count", &CudaDeviceCount);

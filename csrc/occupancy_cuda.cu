@@ -146,16 +146,15 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     CompactKernel(LatticeBatch batch, Uses uses, const Score* lowest_kept, const int64_t* num_kept,
-                  int64_t* kept_rows, int64_t* total) {
+                  int64_t* kept_rows) {
   __shared__ int64_t partial[kWarps];
   __shared__ int count_of_warp[2][kWarps];
   const int64_t b = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
+  if (!batch.IsValid(b)) return;
   int64_t before = 0;
   for (int64_t other = thread; other < b; other += kThreads) before += num_kept[other];
   int64_t out = BlockSum(before, partial);
-  if (b == batch.num_utterances - 1 && thread == 0) *total = out + num_kept[b];
-  if (!batch.IsValid(b)) return;
   const CellWalk cells(batch, b);
   const Score lowest = lowest_kept[b];
   int buffer = 0;  // two in turn: one barrier a round
@@ -179,12 +178,12 @@ __global__ void __launch_bounds__(kThreads)
 
 void KeptRowsCuda(const LatticeBatch& batch, const Score* use_blank, const Score* use_label,
                   double dropped_mass, void* stream, Score* scratch, int64_t* kept_rows,
-                  int64_t* num_kept, Score* dropped, int64_t* total) {
+                  int64_t* num_kept, Score* dropped) {
   const Uses uses{use_blank, use_label};
   TRANSDUCER_LAUNCH(ThresholdKernel, batch.num_utterances, kThreads, stream, batch, uses,
                     dropped_mass, scratch, num_kept, dropped);
   TRANSDUCER_LAUNCH(CompactKernel, batch.num_utterances, kThreads, stream, batch, uses, scratch,
-                    num_kept, kept_rows, total);
+                    num_kept, kept_rows);
 }
 
 }  // namespace transducer

@@ -115,6 +115,19 @@ def random_scores(batch: native.LatticeBatch, scale: float = 1.0) -> tuple[Tenso
     return blank, label
 
 
+def kept_rows(
+    uses: tuple[Tensor, Tensor],
+    batch: native.LatticeBatch,
+    dropped_mass: float,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """The kept rows alone, and their numbers."""
+    rows, counts = native.kept_rows(
+        *(tensor.to(device) for tensor in uses), batch, dropped_mass=dropped_mass
+    )
+    return rows[: int(counts.sum())], counts
+
+
 def random_uses(batch: native.LatticeBatch) -> tuple[Tensor, Tensor]:
     """Posteriors over many powers of ten, some of them zero, some rows NaN."""
     exponents = -12 * torch.rand(batch.num_rows, dtype=torch.float64) ** 2

@@ -11,6 +11,7 @@ from tests.backends import Backend
 from tests.stage_cases import (
     LAYOUTS,
     cell_rows,
+    kept_rows,
     make_case,
     misaligned,
     random_scores,
@@ -400,13 +401,11 @@ def test_kept_rows(name, layout, dropped_mass):
     batch = case.batch()
     uses = random_uses(batch)
     uses[0][batch.num_rows // 2] = torch.nan
-    expected = native.kept_rows(*uses, batch, dropped_mass=dropped_mass)
+    expected = kept_rows(uses, batch, dropped_mass)
     there = case.batch(backend.device)
     actual = in_every_order(
         backend,
-        lambda: native.kept_rows(
-            *(tensor.to(backend.device) for tensor in uses), there, dropped_mass=dropped_mass
-        ),
+        lambda: kept_rows(uses, there, dropped_mass, backend.device),
     )
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
@@ -420,14 +419,12 @@ def test_kept_rows_of_extreme_occupancies_and_bad_lengths(name):
     uses = [torch.zeros(batch.num_rows, dtype=torch.float64) for _ in range(2)]
     uses[0][:] = torch.pow(10.0, torch.linspace(-320, 9, batch.num_rows, dtype=torch.float64))
     uses[0][5] = torch.inf
-    expected = native.kept_rows(*uses, batch, dropped_mass=1e-7)
+    expected = kept_rows(uses, batch, 1e-7)
     assert expected[1][1] == 0
     there = case.batch(backend.device)
     actual = in_every_order(
         backend,
-        lambda: native.kept_rows(
-            *(tensor.to(backend.device) for tensor in uses), there, dropped_mass=1e-7
-        ),
+        lambda: kept_rows(uses, there, 1e-7, backend.device),
     )
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
@@ -513,3 +510,35 @@ def test_join_in_tiles_gives_the_same_bits(name, layout, width):
         check_close(results[0], expected, 1e-5, ("hidden", "grad_enc", "grad_pred"))
         for result in results[1:]:
             assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+# --- additive joiners ---------------------------------------------------------------------------
+
+
+@accelerated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab_size", [2, 31, 70])
+def test_normaliser_repair(name, dtype, vocab_size):
+    backend = of(name)
+    am = 200 * torch.randn(2, 5, vocab_size, dtype=dtype)
+    lm = 200 * torch.randn(2, 4, vocab_size, dtype=dtype)
+    am[0, 0] = -torch.inf  # no row of which has a sum
+    lm[1, 2, 0] = torch.nan
+    am[1, 3, 1:] = -torch.inf
+    product = torch.rand(2, 5, 4, dtype=dtype)
+    grad = torch.randn(2, 5, 4, dtype=torch.float64)
+    grad[1, :, 1] = 0
+
+    def run(device):
+        tensors = [tensor.to(device, copy=True) for tensor in (am, lm, product, grad)]
+        normaliser = torch.full((2, 5, 4), 7.0, dtype=torch.float64, device=device)
+        native.repair_normaliser(*tensors[:3], 0.6, normaliser)
+        grads = torch.ones_like(tensors[0]), torch.ones_like(tensors[1])
+        native.repair_normaliser_backward(*tensors[:3], 0.6, normaliser, tensors[3], *grads)
+        return normaliser, *grads
+
+    expected = run("cpu")
+    actual = in_every_order(backend, lambda: run(backend.device))
+    names = "normaliser", "grad_am", "grad_lm"
+    check_close(actual, expected, 1e-12 if dtype == torch.float64 else 1e-6, names)
+    assert expected[0].isnan().any() and expected[0].eq(7).any()

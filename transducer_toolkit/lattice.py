@@ -34,6 +34,7 @@ class LatticeShape:
     num_utterances: int = field(init=False)  # B
     max_frames: int = field(init=False)  # T
     max_targets: int = field(init=False)  # U
+    num_frames: int = field(init=False)  # of all utterances
     num_cells: int = field(init=False)
     cell_offsets: Tensor = field(init=False)  # (B + 1,) int64, CPU
 
@@ -46,6 +47,7 @@ class LatticeShape:
             "num_utterances": frames.numel(),
             "max_frames": int(frames.max()),
             "max_targets": int(targets.max()),
+            "num_frames": int(frames.sum()),
             "num_cells": int(offsets[-1]),
             "cell_offsets": offsets,
         }

@@ -134,6 +134,18 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+_HUGE_FROM_BYTES = 8 * 2**20
+
+
+def empty(*size: int, like: Tensor) -> Tensor:
+    """A tensor of dtype and device of `like`, on huge pages if it is large and on the CPU."""
+    tensor = like.new_empty(size)
+    num_bytes = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "cpu" and num_bytes >= _HUGE_FROM_BYTES:
+        _C.cpu.advise_huge_pages(data=tensor.data_ptr(), bytes=num_bytes)
+    return tensor
+
+
 def _index(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device=device, dtype=torch.int64).contiguous()
 
@@ -243,6 +255,7 @@ class RowTile:
     """
 
     def __init__(self, begin: int, size: int, rows: Tensor | None = None) -> None:
+        self.begin = begin
         self.size = size
         self._keep_alive = rows
         address = 0 if rows is None else _address(rows)
@@ -333,9 +346,10 @@ def lattice(
 def kept_rows(
     use_blank: Tensor, use_label: Tensor, batch: LatticeBatch, *, dropped_mass: float
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the cells that carry gradient (csrc/occupancy.h), and their number (B,).
+    """The rows of the cells that carry gradient (csrc/occupancy.h), and their numbers (B,).
 
-    On CUDA waits for the device, to know how many rows there are.
+    The first is (rows,): what stands behind its first ``numbers.sum()`` elements means nothing.
+    Waits for no device.
     """
     rows = torch.empty(batch.num_rows, dtype=torch.int64, device=use_blank.device)
     counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
@@ -352,14 +366,11 @@ def kept_rows(
         }
         if backend.is_cuda:
             scratch = use_blank.new_empty(batch.num_utterances)
-            device_total = counts.new_empty(1)
-            backend.stages.kept_rows(
-                batch.native, **arguments, scratch=_address(scratch), total=_address(device_total)
-            )
-            total = int(device_total)
+            backend.stages.kept_rows(batch.native, **arguments, scratch=_address(scratch))
         else:
             total = backend.stages.kept_rows(batch.native, **arguments)
-    return rows[:total].clone(), counts
+            assert total <= batch.num_rows
+    return rows, counts
 
 
 def logits_grad(
@@ -444,4 +455,55 @@ def join_backward(
             **backend.queue,
             grad_enc=_address(grad_enc),
             grad_pred=_address(grad_pred),
+        )
+
+
+def _additive_cells(am: Tensor, lm: Tensor, product: Tensor, threshold: float) -> dict[str, Any]:
+    return {
+        "dtype": _DTYPES[am.dtype],
+        "num_utterances": am.size(0),
+        "num_frames": am.size(1),
+        "num_columns": lm.size(1),
+        "vocab_size": am.size(2),
+        "am": _address(am),
+        "lm": _address(lm),
+        "product": _address(product),
+        "threshold": threshold,
+    }
+
+
+def repair_normaliser(
+    am: Tensor, lm: Tensor, product: Tensor, threshold: float, normaliser: Tensor
+) -> None:
+    """Overwrites `normaliser` with logsumexp(am_t + lm_u) in the cells of product < threshold.
+
+    am (B,T,V), lm (B,U+1,V), product (B,T,U+1) float32 or float64; normaliser (B,T,U+1) float64.
+    """
+    with _backend_of(am) as backend:
+        backend.stages.repair_normaliser(
+            **_additive_cells(am, lm, product, threshold),
+            **backend.queue,
+            normaliser=_address(normaliser),
+        )
+
+
+def repair_normaliser_backward(
+    am: Tensor,
+    lm: Tensor,
+    product: Tensor,
+    threshold: float,
+    normaliser: Tensor,
+    grad: Tensor,
+    grad_am: Tensor,
+    grad_lm: Tensor,
+) -> None:
+    """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to grad_am, grad_lm."""
+    with _backend_of(am) as backend:
+        backend.stages.repair_normaliser_backward(
+            **_additive_cells(am, lm, product, threshold),
+            normaliser=_address(normaliser),
+            grad=_address(grad),
+            **backend.queue,
+            grad_am=_address(grad_am),
+            grad_lm=_address(grad_lm),
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A corpus of tones: one pitch a letter, short enough to train on in seconds."""
 
+import itertools
 import random
 import sys
 
@@ -12,17 +13,24 @@ from transducer_toolkit.data.manifest import Utterance, write_manifest
 
 SAMPLE_RATE = 16000
 PITCH_HZ = {"a": 300.0, "b": 700.0, "c": 1500.0}
+LETTER_S = 0.12
 
 
 def tone_waveform(text, rng):
-    """0.12 s a letter, silence for a space, a little noise over everything."""
-    times = np.arange(int(0.12 * SAMPLE_RATE)) / SAMPLE_RATE
+    """LETTER_S a letter, silence for a space, a little noise over everything."""
+    times = np.arange(int(LETTER_S * SAMPLE_RATE)) / SAMPLE_RATE
     parts = [
         0.3 * np.sin(2 * np.pi * PITCH_HZ[letter] * times) if letter != " " else 0 * times
         for letter in text
     ]
     waveform = np.concatenate(parts)
     return (waveform + 0.003 * rng.standard_normal(len(waveform))).astype(np.float32)
+
+
+def word_starts(text):
+    """Where the words of a text of tones start, seconds."""
+    letters = itertools.accumulate((len(word) + 1 for word in text.split()), initial=0)
+    return [LETTER_S * first for first in letters][:-1]
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +54,7 @@ def tones(tmp_path_factory):
                     audio=str(audio),
                     duration_s=len(waveform) / SAMPLE_RATE,
                     text=text,
+                    word_starts_s=word_starts(text) if name == "test" else None,
                 )
             )
         write_manifest(folder / f"{name}.jsonl", rows)

@@ -9,6 +9,7 @@ def test_evaluate_prints_the_error_rates(tmp_path, console, trained, data_overri
     console(main, tmp_path, f"checkpoint={checkpoint}", *data_overrides, "trainer.accelerator=cpu")
     out = capsys.readouterr().out
     assert "test set" in out and "tones" in out
+    assert out.split("test set")[1].splitlines()[0].endswith("delay ms   median")
     run_dir = tmp_path / "outputs" / "evaluate" / "run"
     assert (run_dir / "pictures" / "utterance.png").stat().st_size > 0
     # What the training itself reported.

@@ -8,7 +8,11 @@ import sys
 import pytest
 import torch
 
-from transducer_toolkit.cli.train import main
+from transducer_toolkit.cli.train import main, start_from
+from transducer_toolkit.data.manifest import read_manifest
+from transducer_toolkit.training.recognizer import Recognizer
+
+MODES = ("packed", "full", "fused", "simple", "smoothed", "pruned", "fused_pruned", "torchaudio")
 
 EXPECTED_FILES = [
     "checkpoints/best.ckpt",
@@ -30,13 +34,20 @@ def loss_of(run_dir):
     return {int(row["step"]): float(row["train/loss"]) for row in rows if row["train/loss"]}
 
 
-def test_a_run_leaves_everything_behind(trained):
+def test_a_run_leaves_everything_behind(trained, tones):
     for name in EXPECTED_FILES:
         assert (trained / name).stat().st_size > 0, name
     assert list((trained / "tensorboard").glob("events.*"))
     results = json.loads((trained / "results.json").read_text())
     assert results["optimizer_steps"] == 8
     assert set(results["test_wer"]) == {"tones"}
+    delay = results["symbol_delay_ms"]["tones"]
+    words = [row.text.split() for row in read_manifest(tones / "test.jsonl")]
+    assert delay["words"] == sum(map(len, words))
+    assert all(-1000 < delay[name] < 1500 for name in ("mean", "median"))
+    with open(trained / "metrics" / "metrics.csv") as file:
+        logged = [row["test/symbol_delay_ms/tones"] for row in csv.DictReader(file)]
+    assert [float(value) for value in logged if value] == [pytest.approx(delay["mean"])]
     rows = (trained / "transcripts" / "tones.tsv").read_text().splitlines()
     assert rows[0] == "id\treference\thypothesis" and len(rows) == 7
     log = (trained / "train.log").read_text()
@@ -79,6 +90,49 @@ def test_fast_dev_run(tmp_path, console, train_overrides, capsys):
     console(main, tmp_path, *train_overrides, "+trainer.fast_dev_run=true")
     out = capsys.readouterr().out
     assert "test set" in out and "tones" in out
+
+
+def test_checkpoints_carry_the_topology_of_the_loss(tmp_path, console, train_overrides, trained):
+    options = ["loss.rnnt_type=one_sym_per_frame", "test=false", "trainer.max_epochs=1"]
+    console(main, tmp_path, *train_overrides, *options)
+    paths = [trained, tmp_path / "outputs" / "transducer" / "run"]
+    topologies = [
+        torch.load(path / "checkpoints/last.ckpt", weights_only=True)["recognizer"]["topology"]
+        for path in paths
+    ]
+    assert topologies == ["regular", "one_sym_per_frame"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_trains_decodes_and_starts_from_another(mode, tmp_path, console, train_overrides,
+                                                           trained):  # fmt: skip
+    start = f"init_from={trained}/checkpoints/best.ckpt"
+    options = [f"loss={mode}", start]
+    if mode != "torchaudio":
+        options.append("loss.delay_penalty=0.01")
+    console(main, tmp_path, *train_overrides, *options)
+    folder = tmp_path / "outputs" / "transducer" / "run"
+    report = json.loads((folder / "results.json").read_text())
+    assert report["test_wer"]["tones"] >= 0 and 0 < report["loss_part_of_step"] < 1
+    assert report["peak_memory_mib"] >= 0
+    # The checkpoint restores the joiner that was trained, and what was not found is named.
+    recognizer = Recognizer.from_checkpoint(folder / "checkpoints" / "best.ckpt")
+    is_additive = mode in ("simple", "smoothed")
+    assert type(recognizer.model.joiner).__name__ == ("AdditiveJoiner" if is_additive else "Joiner")
+    log = (folder / "train.log").read_text()
+    assert "weights taken over from" in log
+    assert ("not in the checkpoint, or of another size" in log) == (is_additive or "pruned" in mode)
+    assert ("in the checkpoint, but not used: model.joiner" in log) == is_additive
+
+
+def test_start_from_needs_a_checkpoint_that_fits(
+    tmp_path, console, train_overrides, trained, capsys
+):
+    with pytest.raises(SystemExit):
+        console(main, tmp_path, *train_overrides, "init_from=nowhere.ckpt")
+    assert "no checkpoint at nowhere.ckpt" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no weight has the name and size"):
+        start_from(torch.nn.Linear(1, 1), trained / "checkpoints" / "best.ckpt")
 
 
 def test_multirun_gives_each_job_a_folder(tmp_path, console, train_overrides):

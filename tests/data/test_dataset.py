@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 import torch
 
@@ -57,6 +59,7 @@ def test_collate_pads(utterances, tokenizer):
     assert len(batch) == 3
     assert batch.utterance_ids == [utterances[i].id for i in (0, 5, 2)]
     assert batch.texts == [utterances[i].text for i in (0, 5, 2)]
+    assert batch.word_starts_s == [None, None, None]
     assert batch.features.dtype == torch.float32
     for lengths in (batch.feature_lengths, batch.target_lengths):
         assert lengths.dtype == torch.int64
@@ -67,6 +70,14 @@ def test_collate_pads(utterances, tokenizer):
         assert not batch.features[row, num_frames:].any()
         assert torch.equal(batch.targets[row, :num_targets], example.targets)
         assert (batch.targets[row, num_targets:] == -1).all()
+
+
+def test_word_starts_reach_the_batch(utterances, tokenizer):
+    num_words = len(utterances[0].text.split())
+    known = dataclasses.replace(utterances[0], word_starts_s=[0.01 * k for k in range(num_words)])
+    dataset = SpeechDataset([known, utterances[1]], tokenizer, Fbank())
+    batch = collate([dataset[0], dataset[1]]).to("cpu")
+    assert batch.word_starts_s == [known.word_starts_s, None]
 
 
 def test_lengths_stay_on_the_cpu(utterances, tokenizer):

@@ -12,7 +12,9 @@ def utterance(**changes):
 
 def test_round_trip_with_relative_and_foreign_audio(tmp_path):
     rows = [
-        utterance(audio=str(tmp_path / "audio" / "a.wav"), extra={"starts_s": [0.1]}),
+        utterance(
+            audio=str(tmp_path / "audio" / "a.wav"), word_starts_s=[0.1], extra={"lang": "en"}
+        ),
         utterance(id="b", audio="/elsewhere/b.wav", offset_s=0.25, speaker="x", text="ĉu \u2028?"),
     ]
     write_manifest(tmp_path / "m.jsonl", rows)
@@ -76,6 +78,17 @@ def test_bad_lines_are_named(tmp_path, line, message):
         ({"offset_s": -1}, ValueError, "offset_s must be finite and not negative, got -1"),
         ({"speaker": 3}, TypeError, "speaker must be str or None, got int"),
         ({"extra": [1]}, TypeError, "extra must be a mapping, got list"),
+        ({"word_starts_s": 0.5}, TypeError, "word_starts_s must be a list of numbers or None"),
+        ({"word_starts_s": ["0"]}, TypeError, "word_starts_s must be a list of numbers or None"),
+        ({"word_starts_s": []}, ValueError, "one time a word of text, 1, got 0"),
+        (
+            {"word_starts_s": [1.6]},
+            ValueError,
+            r"rise within \[0, 1.5\], the utterance, got \[1.6\]",
+        ),
+        ({"word_starts_s": [-0.1]}, ValueError, "word_starts_s must rise within"),
+        ({"word_starts_s": [float("nan")]}, ValueError, "word_starts_s must rise within"),
+        ({"text": "a b", "word_starts_s": [0.4, 0.3]}, ValueError, "word_starts_s must rise"),
     ],
 )
 def test_bad_fields_are_named(changes, error, message):

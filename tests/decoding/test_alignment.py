@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-import itertools
 import math
 
 import pytest
 import torch
 
 from transducer_toolkit import LatticeShape
-from transducer_toolkit.decoding import align, best_path, lattice_occupancy, lattice_scores
+from transducer_toolkit.decoding import TOPOLOGIES, align, best_path, lattice_scores
+from transducer_toolkit.losses.reference import lattice_paths
 
 
-def all_paths(blank, label):
+def all_paths(blank, label, topology="regular"):
     """Every path as (frames of the labels, log-probability)."""
-    num_frames, num_targets = label.shape
-    for frames in itertools.combinations_with_replacement(range(num_frames), num_targets):
-        score = sum(float(label[t, u]) for u, t in enumerate(frames))
-        # Frame t ends with the blank of column u, u being the labels emitted up to it.
-        for t in range(num_frames):
-            score += float(blank[t, sum(frame <= t for frame in frames)])
-        yield list(frames), score
+    if topology == "constrained":
+        label = label + blank[:, 1:]
+    scores = {"blank": blank, "label": label}
+    for path in lattice_paths(*label.shape, topology):
+        frames = [t for kind, t, _ in path if kind == "label"]
+        yield frames, sum(float(scores[kind][t, u]) for kind, t, u in path)
 
 
 def random_scores(num_frames, num_targets, seed):
@@ -27,12 +26,20 @@ def random_scores(num_frames, num_targets, seed):
     return blank, label
 
 
-@pytest.mark.parametrize(("num_frames", "num_targets"), [(1, 0), (1, 3), (4, 0), (5, 3), (3, 5)])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("num_frames", "num_targets"), [(1, 0), (1, 1), (1, 3), (4, 0), (3, 3), (5, 3), (6, 5), (3, 5)]
+)
 @pytest.mark.parametrize("seed", range(5))
-def test_best_path_equals_brute_force(num_frames, num_targets, seed):
+def test_best_path_equals_brute_force(num_frames, num_targets, topology, seed):
     blank, label = random_scores(num_frames, num_targets, seed)
-    frames, log_prob = max(all_paths(blank, label), key=lambda path: path[1])
-    alignment = best_path(blank, label)
+    paths = list(all_paths(blank, label, topology))
+    if not paths:
+        with pytest.raises(ValueError, match="leave no path"):
+            best_path(blank, label, topology=topology)
+        return
+    frames, log_prob = max(paths, key=lambda path: path[1])
+    alignment = best_path(blank, label, topology=topology)
     assert alignment.frames == frames
     assert alignment.log_prob == pytest.approx(log_prob, abs=1e-12)
 
@@ -46,6 +53,24 @@ def test_best_path_goes_round_forbidden_cells():
         best_path(blank, label)
     with pytest.raises(ValueError, match="the scores hold NaN"):
         best_path(blank * math.nan, label * 0)
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("regular", [2, 2]),
+        ("modified", [1, 2]),
+        ("constrained", [1, 2]),
+        ("one_sym_per_frame", [0, 1]),
+    ],
+)
+def test_of_equal_paths_the_later_labels_are_taken(topology, expected):
+    assert best_path(torch.zeros(3, 3), torch.zeros(3, 2), topology=topology).frames == expected
+
+
+def test_best_path_names_an_unknown_topology():
+    with pytest.raises(ValueError, match=r"topology must be one of regular, .*; got 'ctc'"):
+        best_path(torch.zeros(3, 2), torch.zeros(3, 1), topology="ctc")
 
 
 def test_best_path_names_bad_shapes():
@@ -63,10 +88,14 @@ def batch():
     return torch.randn(shape.num_cells, 5, dtype=torch.float64), targets, shape
 
 
-def test_align_equals_brute_force_on_each_utterance(batch):
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
+def test_align_equals_brute_force_on_each_utterance(batch, topology):
     logits, targets, shape = batch
+    if topology != "regular":  # a frame for each label
+        shape = LatticeShape.from_lengths([4, 3, 3], [2, 0, 3])
+        logits = torch.randn(shape.num_cells, 5, dtype=torch.float64)
     padded = shape.unpack(logits.log_softmax(-1))
-    for row, alignment in enumerate(align(logits, targets, shape, blank=0)):
+    for row, alignment in enumerate(align(logits, targets, shape, blank=0, topology=topology)):
         num_frames, num_targets = int(shape.logit_lengths[row]), int(shape.target_lengths[row])
         scores = padded[row, :num_frames, : num_targets + 1]
         label = (
@@ -74,39 +103,14 @@ def test_align_equals_brute_force_on_each_utterance(batch):
             if num_targets
             else scores[:, :0, 0]
         )
-        frames, log_prob = max(all_paths(scores[..., 0], label), key=lambda path: path[1])
+        paths = all_paths(scores[..., 0], label, topology)
+        frames, log_prob = max(paths, key=lambda path: path[1])
         assert alignment.frames == frames
         assert alignment.log_prob == pytest.approx(log_prob, abs=1e-12)
 
 
-def test_occupancy_equals_brute_force(batch):
+def test_scores_of_padding_are_minus_infinity(batch):
     logits, targets, shape = batch
-    occupancy = lattice_occupancy(logits, targets, shape, blank=0)
     blank, label = lattice_scores(logits, targets, shape, blank=0)
-    expected = torch.zeros_like(occupancy)
-    for row, (num_frames, num_targets) in enumerate(
-        zip(shape.logit_lengths.tolist(), shape.target_lengths.tolist(), strict=True)
-    ):
-        paths = list(
-            all_paths(
-                blank[row, :num_frames, : num_targets + 1], label[row, :num_frames, :num_targets]
-            )
-        )
-        total = math.log(sum(math.exp(score) for _, score in paths))
-        for frames, score in paths:
-            cells = [(t, u) for u, t in enumerate(frames)]
-            cells += [(t, sum(frame <= t for frame in frames)) for t in range(num_frames)]
-            for t, u in cells:
-                expected[row, t, u] += math.exp(score - total)
-    torch.testing.assert_close(occupancy, expected)
-    lengths = shape.logit_lengths + shape.target_lengths
-    torch.testing.assert_close(occupancy.sum((1, 2)), lengths.double())
-
-
-def test_occupancy_works_in_inference_mode_and_leaves_its_input_alone(batch):
-    logits, targets, shape = batch
-    before = logits.clone()
-    with torch.inference_mode():
-        inside = lattice_occupancy(logits * 1, targets, shape, blank=0)
-    torch.testing.assert_close(inside, lattice_occupancy(logits, targets, shape, blank=0))
-    assert torch.equal(logits, before) and not logits.requires_grad
+    assert torch.equal(blank.isfinite(), shape.unpack(torch.ones(shape.num_cells)).bool())
+    assert label.isfinite().sum() == (shape.logit_lengths * shape.target_lengths).sum()

@@ -63,6 +63,10 @@ def test_num_output_frames(num_frames):
     assert encoder.num_output_frames(torch.tensor([num_frames])).tolist() == [expected]
 
 
+def test_subsampling_factor():
+    assert ConvLstmEncoder(conv_channels=4, hidden_dim=16).subsampling_factor == 4
+
+
 def test_global_statistics_are_needed_and_travel_with_the_state_dict():
     def fresh():
         return ConvLstmEncoder(num_features=20, conv_channels=2, normalization="global").eval()

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from transducer_toolkit import Joiner, LatticeShape, join
-from transducer_toolkit.modules.joiner import _ACTIVATIONS
+from transducer_toolkit.modules.joint import _ACTIVATIONS
 from transducer_toolkit.native import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("stages")

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from transducer_toolkit import LatticeShape
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.decoding import align
 from transducer_toolkit.modules import ConvLstmEncoder, Joiner, StatelessPredictor, Transducer
 from transducer_toolkit.training.lightning_module import TransducerModule
 from transducer_toolkit.training.stages import PackedLoss
@@ -31,7 +34,7 @@ def make_batch(rows):
     )
 
 
-def make_module(**options):
+def make_module(loss=None, **options):
     torch.manual_seed(0)
     model = Transducer.build(
         ConvLstmEncoder(conv_channels=2, hidden_dim=8, dropout=0.0),
@@ -40,7 +43,7 @@ def make_module(**options):
         vocab_size=TOKENIZER.vocab_size,
         blank=TOKENIZER.blank,
     )
-    return TransducerModule(model.double(), TOKENIZER, loss=PackedLoss(), **options)
+    return TransducerModule(model.double(), TOKENIZER, loss=loss or PackedLoss(), **options)
 
 
 def gradients(module, rows, mean_frames):
@@ -73,6 +76,51 @@ def test_what_is_missing_is_named():
     module.loss = None
     with pytest.raises(ValueError, match="needs a loss stage"):
         module.compute_losses(make_batch([0]))
+
+
+@pytest.mark.parametrize("topology", ["regular", "one_sym_per_frame"])
+def test_symbol_delays_are_those_of_the_best_path(topology):
+    loss = PackedLoss(rnnt_type=topology)
+    module = make_module(loss=loss).eval()
+    assert module.topology == topology
+    space, a, b = (TOKENIZER.encode("a b")[k] for k in (1, 0, 2))
+    batch = make_batch([0, 1, 2, 3])
+    batch = dataclasses.replace(
+        batch,
+        features=batch.features.double(),
+        targets=torch.tensor([[a, b, space, a], [b, space, a, 0], [0] * 4, [a, 0, 0, 0]]),
+        word_starts_s=[[0.01, 0.1], None, [], [0.05]],
+    )
+    encoder_out, encoder_lengths = module.model.encoder(batch.features, batch.feature_lengths)
+    found = module._symbol_delays(batch, encoder_out, encoder_lengths)
+    assert found[1] is None and found[2] == ()
+    for row, first_symbols in ((0, [0, 3]), (3, [0])):
+        num_frames, num_targets = int(encoder_lengths[row]), int(batch.target_lengths[row])
+        shape = LatticeShape.from_lengths([num_frames], [num_targets])
+        targets = batch.targets[row : row + 1, :num_targets]
+        logits = module.model.joiner(
+            encoder_out[row : row + 1, :num_frames], module.model.predictor(targets), shape
+        )
+        frames = align(logits, targets, shape, TOKENIZER.blank, topology=topology)[0].frames
+        starts_s = batch.word_starts_s[row]
+        expected = [
+            40 * frames[u] - 1000 * start for u, start in zip(first_symbols, starts_s, strict=True)
+        ]
+        assert found[row] == pytest.approx(expected)
+
+
+def test_symbol_delays_leave_out_what_has_no_path_or_no_times():
+    module = make_module(loss=PackedLoss(rnnt_type="one_sym_per_frame")).eval()
+    batch = make_batch([0, 1])
+    double = batch.features.double()
+    encoder_out, encoder_lengths = module.model.encoder(double, batch.feature_lengths)
+    assert module._symbol_delays(batch, encoder_out, encoder_lengths) == [None, None]
+    a = TOKENIZER.encode("a")[0]
+    timed = dataclasses.replace(batch, targets=torch.full((2, 4), a), word_starts_s=[[0.1], [0.1]])
+    # Four symbols need more than four frames.
+    lengths = torch.tensor([4, 4])
+    delays = module._symbol_delays(timed, encoder_out, lengths)
+    assert delays[0] is None and delays[1] is not None
 
 
 def test_checkpoints_carry_the_recipe():

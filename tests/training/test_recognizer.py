@@ -49,6 +49,18 @@ def checkpoint(tmp_path):
     return write
 
 
+def test_the_topology_travels_with_the_checkpoint(checkpoint):
+    path, _ = checkpoint()
+    assert Recognizer.from_checkpoint(path).topology == "regular"
+    saved = torch.load(path, weights_only=True)
+    saved["recognizer"]["topology"] = "modified"
+    torch.save(saved, path)
+    assert Recognizer.from_checkpoint(path).topology == "modified"
+    del saved["recognizer"]["topology"]  # as the first checkpoints were
+    torch.save(saved, path)
+    assert Recognizer.from_checkpoint(path).topology == "regular"
+
+
 def test_batch_equals_single(checkpoint):
     recognizer = Recognizer.from_checkpoint(checkpoint()[0])
     assert recognizer.max_symbols_per_frame == 3

@@ -4,10 +4,13 @@ import torch
 import torch.multiprocessing
 
 from transducer_toolkit.training.scoring import (
+    SymbolDelay,
     Transcript,
     WordErrors,
     count_word_errors,
     gather_transcripts,
+    measure_symbol_delay,
+    symbol_delays_ms,
 )
 
 
@@ -28,6 +31,27 @@ def test_count_word_errors(pairs, expected):
 def test_wer():
     assert WordErrors(1, 2, 3, 12, 4).wer == 0.5
     assert WordErrors(0, 0, 0, 0, 0).wer == 0.0
+
+
+def test_symbol_delays():
+    assert symbol_delays_ms([0.5, 1.0], [0.25, 1.5]) == (250.0, -500.0)
+    assert symbol_delays_ms([], []) == ()
+    with pytest.raises(ValueError, match="one time a word each, got 1 and 2"):
+        symbol_delays_ms([0.5], [0.25, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("delays", "expected"),
+    [
+        ([], None),
+        ([None, None], None),
+        ([None, ()], None),  # an utterance without words
+        ([(100.0,), None, (300.0, 0.0, -40.0)], SymbolDelay(90.0, 50.0, 4)),
+    ],
+)
+def test_measure_symbol_delay(delays, expected):
+    transcripts = [Transcript(str(i), "", "", delay) for i, delay in enumerate(delays)]
+    assert measure_symbol_delay(transcripts) == expected
 
 
 def gather(rank, folder):

@@ -22,6 +22,8 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Decode the test sets of ``cfg.data`` with a checkpoint and print their word error rates.
 
+    Also printed are symbol delays, of the sets whose manifests have word start times.
+
     Model and tokenizer come from the checkpoint; the data config only says what to decode.
 
     Args:
@@ -45,13 +47,14 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         recognizer.model,
         recognizer.tokenizer,
         max_symbols_per_frame=cfg.max_symbols_per_frame or recognizer.max_symbols_per_frame,
+        topology=recognizer.topology,
     )
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=False, _convert_="all")
     trainer.test(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:
         write_transcripts(Path(cfg.run_dir) / "transcripts", module.test_transcripts)
-        print_word_errors(module.test_errors)
+        print_word_errors(module.test_errors, module.test_symbol_delays)
     return {name: errors.wer for name, errors in module.test_errors.items()}
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transducer_toolkit.training.scoring import Transcript, WordErrors
+from transducer_toolkit.training.scoring import SymbolDelay, Transcript, WordErrors
 
 
 def quiet_lightning() -> None:
@@ -21,20 +21,31 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
 
 
-def print_word_errors(errors: Mapping[str, WordErrors]) -> None:
+def print_word_errors(
+    errors: Mapping[str, WordErrors], delays: Mapping[str, SymbolDelay | None] | None = None
+) -> None:
     """Print a table, one test set a line.
 
     Args:
         errors: word errors by name of the test set.
+        delays: symbol delays likewise; their columns appear if a set has one.
     """
+    delays = delays or {}
+    with_delays = any(delays.values())
     width = max(len("test set"), *map(len, errors))
-    print(f"\n{'test set':{width}s}   WER %    sub    del    ins   words   utterances")
+    header = f"{'test set':{width}s}   WER %    sub    del    ins   words   utterances"
+    print(f"\n{header}{'   delay ms   median' if with_delays else ''}")
     for name, counts in errors.items():
-        print(
+        line = (
             f"{name:{width}s} {100 * counts.wer:7.2f} {counts.substitutions:6d} "
             f"{counts.deletions:6d} {counts.insertions:6d} {counts.num_words:7d} "
             f"{counts.num_utterances:12d}"
         )
+        if with_delays:
+            delay = delays.get(name)
+            mean, median = (f"{delay.mean_ms:.0f}", f"{delay.median_ms:.0f}") if delay else "--"
+            line += f"{mean:>11s}{median:>9s}"
+        print(line)
     print()
 
 

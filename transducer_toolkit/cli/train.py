@@ -44,7 +44,7 @@ def train(cfg: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from transducer_toolkit.cli.output import quiet_lightning
-    from transducer_toolkit.training.callbacks import StepClock
+    from transducer_toolkit.training.clock import StepClock
 
     quiet_lightning()
     if cfg.num_threads is not None:
@@ -58,6 +58,8 @@ def train(cfg: DictConfig) -> float | None:
     datamodule.prepare_data()
     datamodule.setup("fit")
     module = build_module(cfg, datamodule)
+    if cfg.init_from is not None:
+        start_from(module, cfg.init_from)
 
     clock = StepClock()
     trainer = instantiate(
@@ -84,6 +86,8 @@ def train(cfg: DictConfig) -> float | None:
             "best_validation_wer": best_wer,
             "optimizer_steps": trainer.global_step,
             "seconds_per_step": round(clock.seconds_per_step, 4),
+            "loss_part_of_step": round(clock.loss_part, 4),
+            "peak_memory_mib": round(clock.peak_memory_mib, 1),
             "training_s": round(clock.training_s, 1),
         }
         _report(module, trainer, cfg, report)
@@ -106,21 +110,56 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     assert tokenizer is not None  # setup made it
     model_config: Any = OmegaConf.to_container(cfg.model, resolve=True)
     model_config |= {"vocab_size": tokenizer.vocab_size, "blank": tokenizer.blank}
+    loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
+    if loss.joiner_target is not None:
+        model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
     recipe = recognizer_recipe(
         model_config,
         tokenizer,
         datamodule.fbank,
-        max_symbols_per_frame=cfg.max_symbols_per_frame,
+        max_symbols_per_frame=cfg.max_symbols_per_frame if loss.topology == "regular" else 1,
+        topology=loss.topology,
     )
     return TransducerModule(
         instantiate(model_config, _convert_="all"),
         tokenizer,
-        loss=instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all"),
+        loss=loss,
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,
         max_symbols_per_frame=cfg.max_symbols_per_frame,
     )
+
+
+def start_from(module: TransducerModule, path: str) -> None:
+    """Take over the weights of another training's checkpoint, of any loss mode, where they fit.
+
+    Args:
+        module: whose model and loss stage get the weights.
+        path: a checkpoint of ``transducer-train``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a checkpoint, or nothing in it fits.
+    """
+    from transducer_toolkit.training.recognizer import load_checkpoint
+
+    own, other = module.state_dict(), load_checkpoint(path)["state_dict"]
+    fitting = {
+        name: value
+        for name, value in other.items()
+        if name in own and own[name].shape == value.shape
+    }
+    if not fitting:
+        raise ValueError(f"{path}: no weight has the name and size of one of this model")
+    module.load_state_dict(fitting, strict=False)
+    logger.info("%d of %d weights taken over from %s", len(fitting), len(own), path)
+    for what, names in (
+        ("not in the checkpoint, or of another size", sorted(own.keys() - fitting.keys())),
+        ("in the checkpoint, but not used", sorted(other.keys() - fitting.keys())),
+    ):
+        if names:
+            logger.warning("%s: %s", what, ", ".join(names))
 
 
 def _refuse_processes_in_sweep(trainer: Trainer) -> None:
@@ -146,10 +185,14 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     report["test_wer"] = {name: errors.wer for name, errors in module.test_errors.items()}
+    report["symbol_delay_ms"] = {
+        name: delay and {"mean": delay.mean_ms, "median": delay.median_ms, "words": delay.num_words}
+        for name, delay in module.test_symbol_delays.items()
+    }
     (run_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     if module.test_errors:
         write_transcripts(run_dir / "transcripts", module.test_transcripts)
-        print_word_errors(module.test_errors)
+        print_word_errors(module.test_errors, module.test_symbol_delays)
     print(
         f"{report['optimizer_steps']} steps in {report['training_s']:.0f} s, "
         f"{1000 * report['seconds_per_step']:.0f} ms a step"

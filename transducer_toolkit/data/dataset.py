@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Batch:
         feature_lengths: int64 ``(B,)``, CPU, in input frames.
         targets: int64 ``(B, U)``, -1 in the padding.
         target_lengths: int64 ``(B,)``, CPU.
+        word_starts_s: where each word of each text starts, seconds, as the manifest has it (a
+            speed perturbation does not move it); None for an utterance without.
     """
 
     utterance_ids: list[str]
@@ -53,6 +55,7 @@ class Batch:
     feature_lengths: Tensor
     targets: Tensor
     target_lengths: Tensor
+    word_starts_s: list[Sequence[float] | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.utterance_ids)
@@ -160,4 +163,5 @@ def collate(examples: Sequence[Example]) -> Batch:
         feature_lengths=torch.tensor([len(f) for f in features], dtype=torch.int64),
         targets=pad_sequence(targets, batch_first=True, padding_value=TARGET_PADDING),
         target_lengths=torch.tensor([len(t) for t in targets], dtype=torch.int64),
+        word_starts_s=[example.utterance.word_starts_s for example in examples],
     )

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,19 @@ class Utterance:
         text: transcript; may be empty.
         offset_s: where the utterance starts in the file, seconds.
         speaker: speaker or voice, if known.
+        word_starts_s: where each word of ``text`` starts, seconds from the start of the utterance,
+            if known; tests then measure how late the model emits (symbol delay).
         extra: anything else that JSON can hold; carried along, never interpreted.
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: ``id`` or ``audio`` is empty, or a time is negative or not finite.
+        ValueError: ``id`` or ``audio`` is empty, a time is negative or not finite, or
+            ``word_starts_s`` is not one time a word, in order, within the utterance.
 
     Example:
         >>> Utterance(id="a", audio="a.wav", duration_s=1.5, text="three seven")
         Utterance(id='a', audio='a.wav', duration_s=1.5, text='three seven', offset_s=0.0, \
-speaker=None, extra={})
+speaker=None, word_starts_s=None, extra={})
     """
 
     id: str
@@ -44,6 +48,7 @@ speaker=None, extra={})
     text: str
     offset_s: float = 0.0
     speaker: str | None = None
+    word_starts_s: Sequence[float] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +71,26 @@ speaker=None, extra={})
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
         if self.duration_s == 0:
             raise ValueError("duration_s must be positive, got 0")
+        if self.word_starts_s is not None:
+            self._check_word_starts(self.word_starts_s)
+
+    def _check_word_starts(self, starts: Any) -> None:
+        if not isinstance(starts, list | tuple) or not all(
+            isinstance(start, int | float) and not isinstance(start, bool) for start in starts
+        ):
+            raise TypeError(f"word_starts_s must be a list of numbers or None, got {starts!r}")
+        num_words = len(self.text.split())
+        if len(starts) != num_words:
+            raise ValueError(
+                f"word_starts_s must hold one time a word of text, {num_words}, got {len(starts)}"
+            )
+        bounds = [0.0, *starts, self.duration_s]
+        # A chain of comparisons: NaN fails it.
+        if not all(before <= after for before, after in itertools.pairwise(bounds)):
+            raise ValueError(
+                f"word_starts_s must rise within [0, {self.duration_s}], the utterance, "
+                f"got {list(starts)}"
+            )
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Utterance))

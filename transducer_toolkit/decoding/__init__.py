@@ -2,20 +2,30 @@
 """From encoder frames to symbols and their times."""
 
 from transducer_toolkit.decoding.alignment import (
+    TOPOLOGIES,
     Alignment,
     align,
     best_path,
-    lattice_occupancy,
+    check_topology,
     lattice_scores,
 )
 from transducer_toolkit.decoding.greedy import Hypothesis, greedy_search
+from transducer_toolkit.decoding.posteriors import (
+    LatticePosteriors,
+    lattice_occupancy,
+    lattice_posteriors,
+)
 
 __all__ = [
+    "TOPOLOGIES",
     "Alignment",
     "Hypothesis",
+    "LatticePosteriors",
     "align",
     "best_path",
+    "check_topology",
     "greedy_search",
     "lattice_occupancy",
+    "lattice_posteriors",
     "lattice_scores",
 ]

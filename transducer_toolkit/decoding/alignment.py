@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the target symbols lie in time: best path and lattice occupancy."""
+"""The most probable path of the target symbols through their lattice, in every topology."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.losses import transducer_loss
+
+TOPOLOGIES = ("regular", "modified", "constrained", "one_sym_per_frame")
 
 
 @dataclass(frozen=True)
@@ -26,29 +28,50 @@ class Alignment:
     log_prob: float
 
 
-def best_path(blank_log_probs: Tensor, label_log_probs: Tensor) -> Alignment:
-    """Find the most probable path of the regular topology (Viterbi) in one lattice.
+def check_topology(topology: str) -> None:
+    """Raise a ValueError unless ``topology`` is one of :data:`TOPOLOGIES`."""
+    if topology not in TOPOLOGIES:
+        raise ValueError(f"topology must be one of {', '.join(TOPOLOGIES)}; got {topology!r}")
 
-    ``v(t, u) = max(v(t-1, u) + blank(t-1, u), v(t, u-1) + label(t, u-1))``, in float64; the path
-    ends with the blank of cell (T - 1, U). Of equal paths the one with the later labels is taken.
+
+def best_path(
+    blank_log_probs: Tensor, label_log_probs: Tensor, *, topology: str = "regular"
+) -> Alignment:
+    """Find the most probable path through one lattice (Viterbi), in float64.
+
+    In the regular topology, where a label stays on its frame and the path ends with the blank of
+    cell (T - 1, U)::
+
+        v(t, u) = max(v(t-1, u) + blank(t-1, u), v(t, u-1) + label(t, u-1))
+
+    In the others a label leads to the next frame. ``constrained`` adds the blank that follows the
+    label on its frame, and the path of ``one_sym_per_frame`` must end with a blank::
+
+        v(t+1, u) = max(v(t, u) + blank(t, u), v(t, u-1) + label(t, u-1) [+ blank(t, u)])
+
+    Of equal paths the one with the later labels is taken.
 
     Args:
         blank_log_probs: (T, U + 1) float, log-probability of blank in each cell.
         label_log_probs: (T, U) float, log-probability of the next target symbol in each cell.
+        topology: one of :data:`TOPOLOGIES`, that of the loss which trained the model.
 
     Returns:
         The alignment.
 
     Raises:
-        ValueError: if the shapes do not fit each other, the scores hold NaN, or no path has
-            a probability above zero.
+        ValueError: if the shapes do not fit each other, the topology is unknown, the scores hold
+            NaN, or no path has a probability above zero.
 
     Example:
         >>> blank = torch.tensor([[0.9, 0.9], [0.1, 0.9]]).log()
         >>> label = torch.tensor([[0.1], [0.9]]).log()
         >>> best_path(blank, label).frames
         [1]
+        >>> best_path(blank, label, topology="one_sym_per_frame").frames
+        [0]
     """
+    check_topology(topology)
     if blank_log_probs.dim() != 2 or min(blank_log_probs.shape) < 1:
         raise ValueError(
             f"blank_log_probs must have shape (T, U + 1), got {tuple(blank_log_probs.shape)}"
@@ -59,10 +82,29 @@ def best_path(blank_log_probs: Tensor, label_log_probs: Tensor) -> Alignment:
             f"label_log_probs must have shape ({num_frames}, {num_targets}), "
             f"got {tuple(label_log_probs.shape)}"
         )
+    blank, label = blank_log_probs.detach().double(), label_log_probs.detach().double()
+    if topology == "constrained":
+        label = label + blank[:, 1:]
+    elif topology == "one_sym_per_frame":
+        label = label.clone()
+        label[-1] = -math.inf
     # Lists: the recursion runs cell by cell, where Python's own floats are the faster ones.
-    blank = blank_log_probs.detach().double().tolist()
-    label = label_log_probs.detach().double().tolist()
+    search = _labels_stay if topology == "regular" else _labels_advance
+    frames, log_prob = search(blank.tolist(), label.tolist())
+    if not math.isfinite(log_prob):
+        raise ValueError(
+            f"the best path through the lattice has the log-probability {log_prob}: "
+            "the scores hold NaN, or leave no path"
+        )
+    return Alignment(frames, log_prob)
 
+
+Scores = Sequence[Sequence[float]]  # (T, U + 1) of blank, (T, U) of label
+
+
+def _labels_stay(blank: Scores, label: Scores) -> tuple[list[int], float]:
+    """Best path where a label leads to (t, u + 1): frames of the labels, log-probability."""
+    num_frames, num_targets = len(blank), len(blank[0]) - 1
     best = []  # best[t][u]: log-probability of the best way to stand in cell (t, u)
     before = [0.0] + [-math.inf] * num_targets  # best way into each cell of the frame by a blank
     for t in range(num_frames):
@@ -73,10 +115,7 @@ def best_path(blank_log_probs: Tensor, label_log_probs: Tensor) -> Alignment:
         before = [value + log_prob for value, log_prob in zip(row, blank[t], strict=True)]
     log_prob = before[num_targets]
     if not math.isfinite(log_prob):
-        raise ValueError(
-            f"the best path through the lattice has the log-probability {log_prob}: "
-            "the scores hold NaN, or leave no path"
-        )
+        return [], log_prob
 
     frames = []
     t, u = num_frames - 1, num_targets
@@ -87,7 +126,29 @@ def best_path(blank_log_probs: Tensor, label_log_probs: Tensor) -> Alignment:
             frames.append(t)
         else:
             t -= 1
-    return Alignment(frames[::-1], log_prob)
+    return frames[::-1], log_prob
+
+
+def _labels_advance(blank: Scores, label: Scores) -> tuple[list[int], float]:
+    """Best path where a label leads to (t + 1, u + 1): frames of the labels, log-probability."""
+    num_targets = len(blank[0]) - 1
+    row = [0.0] + [-math.inf] * num_targets
+    best = [row]  # best[t][u]; row T holds the final node
+    for blank_row, label_row in zip(blank, label, strict=True):
+        stayed = [value + log_prob for value, log_prob in zip(row, blank_row, strict=True)]
+        moved = [value + log_prob for value, log_prob in zip(row, label_row, strict=False)]
+        row = [stayed[0], *map(max, stayed[1:], moved)]
+        best.append(row)
+    if not math.isfinite(row[num_targets]):
+        return [], row[num_targets]
+
+    frames = []
+    u = num_targets
+    for t in range(len(blank) - 1, -1, -1):
+        if u > 0 and best[t][u - 1] + label[t][u - 1] >= best[t][u] + blank[t][u]:
+            u -= 1
+            frames.append(t)
+    return frames[::-1], row[num_targets]
 
 
 def lattice_scores(
@@ -111,17 +172,43 @@ def lattice_scores(
         [(1, 3, 3), (1, 3, 2)]
     """
     log_probs = shape.unpack(logits.log_softmax(-1), fill=-torch.inf)  # (B, T, U + 1, V)
-    num_frames, num_targets = log_probs.size(1), log_probs.size(2) - 1
-    columns = torch.arange(num_targets)
-    real = columns < shape.target_lengths.unsqueeze(1)  # (B, U)
-    symbols = targets[:, :num_targets].long().cpu().where(real, blank).to(logits.device)
+    return log_probs[..., blank], at_targets(log_probs, targets, shape, fill=-torch.inf)
+
+
+def at_targets(padded: Tensor, targets: Tensor, shape: LatticeShape, *, fill: float) -> Tensor:
+    """Pick the entry of the next target symbol in every cell that has one.
+
+    Args:
+        padded: (B, T, U + 1, V), T and U those of ``shape``.
+        targets: (B, U) integer; padding may hold any value.
+        shape: the batch's lattices.
+        fill: what stands in the columns of padding.
+
+    Returns:
+        (B, T, U), of the dtype and on the device of ``padded``.
+
+    Example:
+        >>> shape = LatticeShape.from_lengths([1, 1], [1, 0])
+        >>> padded = torch.tensor([[[[5.0, 6.0]] * 2]] * 2)
+        >>> at_targets(padded, torch.tensor([[1], [-1]]), shape, fill=0.0).tolist()
+        [[[6.0]], [[0.0]]]
+    """
+    num_frames, num_targets = padded.size(1), padded.size(2) - 1
+    real = torch.arange(num_targets) < shape.target_lengths.unsqueeze(1)  # (B, U)
+    symbols = targets[:, :num_targets].long().cpu().where(real, 0).to(padded.device)
     index = symbols[:, None, :, None].expand(-1, num_frames, -1, 1)  # (B, T, U, 1)
-    label_log_probs = log_probs[:, :, :num_targets].gather(-1, index).squeeze(-1)
-    label_log_probs = label_log_probs.masked_fill(~real[:, None].to(logits.device), -torch.inf)
-    return log_probs[..., blank], label_log_probs
+    values = padded[:, :, :num_targets].gather(-1, index).squeeze(-1)
+    return values.masked_fill(~real[:, None].to(padded.device), fill)
 
 
-def align(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int) -> list[Alignment]:
+def align(
+    logits: Tensor,
+    targets: Tensor,
+    shape: LatticeShape,
+    blank: int,
+    *,
+    topology: str = "regular",
+) -> list[Alignment]:
     """Align a batch: the best path of every utterance.
 
     Args:
@@ -129,12 +216,14 @@ def align(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int) -> l
         targets: (B, U) integer; padding may hold any value.
         shape: the batch's lattices.
         blank: id of blank.
+        topology: one of :data:`TOPOLOGIES`, that of the loss which trained the model.
 
     Returns:
         One alignment an utterance.
 
     Raises:
-        ValueError: if an utterance has no path with a probability above zero.
+        ValueError: if the topology is unknown, or an utterance has no path with a probability
+            above zero.
 
     Example:
         >>> shape = LatticeShape.from_lengths([3, 2], [2, 1])
@@ -145,44 +234,6 @@ def align(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int) -> l
     blank_log_probs, label_log_probs = lattice_scores(logits, targets, shape, blank)
     lengths = zip(shape.logit_lengths.tolist(), shape.target_lengths.tolist(), strict=True)
     return [
-        best_path(blank_log_probs[b, :t, : u + 1], label_log_probs[b, :t, :u])
+        best_path(blank_log_probs[b, :t, : u + 1], label_log_probs[b, :t, :u], topology=topology)
         for b, (t, u) in enumerate(lengths)
     ]
-
-
-def lattice_occupancy(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int) -> Tensor:
-    """Posterior probability that a path of the reference passes each cell.
-
-    The derivative of the log-likelihood with respect to a log-probability is the expected number
-    of its uses, and the loss gives just that when its input counts as log-probabilities. Summed
-    over blank and label it is the occupancy.
-
-    Args:
-        logits: (cells, V) float32 or float64, packed, not normalised.
-        targets: (B, U) integer; padding may hold any value.
-        shape: the batch's lattices.
-        blank: id of blank.
-
-    Returns:
-        (B, T, U + 1), zero in padding; an utterance sums to T + U.
-
-    Example:
-        >>> shape = LatticeShape.from_lengths([3], [2])
-        >>> occupancy = lattice_occupancy(torch.randn(9, 5), torch.tensor([[1, 4]]), shape, blank=0)
-        >>> round(float(occupancy.sum()), 4)
-        5.0
-    """
-    # Tensors made in inference mode cannot take part in autograd: their clones can.
-    with torch.inference_mode(False), torch.enable_grad():
-        log_probs = logits.detach().clone().log_softmax(-1).requires_grad_()
-        loss = transducer_loss(
-            log_probs,
-            targets.clone(),
-            shape.logit_lengths.clone(),
-            shape.target_lengths.clone(),
-            blank,
-            from_log_softmax=True,
-            reduction="sum",
-        )
-        (gradient,) = torch.autograd.grad(loss, log_probs)
-    return shape.unpack(-gradient.sum(-1))

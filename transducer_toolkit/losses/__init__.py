@@ -1,6 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transducer losses. Pure functions first; a module form of each beside it."""
 
+from transducer_toolkit.losses.full import get_rnnt_logprobs_joint, rnnt_loss
+from transducer_toolkit.losses.fused_joiner import FusedJoinerLoss, fused_joiner_loss
+from transducer_toolkit.losses.mutual_information import (
+    joint_mutual_information_recursion,
+    mutual_information_recursion,
+)
 from transducer_toolkit.losses.packed import TransducerLoss, transducer_loss
+from transducer_toolkit.losses.pruned import get_rnnt_logprobs_pruned, rnnt_loss_pruned
+from transducer_toolkit.losses.pruning import do_rnnt_pruning, get_rnnt_prune_ranges
+from transducer_toolkit.losses.simple import (
+    get_rnnt_logprobs,
+    get_rnnt_logprobs_smoothed,
+    rnnt_loss_simple,
+    rnnt_loss_smoothed,
+)
 
-__all__ = ["TransducerLoss", "transducer_loss"]
+__all__ = [
+    "FusedJoinerLoss",
+    "TransducerLoss",
+    "do_rnnt_pruning",
+    "fused_joiner_loss",
+    "get_rnnt_logprobs",
+    "get_rnnt_logprobs_joint",
+    "get_rnnt_logprobs_pruned",
+    "get_rnnt_logprobs_smoothed",
+    "get_rnnt_prune_ranges",
+    "joint_mutual_information_recursion",
+    "mutual_information_recursion",
+    "rnnt_loss",
+    "rnnt_loss_pruned",
+    "rnnt_loss_simple",
+    "rnnt_loss_smoothed",
+    "transducer_loss",
+]

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from transducer_toolkit import native
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -26,6 +28,48 @@ def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> N
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
+
+
+def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_joint(enc: Tensor, pred: Tensor) -> None:
+    """Types, dtypes, devices and sizes of what a joiner adds: (B, T, D) and (B, U + 1, D)."""
+    for name, tensor in (("enc", enc), ("pred", pred)):
+        check_tensor(tensor, name)
+        check_dtype(tensor, name, native.SUPPORTED_DTYPES)
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected shape (B, length, D), got {tuple(tensor.shape)}")
+    if pred.dtype != enc.dtype:
+        raise TypeError(f"pred: expected dtype {enc.dtype}, that of enc, got {pred.dtype}")
+    if pred.device != enc.device:
+        raise ValueError(f"pred: expected device {enc.device}, that of enc, got {pred.device}")
+    if (pred.size(0), pred.size(2)) != (enc.size(0), enc.size(2)):
+        raise ValueError(
+            f"pred: expected shape ({enc.size(0)}, U + 1, {enc.size(2)}), B and D from enc, "
+            f"got {tuple(pred.shape)}"
+        )
+
+
+def check_ranges(
+    ranges: Tensor | None, num_utterances: int, num_frames: int, device: torch.device
+) -> None:
+    """Type, dtype, size and device of ranges (B, T, R); None passes."""
+    if ranges is None:
+        return
+    check_tensor(ranges, "ranges")
+    check_dtype(ranges, "ranges", INDEX_DTYPES)
+    if ranges.dim() != 3 or tuple(ranges.shape[:2]) != (num_utterances, num_frames):
+        raise ValueError(
+            f"ranges: expected shape ({num_utterances}, {num_frames}, R), got {tuple(ranges.shape)}"
+        )
+    if ranges.device != device:
+        raise ValueError(
+            f"ranges: expected device {device}, that of the logits or enc, got {ranges.device}"
+        )
 
 
 def check_targets_and_lengths(
@@ -61,12 +105,12 @@ def check_targets_and_lengths(
         raise ValueError(f"targets: expected device {device}, that of logits, got {targets.device}")
 
 
-def check_blank(blank: int, vocab_size: int) -> None:
+def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
     """Raises a TypeError unless blank is an integer, a ValueError unless 0 <= blank < V."""
     if not isinstance(blank, int):
-        raise TypeError(f"blank: expected an int, got {type(blank).__name__}")
+        raise TypeError(f"{name}: expected an int, got {type(blank).__name__}")
     if not 0 <= blank < vocab_size:
-        raise ValueError(f"blank: expected 0 <= blank < {vocab_size} (V of logits), got {blank}")
+        raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V of logits), got {blank}")
 
 
 def check_lengths_fit(
@@ -103,11 +147,22 @@ def check_packed_rows(logit_lengths: Tensor, target_lengths: Tensor, num_rows: i
 
 
 def check_labels(
-    targets: Tensor, target_lengths: Tensor, *, blank: int | None, vocab_size: int
+    targets: Tensor,
+    target_lengths: Tensor,
+    *,
+    blank: int | None,
+    vocab_size: int,
+    first: Tensor | None = None,
+    name: str = "targets",
 ) -> None:
-    """Raises a ValueError naming the first label outside [0, V) or, unless None, equal to blank."""
-    positions = torch.arange(targets.size(1), device=targets.device)
-    real = positions < target_lengths.to(targets.device)[:, None]  # (B, U)
+    """Raises a ValueError naming the first label outside [0, V) or, unless None, equal to blank.
+
+    The labels of an utterance are `target_lengths` (B,) many from place `first` (B,) on, or from 0.
+    """
+    places = torch.arange(targets.size(1), device=targets.device)
+    if first is not None:
+        places = places - first.to(targets.device)[:, None]
+    real = (places >= 0) & (places < target_lengths.to(targets.device)[:, None])  # (B, U)
     bad = (targets < 0) | (targets >= vocab_size)
     if blank is not None:
         bad |= targets == blank
@@ -120,7 +175,7 @@ def check_labels(
             if label == blank
             else f"a label in [0, {vocab_size})"
         )
-        raise ValueError(f"targets[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
+        raise ValueError(f"{name}[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
 
 
 def check_boundary_values(

@@ -151,17 +151,23 @@ def _validate(
 ) -> None:
     max_frames = logits.size(1 if logits.dim() == 4 else 0)
     sizes = {"max_frames": max_frames, "max_targets": targets.size(1)}
+    ends, first_symbol = logit_lengths, None
     if begins is None:
         checks.check_lengths_fit(logit_lengths, target_lengths, **sizes)
-        ends = logit_lengths, target_lengths
     else:
         checks.check_boundary_values(begins, logit_lengths, target_lengths, **sizes)
-        ends = logit_lengths + begins[:, 1], target_lengths + begins[:, 0]
+        ends, first_symbol = logit_lengths + begins[:, 1], begins[:, 0]
     if ranges is not None:
-        checks.check_ranges_values(ranges, ends[0], targets.size(1))
-    else:  # in a band an utterance may be infeasible however long it is: its loss is +inf
-        checks.check_feasible(logit_lengths, target_lengths, topology)
-    checks.check_labels(targets, ends[1], blank=blank, vocab_size=logits.size(-1))
+        checks.check_ranges_values(ranges, ends, targets.size(1))
+    checks.check_feasible(logit_lengths, target_lengths, topology)
+    checks.check_labels(
+        targets,
+        target_lengths,
+        blank=blank,
+        vocab_size=logits.size(-1),
+        first=first_symbol,
+        name="symbols" if blank is None else "targets",  # the k2 names go with k2's freedom
+    )
 
 
 def _forward(
@@ -262,7 +268,7 @@ def _backward(
 ) -> Tensor:
     """Stage 3: the gradient of the logits, in their layout."""
     inputs = logits, targets, logit_lengths, target_lengths, ranges, begins
-    grad = torch.empty_like(logits)
+    grad = native.empty(*logits.shape, like=logits)
     for_stage_3 = normaliser, use_blank, use_label
     _write_gradient(inputs, blank, from_log_softmax, clamp, for_stage_3, loss_grad, grad)
     return grad

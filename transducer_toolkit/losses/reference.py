@@ -99,6 +99,36 @@ def brute_force_loss(
     return -torch.logsumexp(torch.stack(paths), 0)
 
 
+def brute_force_score(px: Tensor, py: Tensor) -> Tensor:
+    """Oracle of :func:`~transducer_toolkit.mutual_information_recursion` for one utterance.
+
+    Args:
+        px: (S, T + 1), regular, or (S, T), modified.
+        py: (S + 1, T).
+
+    Returns:
+        A scalar: log of the sum over all paths; -inf if there is none.
+
+    Example:
+        >>> brute_force_score(torch.zeros(1, 3), torch.zeros(2, 2))  # the symbol after 0, 1 or 2
+        tensor(1.0986)
+    """
+    num_frames = py.size(1)
+    if px.size(1) > num_frames:
+        # A frame more, left by a blank that costs nothing: label arcs in frame T are legal.
+        paths = [path[:-1] for path in lattice_paths(num_frames + 1, px.size(0), "regular")]
+    else:
+        paths = list(lattice_paths(num_frames, px.size(0), "modified"))
+    if not paths:
+        return px.new_full((), float("-inf"))
+    zero = px.new_zeros(())
+    scores = [
+        sum((py[u, t] if kind == "blank" else px[u, t] for kind, t, u in path), start=zero)
+        for path in paths
+    ]
+    return torch.logsumexp(torch.stack(scores), 0)
+
+
 def recursion_loss(
     log_probs: Tensor, targets: Tensor, blank: int, topology: str, delay_penalty: float = 0.0
 ) -> Tensor:

@@ -48,6 +48,17 @@ class Encoder(nn.Module, ABC):
     def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
         """Number of encoder frames of ``num_frames`` feature frames, an int or a tensor."""
 
+    @property
+    def subsampling_factor(self) -> int:
+        """Feature frames per encoder frame: frame t stands for those from t times this on.
+
+        Example:
+            >>> ConvLstmEncoder(hidden_dim=16).subsampling_factor
+            4
+        """
+        num_frames = 1 << 20  # long enough that what is lost at the edges does not matter
+        return round(num_frames / self.num_output_frames(num_frames))
+
     def check_input(self, features: Tensor, feature_lengths: Tensor) -> None:
         """Raise the ``ValueError`` that :meth:`forward` promises."""
         if features.dim() != 3 or features.size(2) != self.num_features:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.decoding import align, lattice_occupancy
@@ -102,50 +102,6 @@ class StopOnNonFiniteLoss(Callback):
             )
 
 
-class StepClock(Callback):
-    """Measure the wall time of training steps, without validation and start-up.
-
-    Attributes:
-        seconds_per_step: mean so far, data loading included; 0 before the second step.
-        training_s: wall time from the start of the training to its end, validation included.
-    """
-
-    # The first steps pay for allocations and worker start-up.
-    NUM_IGNORED_STEPS = 5
-
-    def __init__(self) -> None:
-        self.training_s = 0.0
-        self._sum_s = 0.0
-        self._num_steps = 0
-        self._num_seen = 0
-        self._last: float | None = None
-        self._start = 0.0
-
-    @property
-    def seconds_per_step(self) -> float:
-        return self._sum_s / max(1, self._num_steps)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.training_s = time.perf_counter() - self._start
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = None
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = None
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        self._num_seen += 1
-        if self._last is not None and self._num_seen > self.NUM_IGNORED_STEPS:
-            self._sum_s += now - self._last
-            self._num_steps += 1
-        self._last = now
-
-
 class LearningCurves(Callback):
     """Draw losses, word error rate and learning rate over the steps, at the end of the training.
 
@@ -198,6 +154,8 @@ class LearningCurves(Callback):
 class UtterancePicture(Callback):
     """Draw one utterance of the first test set: features, lattice occupancy, best path.
 
+    Utterances without symbols, or without a path in the model's topology, are passed over.
+
     Args:
         path: PNG file to write.
         duration_s: the utterance closest to this duration is drawn.
@@ -222,12 +180,17 @@ class UtterancePicture(Callback):
     ) -> None:
         if dataloader_idx != 0 or not trainer.is_global_zero:
             return
+        if not isinstance(pl_module, TransducerModule):
+            return
         frame_s = FRAME_SHIFT_MS / 1000
         for row, length in enumerate(batch.feature_lengths.tolist()):
             distance = abs(length * frame_s - self.duration_s)
-            # An utterance without symbols has nothing to align.
-            if int(batch.target_lengths[row]) and (
-                self._chosen is None or distance < self._chosen[0]
+            num_targets = int(batch.target_lengths[row])
+            num_frames = pl_module.model.encoder.num_output_frames(length)
+            if (
+                num_targets > 0
+                and is_feasible(num_frames, num_targets, topology=pl_module.topology)
+                and (self._chosen is None or distance < self._chosen[0])
             ):
                 self._chosen = (distance, _row(batch, row))
 
@@ -241,8 +204,9 @@ class UtterancePicture(Callback):
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
         logits = model.joiner(encoder_out, predictor_out, shape).float()
-        occupancy = lattice_occupancy(logits, batch.targets, shape, model.blank)[0]
-        alignment = align(logits, batch.targets, shape, model.blank)[0]
+        lattice = (logits, batch.targets, shape, model.blank)
+        occupancy = lattice_occupancy(*lattice, topology=pl_module.topology)[0]
+        alignment = align(*lattice, topology=pl_module.topology)[0]
         figure = draw_utterance(
             batch.features[0].cpu(),
             occupancy.cpu(),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.decoding import greedy_search
+from transducer_toolkit.decoding import align, greedy_search
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.training.aligner import encoder_frame_s, word_spans
 from transducer_toolkit.training.recognizer import CHECKPOINT_KEY
 from transducer_toolkit.training.scoring import (
+    SymbolDelay,
     Transcript,
     WordErrors,
     count_word_errors,
     gather_transcripts,
+    measure_symbol_delay,
+    symbol_delays_ms,
 )
-from transducer_toolkit.training.stages import LossStage, StageOutput
+from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +42,10 @@ class TransducerModule(LightningModule):
 
     The training loss is the sum over the utterances divided by the number of encoder frames, of
     all processes together. Validation and test decode greedily and count word errors over the
-    whole set. Logged: ``train/loss``, ``val/loss`` (nats a frame), ``val/wer``, ``test/wer/NAME``.
+    whole set; where the manifest of a test set has word start times, the test also measures the
+    symbol delay: by how much the first symbol of each reference word, on the best path of the
+    reference, is emitted after the word starts. Logged: ``train/loss``, ``val/loss`` (nats a
+    frame), ``val/wer``, ``test/wer/NAME``, ``test/symbol_delay_ms/NAME`` (mean over the words).
 
     Args:
         model: the transducer.
@@ -49,10 +57,13 @@ class TransducerModule(LightningModule):
             :meth:`~transducer_toolkit.training.recognizer.Recognizer.from_checkpoint`.
         max_symbols_per_frame: bound of the greedy search.
         num_logged_hypotheses: hypotheses printed beside their references after each validation.
+        topology: of the lattice that references are aligned in; None is that of the loss stage.
 
     Attributes:
         test_transcripts: transcripts of each test set by name, after a test.
         test_errors: word errors of each test set by name, after a test.
+        test_symbol_delays: symbol delay of each test set by name, after a test; None for a set
+            without word start times.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class TransducerModule(LightningModule):
         recipe: Mapping[str, Any] | None = None,
         max_symbols_per_frame: int = 10,
         num_logged_hypotheses: int = 4,
+        topology: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,13 +86,21 @@ class TransducerModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.recipe = recipe
-        self.max_symbols_per_frame = max_symbols_per_frame
+        if loss is not None:
+            loss.bind(model)
         self.num_logged_hypotheses = num_logged_hypotheses
+        if topology is None:
+            topology = "regular" if loss is None else loss.topology
+        self.topology = topology
+        # In the other topologies a label moves on to the next frame, in decoding as in training.
+        self.max_symbols_per_frame = max_symbols_per_frame if topology == "regular" else 1
         self.test_transcripts: dict[str, list[Transcript]] = {}
         self.test_errors: dict[str, WordErrors] = {}
+        self.test_symbol_delays: dict[str, SymbolDelay | None] = {}
         self._transcripts: dict[int, list[Transcript]] = {}  # by dataloader, during an epoch
         self._loss_sum = 0.0
         self._frame_sum = 0.0
+        self._num_steps = 0
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
         if self.make_optimizer is None:
@@ -107,8 +127,17 @@ class TransducerModule(LightningModule):
             batch.features, batch.feature_lengths, batch.targets
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
-        output = self.loss(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
+        output = self.loss(
+            LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
+        )
         return output, shape, encoder_out
+
+    def on_train_start(self) -> None:
+        self._num_steps = int(self.trainer.estimated_stepping_batches)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.loss is not None:
+            self.loss.set_progress(self.global_step, self._num_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, shape, _ = self.compute_losses(batch)
@@ -149,7 +178,8 @@ class TransducerModule(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         encoder_out, encoder_lengths = self.model.encoder(batch.features, batch.feature_lengths)
-        self._decode(batch, encoder_out, encoder_lengths, dataloader_idx)
+        delays = self._symbol_delays(batch, encoder_out, encoder_lengths)
+        self._decode(batch, encoder_out, encoder_lengths, dataloader_idx, delays)
 
     def on_test_epoch_end(self) -> None:
         names = self.trainer.datamodule.test_names  # type: ignore[attr-defined]
@@ -158,13 +188,22 @@ class TransducerModule(LightningModule):
             self.test_transcripts[name] = transcripts
             self.test_errors[name] = count_word_errors(transcripts)
             self.log(f"test/wer/{name}", self.test_errors[name].wer, sync_dist=False)
+            delay = measure_symbol_delay(transcripts)
+            self.test_symbol_delays[name] = delay
+            if delay is not None:
+                self.log(f"test/symbol_delay_ms/{name}", delay.mean_ms, sync_dist=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.recipe is not None:
             checkpoint[CHECKPOINT_KEY] = dict(self.recipe)
 
     def _decode(
-        self, batch: Batch, encoder_out: Tensor, encoder_lengths: Tensor, dataloader_idx: int
+        self,
+        batch: Batch,
+        encoder_out: Tensor,
+        encoder_lengths: Tensor,
+        dataloader_idx: int,
+        symbol_delays_ms: Sequence[tuple[float, ...] | None] | None = None,
     ) -> None:
         hypotheses = greedy_search(
             self.model.predictor,
@@ -173,12 +212,40 @@ class TransducerModule(LightningModule):
             encoder_lengths,
             max_symbols_per_frame=self.max_symbols_per_frame,
         )
+        delays = symbol_delays_ms or [None] * len(batch)
         self._transcripts.setdefault(dataloader_idx, []).extend(
-            Transcript(id, text, self.tokenizer.decode(hypothesis.tokens))
-            for id, text, hypothesis in zip(
-                batch.utterance_ids, batch.texts, hypotheses, strict=True
+            Transcript(id, text, self.tokenizer.decode(hypothesis.tokens), delay)
+            for id, text, hypothesis, delay in zip(
+                batch.utterance_ids, batch.texts, hypotheses, delays, strict=True
             )
         )
+
+    def _symbol_delays(
+        self, batch: Batch, encoder_out: Tensor, encoder_lengths: Tensor
+    ) -> list[tuple[float, ...] | None]:
+        """Delays of the words whose start is known, of utterances that have a path at all."""
+        word_starts_s = batch.word_starts_s or [None] * len(batch)
+        sizes = zip(encoder_lengths.tolist(), batch.target_lengths.tolist(), strict=True)
+        rows = [
+            row
+            for row, (num_frames, num_targets) in enumerate(sizes)
+            if word_starts_s[row] is not None
+            and is_feasible(num_frames, num_targets, topology=self.topology)
+        ]
+        delays: list[tuple[float, ...] | None] = [None] * len(batch)
+        if not rows:
+            return delays
+        targets = batch.targets[rows]
+        shape = LatticeShape.from_lengths(encoder_lengths[rows], batch.target_lengths[rows])
+        logits = self.model.joiner(encoder_out[rows], self.model.predictor(targets), shape)
+        paths = align(logits.float(), targets, shape, self.model.blank, topology=self.topology)
+        frame_s = encoder_frame_s(self.model.encoder)
+        for row, path in zip(rows, paths, strict=True):
+            tokens = batch.targets[row, : int(batch.target_lengths[row])].tolist()
+            spans = word_spans([self.tokenizer.symbols[token] for token in tokens])
+            emitted_s = [path.frames[first] * frame_s for _, first, _ in spans]
+            delays[row] = symbol_delays_ms(emitted_s, word_starts_s[row] or ())
+        return delays
 
     def _show(self, transcripts: list[Transcript], errors: WordErrors) -> None:
         """Put a few hypotheses beside their references, always the same utterances."""

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.decoding import Hypothesis, greedy_search
+from transducer_toolkit.decoding import Hypothesis, check_topology, greedy_search
 from transducer_toolkit.modules.transducer import Transducer
 
 CHECKPOINT_KEY = "recognizer"
@@ -32,6 +32,7 @@ def recognizer_recipe(
     fbank: Fbank,
     *,
     max_symbols_per_frame: int,
+    topology: str = "regular",
 ) -> dict[str, Any]:
     """Describe a recognizer in plain values, for a checkpoint that ``weights_only`` can load.
 
@@ -41,6 +42,7 @@ def recognizer_recipe(
         tokenizer: whose symbols the model emits.
         fbank: the features that the model reads.
         max_symbols_per_frame: bound of the greedy search.
+        topology: of the loss that trains the model, what alignments are made with.
 
     Returns:
         What :meth:`Recognizer.from_checkpoint` expects under ``"recognizer"``.
@@ -51,6 +53,7 @@ def recognizer_recipe(
         "symbols": list(tokenizer.symbols),
         "num_mel_bins": fbank.num_mel_bins,
         "max_symbols_per_frame": max_symbols_per_frame,
+        "topology": topology,
     }
 
 
@@ -62,6 +65,7 @@ class Recognizer:
         tokenizer: whose symbols the model emits.
         fbank: the features that the model reads.
         max_symbols_per_frame: bound of the greedy search.
+        topology: of the loss that trained the model; alignments need it.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
@@ -76,11 +80,14 @@ class Recognizer:
         fbank: Fbank,
         *,
         max_symbols_per_frame: int = 10,
+        topology: str = "regular",
     ) -> None:
+        check_topology(topology)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.fbank = fbank
         self.max_symbols_per_frame = max_symbols_per_frame
+        self.topology = topology
 
     @classmethod
     def from_checkpoint(
@@ -119,6 +126,7 @@ class Recognizer:
             CharTokenizer(recipe["symbols"]),
             Fbank(num_mel_bins=recipe["num_mel_bins"]),
             max_symbols_per_frame=recipe["max_symbols_per_frame"],
+            topology=recipe.get("topology", "regular"),  # absent in the first checkpoints
         )
 
     @torch.inference_mode()

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Word error rates over whole sets, also when several processes each hold a part."""
+"""Word error rates and symbol delays over whole sets, also when processes each hold a part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jiwer
@@ -18,11 +20,14 @@ class Transcript:
         id: the utterance.
         reference: its text.
         hypothesis: what was recognised.
+        symbol_delays_ms: of the words of the reference, see :func:`symbol_delays_ms`; None where
+            it is not known when they start.
     """
 
     id: str
     reference: str
     hypothesis: str
+    symbol_delays_ms: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,71 @@ def count_word_errors(transcripts: Iterable[Transcript]) -> WordErrors:
         num_words=words.hits + words.substitutions + words.deletions,
         num_utterances=len(transcripts),
     )
+
+
+def symbol_delays_ms(
+    emission_times_s: Sequence[float], word_starts_s: Sequence[float]
+) -> tuple[float, ...]:
+    """How late a model emits the words of an utterance: emission minus start, word by word.
+
+    Args:
+        emission_times_s: when the first symbol of each word is emitted, seconds.
+        word_starts_s: when each word starts in the audio, seconds.
+
+    Returns:
+        Milliseconds; negative where a word is emitted before it starts.
+
+    Raises:
+        ValueError: if there are not as many of the ones as of the others.
+
+    Example:
+        >>> symbol_delays_ms([0.5, 1.25], [0.25, 1.0])
+        (250.0, 250.0)
+    """
+    if len(emission_times_s) != len(word_starts_s):
+        raise ValueError(
+            "emission_times_s and word_starts_s must have one time a word each, "
+            f"got {len(emission_times_s)} and {len(word_starts_s)}"
+        )
+    return tuple(
+        1000 * (emitted - starts)
+        for emitted, starts in zip(emission_times_s, word_starts_s, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class SymbolDelay:
+    """Symbol delay of a set.
+
+    Attributes:
+        mean_ms: mean over the words.
+        median_ms: median over the words.
+        num_words: words with a known start.
+    """
+
+    mean_ms: float
+    median_ms: float
+    num_words: int
+
+
+def measure_symbol_delay(transcripts: Iterable[Transcript]) -> SymbolDelay | None:
+    """Summarise the symbol delays of a set of transcripts.
+
+    Args:
+        transcripts: any number; those without delays are left out.
+
+    Returns:
+        The delay; None if no transcript has one.
+
+    Example:
+        >>> delays = [(80.0, 120.0, 400.0), None]
+        >>> measure_symbol_delay(Transcript("a", "", "", delay) for delay in delays)
+        SymbolDelay(mean_ms=200.0, median_ms=120.0, num_words=3)
+    """
+    delays = list(itertools.chain.from_iterable(t.symbol_delays_ms or () for t in transcripts))
+    if not delays:
+        return None
+    return SymbolDelay(statistics.fmean(delays), statistics.median(delays), len(delays))
 
 
 def gather_transcripts(transcripts: list[Transcript]) -> list[Transcript]:

@@ -49,7 +49,7 @@ def synthesize_plans(
             not depend on it.
 
     Returns:
-        Manifest rows in the order of the plans, with word start times in ``extra``.
+        Manifest rows in the order of the plans, with word start times.
 
     Raises:
         RuntimeError: a worker process failed; its traceback stands on stderr.
@@ -102,7 +102,14 @@ def synthesize_plans(
 
 
 def write_utterance(
-    path: Path, waveform: torch.Tensor, *, id_: str, text: str, speaker: str, extra: dict
+    path: Path,
+    waveform: torch.Tensor,
+    *,
+    id_: str,
+    text: str,
+    speaker: str,
+    extra: dict,
+    word_starts_s: list[float] | None = None,
 ) -> Utterance:
     """Write a 16 kHz waveform ``(num_samples,)`` as 16-bit WAV and return its manifest row."""
     samples = waveform.numpy()
@@ -113,6 +120,7 @@ def write_utterance(
         duration_s=len(samples) / SAMPLE_RATE,
         text=text,
         speaker=speaker,
+        word_starts_s=word_starts_s,
         extra=extra,
     )
 
@@ -139,11 +147,6 @@ def _synthesize_shard(
         )
         rng = keyed_generator(plan.seed, plan.id, "perturbation")
         waveform, word_starts_s = _finish(speech, plan, perturb.draw_speed(rng))
-        extra = {
-            "accent": plan.accent,
-            "rate_wpm": plan.rate_wpm,
-            "word_starts_s": [round(start, 3) for start in word_starts_s],
-        }
         utterances.append(
             write_utterance(
                 manifest.parent / f"{plan.id}.wav",
@@ -151,7 +154,8 @@ def _synthesize_shard(
                 id_=plan.id,
                 text=plan.digits,
                 speaker=plan.variant,
-                extra=extra,
+                word_starts_s=[round(start, 3) for start in word_starts_s],
+                extra={"accent": plan.accent, "rate_wpm": plan.rate_wpm},
             )
         )
         with num_done.get_lock():

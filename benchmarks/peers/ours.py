@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transducer_toolkit: packed, in place, tiled logits, fused, pruned."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.jobs import (
+    Implementation,
+    Job,
+    LogitsOfInputs,
+    LossOfLogits,
+    Outcome,
+    pruned_job,
+    step_job,
+    unpruned,
+)
+from benchmarks.peers.k2_names import PRUNED_FUNCTIONS
+from benchmarks.workloads import Workload
+
+
+def make_loss(workload: Workload, *, inplace: bool) -> LossOfLogits:
+    from transducer_toolkit import transducer_loss
+
+    shape, targets = workload.shape, workload.targets()
+    indices = targets, shape.logit_lengths, shape.target_lengths
+    return lambda logits: transducer_loss(
+        logits, *indices, blank=0, reduction="none", inplace=inplace
+    )
+
+
+def make_logits(workload: Workload) -> LogitsOfInputs:
+    from transducer_toolkit import join
+
+    shape = workload.shape
+    return lambda enc, pred, weight, bias: functional.linear(join(enc, pred, shape), weight, bias)
+
+
+def make_tiled_logits(workload: Workload) -> LogitsOfInputs:
+    from transducer_toolkit import joiner_logits
+
+    shape = workload.shape
+    return lambda enc, pred, weight, bias: joiner_logits(enc, pred, weight, bias, shape)
+
+
+def tiled_step(workload: Workload) -> Job:
+    return step_job(workload, make_tiled_logits(workload), make_loss(workload, inplace=True))
+
+
+def fused_step(workload: Workload) -> Job:
+    from transducer_toolkit import fused_joiner_loss
+
+    shape, targets = workload.shape, workload.targets()
+    indices = targets, shape.logit_lengths, shape.target_lengths
+    inputs = [tensor.requires_grad_() for tensor in workload.joiner_inputs()]
+
+    def run(_: None) -> Outcome:
+        losses: Tensor = fused_joiner_loss(*inputs, *indices, 0, reduction="none")
+        return losses.detach(), torch.autograd.grad(losses.sum(), inputs)
+
+    return Job(run)
+
+
+def make_pruned(workload: Workload) -> Job:
+    import transducer_toolkit
+
+    return pruned_job(workload, transducer_toolkit)
+
+
+def make_fused_pruned(workload: Workload) -> Job:
+    import transducer_toolkit
+
+    return pruned_job(workload, transducer_toolkit, transducer_toolkit.fused_joiner_loss)
+
+
+def _entry(name: str, needs: tuple[str, ...], **jobs: object) -> Implementation:
+    return Implementation(
+        f"ours: {name}",
+        project="ours",
+        module="transducer_toolkit",
+        needs=needs,
+        distribution="transducer_toolkit",
+        jobs=jobs,  # type: ignore[arg-type]
+    )
+
+
+IMPLEMENTATIONS = [
+    _entry(
+        "packed",
+        ("transducer_loss", "join"),
+        **unpruned(
+            lambda workload: make_loss(workload, inplace=False),
+            packed=True,
+            make_logits=make_logits,
+        ),
+    ),
+    _entry(
+        "packed, inplace",
+        ("transducer_loss", "join"),
+        **unpruned(
+            lambda workload: make_loss(workload, inplace=True),
+            packed=True,
+            overwrites=True,
+            make_logits=make_logits,
+        ),
+    ),
+    _entry("tiled logits, inplace", ("transducer_loss", "joiner_logits"), step=tiled_step),
+    _entry("fused", ("fused_joiner_loss",), step=fused_step),
+    _entry("pruned", PRUNED_FUNCTIONS, pruned=make_pruned),
+    _entry("fused, pruned", (*PRUNED_FUNCTIONS, "fused_joiner_loss"), pruned=make_fused_pruned),
+]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Linear(activation(enc_t + pred_u))`` of lattice cells, a tile of rows at a time.
+
+Neither the hidden layer nor (for a fused loss) the logits of all cells exist at once: a tile is
+made, used, and its memory taken for the next. Backward makes it again. The matrix products are
+torch's; the tile is small enough to stay in cache between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit import native
+
+# Hidden layer, its gradient and logits of a tile together. On two CPUs, tiles of 4 to 16 MiB were
+# equally fast and others slower; a GPU wants more rows to be busy.
+TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 128 * 2**20}
+
+
+def automatic_tile_cells(enc: Tensor, vocab_size: int) -> int:
+    """Rows of a tile such that a tile takes TILE_BYTES, whatever V and D are."""
+    row_bytes = (2 * enc.size(-1) + vocab_size) * enc.element_size()
+    budget = TILE_BYTES.get(enc.device.type, TILE_BYTES["cpu"])
+    return max(64, budget // row_bytes)
+
+
+class Gradients(NamedTuple):
+    """Gradients of enc, pred, weight and bias; None where none is wanted."""
+
+    enc: Tensor | None
+    pred: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class JointTiles:
+    """The joiner of a batch, by tiles. Arguments are trusted; autograd is not involved.
+
+    Args:
+        enc: (B, T, D), contiguous.
+        pred: (B, U + 1, D), contiguous, same dtype: that of the arithmetic.
+        weight: (V, D), of any floating dtype.
+        bias: (V,) or None.
+        batch: the lattices.
+        activation: one of native.ACTIVATIONS.
+        tile_cells: rows of a tile; 0 chooses.
+    """
+
+    def __init__(
+        self,
+        enc: Tensor,
+        pred: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: native.LatticeBatch,
+        *,
+        activation: str,
+        tile_cells: int = 0,
+    ) -> None:
+        self.enc, self.pred, self.batch, self.activation = enc, pred, batch, activation
+        self.weight = weight.to(enc.dtype)
+        self.bias = None if bias is None else bias.to(enc.dtype)
+        self.vocab_size, self.width = weight.shape
+        self.tile_cells = tile_cells or automatic_tile_cells(enc, self.vocab_size)
+        self._buffers: dict[str, Tensor] = {}
+        self._wanted: tuple[bool, ...] = ()
+        self._parameter_dtypes = weight.dtype, None if bias is None else bias.dtype
+
+    def tiles(self, rows: Tensor | None = None) -> Iterator[native.RowTile]:
+        """Tiles of all rows of the batch, or of `rows` (N,), ascending."""
+        total = self.batch.num_rows if rows is None else rows.numel()
+        # Equal tiles: a short one at the end would be as slow as a whole one.
+        count = -(-total // self.tile_cells)
+        for index in range(count):
+            begin, end = index * total // count, (index + 1) * total // count
+            yield native.RowTile(begin, end - begin, rows)
+
+    def buffer(self, name: str, num_rows: int, width: int) -> Tensor:
+        """(num_rows, width) of memory that the next call with this name takes again."""
+        size = num_rows * width
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = self.enc.new_empty(size)
+        return self._buffers[name][:size].view(num_rows, width)
+
+    def hidden(self, tile: native.RowTile) -> Tensor:
+        """activation(enc_t + pred_u): (tile rows, D), overwritten by the next tile."""
+        out = self.buffer("hidden", tile.size, self.width)
+        native.join_forward(
+            self.enc, self.pred, self.batch, tile, activation=self.activation, out=out
+        )
+        return out
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden @ weight.T + bias: (tile rows, V), overwritten by the next tile unless `out`."""
+        if out is None:
+            out = self.buffer("logits", hidden.size(0), self.vocab_size)
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+    def start_backward(self, wanted: tuple[bool, ...]) -> None:
+        """Makes room for the gradients: enc, pred, weight, bias, those that are wanted.
+
+        Sums are in float32 or wider: of tiles, rounding in 16 bits would add up.
+        """
+        dtype = native.compute_dtype(self.enc.dtype)
+        self._wanted = wanted
+        inputs = bool(wanted[0] or wanted[1])
+        self._grad_enc = torch.zeros_like(self.enc, dtype=dtype) if inputs else None
+        self._grad_pred = torch.zeros_like(self.pred, dtype=dtype) if inputs else None
+        self._grad_weight = torch.zeros_like(self.weight, dtype=dtype) if wanted[2] else None
+        self._grad_bias = self.weight.new_zeros(self.vocab_size, dtype=dtype) if wanted[3] else None
+
+    def backward(self, tile: native.RowTile, hidden: Tensor, grad_logits: Tensor) -> None:
+        """Adds what a tile contributes to the gradients."""
+        if self._grad_weight is not None:
+            if self._grad_weight.dtype == grad_logits.dtype:
+                self._grad_weight.addmm_(grad_logits.t(), hidden)
+            else:
+                self._grad_weight += torch.mm(grad_logits.t(), hidden)
+        if self._grad_bias is not None:
+            self._grad_bias += grad_logits.sum(0, dtype=self._grad_bias.dtype)
+        if self._grad_enc is not None and self._grad_pred is not None:
+            grad_hidden = self.buffer("grad_hidden", hidden.size(0), self.width)
+            native.join_backward(
+                torch.mm(grad_logits, self.weight, out=grad_hidden),
+                hidden,
+                self.enc,
+                self.pred,
+                self.batch,
+                tile,
+                activation=self.activation,
+                grad_enc=self._grad_enc,
+                grad_pred=self._grad_pred,
+            )
+
+    def gradients(self, scale: Tensor | None = None) -> Gradients:
+        """The sums, multiplied by `scale` (a scalar tensor), in the dtypes of the inputs."""
+        sums = (self._grad_enc, self._grad_pred, self._grad_weight, self._grad_bias)
+        dtypes = (self.enc.dtype, self.pred.dtype, *self._parameter_dtypes)
+        return Gradients(
+            *(
+                (grad if scale is None else grad * scale).to(dtype)
+                if wanted and grad is not None
+                else None
+                for grad, dtype, wanted in zip(sums, dtypes, self._wanted, strict=True)
+            )
+        )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transducer loss on a band of the lattice; names and arguments are k2's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from transducer_toolkit.losses.full import LossAndGrads, joint_logprobs, joint_loss
+
+
+def rnnt_loss_pruned(
+    logits: Tensor,
+    symbols: Tensor,
+    ranges: Tensor,
+    termination_symbol: int,
+    boundary: Tensor | None = None,
+    rnnt_type: str = "regular",
+    delay_penalty: float = 0.0,
+    reduction: str = "mean",
+    return_grad: bool = False,
+    *,
+    fastemit_lambda: float = 0.0,
+) -> Tensor | LossAndGrads:
+    """Transducer loss over the paths that stay within R symbols of each frame.
+
+    The recursion runs on the ``(T, R)`` band itself: time and memory do not grow with the number
+    of symbols. Arcs that leave the band do not exist, so the loss is never below the full one, and
+    equal to it if the band is everything (R = S + 1).
+
+    Args:
+        logits: (B, T, R, V) joiner outputs of the band's cells, float16, bfloat16, float32 or
+            float64, unnormalised.
+        symbols: (B, S) int32 or int64 in [0, V), on the device of logits.
+        ranges: (B, T, R) int32 or int64, the consecutive symbols of each frame's cells, all in
+            [0, S]; from :func:`~transducer_toolkit.get_rnnt_prune_ranges`, or any other.
+        termination_symbol: the blank, in [0, V).
+        boundary: (B, 4) int32 or int64 rows ``[s_begin, t_begin, s_end, t_end]``, on the CPU or
+            the device of logits; None means ``[0, 0, S, T]``. What stands outside does not matter.
+        rnnt_type: "regular", "modified" or "constrained".
+        delay_penalty: >= 0; adds ``delay_penalty * ((t_end - 1) / 2 - t)`` to the score of every
+            symbol at frame t.
+        reduction: "none" (B,), "mean" over utterances, or "sum".
+        return_grad: also return posteriors, of the full lattice's shapes, zero outside of the band.
+        fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; not in k2.
+
+    Returns:
+        As :func:`~transducer_toolkit.rnnt_loss_simple`. +inf, with zero gradient, for an utterance
+        none of whose paths stays in the band.
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: arguments that do not fit, and impossible values on the CPU; names the argument
+            or utterance, what was expected and what came.
+        RuntimeError: no stage for this device in this build; a second derivative.
+
+    Example:
+        >>> import torch
+        >>> ranges = torch.tensor([[[0, 1], [0, 1], [1, 2], [1, 2]]])
+        >>> symbols = torch.tensor([[1, 2]])
+        >>> logits = torch.zeros(1, 4, 2, 5)
+        >>> rnnt_loss_pruned(logits, symbols, ranges, termination_symbol=0)  # 6 log 5 - log 4
+        tensor(8.2703)
+
+    Source:
+        F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022, section 3.
+    """
+    if ranges is None:
+        raise TypeError("ranges: expected a torch.Tensor, got None; rnnt_loss takes no ranges")
+    return joint_loss(
+        logits, symbols, ranges, termination_symbol, boundary, rnnt_type, delay_penalty, reduction,
+        return_grad, fastemit_lambda,
+    )  # fmt: skip
+
+
+def get_rnnt_logprobs_pruned(
+    logits: Tensor,
+    symbols: Tensor,
+    ranges: Tensor,
+    termination_symbol: int,
+    boundary: Tensor | None = None,
+    rnnt_type: str = "regular",
+) -> tuple[Tensor, Tensor]:
+    """Scores of :func:`rnnt_loss_pruned` in the form of ``mutual_information_recursion``.
+
+    In plain torch, with a temporary of the logits' size: the loss itself does not use it.
+
+    Args:
+        logits: (B, T, R, V), as in :func:`rnnt_loss_pruned`; and so on.
+        symbols: (B, S), likewise.
+        ranges: (B, T, R), likewise.
+        termination_symbol: likewise.
+        boundary: likewise.
+        rnnt_type: likewise.
+
+    Returns:
+        As :func:`~transducer_toolkit.get_rnnt_logprobs`, -inf outside of the band.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`rnnt_loss_pruned`.
+
+    Example:
+        >>> import torch
+        >>> ranges = torch.tensor([[[0, 1], [0, 1], [1, 2], [1, 2]]])
+        >>> symbols = torch.tensor([[1, 2]])
+        >>> px, py = get_rnnt_logprobs_pruned(torch.zeros(1, 4, 2, 5), symbols, ranges, 0)
+        >>> px.isfinite().sum().item(), py.isfinite().sum().item()
+        (6, 8)
+    """
+    return joint_logprobs(logits, symbols, ranges, termination_symbol, boundary, rnnt_type)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of blank and labels under an additive joiner, plain and smoothed, without its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit import native
+from transducer_toolkit.losses import checks
+from transducer_toolkit.losses.boundary import (
+    check_boundary,
+    check_rnnt_type,
+    checked_symbols,
+    real_columns,
+    real_frames,
+)
+from transducer_toolkit.losses.simple_normaliser import simple_normaliser
+
+
+def additive_scores(
+    lm: Tensor,
+    am: Tensor,
+    symbols: Tensor,
+    termination_symbol: int,
+    lm_only_scale: float,
+    am_only_scale: float,
+    boundary: Tensor,
+    rnnt_type: str,
+    feasible_topology: str,
+) -> tuple[Tensor, Tensor]:
+    """Blank scores (B, T, S + 1) and label scores (B, T, S), float64, constrained sum included."""
+    symbols, is_invalid = checked_symbols(
+        symbols,
+        boundary,
+        max_frames=am.size(1),
+        vocab_size=am.size(2),
+        topology=feasible_topology,
+    )
+    # Zeroed before any product or reduction: 0 * NaN is NaN.
+    is_context = real_columns(boundary, lm.size(1), lm.device)  # (B, S + 1)
+    is_frame = real_frames(boundary, am.size(1), am.device)  # (B, T)
+    dtype = native.compute_dtype(am.dtype)
+    lm = lm.to(dtype).masked_fill(~is_context[:, :, None], 0.0)
+    am = am.to(dtype).masked_fill(~is_frame[:, :, None], 0.0)
+
+    # What blank and labels pick from lm (B, S + 1 or S, broadcast over T), and from am (B, T, ...).
+    score = native.SCORE_DTYPE
+    lm_blank = lm[:, None, :, termination_symbol].to(score)  # (B, 1, S + 1)
+    lm_label = lm[:, :-1].gather(2, symbols[:, :, None]).transpose(1, 2).to(score)  # (B, 1, S)
+    am_blank = am[:, :, termination_symbol, None].to(score)  # (B, T, 1)
+    am_label = am.gather(2, symbols[:, None, :].expand(-1, am.size(1), -1)).to(score)  # (B, T, S)
+
+    blank: Tensor | float = 0.0
+    label: Tensor | float = 0.0
+    combined_scale = 1.0 - lm_only_scale - am_only_scale
+    # A scale of zero leaves its term out: 0 * -inf would be NaN.
+    if combined_scale > 0:
+        normaliser = simple_normaliser(lm, am)  # (B, T, S + 1)
+        blank = blank + combined_scale * (am_blank + lm_blank - normaliser)
+        label = label + combined_scale * (am_label + lm_label - normaliser[:, :, :-1])
+    if lm_only_scale > 0 or am_only_scale > 0:
+        # (B, 1, S + 1): every maximum is 0 here, so nothing underflows that matters.
+        lm_normaliser = simple_normaliser(lm, am.new_zeros(am.size(0), 1, am.size(2)))
+    if lm_only_scale > 0:
+        blank = blank + lm_only_scale * (lm_blank - lm_normaliser)
+        label = label + lm_only_scale * (lm_label - lm_normaliser[:, :, :-1])
+    if am_only_scale > 0:
+        unigram = _log_mean_softmax(lm, lm_normaliser.transpose(1, 2), is_context)  # (V,)
+        rows = unigram.expand(am.size(0), 1, -1)
+        am_normaliser = simple_normaliser(rows, am)  # (B, T, 1)
+        prior_blank, prior_label = unigram[termination_symbol].to(score), unigram[symbols].to(score)
+        blank = blank + am_only_scale * (am_blank + prior_blank - am_normaliser)
+        label = label + am_only_scale * (am_label + prior_label[:, None, :] - am_normaliser)
+    assert isinstance(blank, Tensor) and isinstance(label, Tensor)
+    # lm_only alone does not depend on the frame.
+    blank = blank.expand(-1, am.size(1), -1)
+    label = label.expand(-1, am.size(1), -1)
+    if is_invalid is not None:
+        label = label.masked_fill(is_invalid[:, None, :], float("nan"))
+    if rnnt_type == "constrained":
+        label = label + blank[:, :, 1:]
+    return blank, label
+
+
+def _log_mean_softmax(lm: Tensor, normaliser: Tensor, is_context: Tensor) -> Tensor:
+    """log of the mean of softmax(lm) over the real (b, u): (B,U+1,V), (B,U+1,1), (B,U+1) -> (V,)"""
+    log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(~is_context[:, :, None], float("-inf"))
+    top = log_probs.detach().amax((0, 1))
+    top = torch.where(top == float("-inf"), 0.0, top)  # a symbol that no context allows
+    total = (log_probs - top).exp().sum((0, 1))
+    is_possible = total != 0  # NaN is kept
+    # The inner where keeps the derivative of log(0) out of the gradient.
+    log_total = torch.where(is_possible, total, 1.0).log()
+    mean = log_total + top - is_context.sum().to(lm.dtype).log()
+    return torch.where(is_possible, mean, float("-inf"))
+
+
+def check_arguments(
+    lm: Tensor,
+    am: Tensor,
+    symbols: Tensor,
+    termination_symbol: int,
+    lm_only_scale: float,
+    am_only_scale: float,
+    boundary: Tensor | None,
+    rnnt_type: str,
+) -> None:
+    check_rnnt_type(rnnt_type)
+    for name, scale in (("lm_only_scale", lm_only_scale), ("am_only_scale", am_only_scale)):
+        if not 0 <= scale <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {scale}")
+    if lm_only_scale + am_only_scale > 1 + 1e-6:
+        raise ValueError(
+            "lm_only_scale, am_only_scale: expected a sum of at most 1, "
+            f"got {lm_only_scale} + {am_only_scale}"
+        )
+    for name, tensor in (("lm", lm), ("am", am)):
+        checks.check_tensor(tensor, name)
+        checks.check_dtype(tensor, name, native.SUPPORTED_DTYPES)
+        if tensor.dim() != 3:
+            axes = "(B, S + 1, V)" if name == "lm" else "(B, T, V)"
+            raise ValueError(f"{name}: expected shape {axes}, got {tuple(tensor.shape)}")
+    if am.dtype != lm.dtype:
+        raise TypeError(f"am: expected dtype {lm.dtype}, that of lm, got {am.dtype}")
+    if am.device != lm.device:
+        raise ValueError(f"am: expected device {lm.device}, that of lm, got {am.device}")
+    checks.check_tensor(symbols, "symbols")
+    checks.check_dtype(symbols, "symbols", checks.INDEX_DTYPES)
+    if symbols.dim() != 2:
+        raise ValueError(f"symbols: expected shape (B, S), got {tuple(symbols.shape)}")
+    if symbols.size(0) == 0:
+        raise ValueError("symbols: expected at least one utterance, got B = 0")
+    if symbols.device != am.device:
+        raise ValueError(f"symbols: expected device {am.device}, that of am, got {symbols.device}")
+    num_utterances, num_symbols = symbols.shape
+    vocab_size = am.size(2)
+    if tuple(lm.shape) != (num_utterances, num_symbols + 1, vocab_size):
+        raise ValueError(
+            f"lm: expected shape ({num_utterances}, {num_symbols + 1}, {vocab_size}), B and S + 1 "
+            f"from symbols {tuple(symbols.shape)}, V from am, got {tuple(lm.shape)}"
+        )
+    if am.size(0) != num_utterances or am.size(1) == 0:
+        raise ValueError(
+            f"am: expected shape ({num_utterances}, T, V) with T >= 1, B from symbols, "
+            f"got {tuple(am.shape)}"
+        )
+    if not isinstance(termination_symbol, int):
+        raise TypeError(
+            f"termination_symbol: expected an int, got {type(termination_symbol).__name__}"
+        )
+    if not 0 <= termination_symbol < vocab_size:
+        raise ValueError(
+            f"termination_symbol: expected 0 <= termination_symbol < {vocab_size} (V of am), "
+            f"got {termination_symbol}"
+        )
+    check_boundary(boundary, num_utterances, am.device)
+    native.require_supported_device(am.device)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Audio and its text to token and word times, with a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.data.batching import is_feasible
+from transducer_toolkit.data.features import FRAME_SHIFT_MS
+from transducer_toolkit.data.tokenizer import SPACE_SYMBOL
+from transducer_toolkit.decoding import Alignment, align, check_topology, lattice_posteriors
+from transducer_toolkit.lattice import LatticeShape
+from transducer_toolkit.modules.encoder import Encoder
+from transducer_toolkit.training.recognizer import Recognizer
+
+
+@dataclass(frozen=True)
+class AlignedToken:
+    """A target symbol on the best path.
+
+    Attributes:
+        symbol: as the tokenizer writes it.
+        frame: the encoder frame that emits it.
+        time_s: start of that frame, seconds from the start of the utterance.
+        posterior: probability that it is this frame which emits the symbol, given the text.
+        expected_time_s: posterior mean of the emission time, over all paths; also frame starts.
+    """
+
+    symbol: str
+    frame: int
+    time_s: float
+    posterior: float
+    expected_time_s: float
+
+
+@dataclass(frozen=True)
+class AlignedWord:
+    """A word on the best path.
+
+    Attributes:
+        word: its text.
+        start_s: start of the frame that emits its first symbol, seconds.
+        end_s: end of the frame that emits its last symbol, seconds. Of two words that share a
+            frame the first ends after the second has started.
+    """
+
+    word: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class AlignedUtterance:
+    """An utterance with the times of its text.
+
+    Attributes:
+        text: the reference.
+        tokens: its symbols, in order.
+        words: its words, in order.
+        path: the best path.
+        log_likelihood: log-probability of the text, the sum over all paths; not below that of the
+            best path.
+        occupancy: (T, U + 1) posterior of each lattice cell, CPU.
+        features: (T_in, F) what the encoder saw, CPU.
+        frame_s: duration of an encoder frame, seconds.
+        topology: of the lattice.
+    """
+
+    text: str
+    tokens: list[AlignedToken]
+    words: list[AlignedWord]
+    path: Alignment
+    log_likelihood: float
+    occupancy: Tensor
+    features: Tensor
+    frame_s: float
+    topology: str
+
+
+def encoder_frame_s(encoder: Encoder) -> float:
+    """Seconds an encoder frame stands for; frame t starts at ``t * encoder_frame_s``.
+
+    Example:
+        >>> from transducer_toolkit.modules import ConvLstmEncoder
+        >>> encoder_frame_s(ConvLstmEncoder(hidden_dim=16))
+        0.04
+    """
+    return encoder.subsampling_factor * FRAME_SHIFT_MS / 1000
+
+
+def word_spans(symbols: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Group symbols into words.
+
+    A word starts behind a space (U+2581), be the space a symbol of its own, as of characters, or
+    the first character of a symbol, as of word pieces. Lone spaces belong to no word.
+
+    Args:
+        symbols: those of a text.
+
+    Returns:
+        For each word its text, and the positions of its first and last symbol.
+
+    Example:
+        >>> word_spans(["a", "b", "\u2581", "c"]), word_spans(["\u2581ab", "c", "\u2581c"])
+        ([('ab', 0, 1), ('c', 3, 3)], [('abc', 0, 1), ('c', 2, 2)])
+    """
+    spans: list[tuple[str, int, int]] = []
+    begins = True
+    for position, symbol in enumerate(symbols):
+        letters = symbol.removeprefix(SPACE_SYMBOL)
+        begins = begins or letters != symbol
+        if not letters:
+            continue
+        if begins:
+            spans.append((letters, position, position))
+        else:
+            word, first, _ = spans[-1]
+            spans[-1] = (word + letters, first, position)
+        begins = False
+    return spans
+
+
+@torch.inference_mode()
+def align_text(
+    recognizer: Recognizer, waveform: Tensor, text: str, *, topology: str | None = None
+) -> AlignedUtterance:
+    """Align the text of one utterance to its audio.
+
+    A time is when the model emits, not when a sound begins: a model that sees no future emits a
+    symbol once it has heard enough of it.
+
+    Args:
+        recognizer: a trained recognizer.
+        waveform: (num_samples,) float32 in [-1, 1] at ``recognizer.fbank.sample_rate``, CPU.
+        text: what is said; may be empty.
+        topology: of the lattice; None is that of the loss which trained the model.
+
+    Returns:
+        Times and posteriors of all symbols and words.
+
+    Raises:
+        ValueError: if the text has a character that the tokenizer lacks, the audio is too short
+            for a frame of features, or for so many symbols in this topology.
+
+    Example:
+        >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
+        >>> align_text(recognizer, read_audio("three.wav"), "three").words  # doctest: +SKIP
+        [AlignedWord(word='three', start_s=0.2, end_s=0.48)]
+    """
+    topology = recognizer.topology if topology is None else topology
+    check_topology(topology)
+    model, tokenizer = recognizer.model, recognizer.tokenizer
+    tokens = tokenizer.encode(text)
+    features = recognizer.fbank(waveform)
+    device = next(model.parameters()).device
+    targets = torch.tensor(tokens, dtype=torch.int64, device=device).unsqueeze(0)  # (1, U)
+    encoder_out, encoder_lengths, predictor_out = model(
+        features.unsqueeze(0).to(device), torch.tensor([len(features)]), targets
+    )
+    num_frames = int(encoder_lengths[0])
+    if not is_feasible(num_frames, len(tokens), topology=topology):
+        raise ValueError(
+            f"the audio is too short for its text: {num_frames} encoder frames cannot emit "
+            f"{len(tokens)} symbols in the topology {topology!r}"
+        )
+    shape = LatticeShape.from_lengths(encoder_lengths, [len(tokens)])
+    logits = model.joiner(encoder_out, predictor_out, shape).float()
+    path = align(logits, targets, shape, model.blank, topology=topology)[0]
+    posteriors = lattice_posteriors(logits, targets, shape, model.blank, topology=topology)
+    of_labels = posteriors.labels[0].cpu()  # (T, U)
+    expected = posteriors.expected_frames()[0].tolist()
+
+    frame_s = encoder_frame_s(model.encoder)
+    symbols = [tokenizer.symbols[token] for token in tokens]
+    return AlignedUtterance(
+        text=text,
+        tokens=[
+            AlignedToken(
+                symbol=symbol,
+                frame=frame,
+                time_s=frame * frame_s,
+                posterior=float(of_labels[frame, position]),
+                expected_time_s=expected[position] * frame_s,
+            )
+            for position, (symbol, frame) in enumerate(zip(symbols, path.frames, strict=True))
+        ],
+        words=[
+            AlignedWord(word, path.frames[first] * frame_s, (path.frames[last] + 1) * frame_s)
+            for word, first, last in word_spans(symbols)
+        ],
+        path=path,
+        log_likelihood=float(posteriors.log_likelihood[0]),
+        occupancy=posteriors.occupancy[0].cpu(),
+        features=features,
+        frame_s=frame_s,
+        topology=topology,
+    )

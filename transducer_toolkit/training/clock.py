@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long training steps take, which part of that is the loss, and how much memory they need."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from transducer_toolkit.training import memory
+from transducer_toolkit.training.stages import LossInput
+
+
+class StepClock(Callback):
+    """Measure wall time and memory of training steps, without validation and start-up.
+
+    Attributes:
+        seconds_per_step: mean so far, data loading included; 0 before the second step.
+        training_s: wall time from the start of the training to its end, validation included.
+        loss_part: part of the steps' time that joiner and loss take, forward and backward. On a
+            CPU; a GPU works behind the clock's back, and this says nothing.
+        peak_memory_mib: highest memory since the start of the training beyond what was in use then;
+            resident memory of this process on a CPU, the allocator's on CUDA. 0 where the system
+            does not tell.
+    """
+
+    # The first steps pay for allocations and worker start-up.
+    NUM_IGNORED_STEPS = 5
+
+    def __init__(self) -> None:
+        self.training_s = 0.0
+        self._sum_s = 0.0
+        self._num_steps = 0
+        self._num_seen = 0
+        self._last: float | None = None
+        self._start = 0.0
+        self._loss_s = 0.0
+        self._loss_of_step_s = 0.0
+        self._mark = 0.0  # when joiner and loss last began to run, forward or backward
+        self._memory_before = 0
+        self.peak_memory_mib = 0.0
+        self._hooks: list[Any] = []
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self._sum_s / max(1, self._num_steps)
+
+    @property
+    def loss_part(self) -> float:
+        return self._loss_s / self._sum_s if self._sum_s else 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = getattr(pl_module, "loss", None)
+        if isinstance(loss, torch.nn.Module):
+            self._hooks = [
+                loss.register_forward_pre_hook(self._before_loss),
+                loss.register_forward_hook(self._after_loss),
+            ]
+        self._memory_before = memory.reset_peak(pl_module.device)
+        self._start = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.training_s = time.perf_counter() - self._start
+        peak = memory.peak(pl_module.device) - self._memory_before
+        self.peak_memory_mib = max(0, peak) / 2**20
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_loss(self, stage: torch.nn.Module, arguments: tuple[LossInput]) -> None:
+        self._mark = time.perf_counter()
+
+    def _after_loss(self, stage: torch.nn.Module, arguments: tuple[LossInput], out: Any) -> None:
+        if not stage.training:
+            return
+        self._loss_of_step_s += time.perf_counter() - self._mark
+        batch = arguments[0]
+        inputs = [x for x in (batch.encoder_out, batch.predictor_out) if x.requires_grad]
+        remaining = len(inputs)
+
+        def has_gradient(_: Tensor) -> None:
+            nonlocal remaining
+            remaining -= 1
+            if remaining == 0:  # the gradient leaves joiner and loss
+                self._loss_of_step_s += time.perf_counter() - self._mark
+
+        for tensor in inputs:
+            tensor.register_hook(has_gradient)
+
+    def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = None
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._num_seen += 1
+        if self._last is not None and self._num_seen > self.NUM_IGNORED_STEPS:
+            self._sum_s += now - self._last
+            self._loss_s += self._loss_of_step_s
+            self._num_steps += 1
+        self._loss_of_step_s = 0.0
+        self._last = now

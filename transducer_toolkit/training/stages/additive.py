@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages of an additive joiner, logits = am + lm: nothing of the lattice's size times V exists."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from transducer_toolkit.losses import checks, rnnt_loss_smoothed
+from transducer_toolkit.losses.boundary import check_rnnt_type
+from transducer_toolkit.modules.joiner import AdditiveJoiner
+from transducer_toolkit.training.stages.base import LossInput, LossStage, StageOutput
+
+
+class SmoothedLoss(LossStage):
+    """:func:`~transducer_toolkit.rnnt_loss_smoothed` of an :class:`AdditiveJoiner`.
+
+    The model trained, decoded and exported has that joiner: ``logits = am + lm``.
+
+    Args:
+        blank: id of blank.
+        rnnt_type: "regular", "modified" or "constrained".
+        lm_only_scale: weight of the predictor's own log-probabilities.
+        am_only_scale: weight of the encoder's own.
+        delay_penalty: penalty per frame of delay, 0 is off.
+
+    Example:
+        >>> import torch
+        >>> from transducer_toolkit import LatticeShape
+        >>> shape = LatticeShape.from_lengths([4, 3], [2, 1])
+        >>> targets = torch.tensor([[1, 4], [2, -1]])
+        >>> encoder_out, predictor_out = torch.randn(2, 4, 8), torch.randn(2, 3, 6)
+        >>> batch = LossInput(AdditiveJoiner(8, 6, 5), encoder_out, predictor_out, targets, shape)
+        >>> SmoothedLoss()(batch).losses.shape
+        torch.Size([2])
+    """
+
+    joiner_target = "transducer_toolkit.modules.joiner.AdditiveJoiner"
+
+    def __init__(
+        self,
+        *,
+        blank: int = 0,
+        rnnt_type: str = "regular",
+        lm_only_scale: float = 0.1,
+        am_only_scale: float = 0.1,
+        delay_penalty: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_rnnt_type(rnnt_type)
+        checks.check_options(0.0, delay_penalty)
+        self.blank = blank
+        self.topology = rnnt_type
+        self.lm_only_scale = lm_only_scale
+        self.am_only_scale = am_only_scale
+        self.delay_penalty = delay_penalty
+
+    def forward(self, batch: LossInput) -> StageOutput:
+        if not isinstance(batch.joiner, AdditiveJoiner):
+            raise TypeError(
+                f"{type(self).__name__} trains an AdditiveJoiner, got {type(batch.joiner).__name__}"
+            )
+        am, lm = batch.joiner.parts(batch.encoder_out, batch.predictor_out)
+        losses = rnnt_loss_smoothed(
+            lm,
+            am,
+            batch.targets,
+            self.blank,
+            lm_only_scale=self.lm_only_scale,
+            am_only_scale=self.am_only_scale,
+            boundary=batch.boundary,
+            rnnt_type=self.topology,
+            delay_penalty=self.delay_penalty,
+            reduction="none",
+        )
+        assert isinstance(losses, Tensor)  # no return_grad
+        return StageOutput(losses, {})
+
+
+class SimpleLoss(SmoothedLoss):
+    """:func:`~transducer_toolkit.rnnt_loss_simple` of an :class:`AdditiveJoiner`: no smoothing.
+
+    Args:
+        blank: id of blank.
+        rnnt_type: "regular", "modified" or "constrained".
+        delay_penalty: penalty per frame of delay, 0 is off.
+
+    Example:
+        >>> stage = SimpleLoss(rnnt_type="constrained")
+    """
+
+    def __init__(
+        self, *, blank: int = 0, rnnt_type: str = "regular", delay_penalty: float = 0.0
+    ) -> None:
+        super().__init__(
+            blank=blank,
+            rnnt_type=rnnt_type,
+            lm_only_scale=0.0,
+            am_only_scale=0.0,
+            delay_penalty=delay_penalty,
+        )

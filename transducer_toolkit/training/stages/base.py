@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every loss stage gets, gives and offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transducer_toolkit.lattice import LatticeShape
+from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
+from transducer_toolkit.modules.transducer import Transducer
+
+
+class LossInput(NamedTuple):
+    """A batch between the model and its loss.
+
+    Attributes:
+        joiner: the model's joiner, or one of yours with the methods of either class.
+        encoder_out: (B, T, E) float; anything finite in padding.
+        predictor_out: (B, U + 1, P) float; anything finite in padding.
+        targets: (B, U) integer ids on the device of ``encoder_out``; anything in padding.
+        shape: lengths of the batch's lattices, on the CPU.
+    """
+
+    joiner: Joiner | AdditiveJoiner
+    encoder_out: Tensor
+    predictor_out: Tensor
+    targets: Tensor
+    shape: LatticeShape
+
+    @property
+    def boundary(self) -> Tensor:
+        """(B, 4) int64 rows [0, 0, U_b, T_b] on the CPU, for the losses under k2's names."""
+        frames, symbols = self.shape.logit_lengths, self.shape.target_lengths
+        zeros = torch.zeros_like(frames)
+        return torch.stack([zeros, zeros, symbols, frames], 1)
+
+
+class StageOutput(NamedTuple):
+    """What a loss stage gives.
+
+    Attributes:
+        losses: (B,) float, the loss of each utterance (nats), to be minimised.
+        metrics: further scalars to log, detached, by name; each a mean over the batch.
+    """
+
+    losses: Tensor
+    metrics: dict[str, Tensor]
+
+
+class LossStage(nn.Module, ABC):
+    """What every loss stage offers. It may own parameters; they are trained with the model.
+
+    Attributes:
+        topology: of the lattice, one of :data:`~transducer_toolkit.decoding.TOPOLOGIES`.
+            Checkpoints carry it: a model is aligned and decoded as it was trained.
+        joiner_target: dotted path of the joiner class that this stage trains in place of the
+            model's, or None: any.
+    """
+
+    topology: str = "regular"
+    joiner_target: str | None = None
+
+    @abstractmethod
+    def forward(self, batch: LossInput) -> StageOutput:
+        """Compute the losses of a batch, not yet divided by anything, and further metrics."""
+
+    def bind(self, model: Transducer) -> None:
+        """Make what depends on the model's sizes; called once, before training."""
+
+    def set_progress(self, step: int, num_steps: int) -> None:
+        """Tell a stage with a schedule where the training stands; called before each step.
+
+        Args:
+            step: optimizer steps done.
+            num_steps: of the whole training.
+        """
+
+
+def require_joiner(joiner: nn.Module, stage: LossStage) -> Joiner:
+    """The joiner, if it is one whose parts a stage may use; a TypeError otherwise."""
+    if not isinstance(joiner, Joiner):
+        raise TypeError(
+            f"{type(stage).__name__} works inside of the joiner and needs a Joiner, got "
+            f"{type(joiner).__name__}; loss=packed takes any"
+        )
+    return joiner
+
+
+def per_frame(losses: Tensor, shape: LatticeShape) -> Tensor:
+    """Detached sum of the losses (B,) over the frames of the batch."""
+    return losses.detach().sum() / shape.num_frames

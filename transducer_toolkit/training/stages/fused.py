@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage whose logits never exist as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transducer_toolkit.losses import checks, fused_joiner_loss
+from transducer_toolkit.native import TOPOLOGIES
+from transducer_toolkit.training.stages.base import (
+    LossInput,
+    LossStage,
+    StageOutput,
+    require_joiner,
+)
+
+
+class FusedLoss(LossStage):
+    """The numbers of :class:`PackedLoss` by :func:`~transducer_toolkit.fused_joiner_loss`.
+
+    Logs ``kept``, the part of the cells that backward visited.
+
+    Args:
+        blank: id of blank.
+        rnnt_type: "regular", "modified", "constrained" or "one_sym_per_frame".
+        fastemit_lambda: weight of FastEmit, 0 is off.
+        delay_penalty: penalty per frame of delay, 0 is off.
+        clamp: bound on the gradient of each logit, 0 is off.
+        dropped_mass: bound of the occupancy filter, 0 is exact.
+
+    Example:
+        >>> import torch
+        >>> from transducer_toolkit import Joiner, LatticeShape
+        >>> shape = LatticeShape.from_lengths([4, 3], [2, 1])
+        >>> targets = torch.tensor([[1, 4], [2, -1]])
+        >>> encoder_out, predictor_out = torch.randn(2, 4, 8), torch.randn(2, 3, 6)
+        >>> batch = LossInput(Joiner(8, 6, 16, 5), encoder_out, predictor_out, targets, shape)
+        >>> sorted(FusedLoss()(batch).metrics)
+        ['kept']
+    """
+
+    def __init__(
+        self,
+        *,
+        blank: int = 0,
+        rnnt_type: str = "regular",
+        fastemit_lambda: float = 0.0,
+        delay_penalty: float = 0.0,
+        clamp: float = 0.0,
+        dropped_mass: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        checks.check_choice(rnnt_type, "rnnt_type", TOPOLOGIES)
+        checks.check_options(fastemit_lambda, delay_penalty, clamp)
+        self.blank = blank
+        self.topology = rnnt_type
+        self.options: dict[str, Any] = {
+            "fastemit_lambda": fastemit_lambda,
+            "delay_penalty": delay_penalty,
+            "clamp": clamp,
+            "dropped_mass": dropped_mass,
+        }
+
+    def forward(self, batch: LossInput) -> StageOutput:
+        joiner = require_joiner(batch.joiner, self)
+        losses, kept = fused_joiner_loss(
+            joiner.encoder_projection(batch.encoder_out),
+            joiner.predictor_projection(batch.predictor_out),
+            joiner.output.weight,
+            joiner.output.bias,
+            batch.targets,
+            batch.shape.logit_lengths,
+            batch.shape.target_lengths,
+            self.blank,
+            activation=joiner.activation,
+            topology=self.topology,
+            reduction="none",
+            shape=batch.shape,
+            return_kept=True,
+            **self.options,
+        )
+        return StageOutput(losses, {"kept": kept})

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages that have the logits of all cells: packed, padded, and torchaudio's as the yardstick."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from transducer_toolkit.losses import checks, rnnt_loss
+from transducer_toolkit.losses.operator import logits_loss
+from transducer_toolkit.native import TOPOLOGIES
+from transducer_toolkit.training.stages.base import LossInput, LossStage, StageOutput
+
+
+class PackedLoss(LossStage):
+    """The joiner on packed cells and the loss of :func:`~transducer_toolkit.transducer_loss`.
+
+    Args:
+        blank: id of blank.
+        rnnt_type: "regular", "modified", "constrained" or "one_sym_per_frame".
+        fastemit_lambda: weight of FastEmit, 0 is off.
+        delay_penalty: penalty per frame of delay, 0 is off.
+        clamp: bound on the gradient of each logit, 0 is off.
+
+    Example:
+        >>> import torch
+        >>> from transducer_toolkit import Joiner, LatticeShape
+        >>> shape = LatticeShape.from_lengths([4, 3], [2, 1])
+        >>> targets = torch.tensor([[1, 4], [2, -1]])
+        >>> encoder_out, predictor_out = torch.randn(2, 4, 8), torch.randn(2, 3, 6)
+        >>> batch = LossInput(Joiner(8, 6, 16, 5), encoder_out, predictor_out, targets, shape)
+        >>> PackedLoss()(batch).losses.shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        *,
+        blank: int = 0,
+        rnnt_type: str = "regular",
+        fastemit_lambda: float = 0.0,
+        delay_penalty: float = 0.0,
+        clamp: float = 0.0,
+    ) -> None:
+        super().__init__()
+        checks.check_choice(rnnt_type, "rnnt_type", TOPOLOGIES)
+        checks.check_options(fastemit_lambda, delay_penalty, clamp)
+        self.blank = blank
+        self.topology = rnnt_type
+        self.fastemit_lambda = fastemit_lambda
+        self.delay_penalty = delay_penalty
+        self.clamp = clamp
+
+    def forward(self, batch: LossInput) -> StageOutput:
+        shape = batch.shape
+        losses = logits_loss(
+            batch.joiner(batch.encoder_out, batch.predictor_out, shape),
+            batch.targets,
+            shape.logit_lengths,
+            shape.target_lengths,
+            blank=self.blank,
+            topology=self.topology,
+            fastemit_lambda=self.fastemit_lambda,
+            delay_penalty=self.delay_penalty,
+            clamp=self.clamp,
+        ).losses
+        return StageOutput(losses, {})
+
+
+class FullLoss(LossStage):
+    """The joiner on the padded lattice and :func:`~transducer_toolkit.rnnt_loss`.
+
+    The same numbers as :class:`PackedLoss`, with the memory of padded logits: the baseline of the
+    pruned losses.
+
+    Args:
+        blank: id of blank.
+        rnnt_type: "regular", "modified" or "constrained".
+        fastemit_lambda: weight of FastEmit, 0 is off.
+        delay_penalty: penalty per frame of delay, 0 is off.
+
+    Example:
+        >>> stage = FullLoss(blank=0, rnnt_type="modified")
+    """
+
+    def __init__(
+        self,
+        *,
+        blank: int = 0,
+        rnnt_type: str = "regular",
+        fastemit_lambda: float = 0.0,
+        delay_penalty: float = 0.0,
+    ) -> None:
+        super().__init__()
+        checks.check_choice(rnnt_type, "rnnt_type", TOPOLOGIES[:3])
+        checks.check_options(fastemit_lambda, delay_penalty)
+        self.blank = blank
+        self.topology = rnnt_type
+        self.fastemit_lambda = fastemit_lambda
+        self.delay_penalty = delay_penalty
+
+    def forward(self, batch: LossInput) -> StageOutput:
+        losses = rnnt_loss(
+            batch.joiner.padded(batch.encoder_out, batch.predictor_out),
+            batch.targets,
+            self.blank,
+            batch.boundary,
+            self.topology,
+            self.delay_penalty,
+            "none",
+            fastemit_lambda=self.fastemit_lambda,
+        )
+        assert isinstance(losses, Tensor)  # no return_grad
+        return StageOutput(losses, {})
+
+
+class TorchaudioLoss(LossStage):
+    """The joiner on the padded lattice and ``torchaudio.functional.rnnt_loss``: the yardstick.
+
+    Args:
+        blank: id of blank.
+        clamp: bound on the gradient of each logit, 0 is off.
+
+    Raises:
+        ImportError: if torchaudio cannot be imported.
+
+    Example:
+        >>> stage = TorchaudioLoss(blank=0)
+    """
+
+    def __init__(self, *, blank: int = 0, clamp: float = 0.0) -> None:
+        super().__init__()
+        try:
+            from torchaudio.functional import rnnt_loss
+        except (ImportError, OSError) as error:
+            raise ImportError(
+                "loss=torchaudio needs a torchaudio that fits the installed torch "
+                f"({error}); loss=packed needs none"
+            ) from error
+        self._rnnt_loss = rnnt_loss
+        self.blank = blank
+        self.clamp = clamp if clamp > 0 else -1.0  # torchaudio's "off"
+
+    def forward(self, batch: LossInput) -> StageOutput:
+        joiner, encoder_out, predictor_out, targets, shape = batch
+        # torchaudio insists on the longest lengths being the sizes, and on int32 throughout.
+        max_frames, max_targets = shape.max_frames, shape.max_targets
+        device = encoder_out.device
+        losses = self._rnnt_loss(
+            joiner.padded(encoder_out[:, :max_frames], predictor_out[:, : max_targets + 1]),
+            targets[:, :max_targets].int().contiguous(),
+            shape.logit_lengths.int().to(device),
+            shape.target_lengths.int().to(device),
+            blank=self.blank,
+            clamp=self.clamp,
+            reduction="none",
+        )
+        return StageOutput(losses, {})

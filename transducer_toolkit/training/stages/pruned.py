@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two-stage recipe: a smoothed loss finds the band, the joiner works in the band only."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from transducer_toolkit.losses import (
+    checks,
+    do_rnnt_pruning,
+    fused_joiner_loss,
+    get_rnnt_prune_ranges,
+    rnnt_loss_pruned,
+    rnnt_loss_smoothed,
+)
+from transducer_toolkit.losses.boundary import check_rnnt_type
+from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
+from transducer_toolkit.modules.joint import apply_activation
+from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.training.stages.base import (
+    LossInput,
+    LossStage,
+    StageOutput,
+    per_frame,
+    require_joiner,
+)
+
+# icefall's schedule: the band means nothing before the simple joiner has learnt something.
+MAX_WARMUP_STEPS = 2000
+WARMUP_PART = 0.2
+SIMPLE_SCALES = (1.0, 0.5)  # at the beginning and at the end of the warm-up
+PRUNED_SCALES = (0.1, 1.0)
+
+
+class PrunedLoss(LossStage):
+    """Smoothed loss -> ranges -> joiner and loss on ``prune_range`` symbols of each frame.
+
+    ``losses = simple_scale * smoothed + pruned_scale * pruned``; over the warm-up, the first
+    ``min(2000, 20 %)`` of all steps, the scales go from 1.0 to 0.5 and from 0.1 to 1.0. Logs both
+    losses per frame.
+
+    Args:
+        blank: id of blank.
+        rnnt_type: "regular", "modified" or "constrained".
+        prune_range: R, symbols kept for each frame.
+        lm_only_scale: of the smoothed loss.
+        am_only_scale: of the smoothed loss.
+        fastemit_lambda: weight of FastEmit in the pruned loss, 0 is off.
+        delay_penalty: penalty per frame of delay, in both losses, 0 is off.
+        method: how ranges are found, "greedy" or "optimal".
+        simple_joiner: the additive joiner of the smoothed loss; None: :meth:`bind` makes one.
+
+    Example:
+        >>> import torch
+        >>> from transducer_toolkit import LatticeShape
+        >>> shape = LatticeShape.from_lengths([4, 3], [2, 1])
+        >>> targets = torch.tensor([[1, 4], [2, -1]])
+        >>> encoder_out, predictor_out = torch.randn(2, 4, 8), torch.randn(2, 3, 6)
+        >>> stage = PrunedLoss(prune_range=2, simple_joiner=AdditiveJoiner(8, 6, 5))
+        >>> stage.set_progress(step=0, num_steps=1000)
+        >>> batch = LossInput(Joiner(8, 6, 16, 5), encoder_out, predictor_out, targets, shape)
+        >>> sorted(stage(batch).metrics)
+        ['pruned_loss', 'pruned_scale', 'simple_loss', 'simple_scale']
+
+    Source:
+        F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022.
+    """
+
+    def __init__(
+        self,
+        *,
+        blank: int = 0,
+        rnnt_type: str = "regular",
+        prune_range: int = 5,
+        lm_only_scale: float = 0.25,
+        am_only_scale: float = 0.0,
+        fastemit_lambda: float = 0.0,
+        delay_penalty: float = 0.0,
+        method: str = "greedy",
+        simple_joiner: AdditiveJoiner | None = None,
+    ) -> None:
+        super().__init__()
+        check_rnnt_type(rnnt_type)
+        checks.check_options(fastemit_lambda, delay_penalty)
+        self.blank = blank
+        self.topology = rnnt_type
+        self.prune_range = prune_range
+        self.lm_only_scale = lm_only_scale
+        self.am_only_scale = am_only_scale
+        self.fastemit_lambda = fastemit_lambda
+        self.delay_penalty = delay_penalty
+        self.method = method
+        self.simple_joiner = simple_joiner
+        self.simple_scale, self.pruned_scale = SIMPLE_SCALES[1], PRUNED_SCALES[1]
+
+    def bind(self, model: Transducer) -> None:
+        if self.simple_joiner is None:
+            self.simple_joiner = AdditiveJoiner(
+                model.encoder.output_dim, model.predictor.output_dim, model.vocab_size
+            )
+
+    def set_progress(self, step: int, num_steps: int) -> None:
+        warmup_steps = max(1.0, min(MAX_WARMUP_STEPS, WARMUP_PART * num_steps))
+        done = min(1.0, step / warmup_steps)
+        self.simple_scale, self.pruned_scale = (
+            first + done * (last - first) for first, last in (SIMPLE_SCALES, PRUNED_SCALES)
+        )
+
+    def forward(self, batch: LossInput) -> StageOutput:
+        joiner = require_joiner(batch.joiner, self)
+        if self.simple_joiner is None:
+            raise ValueError(
+                f"{type(self).__name__} needs its simple_joiner: pass one, or call bind(model)"
+            )
+        am, lm = self.simple_joiner.parts(batch.encoder_out, batch.predictor_out)
+        simple, (px_grad, py_grad) = rnnt_loss_smoothed(
+            lm,
+            am,
+            batch.targets,
+            self.blank,
+            lm_only_scale=self.lm_only_scale,
+            am_only_scale=self.am_only_scale,
+            boundary=batch.boundary,
+            rnnt_type=self.topology,
+            delay_penalty=self.delay_penalty,
+            reduction="none",
+            return_grad=True,
+        )
+        ranges = get_rnnt_prune_ranges(
+            px_grad,
+            py_grad,
+            batch.boundary,
+            self.prune_range,
+            rnnt_type=self.topology,
+            method=self.method,
+        )
+        pruned, metrics = self.pruned_losses(joiner, batch, ranges)
+        metrics["simple_loss"] = per_frame(simple, batch.shape)
+        metrics["pruned_loss"] = per_frame(pruned, batch.shape)
+        metrics["simple_scale"] = simple.new_tensor(self.simple_scale)
+        metrics["pruned_scale"] = simple.new_tensor(self.pruned_scale)
+        return StageOutput(self.simple_scale * simple + self.pruned_scale * pruned, metrics)
+
+    def pruned_losses(
+        self, joiner: Joiner, batch: LossInput, ranges: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (B,) on the band of `ranges` (B, T, R), and further metrics."""
+        enc, pred = do_rnnt_pruning(
+            joiner.encoder_projection(batch.encoder_out),
+            joiner.predictor_projection(batch.predictor_out),
+            ranges,
+            boundary=batch.boundary,
+        )
+        losses = rnnt_loss_pruned(
+            joiner.output(apply_activation(enc + pred, joiner.activation)),
+            batch.targets,
+            ranges,
+            self.blank,
+            batch.boundary,
+            self.topology,
+            self.delay_penalty,
+            "none",
+            fastemit_lambda=self.fastemit_lambda,
+        )
+        assert isinstance(losses, Tensor)  # no return_grad
+        return losses, {}
+
+
+class FusedPrunedLoss(PrunedLoss):
+    """:class:`PrunedLoss` with the band's logits by :func:`~transducer_toolkit.fused_joiner_loss`.
+
+    The same numbers in less time and memory. Logs ``kept``, the part of the band's cells that
+    backward visited.
+
+    Args:
+        dropped_mass: bound of the occupancy filter, 0 is exact.
+        options: of :class:`PrunedLoss`.
+
+    Example:
+        >>> stage = FusedPrunedLoss(prune_range=5, simple_joiner=AdditiveJoiner(8, 6, 5))
+    """
+
+    def __init__(self, *, dropped_mass: float = 1e-6, **options) -> None:
+        super().__init__(**options)
+        self.dropped_mass = dropped_mass
+
+    def pruned_losses(
+        self, joiner: Joiner, batch: LossInput, ranges: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, kept = fused_joiner_loss(
+            joiner.encoder_projection(batch.encoder_out),
+            joiner.predictor_projection(batch.predictor_out),
+            joiner.output.weight,
+            joiner.output.bias,
+            batch.targets,
+            batch.shape.logit_lengths,
+            batch.shape.target_lengths,
+            self.blank,
+            activation=joiner.activation,
+            ranges=ranges,
+            topology=self.topology,
+            reduction="none",
+            fastemit_lambda=self.fastemit_lambda,
+            delay_penalty=self.delay_penalty,
+            dropped_mass=self.dropped_mass,
+            shape=batch.shape,
+            return_kept=True,
+        )
+        return losses, {"kept": kept}
