@@ -16,6 +16,8 @@ from transducer_toolkit.losses.operator import logits_loss
 from transducer_toolkit.modules.joint import _ACTIVATIONS
 from transducer_toolkit.native import ACTIVATIONS, TOPOLOGIES
 
+pytestmark = pytest.mark.usefixtures("stages")
+
 FRAMES, SYMBOLS, V, D = [7, 4, 9], [3, 0, 4], 11, 6
 
 
