@@ -181,14 +181,17 @@ class LatticeBatch:
         band_width: int = 0,
         begins: Tensor | None = None,
     ) -> None:
-        num_frames = _index(logit_lengths, device)
-        num_targets = _index(target_lengths, device)
+        # Lengths on the CPU are worked on there: num_rows is known without waiting for a device.
+        on_cpu = logit_lengths.device.type == target_lengths.device.type == "cpu"
+        place = torch.device("cpu") if on_cpu and begins is None else device
+        num_frames = _index(logit_lengths, place)
+        num_targets = _index(target_lengths, place)
         targets = _index(targets, device)
         num_utterances, max_targets = targets.shape
         if padded:
             stride = max_targets + 1 if band_start is None else band_width
             rows_per_utterance = max_frames * stride
-            first_row = torch.arange(num_utterances, device=device) * rows_per_utterance
+            first_row = torch.arange(num_utterances, device=place) * rows_per_utterance
             total = num_utterances * rows_per_utterance
         else:
             stride = 0 if band_start is None else band_width
@@ -211,6 +214,10 @@ class LatticeBatch:
                 band_start = _shift(band_start, first_frame) - first_symbol[:, None]
         if num_rows is None:
             num_rows = int(ends[-1]) if total < 0 else total
+        if place != device:
+            # One copy, from memory that lets it run behind what the device is still doing.
+            together = torch.stack([num_frames, num_targets, first_row]).pin_memory()
+            num_frames, num_targets, first_row = together.to(device, non_blocking=True).unbind()
         self.num_rows = num_rows
         self.num_utterances = num_utterances
         self.max_frames = max_frames

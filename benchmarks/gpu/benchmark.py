@@ -205,7 +205,8 @@ def stage_rows(
         seconds = timed(run)
         ratio = f"{seconds / floor_s:>8.2f}" if floor_s else ""
         kind = str(dtype).removeprefix("torch.")
-        yield f"{batch:<12} {'stage':<7} {kind:<9} {name:<28} {1e3 * seconds:>9.3f} {'':>19} {ratio}"
+        label = f"{batch:<12} {'stage':<7} {kind:<9} {name:<28}"
+        yield f"{label} {1e3 * seconds:>9.3f} {'':>19} {ratio}"
 
 
 def main() -> None:
