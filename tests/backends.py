@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 from transducer_toolkit import native
 
@@ -101,3 +104,41 @@ class Backend:
         with native.emulated(module):
             yield
         module.set_order(module.Order.forward, 0)
+
+
+accelerated = pytest.mark.parametrize("name", ["emulated", "cuda"])
+
+
+def of(name: str) -> Backend:
+    """The backend, or the test is skipped."""
+    backend = Backend(name)
+    if backend.missing:
+        pytest.skip(backend.missing)
+    return backend
+
+
+def in_every_order(backend: Backend, run: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
+    """What run() gives on the backend, on the CPU afterwards; the same bits in every order."""
+    results = []
+    for order, seed in backend.orders:
+        with backend.active(order, seed):
+            results.append([tensor.cpu() for tensor in run()])
+    for result in results[1:]:
+        for tensor, first in zip(result, results[0], strict=True):
+            assert torch.equal(tensor.nan_to_num(nan=7e5), first.nan_to_num(nan=7e5))
+    return results[0]
+
+
+def check_close(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, names: Sequence[str]
+) -> None:
+    """Raises an AssertionError that names the tensor which is not within the tolerance."""
+    for name, a, e in zip(names, actual, expected, strict=True):
+        torch.testing.assert_close(
+            a,
+            e,
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=functools.partial("{}: {}".format, name),
+        )

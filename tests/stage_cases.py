@@ -135,3 +135,14 @@ def random_uses(batch: native.LatticeBatch) -> tuple[Tensor, Tensor]:
     total[torch.rand(batch.num_rows) < 0.1] = 0
     share = torch.rand(batch.num_rows, dtype=torch.float64)
     return total * share, total * (1 - share)
+
+
+def run_lattice(
+    scores: tuple[Tensor, Tensor],
+    batch: native.LatticeBatch,
+    device: torch.device | str,
+    **options: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage 2: loss and uses."""
+    options = {"delay_penalty": 0.0, "fastemit_lambda": 0.0, "with_uses": True, **options}
+    return native.lattice(*(tensor.to(device) for tensor in scores), batch, **options)

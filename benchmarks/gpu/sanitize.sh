@@ -10,7 +10,7 @@ for tool in memcheck racecheck initcheck synccheck; do
   only=$([ $tool = initcheck ] && echo "--kernel-regex kns=transducer" || true)
   status=0
   timeout 140 compute-sanitizer --tool $tool $only --error-exitcode 9 --target-processes all \
-    $PYTHON -m pytest -q -x -p no:cacheprovider tests/test_backends.py -k "$tests" \
+    $PYTHON -m pytest -q -x -p no:cacheprovider tests/test_backends*.py -k "$tests" \
     >"sanitize_$tool.log" 2>&1 || status=$?
   verdict[$tool]="exit $status: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|passed|failed' \
     "sanitize_$tool.log" | tail -n 2 | tr '\n' ' ')"

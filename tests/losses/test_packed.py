@@ -462,7 +462,7 @@ def test_autocast_step_with_grad_scaler(dtype):
         (343, 71),
         pytest.param(1000, 200, marks=pytest.mark.not_emulated),
         pytest.param(3000, 30, marks=pytest.mark.not_emulated),
-        pytest.param(3000, 600, marks=pytest.mark.not_emulated),  # see test_backends.py
+        pytest.param(3000, 600, marks=pytest.mark.not_emulated),  # see test_backends_lattice.py
     ],
 )
 @pytest.mark.parametrize("scale", [1.0, 100.0])
