@@ -26,7 +26,8 @@ struct MaxAndSum {
 };
 
 // log(sum) to float64's accuracy where the sum is float64's; else to that of the sum, without a
-// float64 logarithm: 2^k * m -> k log 2 + log m with m near 1, whose float32 logarithm errs by 3e-8.
+// float64 logarithm: 2^k * m -> k log 2 + log m with m near 1, whose float32 logarithm errs by
+// 3e-8.
 __device__ inline Score LogOfSum(double sum) { return log(sum); }
 __device__ inline Score LogOfSum(float sum) {
   constexpr Score kLog2 = 0.69314718055994530942;

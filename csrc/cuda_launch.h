@@ -16,8 +16,8 @@
 
 namespace transducer {
 
-// Starts `blocks` blocks of `threads` threads on `stream`, a cudaStream_t of the current device. Does
-// not wait. Zero blocks are none: CUDA would call that an error.
+// Starts `blocks` blocks of `threads` threads on `stream`, a cudaStream_t of the current device.
+// Does not wait. Zero blocks are none: CUDA would call that an error.
 template <typename... P, typename... A>
 void LaunchKernel(const char* file, int line, void (*kernel)(P...), int64_t blocks, int threads,
                   void* stream, A... arguments) {

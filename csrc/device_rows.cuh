@@ -129,7 +129,8 @@ struct RowParts {
 // A warp takes a few rows in turn: the cell of the second to last costs next to nothing then.
 constexpr int kRowsPerWarp = 4, kRowThreads = 128;
 
-// Of a multiprocessor: leaves 80 registers a thread. Left alone, the compiler spills for one block more.
+// Of a multiprocessor: leaves 80 registers a thread. Left alone, the compiler spills for one block
+// more.
 constexpr int kRowBlocksAtOnce = 6;
 
 inline int64_t RowBlocks(const RowTile& tile) {

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 2: one block walks the forward and one the backward variables of an utterance, side by side;
-// then a third of each cell's work, the posteriors, is done for all cells at once.
+// Stage 2: one block walks the forward and one the backward variables of an utterance, side by
+// side; then a third of each cell's work, the posteriors, is done for all cells at once.
 //
-// A block's lanes stand along one axis of the lattice and walk along the other. A cell is made of two
-// values, one that its lane had at the step before (`own`) and one that the lane before it had
+// A block's lanes stand along one axis of the lattice and walk along the other. A cell is made of
+// two values, one that its lane had at the step before (`own`) and one that the lane before it had
 // (`neighbour`), so a step costs one barrier and two values a lane in shared memory:
 //
-//   regular                lane i is i steps behind lane 0: lanes walk an anti-diagonal. The arcs along
-//                          both axes are alike, so lanes stand along the shorter one.
+//   regular                lane i is i steps behind lane 0: lanes walk an anti-diagonal. The arcs
+//                          along both axes are alike, so lanes stand along the shorter one.
 //   one symbol a frame     lanes stand along the symbols and walk the frames.
 //
 // A lattice with more lanes than a block has is cut into strips, one after the other; the last lane
-// of a strip leaves what it hands over for the first lane of the next. The backward walk is the forward
-// walk with both axes turned round.
+// of a strip leaves what it hands over for the first lane of the next. The backward walk is the
+// forward walk with both axes turned round.
 #include "device_rows.cuh"
 #include "lattice.h"
 #include "log_add.h"
@@ -21,11 +21,11 @@ namespace transducer {
 namespace {
 
 constexpr int kMaxLanes = 512;  // of a block; more would not leave registers enough
-constexpr int kPrefetch = 4;  // steps that a score is read ahead of its use; even
+constexpr int kPrefetch = 4;    // steps that a score is read ahead of its use; even
 
-// Sums of logarithms are float64 always: that is where thousands of terms add up. What is added each
-// time is small, and float32's transcendental functions are good to 6e-8 of it. Float64 ones would
-// be most of the kernel where a GPU has few float64 units.
+// Sums of logarithms are float64 always: that is where thousands of terms add up. What is added
+// each time is small, and float32's transcendental functions are good to 6e-8 of it. Float64 ones
+// would be most of the kernel where a GPU has few float64 units.
 struct QuickMath {
   __device__ static Score LogAdd(Score a, Score b) {
     const Score high = a > b ? a : b;
@@ -88,7 +88,7 @@ class Walk {
       const Score* edge_before = EdgeOf(parity ^ 1);
       Score* edge = strip + width < num_lanes ? EdgeOf(parity) : nullptr;
 
-      Score own = !kLanesAreFrames && lane == 0 ? 0 : kLogZero;  // the virtual step before the first
+      Score own = !kLanesAreFrames && lane == 0 ? 0 : kLogZero;  // before the first step
       exchange[1][lane_in_strip] = HandedBeforeFirst(lane);
       CellInputs inputs[kPrefetch];
 #pragma unroll

@@ -83,8 +83,8 @@ __device__ void WriteRow(T* row, int size, F f) {
 // grad[v] = f(v, x[v]); grad may be x: an entry is read and written by the same lane.
 template <typename T, typename F>
 __device__ void TransformRow(const T* x, int size, T* grad, F f) {
-  constexpr uintptr_t kPackBytes = sizeof(Pack<T>);
-  if (reinterpret_cast<uintptr_t>(x) % kPackBytes != reinterpret_cast<uintptr_t>(grad) % kPackBytes) {
+  const auto from = reinterpret_cast<uintptr_t>(x), to = reinterpret_cast<uintptr_t>(grad);
+  if (from % sizeof(Pack<T>) != to % sizeof(Pack<T>)) {
     for (int v = Lane(); v < size; v += kWarp) grad[v] = f(v, x[v]);
     return;
   }
@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     T* out = grad + i * size;
     const bool is_cell = cursor.Find(row, &cell);
     const Score scale = loss_grad[cell.b];
-    const Score blank_uses = is_cell ? use_blank[row] : 0, label_uses = is_cell ? use_label[row] : 0;
+    const Score blank_uses = is_cell ? use_blank[row] : 0;
+    const Score label_uses = is_cell ? use_label[row] : 0;
     const Score occupancy = blank_uses + label_uses;
     if (scale == 0 || (!is_cell && batch.IsValid(cell.b))) {
       WriteRow(out, size, [](int) { return T{}; });

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
   if (Lane() == 0) normaliser[cell] = offset + log(static_cast<Score>(sum));
 }
 
-// One warp a row of grad_am (kOfFrames: frame t, adds over u) or of grad_lm (symbol u, adds over t),
-// and 32 symbols of the vocabulary.
+// One warp a row of grad_am (kOfFrames: frame t, adds over u) or of grad_lm (symbol u, adds over
+// t), and 32 symbols of the vocabulary.
 template <typename T, bool kOfFrames>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     RepairBackwardKernel(AdditiveCells<T> cells, const Score* normaliser, const Score* grad,

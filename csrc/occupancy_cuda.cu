@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block an utterance: first its threshold and how many rows it keeps, then, with all counts known,
-// the rows themselves, in order.
+// A block an utterance: first its threshold and how many rows it keeps, then, with all counts
+// known, the rows themselves, in order.
 #include "device_rows.cuh"
 #include "occupancy.h"
 #include "occupancy_grid.h"
@@ -67,7 +67,8 @@ struct Uses {
   }
 };
 
-// One warp: the first bin at which the mass up to and with it exceeds the limit, and the mass below.
+// One warp: the first bin at which the mass up to and with it exceeds the limit, and the mass
+// below.
 __device__ int64_t FirstKeptBin(const Units* units, Score limit, Score* dropped) {
   constexpr int kBinsPerLane = static_cast<int>(kNumBins) / kWarp;
   static_assert(kNumBins % kWarp == 0, "");

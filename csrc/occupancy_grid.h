@@ -29,7 +29,8 @@ TRANSDUCER_HD inline int64_t BinOf(Score occupancy) {  // > 0
 
 TRANSDUCER_HD inline Score EdgeOf(int64_t bin) {
   if (bin == 0) return 0;
-  const uint64_t bits = static_cast<uint64_t>(bin + (1023 + kLowestExponent) * kBinsPerOctave) << 50;
+  const int64_t quarters = bin + (1023 + kLowestExponent) * kBinsPerOctave;
+  const uint64_t bits = static_cast<uint64_t>(quarters) << 50;
   Score edge;
   memcpy(&edge, &bits, sizeof(edge));
   return edge;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Sourced by the scripts beside it: builds transducer_toolkit._C for the GPU at hand, in place. Needs
-# nvcc, cmake, ninja, pybind11 and a torch that sees the GPU; PYTHON names the interpreter.
+# Sourced by the scripts beside it: builds transducer_toolkit._C for the GPU at hand, in place.
+# Needs nvcc, cmake, ninja, pybind11 and a torch that sees the GPU; PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}

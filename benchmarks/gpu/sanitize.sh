@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# On a machine with a GPU, one call: compute-sanitizer's four tools over the stages; then one line each.
+# On a machine with a GPU, one call: compute-sanitizer's four tools over the stages; then one line
+# each.
 source "$(dirname "$0")/build.sh"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor an allocation: its end is seen
 declare -A verdict

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA's execution model on the host, as far as the *_cuda.cu files use it: the same sources, compiled
-// as C++, run there block by block, each thread a fiber (emulation.cpp). For tests only.
+// CUDA's execution model on the host, as far as the *_cuda.cu files use it: the same sources,
+// compiled as C++, run there block by block, each thread a fiber (emulation.cpp). For tests only.
 //
 // Threads run until they wait: for their block (__syncthreads) or their warp (shuffles, votes,
 // __syncwarp). Which goes first is a matter of SetOrder, and no result may depend on it: one that
-// does lacks a barrier. Stricter than a device: every thread of a block must reach a barrier, all of
-// them the same one, and every lane of a warp a shuffle or vote; anything else is an error.
+// does lacks a barrier. Stricter than a device: every thread of a block must reach a barrier, all
+// of them the same one, and every lane of a warp a shuffle or vote; anything else is an error.
 #pragma once
 
 #include <math.h>
@@ -27,8 +27,8 @@ enum class Order { kForward, kReverse, kRandom };
 // The order in which blocks, warps and lanes run from now on. Not while a grid runs.
 void SetOrder(Order order, unsigned seed);
 
-// Runs body once for each thread of each block. Throws Error if threads of a block or lanes of a warp
-// go separate ways where they may not. Calls from several threads run one after the other.
+// Runs body once for each thread of each block. Throws Error if threads of a block or lanes of a
+// warp go separate ways where they may not. Calls from several threads run one after the other.
 void RunGrid(unsigned num_blocks, unsigned num_threads, const std::function<void()>& body);
 
 // What a running thread may call.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The emulation itself: barriers and shuffles work, a missing barrier shows, divergence is an error.
+// The emulation itself: barriers and shuffles work, a missing barrier shows, divergence is an
+// error.
 #include <string>
 #include <vector>
 
