@@ -3,6 +3,7 @@
 # make test    set up .venv, build, run the whole test-suite
 # make bench   build the other projects' losses, measure every suite, write build/benchmarks
 # make lint    style and types
+# make soak    what is too long for every change: mutated kernels, all CUDA architectures
 # make clean   remove .venv and everything that was built (trained models in outputs/ stay)
 #
 # ARGS is passed on: make train ARGS="loss=torchaudio seed=2", make test ARGS="-k joiner",
@@ -17,9 +18,9 @@ RESULTS := build/benchmarks
 SUITES ?= loss step pruned accuracy scaling
 # What the compiled module or the installed metadata depends on: Python files are used in place.
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
-           $(filter-out csrc/tests,$(wildcard csrc/*))
+           $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench lint soak clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -39,6 +40,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every barrier of the kernels is needed, and missed when it is gone; no kernel spills anywhere.
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.mutate_barriers
+	$(BIN)/python csrc/kernel_report.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info transducer_toolkit/_C.*.so

@@ -20,4 +20,10 @@ void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const T* logi
                    int64_t vocab_size, int64_t blank, bool from_log_softmax, int num_threads,
                    Score* normaliser, Score* blank_score, Score* label_score);
 
+// The same on the device, on `stream`.
+template <typename T>
+void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const T* logits,
+                    int64_t vocab_size, int64_t blank, bool from_log_softmax, void* stream,
+                    Score* normaliser, Score* blank_score, Score* label_score);
+
 }  // namespace transducer

@@ -29,4 +29,14 @@ void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* gr
                      Activation activation, int num_threads, Compute<T>* grad_enc,
                      Compute<T>* grad_pred);
 
+// The same on the device, on `stream`.
+template <typename T>
+void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* enc, const T* pred,
+                     int64_t width, Activation activation, void* stream, T* hidden);
+template <typename T>
+void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* grad_hidden,
+                      const T* hidden, const T* enc, const T* pred, int64_t width,
+                      Activation activation, void* stream, Compute<T>* grad_enc,
+                      Compute<T>* grad_pred);
+
 }  // namespace transducer

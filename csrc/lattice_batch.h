@@ -118,9 +118,9 @@ struct RowTile {
 // LatticeBatch::CellOf for rows asked in ascending order: most are in the frame of the one before.
 class CellCursor {
  public:
-  explicit CellCursor(const LatticeBatch& batch) : batch_(batch) {}
+  TRANSDUCER_HD explicit CellCursor(const LatticeBatch& batch) : batch_(batch) {}
 
-  bool Find(int64_t row, Cell* cell) {
+  TRANSDUCER_HD bool Find(int64_t row, Cell* cell) {
     if (row >= begin_ && row < end_) {
       *cell = {b_, t_, row - begin_ + column_};
       return true;

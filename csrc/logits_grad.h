@@ -27,4 +27,11 @@ void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const T* logi
                    const Score* normaliser, const Score* use_blank, const Score* use_label,
                    const Score* loss_grad, int num_threads, T* grad);
 
+// The same on the device, on `stream`.
+template <typename T>
+void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const T* logits,
+                    int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
+                    const Score* normaliser, const Score* use_blank, const Score* use_label,
+                    const Score* loss_grad, void* stream, T* grad);
+
 }  // namespace transducer

@@ -21,11 +21,15 @@ struct AdditiveCells {
   const T* product;
   T threshold;
 
-  int64_t Cell(int64_t b, int64_t t, int64_t u) const {
+  TRANSDUCER_HD int64_t Cell(int64_t b, int64_t t, int64_t u) const {
     return (b * num_frames + t) * num_columns + u;
   }
-  const T* Am(int64_t b, int64_t t) const { return am + (b * num_frames + t) * vocab_size; }
-  const T* Lm(int64_t b, int64_t u) const { return lm + (b * num_columns + u) * vocab_size; }
+  TRANSDUCER_HD const T* Am(int64_t b, int64_t t) const {
+    return am + (b * num_frames + t) * vocab_size;
+  }
+  TRANSDUCER_HD const T* Lm(int64_t b, int64_t u) const {
+    return lm + (b * num_columns + u) * vocab_size;
+  }
 };
 
 // normaliser (B, T, U + 1) of the cells to repair = logsumexp_v(am_v + lm_v); NaN if nothing in the
@@ -38,5 +42,12 @@ void RepairNormaliserCpu(const AdditiveCells<T>& cells, int num_threads, Score* 
 template <typename T>
 void RepairNormaliserBackwardCpu(const AdditiveCells<T>& cells, const Score* normaliser,
                                  const Score* grad, int num_threads, T* grad_am, T* grad_lm);
+
+// The same on the device, on `stream`.
+template <typename T>
+void RepairNormaliserCuda(const AdditiveCells<T>& cells, void* stream, Score* normaliser);
+template <typename T>
+void RepairNormaliserBackwardCuda(const AdditiveCells<T>& cells, const Score* normaliser,
+                                  const Score* grad, void* stream, T* grad_am, T* grad_lm);
 
 }  // namespace transducer

@@ -3,32 +3,12 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 
+#include "occupancy_grid.h"
 #include "parallel.h"
 
 namespace transducer {
 namespace {
-
-// A grid on the occupancies: bin i > 0 begins at EdgeOf(i), four bins a power of two, taken from the
-// number's own exponent and first two mantissa bits. Bin 0 is everything below 2^-128.
-constexpr int64_t kBinsPerOctave = 4, kLowestExponent = -128, kHighestExponent = 16;
-constexpr int64_t kNumBins = (kHighestExponent - kLowestExponent) * kBinsPerOctave;
-
-int64_t BinOf(Score occupancy) {
-  uint64_t bits;
-  std::memcpy(&bits, &occupancy, sizeof(bits));
-  const int64_t bin = static_cast<int64_t>(bits >> 50) - (1023 + kLowestExponent) * kBinsPerOctave;
-  return std::min(std::max<int64_t>(bin, 0), kNumBins - 1);
-}
-
-Score EdgeOf(int64_t bin) {
-  if (bin == 0) return 0;
-  const uint64_t bits = static_cast<uint64_t>(bin + (1023 + kLowestExponent) * kBinsPerOctave) << 50;
-  Score edge;
-  std::memcpy(&edge, &bits, sizeof(edge));
-  return edge;
-}
 
 template <typename F>
 void ForEachCell(const LatticeBatch& batch, int64_t b, F f) {

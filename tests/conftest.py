@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.backends import Backend
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed_and_threads():
@@ -17,3 +19,12 @@ def _fixed_seed_and_threads():
     torch.set_flush_denormal(False)  # transducer-train turns it on
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["cpu", "emulated"])
+def stages(request):
+    """Runs a test of tensors on the CPU twice: with the CPU's stages, and with emulated CUDA's."""
+    if request.param == "emulated" and request.node.get_closest_marker("not_emulated"):
+        pytest.skip("too slow with emulated stages")
+    with Backend(request.param).active():
+        yield

@@ -8,6 +8,8 @@ are trusted: the public functions in :mod:`transducer_toolkit.losses` and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-# Of scores, posteriors and the recursion on the CPU (csrc/common.h: Score).
+# Of scores, posteriors and sums of logarithms (csrc/common.h: Score).
 SCORE_DTYPE = torch.float64
 
 
@@ -75,20 +77,56 @@ def build_info() -> dict[str, Any]:
 
 def require_supported_device(device: torch.device) -> None:
     """Raises a RuntimeError that says what to do if no stage runs on `device`."""
-    if device.type == "cpu":
+    if device.type == "cpu" or (device.type == "cuda" and hasattr(_C.cuda, "lattice")):
         return
-    if device.type == "cuda" and not _C.build_info()["cuda_runtime"]:
+    if device.type == "cuda":
         raise RuntimeError(
             "the tensors are on a CUDA device, but this transducer_toolkit was built without CUDA. "
             "Put nvcc on the PATH and rebuild: CMAKE_ARGS=-DTRANSDUCER_CUDA=ON pip install "
             "--force-reinstall --no-deps --no-cache-dir transducer_toolkit"
         )
-    if device.type == "cuda":
-        raise RuntimeError(
-            "this version of transducer_toolkit has no CUDA stages yet: move the tensors to the "
-            "CPU, or select loss=torchaudio in training"
-        )
     raise RuntimeError(f"no transducer stage for device type {device.type!r}: expected cpu or cuda")
+
+
+class _Backend:
+    """The stages for one kind of device, and how they are told to run."""
+
+    def __init__(self, stages: Any, device: torch.device) -> None:
+        self.stages = stages
+        self.is_cuda = stages is not _C.cpu  # or emulated: the same functions
+        if not self.is_cuda:
+            self.queue = {"num_threads": torch.get_num_threads()}
+        elif device.type == "cuda":
+            self.queue = {"stream": torch.cuda.current_stream(device).cuda_stream}
+        else:
+            self.queue = {"stream": 0}
+
+
+_stages_for_cpu_tensors: Any = _C.cpu
+
+
+@contextmanager
+def _backend_of(tensor: Tensor) -> Iterator[_Backend]:
+    """The backend that holds the tensor; inside, its device is CUDA's current one."""
+    device = tensor.device
+    is_cuda = device.type == "cuda"
+    with torch.cuda.device(device) if is_cuda else nullcontext():
+        yield _Backend(_C.cuda if is_cuda else _stages_for_cpu_tensors, device)
+
+
+@contextmanager
+def emulated(module: Any) -> Iterator[None]:
+    """For tests: inside, the CUDA stages of the module _emulated serve tensors on the CPU.
+
+    Holds for the whole process, not for the thread.
+    """
+    global _stages_for_cpu_tensors
+    before = _stages_for_cpu_tensors
+    _stages_for_cpu_tensors = module.cuda
+    try:
+        yield
+    finally:
+        _stages_for_cpu_tensors = before
 
 
 def _address(tensor: Tensor) -> int:
@@ -143,14 +181,17 @@ class LatticeBatch:
         band_width: int = 0,
         begins: Tensor | None = None,
     ) -> None:
-        num_frames = _index(logit_lengths, device)
-        num_targets = _index(target_lengths, device)
+        # Lengths on the CPU are worked on there: num_rows is known without waiting for a device.
+        on_cpu = logit_lengths.device.type == target_lengths.device.type == "cpu"
+        place = torch.device("cpu") if on_cpu and begins is None else device
+        num_frames = _index(logit_lengths, place)
+        num_targets = _index(target_lengths, place)
         targets = _index(targets, device)
         num_utterances, max_targets = targets.shape
         if padded:
             stride = max_targets + 1 if band_start is None else band_width
             rows_per_utterance = max_frames * stride
-            first_row = torch.arange(num_utterances, device=device) * rows_per_utterance
+            first_row = torch.arange(num_utterances, device=place) * rows_per_utterance
             total = num_utterances * rows_per_utterance
         else:
             stride = 0 if band_start is None else band_width
@@ -173,6 +214,10 @@ class LatticeBatch:
                 band_start = _shift(band_start, first_frame) - first_symbol[:, None]
         if num_rows is None:
             num_rows = int(ends[-1]) if total < 0 else total
+        if place != device:
+            # One copy, from memory that lets it run behind what the device is still doing.
+            together = torch.stack([num_frames, num_targets, first_row]).pin_memory()
+            num_frames, num_targets, first_row = together.to(device, non_blocking=True).unbind()
         self.num_rows = num_rows
         self.num_utterances = num_utterances
         self.max_frames = max_frames
@@ -244,19 +289,20 @@ def cell_scores(
     from_log_softmax: bool = False,
 ) -> None:
     """Stage 1. logits (tile rows, V) -> normaliser, blank score and label score of these rows."""
-    _C.cpu.cell_scores(
-        batch.native,
-        tile.native,
-        dtype=_DTYPES[logits.dtype],
-        logits=_address(logits),
-        vocab_size=logits.size(-1),
-        blank=blank,
-        from_log_softmax=from_log_softmax,
-        num_threads=torch.get_num_threads(),
-        normaliser=_address(out.normaliser),
-        blank_score=_address(out.blank),
-        label_score=_address(out.label),
-    )
+    with _backend_of(logits) as backend:
+        backend.stages.cell_scores(
+            batch.native,
+            tile.native,
+            dtype=_DTYPES[logits.dtype],
+            logits=_address(logits),
+            vocab_size=logits.size(-1),
+            blank=blank,
+            from_log_softmax=from_log_softmax,
+            **backend.queue,
+            normaliser=_address(out.normaliser),
+            blank_score=_address(out.blank),
+            label_score=_address(out.label),
+        )
 
 
 def lattice(
@@ -268,29 +314,39 @@ def lattice(
     delay_penalty: float,
     fastemit_lambda: float,
     with_uses: bool,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 2. Scores (rows,) -> loss (B,), uses of the blank and of the label score (rows,).
 
-    Without `with_uses` only the loss is computed and the other two have no elements.
+    Without `with_uses` only the loss is computed and the other two have no elements. `exact` is for
+    scores that come of float64: without it, CUDA adds the float64 logarithms up with float32's
+    exponentials (an error of 1e-7 a term). The CPU is exact always.
     """
     loss = blank_score.new_empty(batch.num_utterances)
     use_blank, use_label = (
         blank_score.new_zeros(batch.num_rows if with_uses else 0) for _ in range(2)
     )
-    scratch = blank_score.new_empty(0 if with_uses else batch.num_rows)
-    _C.cpu.lattice(
-        batch.native,
-        topology=_C.Topology.__members__[topology],
-        delay_penalty=delay_penalty,
-        fastemit_lambda=fastemit_lambda,
-        blank_score=_address(blank_score),
-        label_score=_address(label_score),
-        num_threads=torch.get_num_threads(),
-        scratch=_address(scratch),
-        loss=_address(loss),
-        use_blank=_address(use_blank) if with_uses else 0,
-        use_label=_address(use_label) if with_uses else 0,
-    )
+    with _backend_of(blank_score) as backend:
+        native_topology = _C.Topology.__members__[topology]
+        scratch = blank_score.new_empty(
+            backend.stages.lattice_scratch(
+                batch.native, topology=native_topology, with_uses=with_uses
+            )
+        )
+        backend.stages.lattice(
+            batch.native,
+            topology=native_topology,
+            delay_penalty=delay_penalty,
+            fastemit_lambda=fastemit_lambda,
+            exact=exact,
+            blank_score=_address(blank_score),
+            label_score=_address(label_score),
+            **backend.queue,
+            scratch=_address(scratch),
+            loss=_address(loss),
+            use_blank=_address(use_blank) if with_uses else 0,
+            use_label=_address(use_label) if with_uses else 0,
+        )
     return loss, use_blank, use_label
 
 
@@ -300,21 +356,27 @@ def kept_rows(
     """The rows of the cells that carry gradient (csrc/occupancy.h), and their numbers (B,).
 
     The first is (rows,): what stands behind its first ``numbers.sum()`` elements means nothing.
+    Waits for no device.
     """
     rows = torch.empty(batch.num_rows, dtype=torch.int64, device=use_blank.device)
     counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
     dropped = use_blank.new_empty(batch.num_utterances)
-    total = _C.cpu.kept_rows(
-        batch.native,
-        use_blank=_address(use_blank),
-        use_label=_address(use_label),
-        dropped_mass=dropped_mass,
-        num_threads=torch.get_num_threads(),
-        kept_rows=_address(rows),
-        num_kept=_address(counts),
-        dropped=_address(dropped),
-    )
-    assert total <= batch.num_rows
+    with _backend_of(use_blank) as backend:
+        arguments = {
+            "use_blank": _address(use_blank),
+            "use_label": _address(use_label),
+            "dropped_mass": dropped_mass,
+            **backend.queue,
+            "kept_rows": _address(rows),
+            "num_kept": _address(counts),
+            "dropped": _address(dropped),
+        }
+        if backend.is_cuda:
+            scratch = use_blank.new_empty(batch.num_utterances)
+            backend.stages.kept_rows(batch.native, **arguments, scratch=_address(scratch))
+        else:
+            total = backend.stages.kept_rows(batch.native, **arguments)
+            assert total <= batch.num_rows
     return rows, counts
 
 
@@ -336,39 +398,41 @@ def logits_grad(
 
     Written to `out`, shaped like the logits; it may be the logits themselves.
     """
-    _C.cpu.logits_grad(
-        batch.native,
-        tile.native,
-        dtype=_DTYPES[logits.dtype],
-        logits=_address(logits),
-        vocab_size=logits.size(-1),
-        blank=blank,
-        from_log_softmax=from_log_softmax,
-        clamp=clamp,
-        normaliser=_address(normaliser),
-        use_blank=_address(use_blank),
-        use_label=_address(use_label),
-        loss_grad=_address(loss_grad),
-        num_threads=torch.get_num_threads(),
-        grad=_address(out),
-    )
+    with _backend_of(logits) as backend:
+        backend.stages.logits_grad(
+            batch.native,
+            tile.native,
+            dtype=_DTYPES[logits.dtype],
+            logits=_address(logits),
+            vocab_size=logits.size(-1),
+            blank=blank,
+            from_log_softmax=from_log_softmax,
+            clamp=clamp,
+            normaliser=_address(normaliser),
+            use_blank=_address(use_blank),
+            use_label=_address(use_label),
+            loss_grad=_address(loss_grad),
+            **backend.queue,
+            grad=_address(out),
+        )
 
 
 def join_forward(
     enc: Tensor, pred: Tensor, batch: LatticeBatch, tile: RowTile, *, activation: str, out: Tensor
 ) -> None:
     """activation(enc_t + pred_u) of the tile's cells: (B,T,D), (B,U+1,D) -> out (tile rows, D)."""
-    _C.cpu.join_forward(
-        batch.native,
-        tile.native,
-        dtype=_DTYPES[enc.dtype],
-        enc=_address(enc),
-        pred=_address(pred),
-        width=enc.size(-1),
-        activation=_C.Activation.__members__[activation],
-        num_threads=torch.get_num_threads(),
-        hidden=_address(out),
-    )
+    with _backend_of(enc) as backend:
+        backend.stages.join_forward(
+            batch.native,
+            tile.native,
+            dtype=_DTYPES[enc.dtype],
+            enc=_address(enc),
+            pred=_address(pred),
+            width=enc.size(-1),
+            activation=_C.Activation.__members__[activation],
+            **backend.queue,
+            hidden=_address(out),
+        )
 
 
 def join_backward(
@@ -384,20 +448,21 @@ def join_backward(
     grad_pred: Tensor,
 ) -> None:
     """Adds the tile's part of the gradients of enc and pred, which are of compute_dtype."""
-    _C.cpu.join_backward(
-        batch.native,
-        tile.native,
-        dtype=_DTYPES[enc.dtype],
-        grad_hidden=_address(grad_hidden),
-        hidden=_address(hidden),
-        enc=_address(enc),
-        pred=_address(pred),
-        width=enc.size(-1),
-        activation=_C.Activation.__members__[activation],
-        num_threads=torch.get_num_threads(),
-        grad_enc=_address(grad_enc),
-        grad_pred=_address(grad_pred),
-    )
+    with _backend_of(enc) as backend:
+        backend.stages.join_backward(
+            batch.native,
+            tile.native,
+            dtype=_DTYPES[enc.dtype],
+            grad_hidden=_address(grad_hidden),
+            hidden=_address(hidden),
+            enc=_address(enc),
+            pred=_address(pred),
+            width=enc.size(-1),
+            activation=_C.Activation.__members__[activation],
+            **backend.queue,
+            grad_enc=_address(grad_enc),
+            grad_pred=_address(grad_pred),
+        )
 
 
 def _additive_cells(am: Tensor, lm: Tensor, product: Tensor, threshold: float) -> dict[str, Any]:
@@ -411,7 +476,6 @@ def _additive_cells(am: Tensor, lm: Tensor, product: Tensor, threshold: float) -
         "lm": _address(lm),
         "product": _address(product),
         "threshold": threshold,
-        "num_threads": torch.get_num_threads(),
     }
 
 
@@ -422,8 +486,12 @@ def repair_normaliser(
 
     am (B,T,V), lm (B,U+1,V), product (B,T,U+1) float32 or float64; normaliser (B,T,U+1) float64.
     """
-    cells = _additive_cells(am, lm, product, threshold)
-    _C.cpu.repair_normaliser(**cells, normaliser=_address(normaliser))
+    with _backend_of(am) as backend:
+        backend.stages.repair_normaliser(
+            **_additive_cells(am, lm, product, threshold),
+            **backend.queue,
+            normaliser=_address(normaliser),
+        )
 
 
 def repair_normaliser_backward(
@@ -437,10 +505,12 @@ def repair_normaliser_backward(
     grad_lm: Tensor,
 ) -> None:
     """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to grad_am, grad_lm."""
-    _C.cpu.repair_normaliser_backward(
-        **_additive_cells(am, lm, product, threshold),
-        normaliser=_address(normaliser),
-        grad=_address(grad),
-        grad_am=_address(grad_am),
-        grad_lm=_address(grad_lm),
-    )
+    with _backend_of(am) as backend:
+        backend.stages.repair_normaliser_backward(
+            **_additive_cells(am, lm, product, threshold),
+            normaliser=_address(normaliser),
+            grad=_address(grad),
+            **backend.queue,
+            grad_am=_address(grad_am),
+            grad_lm=_address(grad_lm),
+        )

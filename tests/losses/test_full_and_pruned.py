@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 import transducer_toolkit as tt
 from transducer_toolkit.losses.reference import arc_scores, lattice_paths
 
+pytestmark = pytest.mark.usefixtures("stages")
+
 RNNT_TYPES = ("regular", "modified", "constrained")
 
 

@@ -14,6 +14,8 @@ from transducer_toolkit import (
 from transducer_toolkit.losses import mutual_information
 from transducer_toolkit.losses.reference import brute_force_score
 
+pytestmark = pytest.mark.usefixtures("stages")
+
 
 def random_scores(
     num_symbols, num_frames, batch=2, *, modified=False, dtype=torch.float64, scale=1.0

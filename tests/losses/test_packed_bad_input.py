@@ -7,6 +7,8 @@ import torch
 from tests.losses.helpers import ragged_batch
 from transducer_toolkit import TransducerLoss, transducer_loss
 
+pytestmark = pytest.mark.usefixtures("stages")
+
 
 def arguments(**changes):
     batch = ragged_batch([4, 3], [2, 1], 5, padding=0.0)

@@ -18,6 +18,8 @@ from transducer_toolkit import (
 )
 from transducer_toolkit.losses.boundary import RNNT_TYPES
 
+pytestmark = pytest.mark.usefixtures("stages")
+
 RAGGED = [boundary_row(5, 3), boundary_row(2, 1, t_begin=2, s_begin=1), boundary_row(3, 0)]
 FULL = [boundary_row(4, 2)] * 2
 

@@ -6,6 +6,8 @@ import torch
 
 from transducer_toolkit.losses.simple_normaliser import simple_normaliser
 
+pytestmark = pytest.mark.usefixtures("stages")
+
 
 def grads_of(value, *tensors, weights=None):
     total = (value if weights is None else value * weights).sum()

@@ -6,6 +6,8 @@ from transducer_toolkit import Joiner, LatticeShape, join
 from transducer_toolkit.modules.joint import _ACTIVATIONS
 from transducer_toolkit.native import ACTIVATIONS
 
+pytestmark = pytest.mark.usefixtures("stages")
+
 SHAPE = LatticeShape.from_lengths([4, 1, 3], [2, 0, 3])
 
 

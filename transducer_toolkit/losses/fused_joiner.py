@@ -361,6 +361,7 @@ def _forward(
         delay_penalty=delay_penalty,
         fastemit_lambda=fastemit_lambda,
         with_uses=with_uses,
+        exact=enc.dtype == torch.float64,
     )
     losses = losses.to(native.compute_dtype(enc.dtype))
     if not with_uses:

@@ -206,6 +206,7 @@ def _forward(
         delay_penalty=delay_penalty,
         fastemit_lambda=fastemit_lambda,
         with_uses=with_uses,
+        exact=logits.dtype == torch.float64,
     )
     normaliser = scores.normaliser if with_uses else scores.normaliser.new_empty(0)
     return losses.to(native.compute_dtype(logits.dtype)), normaliser, use_blank, use_label

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the row kernels share: warps, 16-byte accesses, the run of rows that a warp works on.
+#pragma once
+
+#include "cuda_launch.h"
+#include "half.h"
+#include "lattice_batch.h"
+
+namespace transducer {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Constants of device code: a function of numeric_limits may not be called there.
+template <typename C>
+constexpr C kInfinityOf = std::numeric_limits<C>::infinity();
+template <typename C>
+constexpr C kNaNOf = std::numeric_limits<C>::quiet_NaN();
+
+__device__ inline int Lane() { return static_cast<int>(threadIdx.x % kWarp); }
+__device__ inline int64_t GlobalWarp() {
+  return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+}
+
+inline int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Every lane of the warp gets the sum, or the maximum, over its lanes.
+template <typename C>
+__device__ inline C WarpSum(C value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, offset);
+  }
+  return value;
+}
+template <typename C>
+__device__ inline C WarpMax(C value) {  // NaN loses
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const C other = __shfl_xor_sync(kFullWarp, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+__device__ inline float Exp(float x) { return expf(x); }
+__device__ inline double Exp(double x) { return exp(x); }
+
+// 16 bytes of elements, read or written in one access.
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = static_cast<int>(16 / sizeof(T));
+  T values[kSize];
+};
+
+template <typename T>
+__device__ inline Pack<T> LoadPack(const T* p) {
+  return *reinterpret_cast<const Pack<T>*>(p);
+}
+template <typename T>
+__device__ inline void StorePack(T* p, const Pack<T>& pack) {
+  *reinterpret_cast<Pack<T>*>(p) = pack;
+}
+
+// The same by accesses of kBytes, for an address that is a multiple of no more.
+template <int kBytes, typename T>
+__device__ inline Pack<T> LoadPackInParts(const T* p) {
+  constexpr int kCount = kBytes / static_cast<int>(sizeof(T));
+  struct alignas(kBytes) Part {
+    T values[kCount];
+  };
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; i += kCount) {
+    const Part part = *reinterpret_cast<const Part*>(p + i);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) pack.values[i + k] = part.values[k];
+  }
+  return pack;
+}
+
+// on_pack(Pack) for this lane's packs of the row, counted from the row's first element, then
+// on_element(T) for the elements of the last, incomplete one. What a lane gets, and in what order,
+// does not depend on the address: for sums. Only the width of the accesses does.
+template <typename T, typename OnPack, typename OnElement>
+__device__ inline void ReadRow(const T* row, int size, int lane, int num_lanes, OnPack on_pack,
+                               OnElement on_element) {
+  constexpr int kPack = Pack<T>::kSize;
+  const int num_packs = size / kPack;
+  const auto address = reinterpret_cast<uintptr_t>(row);
+  if (address % 16 == 0) {
+#pragma unroll 4
+    for (int i = lane; i < num_packs; i += num_lanes) on_pack(LoadPack(row + i * kPack));
+  } else if (address % 8 == 0) {
+    for (int i = lane; i < num_packs; i += num_lanes) on_pack(LoadPackInParts<8>(row + i * kPack));
+  } else {
+    for (int i = lane; i < num_packs; i += num_lanes) {
+      on_pack(LoadPackInParts<static_cast<int>(sizeof(T))>(row + i * kPack));
+    }
+  }
+  if (lane < size - num_packs * kPack) on_element(row[num_packs * kPack + lane]);
+}
+
+// A row of any length at any address in three parts: single elements up to the first 16-byte
+// boundary, packs, single elements. Neighbouring lanes get neighbouring addresses. Which lane gets
+// which element depends on the address: not for sums.
+template <typename T>
+struct RowParts {
+  int head, num_packs, size;
+
+  __device__ RowParts(const T* row, int length) : size(length) {
+    constexpr int kPack = Pack<T>::kSize;
+    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kPack);
+    head = past == 0 ? 0 : kPack - past;
+    if (head > size) head = size;
+    num_packs = (size - head) / kPack;
+  }
+
+  // on_pack(first element) and on_element(element) for this lane's share of the row.
+  template <typename OnPack, typename OnElement>
+  __device__ void ForEach(int lane, int num_lanes, OnPack on_pack, OnElement on_element) const {
+    constexpr int kPack = Pack<T>::kSize;
+    if (lane < head) on_element(lane);
+#pragma unroll 4
+    for (int i = lane; i < num_packs; i += num_lanes) on_pack(head + i * kPack);
+    const int tail = head + num_packs * kPack;
+    if (lane < size - tail) on_element(tail + lane);
+  }
+};
+
+// A warp takes a few rows in turn: the cell of the second to last costs next to nothing then.
+constexpr int kRowsPerWarp = 4, kRowThreads = 128;
+
+// Of a multiprocessor: leaves 80 registers a thread. Left alone, the compiler spills for one block
+// more.
+constexpr int kRowBlocksAtOnce = 6;
+
+inline int64_t RowBlocks(const RowTile& tile) {
+  return CeilDivide(CeilDivide(tile.size, kRowsPerWarp), kRowThreads / kWarp);
+}
+
+}  // namespace transducer

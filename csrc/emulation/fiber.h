@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// A stack of its own that runs until it gives way. Known to the address sanitizer.
+#pragma once
+
+#include <cstddef>
+
+namespace transducer {
+namespace emulation {
+
+class Fiber {
+ public:
+  using Body = void (*)();  // never returns; leaves by Suspend only
+
+  explicit Fiber(Body body);
+  ~Fiber();
+  Fiber(const Fiber&) = delete;
+
+  void Resume();          // from outside: runs the fiber until it suspends
+  static void Suspend();  // from inside: back to whoever resumed it
+
+ private:
+  static void Enter();
+
+  struct Context;
+  Context* context_;
+};
+
+}  // namespace emulation
+}  // namespace transducer

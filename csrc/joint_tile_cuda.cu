@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gather, add, activate: one warp a row. Backward: one warp owns one sum (a frame's, or a symbol's)
+// over a slice of the channels and adds up the tile's rows in their order, so no sum depends on the
+// order in which warps run.
+#include "device_rows.cuh"
+#include "joint_tile.h"
+
+namespace transducer {
+namespace {
+
+__device__ inline float Tanh(float x) { return tanhf(x); }
+__device__ inline double Tanh(double x) { return tanh(x); }
+__device__ inline float Erf(float x) { return erff(x); }
+__device__ inline double Erf(double x) { return erf(x); }
+
+template <typename C>
+__device__ inline C Sigmoid(C x) {
+  const C e = Exp(x > C(0) ? -x : x);  // never overflows
+  return (x > C(0) ? C(1) : e) / (C(1) + e);
+}
+
+constexpr double kInvSqrt2 = 0.70710678118654752440;
+constexpr double kInvSqrt2Pi = 0.39894228040143267794;
+
+template <typename C>
+__device__ inline C Activate(Activation activation, C x) {
+  switch (activation) {
+    case Activation::kTanh: return Tanh(x);
+    case Activation::kRelu: return x < C(0) ? C(0) : x;  // NaN stays
+    case Activation::kGelu: return x * C(0.5) * (C(1) + Erf(x * static_cast<C>(kInvSqrt2)));
+    case Activation::kSilu: return x * Sigmoid(x);
+    default: return x;
+  }
+}
+
+// d activation / d x from y = activation(x), or from x where y does not determine it.
+template <typename C>
+__device__ inline C Slope(Activation activation, C x, C y) {
+  switch (activation) {
+    case Activation::kTanh: return C(1) - y * y;
+    case Activation::kRelu: return y > C(0) ? C(1) : C(0);
+    case Activation::kGelu: {
+      const C cdf = C(0.5) * (C(1) + Erf(x * static_cast<C>(kInvSqrt2)));
+      return cdf + x * Exp(C(-0.5) * x * x) * static_cast<C>(kInvSqrt2Pi);
+    }
+    case Activation::kSilu: {
+      const C s = Sigmoid(x);
+      return s * (C(1) + x * (C(1) - s));
+    }
+    default: return C(1);
+  }
+}
+
+// One lane's channels: a 16-byte pack where every row starts on such a boundary, else one element.
+template <typename T, bool kPacked>
+struct Channels {
+  static constexpr int kCount = kPacked ? Pack<T>::kSize : 1;
+  Compute<T> values[kCount];
+
+  __device__ static Channels Load(const T* p) {
+    Channels result;
+    if constexpr (kPacked) {
+      const Pack<T> pack = LoadPack(p);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) result.values[i] = ToCompute(pack.values[i]);
+    } else {
+      result.values[0] = ToCompute(*p);
+    }
+    return result;
+  }
+  __device__ void Store(T* p) const {
+    if constexpr (kPacked) {
+      Pack<T> pack;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) pack.values[i] = FromCompute<T>(values[i]);
+      StorePack(p, pack);
+    } else {
+      *p = FromCompute<T>(values[0]);
+    }
+  }
+};
+
+template <typename T>
+bool AllPacked(int64_t width, std::initializer_list<const void*> pointers) {
+  bool aligned = width % Pack<T>::kSize == 0;
+  for (const void* p : pointers) aligned &= reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T>) == 0;
+  return aligned;
+}
+
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
+    JoinForwardKernel(LatticeBatch batch, RowTile tile, const T* enc, const T* pred, int64_t width,
+                      Activation activation, T* hidden) {
+  using Lanes = Channels<T, kPacked>;
+  CellCursor cursor(batch);
+  Cell cell;
+  const int64_t begin = GlobalWarp() * kRowsPerWarp;
+  for (int64_t i = begin; i < begin + kRowsPerWarp && i < tile.size; ++i) {
+    const bool is_cell = cursor.Find(tile.Row(i), &cell);
+    const T* a = enc + (cell.b * batch.max_frames + cell.t) * width;
+    const T* b = pred + (cell.b * (batch.max_targets + 1) + cell.u) * width;
+    T* out = hidden + i * width;
+    for (int64_t d = Lane() * Lanes::kCount; d < width; d += kWarp * Lanes::kCount) {
+      Lanes x{};
+      if (is_cell) {
+        x = Lanes::Load(a + d);
+        const Lanes y = Lanes::Load(b + d);
+#pragma unroll
+        for (int k = 0; k < Lanes::kCount; ++k) {
+          x.values[k] = Activate(activation, x.values[k] + y.values[k]);
+        }
+      }
+      x.Store(out + d);
+    }
+  }
+}
+
+// What the backward kernels read, for the channels from `channel` on.
+template <typename T, bool kPacked>
+struct BackwardInputs {
+  const T *grad_hidden, *hidden, *enc, *pred;
+  int64_t width;
+  Activation activation;
+
+  // sum += d loss / d (enc + pred) of row i of the tile.
+  __device__ void AddRow(const LatticeBatch& batch, int64_t i, int64_t b, int64_t t, int64_t u,
+                         int64_t channel, Channels<T, kPacked>* sum) const {
+    using Lanes = Channels<T, kPacked>;
+    const Lanes grad = Lanes::Load(grad_hidden + i * width + channel);
+    const Lanes y = Lanes::Load(hidden + i * width + channel);
+    Lanes x{};
+    if (activation == Activation::kGelu || activation == Activation::kSilu) {
+      x = Lanes::Load(enc + (b * batch.max_frames + t) * width + channel);
+      const Lanes more = Lanes::Load(pred + (b * (batch.max_targets + 1) + u) * width + channel);
+#pragma unroll
+      for (int k = 0; k < Lanes::kCount; ++k) x.values[k] += more.values[k];
+    }
+#pragma unroll
+    for (int k = 0; k < Lanes::kCount; ++k) {
+      sum->values[k] += grad.values[k] * Slope(activation, x.values[k], y.values[k]);
+    }
+  }
+
+  __device__ static void Read(const Compute<T>* p, Channels<T, kPacked>* sum) {
+#pragma unroll
+    for (int k = 0; k < Channels<T, kPacked>::kCount; ++k) sum->values[k] = p[k];
+  }
+  __device__ static void Write(const Channels<T, kPacked>& sum, Compute<T>* p) {
+#pragma unroll
+    for (int k = 0; k < Channels<T, kPacked>::kCount; ++k) p[k] = sum.values[k];
+  }
+};
+
+// The first place in the tile whose row is `row` or a later one.
+__device__ inline int64_t LowerBound(const RowTile& tile, int64_t row) {
+  int64_t low = 0, high = tile.size;
+  if (tile.rows == nullptr) {
+    const int64_t place = row - tile.begin;
+    return place < low ? low : place > high ? high : place;
+  }
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (tile.Row(middle) < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Work of one warp: sum number `index` (of a frame or of a symbol) over one slice of the channels.
+struct WarpTask {
+  int64_t index, channel;  // channel is this lane's first
+
+  __device__ WarpTask(int64_t width, int channels_per_lane) {
+    const int64_t slice = static_cast<int64_t>(kWarp) * channels_per_lane;
+    const int64_t num_slices = (width + slice - 1) / slice, warp = GlobalWarp();
+    index = warp / num_slices;
+    channel = (warp - index * num_slices) * slice + Lane() * channels_per_lane;
+  }
+};
+
+// grad_enc[b, t] += sum over the frame's rows in the tile: a run of them.
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kRowThreads, 4)
+    GradEncKernel(LatticeBatch batch, RowTile tile, BackwardInputs<T, kPacked> inputs,
+                  Compute<T>* grad_enc) {
+  using Lanes = Channels<T, kPacked>;
+  const WarpTask task(inputs.width, Lanes::kCount);
+  const int64_t b = task.index / batch.max_frames, t = task.index - b * batch.max_frames;
+  if (b >= batch.num_utterances || !batch.IsValid(b) || t >= batch.num_frames[b]) return;
+  const int64_t column = batch.ColumnBegin(b, t), columns = batch.ColumnEnd(b, t) - column;
+  const int64_t begin = batch.Row(b, t, column), end = begin + columns;
+  if (columns <= 0 || end <= tile.Row(0) || begin > tile.Row(tile.size - 1)) return;
+  int64_t i = LowerBound(tile, begin);
+  if (i >= tile.size || tile.Row(i) >= end || task.channel >= inputs.width) return;
+  Compute<T>* out = grad_enc + (b * batch.max_frames + t) * inputs.width + task.channel;
+  Lanes sum;
+  inputs.Read(out, &sum);
+  for (; i < tile.size; ++i) {
+    const int64_t row = tile.Row(i);
+    if (row >= end) break;
+    inputs.AddRow(batch, i, b, t, column + row - begin, task.channel, &sum);
+  }
+  inputs.Write(sum, out);
+}
+
+// The place of `row` in a tile that lists its rows, -1 if it is not there. *place is where to start
+// looking, and where to go on for a later row. The warp looks at 32 places at a time.
+__device__ inline int64_t FindInList(const RowTile& tile, int64_t row, int64_t* place) {
+  while (true) {
+    const int64_t here = *place + Lane();
+    const bool is_before = here < tile.size && tile.Row(here) < row;
+    const int num_before = __popc(__ballot_sync(kFullWarp, is_before));
+    *place += num_before;
+    if (num_before < kWarp) break;
+  }
+  return *place < tile.size && tile.Row(*place) == row ? *place : -1;
+}
+
+// grad_pred[b, u] += sum over the symbol's rows in the tile: at most one a frame.
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kRowThreads, 4)
+    GradPredKernel(LatticeBatch batch, RowTile tile, BackwardInputs<T, kPacked> inputs,
+                   Compute<T>* grad_pred) {
+  using Lanes = Channels<T, kPacked>;
+  const WarpTask task(inputs.width, Lanes::kCount);
+  const int64_t num_columns = batch.max_targets + 1;
+  const int64_t b = task.index / num_columns, u = task.index - b * num_columns;
+  if (b >= batch.num_utterances || !batch.IsValid(b) || u > batch.num_targets[b]) return;
+  // The frames that the tile has rows of.
+  const int64_t first_row = batch.first_row[b], stride = batch.Stride(b);
+  const int64_t first = tile.Row(0) - first_row, last = tile.Row(tile.size - 1) - first_row;
+  if (last < 0) return;
+  const int64_t last_frame = last / stride;
+  int64_t t = first < 0 ? 0 : first / stride;
+  int64_t num_frames = batch.num_frames[b];
+  if (last_frame + 1 < num_frames) num_frames = last_frame + 1;
+  if (t >= num_frames) return;
+
+  const bool has_channel = task.channel < inputs.width;  // others still help to look
+  Compute<T>* out = grad_pred + (b * num_columns + u) * inputs.width + task.channel;
+  Lanes sum{};
+  if (has_channel) inputs.Read(out, &sum);
+  int64_t place = tile.rows != nullptr ? LowerBound(tile, first_row + t * stride) : 0;
+  for (; t < num_frames; ++t) {
+    if (u < batch.ColumnBegin(b, t) || u >= batch.ColumnEnd(b, t)) continue;
+    const int64_t row = batch.Row(b, t, u);
+    int64_t i = row - tile.begin;
+    if (tile.rows != nullptr) i = FindInList(tile, row, &place);
+    if (i < 0 || i >= tile.size || !has_channel) continue;
+    inputs.AddRow(batch, i, b, t, u, task.channel, &sum);
+  }
+  if (has_channel) inputs.Write(sum, out);
+}
+
+template <typename T, bool kPacked>
+void LaunchBackward(const LatticeBatch& batch, const RowTile& tile,
+                    const BackwardInputs<T, kPacked>& inputs, void* stream, Compute<T>* grad_enc,
+                    Compute<T>* grad_pred) {
+  const int64_t slices = CeilDivide(inputs.width, kWarp * Channels<T, kPacked>::kCount);
+  const auto blocks = [&](int64_t sums) {
+    return CeilDivide(batch.num_utterances * sums * slices, kRowThreads / kWarp);
+  };
+  TRANSDUCER_LAUNCH((GradEncKernel<T, kPacked>), blocks(batch.max_frames), kRowThreads, stream,
+                    batch, tile, inputs, grad_enc);
+  TRANSDUCER_LAUNCH((GradPredKernel<T, kPacked>), blocks(batch.max_targets + 1), kRowThreads,
+                    stream, batch, tile, inputs, grad_pred);
+}
+
+}  // namespace
+
+template <typename T>
+void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* enc, const T* pred,
+                     int64_t width, Activation activation, void* stream, T* hidden) {
+  if (AllPacked<T>(width, {enc, pred, hidden})) {
+    TRANSDUCER_LAUNCH((JoinForwardKernel<T, true>), RowBlocks(tile), kRowThreads, stream, batch,
+                      tile, enc, pred, width, activation, hidden);
+  } else {
+    TRANSDUCER_LAUNCH((JoinForwardKernel<T, false>), RowBlocks(tile), kRowThreads, stream, batch,
+                      tile, enc, pred, width, activation, hidden);
+  }
+}
+
+template <typename T>
+void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* grad_hidden,
+                      const T* hidden, const T* enc, const T* pred, int64_t width,
+                      Activation activation, void* stream, Compute<T>* grad_enc,
+                      Compute<T>* grad_pred) {
+  if (tile.size == 0) return;
+  if (AllPacked<T>(width, {grad_hidden, hidden, enc, pred})) {
+    const BackwardInputs<T, true> inputs{grad_hidden, hidden, enc, pred, width, activation};
+    LaunchBackward(batch, tile, inputs, stream, grad_enc, grad_pred);
+  } else {
+    const BackwardInputs<T, false> inputs{grad_hidden, hidden, enc, pred, width, activation};
+    LaunchBackward(batch, tile, inputs, stream, grad_enc, grad_pred);
+  }
+}
+
+#define TRANSDUCER_INSTANTIATE(T)                                                                  \
+  template void JoinForwardCuda<T>(const LatticeBatch&, const RowTile&, const T*, const T*,        \
+                                   int64_t, Activation, void*, T*);                                \
+  template void JoinBackwardCuda<T>(const LatticeBatch&, const RowTile&, const T*, const T*,       \
+                                    const T*, const T*, int64_t, Activation, void*, Compute<T>*,   \
+                                    Compute<T>*);
+TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
+#undef TRANSDUCER_INSTANTIATE
+
+}  // namespace transducer

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stage 3: one warp a row; the logits are read once, 16 bytes a lane.
+#include "device_rows.cuh"
+#include "logits_grad.h"
+
+namespace transducer {
+namespace {
+
+// What is the same for every row of a call.
+struct GradOptions {
+  int size;
+  int64_t blank;
+  bool from_log_softmax;
+  Score limit;  // of the magnitude of d loss / d logit
+};
+
+// One cell's gradient, entry by entry; target < 0 where there is no label arc.
+template <typename T>
+class CellGradient {
+ public:
+  using C = Compute<T>;
+
+  __device__ CellGradient(const GradOptions& options, Score normaliser, Score use_blank,
+                          Score use_label, int64_t target, Score loss_grad)
+      : options_(options),
+        normaliser_(normaliser),
+        use_blank_(use_blank),
+        use_label_(use_label),
+        loss_grad_(loss_grad),
+        target_(target),
+        // normaliser = high + low: x - high is exact where the softmax matters (x close to it).
+        high_(static_cast<C>(normaliser)),
+        low_(static_cast<C>(normaliser - static_cast<Score>(high_))),
+        weight_(static_cast<C>(use_blank + use_label)),
+        limit_(static_cast<C>(options.limit)),
+        scale_(static_cast<C>(loss_grad)) {}
+
+  __device__ T At(int v, T x) const {
+    if (v == options_.blank || v == target_) return WithSubtraction(v, x);
+    C g = weight_ * Exp((ToCompute(x) - high_) - low_);
+    g = scale_ * (g > limit_ ? limit_ : g);
+    return g < kFlushBelow<T> && g > -kFlushBelow<T> ? T{} : FromCompute<T>(g);
+  }
+
+  // The entries where posteriors are subtracted: in float64, but for the exponential itself, which
+  // is float32's unless the logits are float64. (float64 exponentials, one a row, would outweigh
+  // the rest of the row on a GPU with few float64 units.)
+  __device__ T WithSubtraction(int v, T x) const {
+    const Score occupancy = use_blank_ + use_label_;
+    Score g = 0;
+    if (!options_.from_log_softmax && occupancy > 0) {
+      const C log_prob = static_cast<C>(static_cast<Score>(ToCompute(x)) - normaliser_);
+      g = occupancy * static_cast<Score>(Exp(log_prob));
+    }
+    if (v == options_.blank) g -= use_blank_;
+    if (v == target_) g -= use_label_;
+    g = g < -options_.limit ? -options_.limit : g;
+    g = loss_grad_ * (g > options_.limit ? options_.limit : g);
+    return g < kFlushBelow<T> && g > -kFlushBelow<T> ? T{} : FromCompute<T>(static_cast<C>(g));
+  }
+
+ private:
+  const GradOptions& options_;
+  const Score normaliser_, use_blank_, use_label_, loss_grad_;
+  const int64_t target_;
+  const C high_, low_, weight_, limit_, scale_;
+};
+
+// row[v] = f(v) for this lane's share of the row.
+template <typename T, typename F>
+__device__ void WriteRow(T* row, int size, F f) {
+  RowParts<T>(row, size).ForEach(
+      Lane(), kWarp,
+      [&](int first) {
+        Pack<T> pack;
+#pragma unroll
+        for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = f(first + i);
+        StorePack(row + first, pack);
+      },
+      [&](int v) { row[v] = f(v); });
+}
+
+// grad[v] = f(v, x[v]); grad may be x: an entry is read and written by the same lane.
+template <typename T, typename F>
+__device__ void TransformRow(const T* x, int size, T* grad, F f) {
+  const auto from = reinterpret_cast<uintptr_t>(x), to = reinterpret_cast<uintptr_t>(grad);
+  if (from % sizeof(Pack<T>) != to % sizeof(Pack<T>)) {
+    for (int v = Lane(); v < size; v += kWarp) grad[v] = f(v, x[v]);
+    return;
+  }
+  RowParts<T>(x, size).ForEach(
+      Lane(), kWarp,
+      [&](int first) {
+        Pack<T> pack = LoadPack(x + first);
+#pragma unroll
+        for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = f(first + i, pack.values[i]);
+        StorePack(grad + first, pack);
+      },
+      [&](int v) { grad[v] = f(v, x[v]); });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
+    LogitsGradKernel(LatticeBatch batch, RowTile tile, const T* logits, GradOptions options,
+                     const Score* normaliser, const Score* use_blank, const Score* use_label,
+                     const Score* loss_grad, T* grad) {
+  CellCursor cursor(batch);
+  Cell cell;
+  const int size = options.size;
+  const int64_t begin = GlobalWarp() * kRowsPerWarp;
+  for (int64_t i = begin; i < begin + kRowsPerWarp && i < tile.size; ++i) {
+    const int64_t row = tile.Row(i);
+    T* out = grad + i * size;
+    const bool is_cell = cursor.Find(row, &cell);
+    const Score scale = loss_grad[cell.b];
+    const Score blank_uses = is_cell ? use_blank[row] : 0;
+    const Score label_uses = is_cell ? use_label[row] : 0;
+    const Score occupancy = blank_uses + label_uses;
+    if (scale == 0 || (!is_cell && batch.IsValid(cell.b))) {
+      WriteRow(out, size, [](int) { return T{}; });
+      continue;
+    }
+    if (!is_cell || occupancy != occupancy) {
+      WriteRow(out, size, [](int) { return FromCompute<T>(kNaNOf<Compute<T>>); });
+      continue;
+    }
+    const int64_t target =
+        cell.u < batch.num_targets[cell.b] ? batch.Target(cell.b, cell.u) : int64_t{-1};
+    const CellGradient<T> gradient(options, normaliser[row], blank_uses, label_uses, target, scale);
+    const T* x = logits + i * size;
+    // No entry can exceed the occupancy times the upstream gradient: do not even read rows that
+    // round to zero, but for the two entries with a subtraction.
+    const Score bound = occupancy * (scale < 0 ? -scale : scale);
+    if (options.from_log_softmax || bound < kFlushBelow<T>) {
+      WriteRow(out, size, [&](int v) {
+        return v == options.blank || v == target ? gradient.WithSubtraction(v, x[v]) : T{};
+      });
+      continue;
+    }
+    TransformRow(x, size, out, [&](int v, T value) { return gradient.At(v, value); });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const T* logits,
+                    int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
+                    const Score* normaliser, const Score* use_blank, const Score* use_label,
+                    const Score* loss_grad, void* stream, T* grad) {
+  TRANSDUCER_CHECK(vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
+  const GradOptions options{static_cast<int>(vocab_size), blank, from_log_softmax,
+                            clamp > 0 ? clamp : std::numeric_limits<Score>::infinity()};
+  TRANSDUCER_LAUNCH(LogitsGradKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile, logits,
+                    options, normaliser, use_blank, use_label, loss_grad, grad);
+}
+
+#define TRANSDUCER_INSTANTIATE(T)                                                                  \
+  template void LogitsGradCuda<T>(const LatticeBatch&, const RowTile&, const T*, int64_t, int64_t, \
+                                  bool, double, const Score*, const Score*, const Score*,          \
+                                  const Score*, void*, T*);
+TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
+#undef TRANSDUCER_INSTANTIATE
+
+}  // namespace transducer

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// Few cells need repair: a warp a cell, or a warp a sum, most of which look and go.
+#include "device_rows.cuh"
+#include "normaliser_repair.h"
+
+namespace transducer {
+namespace {
+
+template <typename T>
+__device__ bool NeedsRepair(const AdditiveCells<T>& cells, int64_t cell) {
+  return cells.product[cell] < cells.threshold;
+}
+
+// am_v + lm_v - offset, formed in float64 (normaliser_repair_cpu.cpp).
+template <typename T>
+__device__ T ShiftedSum(T am, T lm, Score offset) {
+  return static_cast<T>((static_cast<Score>(am) + static_cast<Score>(lm)) - offset);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
+    RepairKernel(AdditiveCells<T> cells, Score* normaliser) {
+  const int64_t cell = GlobalWarp(), frame = cell / cells.num_columns;
+  if (cell >= cells.num_utterances * cells.num_frames * cells.num_columns) return;
+  if (!NeedsRepair(cells, cell)) return;
+  const int64_t b = frame / cells.num_frames;
+  const T* am = cells.am + frame * cells.vocab_size;
+  const T* lm = cells.Lm(b, cell - frame * cells.num_columns);
+  T max = -kInfinityOf<T>;
+  for (int64_t v = Lane(); v < cells.vocab_size; v += kWarp) {
+    const T sum = am[v] + lm[v];
+    max = sum > max ? sum : max;
+  }
+  const Score offset = WarpMax(max);  // -inf makes NaN of the sum: nothing in the row is finite
+  T sum = 0;
+  for (int64_t v = Lane(); v < cells.vocab_size; v += kWarp) {
+    sum += Exp(ShiftedSum(am[v], lm[v], offset));
+  }
+  sum = WarpSum(sum);
+  if (Lane() == 0) normaliser[cell] = offset + log(static_cast<Score>(sum));
+}
+
+// One warp a row of grad_am (kOfFrames: frame t, adds over u) or of grad_lm (symbol u, adds over
+// t), and 32 symbols of the vocabulary.
+template <typename T, bool kOfFrames>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
+    RepairBackwardKernel(AdditiveCells<T> cells, const Score* normaliser, const Score* grad,
+                         T* out) {
+  const int64_t num_slices = (cells.vocab_size + kWarp - 1) / kWarp;
+  const int64_t row = GlobalWarp() / num_slices;
+  const int64_t v = (GlobalWarp() - row * num_slices) * kWarp + Lane();
+  const int64_t num_rows = kOfFrames ? cells.num_frames : cells.num_columns;
+  const int64_t num_terms = kOfFrames ? cells.num_columns : cells.num_frames;
+  const int64_t b = row / num_rows, index = row - b * num_rows;
+  if (b >= cells.num_utterances || v >= cells.vocab_size) return;
+  T sum = out[row * cells.vocab_size + v];
+  for (int64_t term = 0; term < num_terms; ++term) {
+    const int64_t t = kOfFrames ? index : term, u = kOfFrames ? term : index;
+    const int64_t cell = cells.Cell(b, t, u);
+    if (!NeedsRepair(cells, cell) || grad[cell] == 0) continue;
+    const T x = ShiftedSum(cells.Am(b, t)[v], cells.Lm(b, u)[v], normaliser[cell]);
+    const T g = static_cast<T>(grad[cell]) * Exp(x);
+    sum += g < kFlushBelow<T> && g > -kFlushBelow<T> ? T(0) : g;
+  }
+  out[row * cells.vocab_size + v] = sum;
+}
+
+}  // namespace
+
+template <typename T>
+void RepairNormaliserCuda(const AdditiveCells<T>& cells, void* stream, Score* normaliser) {
+  const int64_t num_cells = cells.num_utterances * cells.num_frames * cells.num_columns;
+  TRANSDUCER_LAUNCH(RepairKernel<T>, CeilDivide(num_cells, kRowThreads / kWarp), kRowThreads,
+                    stream, cells, normaliser);
+}
+
+template <typename T>
+void RepairNormaliserBackwardCuda(const AdditiveCells<T>& cells, const Score* normaliser,
+                                  const Score* grad, void* stream, T* grad_am, T* grad_lm) {
+  const int64_t slices = cells.num_utterances * CeilDivide(cells.vocab_size, kWarp);
+  const auto blocks = [&](int64_t rows) { return CeilDivide(slices * rows, kRowThreads / kWarp); };
+  TRANSDUCER_LAUNCH((RepairBackwardKernel<T, true>), blocks(cells.num_frames), kRowThreads, stream,
+                    cells, normaliser, grad, grad_am);
+  TRANSDUCER_LAUNCH((RepairBackwardKernel<T, false>), blocks(cells.num_columns), kRowThreads,
+                    stream, cells, normaliser, grad, grad_lm);
+}
+
+#define TRANSDUCER_INSTANTIATE(T)                                                        \
+  template void RepairNormaliserCuda<T>(const AdditiveCells<T>&, void*, Score*);         \
+  template void RepairNormaliserBackwardCuda<T>(const AdditiveCells<T>&, const Score*,   \
+                                                const Score*, void*, T*, T*);
+TRANSDUCER_INSTANTIATE(float)
+TRANSDUCER_INSTANTIATE(double)
+#undef TRANSDUCER_INSTANTIATE
+
+}  // namespace transducer

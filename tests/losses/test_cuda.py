@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses on a CUDA device: like the CPU's, repeatable, on any stream, in graphs, beyond 2^31."""
+
+import pytest
+import torch
+
+from tests.backends import Backend
+from tests.losses.helpers import ragged_batch
+from transducer_toolkit import LatticeShape, fused_joiner_loss, join, native, transducer_loss
+
+pytestmark = pytest.mark.skipif(
+    Backend("cuda").missing is not None, reason=str(Backend("cuda").missing)
+)
+FRAMES, SYMBOLS = [60, 41, 1, 33], [20, 13, 0, 30]
+
+
+def loss_and_grad(logits, batch, **options):
+    leaf = logits.detach().requires_grad_()
+    indices = batch.targets.to(leaf.device), batch.logit_lengths, batch.target_lengths
+    loss = transducer_loss(leaf, *indices, blank=0, reduction="none", **options)
+    weights = torch.linspace(-1, 2, len(loss), dtype=loss.dtype, device=loss.device)
+    return loss.detach(), torch.autograd.grad((loss * weights).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("dtype", native.SUPPORTED_DTYPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"fastemit_lambda": 0.1, "delay_penalty": 0.2, "clamp": 0.1}]
+)
+def test_equals_the_cpu_and_itself(dtype, packed, options):
+    batch = ragged_batch(FRAMES, SYMBOLS, 501, scale=3.0)
+    logits = (batch.packed() if packed else batch.logits).detach().to(dtype)
+    expected = loss_and_grad(logits, batch, **options)
+    results = [loss_and_grad(logits.cuda(), batch, **options) for _ in range(3)]
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, 1e-2)
+    for actual, wanted in zip(results[0], expected, strict=True):
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=tolerance, atol=tolerance)
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+def fused(device, dtype=torch.float32):
+    torch.manual_seed(3)
+    shape = LatticeShape.from_lengths(FRAMES, SYMBOLS)
+    inputs = [
+        torch.randn(size, dtype=dtype).to(device).requires_grad_()
+        for size in ((4, 60, 48), (4, 31, 48), (70, 48), (70,))
+    ]
+    targets = torch.randint(1, 70, (4, 30)).to(device)
+    lengths = shape.logit_lengths, shape.target_lengths
+    loss = fused_joiner_loss(*inputs, targets, *lengths, 0, reduction="none")
+    return loss, torch.autograd.grad(loss.sum(), inputs), (inputs, shape, targets)
+
+
+def test_fused_equals_unfused_and_the_cpu():
+    on_cpu = fused("cpu", torch.float64)
+    loss, grads, ((enc, pred, weight, bias), shape, targets) = fused("cuda", torch.float64)
+    logits = join(enc, pred, shape) @ weight.T + bias
+    lengths = shape.logit_lengths, shape.target_lengths
+    unfused = transducer_loss(logits, targets, *lengths, blank=0, reduction="none")
+    torch.testing.assert_close(loss, unfused, rtol=1e-10, atol=0)
+    torch.testing.assert_close(loss.cpu(), on_cpu[0], rtol=1e-10, atol=0)
+    expected = torch.autograd.grad(unfused.sum(), (enc, pred, weight, bias))
+    for grad, exact, host in zip(grads, expected, on_cpu[1], strict=True):
+        torch.testing.assert_close(grad, exact, rtol=0, atol=1e-4)  # the filter's bound
+        torch.testing.assert_close(grad.cpu(), host, rtol=0, atol=1e-8)
+    first, again = fused("cuda"), fused("cuda")
+    assert all(torch.equal(*pair) for pair in zip(first[1], again[1], strict=True))
+
+
+def test_runs_on_the_current_stream():
+    """Behind slow work on another stream, whose result it needs."""
+    batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
+    logits = batch.packed().detach().cuda()
+    expected = loss_and_grad(logits, batch)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.full_like(logits, 1e3)
+        torch.cuda._sleep(200_000_000)
+        late.copy_(logits)
+        actual = loss_and_grad(late, batch)
+    stream.synchronize()
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_runs_on_the_tensors_device():
+    batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
+    logits = batch.packed().detach()
+    on_first, on_second = (loss_and_grad(logits.to(f"cuda:{i}"), batch) for i in range(2))
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(on_first, on_second, strict=True))
+
+
+def test_stages_are_captured_into_a_graph():
+    """Everything between the lengths (known before) and the gradient."""
+    batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
+    device = torch.device("cuda")
+    indices = batch.logit_lengths, batch.target_lengths, batch.targets
+    lattices = native.LatticeBatch(
+        *(tensor.to(device) for tensor in indices),
+        max_frames=60,
+        padded=False,
+        device=device,
+        num_rows=batch.shape.num_cells,
+    )
+    logits, grad = (torch.zeros(batch.shape.num_cells, 40, device=device) for _ in range(2))
+    loss_grad = torch.ones(4, dtype=torch.float64, device=device)
+    options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
+
+    def step():
+        scores = native.CellScores(lattices, device)
+        tile = lattices.all_rows()
+        native.cell_scores(logits, lattices, tile, scores, blank=0)
+        loss, *uses = native.lattice(
+            scores.blank, scores.label, lattices, with_uses=True, exact=False, **options
+        )
+        kept = native.kept_rows(*uses, lattices, dropped_mass=1e-6)
+        native.logits_grad(
+            logits, lattices, tile, scores.normaliser, *uses, loss_grad, blank=0, out=grad
+        )
+        return loss, kept[1]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        logits.copy_(torch.randn(logits.shape))
+        graph.replay()
+        replayed = [tensor.clone() for tensor in (*captured, grad)]
+        expected = (*step(), grad)
+        assert all(torch.equal(*pair) for pair in zip(replayed, expected, strict=True))
+
+
+def test_padded_loss_of_device_lengths_is_captured_whole():
+    batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32, padding=0.0)
+    logits = batch.logits.detach().cuda().requires_grad_()
+    indices = [tensor.cuda() for tensor in batch.index_arguments[:3]]
+
+    def step():
+        loss = transducer_loss(logits, *indices, blank=0, reduction="sum")
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(captured, expected, strict=True))
+
+
+def test_invalid_device_lengths_are_nan():
+    batch = ragged_batch([5, 4, 3], [2, 1, 3], 7, padding=0.0)
+    targets, frames, symbols = (tensor.cuda() for tensor in batch.index_arguments[:3])
+    frames[1], symbols[2] = 10**9, -5
+    targets[0, 0] = 99
+    logits = batch.logits.detach().cuda().requires_grad_()
+    loss = transducer_loss(logits, targets, frames, symbols, blank=0, reduction="none")
+    assert loss.isnan().all()
+    assert torch.autograd.grad(loss.sum(), logits)[0].isnan().any()
+
+
+@pytest.mark.skipif(
+    Backend("cuda").missing is None and torch.cuda.mem_get_info()[0] < 16 * 2**30,
+    reason="needs 16 GiB of free device memory",
+)
+def test_more_than_2_31_logits():
+    vocab_size = 4096
+    shape = LatticeShape.from_lengths([2000] * 3 + [30], [90] * 3 + [9])
+    assert shape.num_cells * vocab_size > 2**31
+    logits = torch.empty(shape.num_cells, vocab_size, dtype=torch.bfloat16, device="cuda")
+    logits.normal_()
+    targets = torch.randint(1, vocab_size, (4, 90)).cuda()
+    last = logits[-300:].clone().requires_grad_()
+    lengths = shape.logit_lengths, shape.target_lengths
+    leaf = logits.requires_grad_()
+    loss = transducer_loss(leaf, targets, *lengths, blank=0, reduction="none")
+    grad = torch.autograd.grad(loss.sum(), leaf)[0]
+    alone = transducer_loss(
+        last, targets[3:, :9], *(tensor[3:] for tensor in lengths), blank=0, reduction="none"
+    )
+    assert torch.equal(loss[3:], alone)
+    assert torch.equal(grad[-300:], torch.autograd.grad(alone.sum(), last)[0])

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Removes each barrier of the CUDA kernels in turn and says whether emulation notices.
+
+    python -m tests.mutate_barriers [FILE ...]     e.g. lattice_cuda.cu; default: all
+
+A barrier is noticed if, without it, results change with the order of threads, or differ from those
+of the unchanged kernels, or the emulation stops. One that is not is not needed, or not tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from tests.backends import ORDERS, ROOT, build_emulated, load_emulated
+from tests.stage_cases import kept_rows, make_case, random_scores, random_uses, score
+from transducer_toolkit import native
+
+# __syncthreads_or(x) is x without its barrier, which is a vote too.
+_BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|__syncthreads_or(?=\()")
+
+
+def barriers(source: Path) -> list[tuple[int, int]]:
+    """Where each barrier of a file is: begin and end in its text."""
+    return [match.span() for match in _BARRIER.finditer(source.read_text())]
+
+
+def run_everything() -> list[torch.Tensor]:
+    """Output of every kernel that has a barrier, in shapes that need each of them."""
+    torch.manual_seed(5)
+    results: list[torch.Tensor] = []
+    case = make_case("packed", (2, 1), (1, 2), 4500)  # a block a row
+    batch = case.batch()
+    results += score(torch.randn(batch.num_rows, 4500), batch, batch.all_rows())
+    for topology in native.TOPOLOGIES:
+        for frames, symbols in (((9, 40), (45, 33)), ((40, 5), (9, 4)), ((700,), (690,))):
+            if topology != "regular":
+                symbols = tuple(min(pair) for pair in zip(frames, symbols, strict=True))
+            batch = make_case("packed", frames, symbols).batch()
+            blank, label = random_scores(batch)
+            label.clamp_(min=-60)
+            if len(frames) == 2:  # of no path (but in `regular`): seen by one lane only
+                blank[frames[0] * (symbols[0] + 1) + 3] = torch.nan
+            results += native.lattice(
+                blank,
+                label,
+                batch,
+                topology=topology,
+                delay_penalty=0.0,
+                fastemit_lambda=0.0,
+                with_uses=True,
+            )
+    case = make_case("packed", (90, 5, 60), (20, 3, 30))
+    batch = case.batch()
+    for dropped_mass in (1e-6, 1e-2):
+        results += kept_rows(random_uses(batch), batch, dropped_mass)
+    return results
+
+
+def main() -> None:
+    """Prints the results of run_everything in every order, or that orders disagree."""
+    module = load_emulated(Path(sys.argv[2]))
+    digests = set()
+    with native.emulated(module):
+        for order, seed in ORDERS:
+            module.set_order(getattr(module.Order, order), seed)
+            results = run_everything()
+            digests.add(tuple(tensor.nan_to_num(nan=7e5).numpy().tobytes() for tensor in results))
+    if len(digests) > 1:
+        sys.exit("results depend on the order of threads")
+    Path(sys.argv[3]).write_bytes(b"".join(digests.pop()))
+
+
+@contextmanager
+def build_tree() -> Iterator[tuple[Path, Path]]:
+    """A copy of the sources to change, and a build folder beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "source"
+        for name in ("csrc", "transducer_toolkit/_version.py", "CMakeLists.txt"):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, tree / name)
+        yield tree, Path(folder) / "build"
+
+
+def outcome(tree: Path, build: Path) -> str | bytes:
+    """What becomes of the sources as they are: why they are wrong, or their results."""
+    module = build_emulated(tree, build, "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    results = build / "results"
+    # A process of its own: a module cannot be loaded twice, and may crash.
+    command = [sys.executable, "-m", "tests.mutate_barriers", "--run", str(module), str(results)]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "does not end"
+    if run.returncode:
+        return run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "crashes"
+    return results.read_bytes()
+
+
+def survivors(files: list[str], only: int | None = None) -> list[str]:
+    """Barriers whose removal nobody notices; prints one line a barrier."""
+    unnoticed = []
+    with build_tree() as (tree, build):
+        expected = outcome(tree, build)
+        if isinstance(expected, str):
+            raise RuntimeError(f"the unchanged kernels: {expected}")
+        for name in files:
+            source = tree / "csrc" / name
+            text = source.read_text()
+            spans = barriers(source)
+            for begin, end in spans if only is None else spans[only : only + 1]:
+                source.write_text(text[:begin] + text[end:])
+                found = outcome(tree, build)
+                where = f"{name}:{text[:begin].count(chr(10)) + 1} {text[begin:end]}"
+                if found == expected:
+                    unnoticed.append(where)
+                    found = "NOT NOTICED"
+                elif isinstance(found, bytes):
+                    found = "results differ from those with it, alike in every order"
+                print(f"{where:<45} {found}", flush=True)
+                source.write_text(text)
+    return unnoticed
+
+
+def all_files() -> list[str]:
+    return sorted(path.name for path in (ROOT / "csrc").glob("*_cuda.cu") if barriers(path))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        main()
+    else:
+        parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+        parser.add_argument("files", nargs="*", metavar="FILE")
+        left = survivors(parser.parse_args().files or all_files())
+        print(f"{len(left)} barriers not noticed")
+        sys.exit(bool(left))
