@@ -12,8 +12,9 @@ namespace transducer {
 //   normaliser  = logsumexp(x)                       (0 if from_log_softmax)
 //   blank_score = x[blank] - normaliser
 //   label_score = x[target of (b, u)] - normaliser   (-inf in the last column, u = U_b)
-// A row with NaN or +inf, or with nothing but -inf, and a target outside [0, V) give NaN scores: the
-// lattice makes that utterance's loss NaN. (With from_log_softmax only blank and target are read.)
+// A row with NaN or +inf, or with nothing but -inf, and a target outside [0, V) give NaN scores:
+// the lattice makes that utterance's loss NaN. (With from_log_softmax only blank and target are
+// read.)
 // Outputs are indexed by row of the batch; padding rows stay unwritten.
 template <typename T>
 void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const T* logits,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// LogAdd for the host's recursion, where every step waits for the one before: a table instead of exp
-// and log1p cuts the waiting to a third, to the same last digits.
+// LogAdd for the host's recursion, where every step waits for the one before: a table instead of
+// exp and log1p cuts the waiting to a third, to the same last digits.
 #pragma once
 
 #include <array>
@@ -10,8 +10,8 @@
 
 namespace transducer {
 
-// g(x) = log(1 + exp(-x)) for x >= 0, to 4e-15: a polynomial of degree 6 around the centre of each of
-// 640 intervals; 0 from x = 40 on, where g < 5e-18.
+// g(x) = log(1 + exp(-x)) for x >= 0, to 4e-15: a polynomial of degree 6 around the centre of each
+// of 640 intervals; 0 from x = 40 on, where g < 5e-18.
 class SoftplusTable {
  public:
   SoftplusTable() {

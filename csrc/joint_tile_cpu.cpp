@@ -53,8 +53,8 @@ void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* gr
 }
 
 #define TRANSDUCER_INSTANTIATE(T)                                                                 \
-  template void JoinForwardCpu<T>(const LatticeBatch&, const RowTile&, const T*, const T*, int64_t, \
-                                  Activation, int, T*);                                           \
+  template void JoinForwardCpu<T>(const LatticeBatch&, const RowTile&, const T*, const T*,        \
+                                  int64_t, Activation, int, T*);                                  \
   template void JoinBackwardCpu<T>(const LatticeBatch&, const RowTile&, const T*, const T*,       \
                                    const T*, const T*, int64_t, Activation, int, Compute<T>*,     \
                                    Compute<T>*);

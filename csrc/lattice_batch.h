@@ -89,8 +89,8 @@ struct LatticeBatch {
     return low;
   }
 
-  // The cell that a row is; false if the row is padding. cell->b is set in any case. Of an utterance
-  // that is not valid, every row is padding.
+  // The cell that a row is; false if the row is padding. cell->b is set in any case. Of an
+  // utterance that is not valid, every row is padding.
   TRANSDUCER_HD bool CellOf(int64_t row, Cell* cell) const {
     const int64_t b = cell->b = UtteranceOf(row);
     const int64_t offset = row - first_row[b];

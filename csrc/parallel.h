@@ -18,8 +18,8 @@ namespace transducer {
 // thrown by a task is rethrown here.
 void ParallelFor(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task);
 
-// The same over rows, task(begin, end) taking a run of them: long enough to hide what starting a task
-// costs, short enough to balance.
+// The same over rows, task(begin, end) taking a run of them: long enough to hide what starting a
+// task costs, short enough to balance.
 template <typename Task>
 void ParallelForRows(int64_t num_rows, int num_threads, const Task& task) {
   constexpr int64_t kRowsPerTask = 64;

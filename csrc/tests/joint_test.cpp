@@ -28,7 +28,8 @@ void TestJoin(Activation activation, Layout layout, int64_t width) {
     }
   }
   std::vector<T> hidden(batch.num_rows * width, T(99));
-  JoinForwardCpu(batch, fixture.AllRows(), enc.data(), pred.data(), width, activation, 2, hidden.data());
+  JoinForwardCpu(batch, fixture.AllRows(), enc.data(), pred.data(), width, activation, 2,
+                 hidden.data());
   std::vector<T> grad_enc(enc.size()), grad_pred(pred.size());
   JoinBackwardCpu(batch, fixture.AllRows(), grad_hidden.data(), hidden.data(), enc.data(),
                   pred.data(), width, activation, 2, grad_enc.data(), grad_pred.data());
