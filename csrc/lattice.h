@@ -21,7 +21,7 @@ struct LatticeOptions {
 // `constrained` the forced blank counts as a use).
 //
 // +inf loss and zero uses if no path survives; NaN loss and NaN uses if any score of the utterance
-// is NaN or its lengths are invalid. use_blank and use_label may both be null: the loss alone then,
+// is NaN; NaN loss and untouched uses if its lengths are invalid. use_blank and use_label may both be null: the loss alone then,
 // in `scratch` of num_rows.
 //
 // On the CPU uses no other memory: the backward variables live in use_blank and the forward

@@ -21,7 +21,7 @@ struct Context {
   Score limit;  // of the magnitude of d loss / d logit
 };
 
-// One cell; target < 0 where there is no label arc.
+// One cell; target = -1 where there is no label arc.
 template <typename T>
 void CellGrad(const Context& context, const T* x, Score normaliser, Score use_blank,
               Score use_label, int64_t target, Score loss_grad, T* grad) {
@@ -31,7 +31,8 @@ void CellGrad(const Context& context, const T* x, Score normaliser, Score use_bl
     std::fill(grad, grad + size, T{});
     return;
   }
-  if (std::isnan(occupancy)) {
+  // A target beyond the vocabulary was NaN in stage 1; here it is one that has changed since.
+  if (std::isnan(occupancy) || target >= size) {
     std::fill(grad, grad + size, NaNOf<T>());
     return;
   }

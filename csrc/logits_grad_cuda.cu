@@ -120,12 +120,13 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
       WriteRow(out, size, [](int) { return T{}; });
       continue;
     }
-    if (!is_cell || occupancy != occupancy) {
+    const bool has_label = is_cell && cell.u < batch.num_targets[cell.b];
+    const int64_t target = has_label ? batch.Target(cell.b, cell.u) : int64_t{-1};
+    // A target beyond the vocabulary was NaN in stage 1; here it is one that has changed since.
+    if (!is_cell || occupancy != occupancy || target >= size) {
       WriteRow(out, size, [](int) { return FromCompute<T>(kNaNOf<Compute<T>>); });
       continue;
     }
-    const int64_t target =
-        cell.u < batch.num_targets[cell.b] ? batch.Target(cell.b, cell.u) : int64_t{-1};
     const CellGradient<T> gradient(options, normaliser[row], blank_uses, label_uses, target, scale);
     const T* x = logits + i * size;
     // No entry can exceed the occupancy times the upstream gradient: do not even read rows that

@@ -28,6 +28,14 @@ def automatic_tile_cells(enc: Tensor, vocab_size: int) -> int:
     return max(64, budget // row_bytes)
 
 
+def autocast(tensor: Tensor) -> Tensor:
+    """In the dtype that autocast, where it is on, would give a matrix product; float64 stays."""
+    device_type = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor
+
+
 class Gradients(NamedTuple):
     """Gradients of enc, pred, weight and bias; None where none is wanted."""
 

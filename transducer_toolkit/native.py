@@ -44,9 +44,12 @@ _DTYPES = {
 SUPPORTED_DTYPES = tuple(_DTYPES)
 
 
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What arithmetic on `dtype` happens in, and losses come out in: float32 for 16-bit types."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in SIXTEEN_BIT else dtype
 
 
 # Of scores, posteriors and sums of logarithms (csrc/common.h: Score).
@@ -188,6 +191,15 @@ class LatticeBatch:
         num_targets = _index(target_lengths, place)
         targets = _index(targets, device)
         num_utterances, max_targets = targets.shape
+        # The stages read so many elements, whatever the caller forgot to check.
+        for name, tensor, size in (
+            ("logit_lengths", logit_lengths, (num_utterances,)),
+            ("target_lengths", target_lengths, (num_utterances,)),
+            ("band_start", band_start, (num_utterances, max_frames)),
+            ("begins", begins, (num_utterances, 2)),
+        ):
+            if tensor is not None and tuple(tensor.shape) != size:
+                raise ValueError(f"{name}: expected shape {size}, got {tuple(tensor.shape)}")
         if padded:
             stride = max_targets + 1 if band_start is None else band_width
             rows_per_utterance = max_frames * stride

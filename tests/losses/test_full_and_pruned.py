@@ -217,6 +217,21 @@ def test_band_outside_of_all_paths_is_infinite_with_zero_gradient():
     assert grad[0].eq(0).all() and grad[1].abs().sum() > 0
 
 
+def test_ranges_outside_of_the_boundary_do_not_matter():
+    batch = Batch([(4, 2), (3, 1)], [(0, 0), (1, 2)], width=2)
+    expected, grads = batch.loss(return_grad=True)
+    arguments = batch.symbols, batch.ranges, 0, batch.boundary
+    px, py = tt.get_rnnt_logprobs_pruned(batch.logits, *arguments)
+    for b, (_, t0, _, t) in enumerate(batch.boundary.tolist()):
+        batch.ranges[b, :t0] = -7
+        batch.ranges[b, t:] = 10**6
+    losses, same = batch.loss(return_grad=True)
+    assert torch.equal(losses, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+    again = tt.get_rnnt_logprobs_pruned(batch.logits, *arguments)
+    assert torch.equal(again[0], px) and torch.equal(again[1], py)
+
+
 def test_pruned_compiles_into_one_graph():
     torch.compiler.reset()
     batch = Batch([(6, 3), (5, 2)], [(0, 0), (0, 0)], width=2)

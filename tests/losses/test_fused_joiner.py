@@ -296,13 +296,14 @@ def test_padding_is_never_read():
         torch.testing.assert_close(grad, want)
 
 
-def test_one_bad_utterance_leaves_the_losses_of_others_alone():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_bad_utterance_leaves_the_losses_of_others_alone(activation):
     case = Case(dtype=torch.float32)
-    clean = case.fused()
+    clean = case.fused(activation=activation)
     bad = torch.autograd.grad(clean[[0, 2]].sum(), case.parameters)
     with torch.no_grad():
         case.enc[1, 2] = float("nan")
-    losses = case.fused()
+    losses = case.fused(activation=activation)
     assert losses[1].isnan() and torch.equal(losses[[0, 2]], clean[[0, 2]])
     assert torch.autograd.grad(losses.sum(), case.enc, retain_graph=True)[0][1, 2].isnan().all()
     masked = torch.where(losses.isfinite(), losses, 0.0).sum()
@@ -324,6 +325,29 @@ def test_invalid_lengths_without_validation_are_nan():
     case.targets[0, 1] = 10**8
     losses = case.fused(validate=False)
     assert losses[0].isnan() and losses[1:].isfinite().all()
+
+
+def test_shape_of_another_batch_is_refused():
+    case = Case()
+    for shape, error, message in (
+        (LatticeShape.from_lengths([7], [3]), ValueError, "shape: expected 3 utterances, as many"),
+        ((FRAMES, SYMBOLS), TypeError, "shape: expected a LatticeShape, got tuple"),
+        (LatticeShape.from_lengths([7, 4, 10], [3, 0, 4]), ValueError, r"logit_lengths\[2\]"),
+    ):
+        with pytest.raises(error, match=message):
+            case.fused(shape=shape, validate=False)
+
+
+def test_forward_mode_is_refused():
+    case = Case()
+    enc = case.enc.detach()
+
+    def loss_of(enc):
+        case.enc = enc
+        return case.fused().sum()
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(loss_of, (enc,), (torch.ones_like(enc),))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +379,9 @@ def test_bad_tensors(change, error, message):
         ({"topology": "free"}, "topology: expected one of"),
         ({"dropped_mass": -1.0}, "dropped_mass: expected 0 <= dropped_mass < 1, got -1.0"),
         ({"dropped_mass": float("nan")}, "dropped_mass: expected"),
-        ({"tile_cells": 0}, "tile_cells: expected None or at least 1, got 0"),
+        ({"tile_cells": 0}, "tile_cells: expected None or an int of at least 1, got 0"),
+        ({"tile_cells": 2.5}, "tile_cells: expected None or an int of at least 1, got 2.5"),
+        ({"ranges": torch.zeros(3, 9, 0).long()}, r"ranges: expected shape \(3, 9, R\), R >= 1"),
         ({"ranges": torch.zeros(3, 8, 2).long()}, r"ranges: expected shape \(3, 9, R\)"),
         ({"ranges": torch.zeros(3, 9, 2).long()}, r"ranges\[0, 0\] \(utterance 0\): expected 2"),
         ({"reduction": "avg"}, "reduction: expected one of"),

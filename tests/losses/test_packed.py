@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """transducer_loss: values and gradients, layouts, options, autograd."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from tests.losses.helpers import ragged_batch, zero_padding
 from transducer_toolkit import Joiner, LatticeShape, TransducerLoss, transducer_loss
@@ -352,6 +354,38 @@ def test_one_graph_serves_batches_of_every_shape(layout, dynamic):
         torch.testing.assert_close(actual, expected)
         (grad,) = torch.autograd.grad(actual, inputs[-1])
         torch.testing.assert_close(grad, grad_of(expected, inputs[-1]))
+
+
+def test_checkpointing():
+    batch = ragged_batch([5, 3], [2, 1], 6)
+    leaf = batch.packed()
+    expected = grad_of(transducer_loss(leaf, *batch.index_arguments), leaf)
+    for inplace in (False, True):
+        loss = checkpoint(
+            lambda leaf, inplace=inplace: transducer_loss(
+                leaf * 1.0, *batch.index_arguments, inplace=inplace
+            ),
+            leaf,
+            use_reentrant=False,
+        )
+        assert torch.equal(grad_of(loss, leaf), expected)
+
+
+def test_forward_mode_is_refused():
+    batch = ragged_batch([3], [1], 4, padding=0.0)
+    logits = batch.logits.detach()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: transducer_loss(x, *batch.index_arguments), (logits,), (logits,))
+
+
+def test_targets_changed_behind_autograds_back_give_nan():
+    memory = np.array([[1, 2], [3, 1]])
+    logits = torch.randn(2, 4, 3, 5, requires_grad=True)
+    lengths = torch.tensor([4, 4]), torch.tensor([2, 2])
+    loss = transducer_loss(logits, torch.from_numpy(memory), *lengths, blank=0)
+    memory[0] = 10**9
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad[0, :, :2].isnan().all() and grad[1].isfinite().all()
 
 
 # --- non-finite values --------------------------------------------------------------------------

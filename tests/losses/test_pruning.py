@@ -337,3 +337,12 @@ def test_bad_input_of_pruning_is_named(arguments, error, message):
         do_rnnt_pruning(*arguments)
     with pytest.raises(ValueError, match=r"boundary: expected shape \(2, 4\)"):
         do_rnnt_pruning(AM, LM, RANGES, boundary=torch.zeros(1, 4).long())
+
+
+@pytest.mark.parametrize("method", ["greedy", "optimal"])
+def test_posteriors_of_nan_give_windows_all_the_same(method):
+    nan = float("nan")
+    posteriors = torch.full((1, 6, 10), nan), torch.full((1, 7, 9), nan)
+    boundary = torch.tensor([[3, 2, 6, 9]])
+    ranges = get_rnnt_prune_ranges(*posteriors, boundary, 3, method=method)
+    assert ranges.shape == (1, 9, 3) and ranges.min() >= 0 and ranges.max() <= 6

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
+import time
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from transducer_toolkit import LatticeShape
 from transducer_toolkit.losses.operator import logits_loss
 from transducer_toolkit.losses.reference import reference_loss
-from transducer_toolkit.modules import AdditiveJoiner, Joiner
+from transducer_toolkit.modules import (
+    AdditiveJoiner,
+    ConvLstmEncoder,
+    Joiner,
+    StatelessPredictor,
+    Transducer,
+)
 from transducer_toolkit.training import stages
+from transducer_toolkit.training.clock import StepClock
 from transducer_toolkit.training.stages import LossInput
 
 RNNT_TYPES = ("regular", "modified", "constrained")
@@ -164,6 +173,83 @@ def test_float64_oracle_of_every_exact_stage(batch):
     expected = reference_loss(logits, batch.targets, *lengths, blank=0, reduction="none")
     for stage in (stages.PackedLoss(), stages.FullLoss(), stages.FusedLoss()):
         torch.testing.assert_close(stage(double).losses, expected, rtol=0, atol=1e-10)
+
+
+def test_fused_stages_refuse_an_output_layer_with_code_of_its_own(batch):
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Own(Joiner):
+        def step(self, encoder_frames, predictor_out):
+            return 2 * super().step(encoder_frames, predictor_out)
+
+    def with_output(change):
+        joiner = Joiner(8, 6, 16, 7)
+        change(joiner)
+        return joiner
+
+    joiners = [
+        Own(8, 6, 16, 7),
+        with_output(lambda joiner: setattr(joiner, "output", Scaled(16, 7))),
+        with_output(lambda joiner: torch.nn.utils.parametrizations.weight_norm(joiner.output)),
+        with_output(lambda joiner: prune.l1_unstructured(joiner.output, "weight", 0.5)),
+        with_output(lambda joiner: joiner.output.register_forward_hook(lambda m, x, y: 2 * y)),
+    ]
+    simple_joiner = AdditiveJoiner(8, 6, 7)
+    for index, joiner in enumerate(joiners):
+        odd = batch._replace(joiner=joiner)
+        for stage in (stages.FusedLoss(), stages.FusedPrunedLoss(simple_joiner=simple_joiner)):
+            with pytest.raises(TypeError, match=r"needs a plain nn\.Linear there"):
+                stage(odd)
+        if index > 0:  # packed does what the layer does, as often as it is asked
+            for _ in range(2):
+                packed, full = run(stages.PackedLoss(), odd), run(stages.FullLoss(), odd)
+                check_same(packed, full)
+
+
+def test_bound_joiner_is_where_and_what_the_model_is(batch):
+    model = Transducer(
+        ConvLstmEncoder(hidden_dim=8), StatelessPredictor(7, 6), batch.joiner
+    ).double()
+    stage = stages.PrunedLoss()
+    stage.bind(model)
+    assert {parameter.dtype for parameter in stage.parameters()} == {torch.float64}
+
+
+def test_options_are_checked_at_once():
+    for stage_class, options, message in (
+        (stages.PrunedLoss, {"prune_range": 0}, "prune_range: expected at least 1, got 0"),
+        (stages.PrunedLoss, {"method": "x"}, "method: expected one of"),
+        (stages.FusedLoss, {"dropped_mass": -1.0}, "dropped_mass: expected"),
+        (stages.FusedPrunedLoss, {"dropped_mass": 2.0}, "dropped_mass: expected"),
+        (stages.SimpleLoss, {"rnnt_type": "one_sym_per_frame"}, "rnnt_type: expected one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stage_class(**options)
+
+
+def test_clock_counts_the_loss_and_not_the_predictor(batch):
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(0.3)
+            return grad
+
+    clock, stage = StepClock(), stages.PackedLoss()
+    stage.register_forward_pre_hook(clock._before_loss)
+    stage.register_forward_hook(clock._after_loss)
+    slow = batch._replace(
+        encoder_out=Slow.apply(batch.encoder_out), predictor_out=Slow.apply(batch.predictor_out)
+    )
+    losses = stage(slow).losses
+    clock.on_before_backward()
+    losses.sum().backward()
+    assert 0 < clock._loss_of_step_s < 0.25
 
 
 def test_torchaudio_missing_is_said_in_words(monkeypatch):

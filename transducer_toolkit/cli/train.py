@@ -142,9 +142,13 @@ def start_from(module: TransducerModule, path: str) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a checkpoint, or nothing in it fits.
     """
-    from transducer_toolkit.training.recognizer import load_checkpoint
+    from transducer_toolkit.training.recognizer import CHECKPOINT_KEY, load_checkpoint
 
-    own, other = module.state_dict(), load_checkpoint(path)["state_dict"]
+    checkpoint = load_checkpoint(path)
+    own, other = module.state_dict(), checkpoint["state_dict"]
+    symbols = checkpoint[CHECKPOINT_KEY]["symbols"]
+    if symbols != list(module.tokenizer.symbols):
+        logger.warning("the symbols of %s are not those of this model: %s", path, symbols)
     fitting = {
         name: value
         for name, value in other.items()

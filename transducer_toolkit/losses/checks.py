@@ -11,10 +11,23 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from transducer_toolkit import native
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raises a RuntimeError if one carries a tangent: the operators would give zero derivatives."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "the losses have no forward-mode derivative (torch.func.jvp, forward_ad): use "
+                "backward, or torch.func.vjp"
+            )
 
 
 def check_tensor(value: object, name: str) -> None:
@@ -28,6 +41,12 @@ def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> N
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
+
+
+def check_dropped_mass(dropped_mass: float) -> None:
+    """Raises a ValueError unless 0 <= dropped_mass < 1."""
+    if not 0 <= dropped_mass < 1:
+        raise ValueError(f"dropped_mass: expected 0 <= dropped_mass < 1, got {dropped_mass}")
 
 
 def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
@@ -62,9 +81,11 @@ def check_ranges(
         return
     check_tensor(ranges, "ranges")
     check_dtype(ranges, "ranges", INDEX_DTYPES)
-    if ranges.dim() != 3 or tuple(ranges.shape[:2]) != (num_utterances, num_frames):
+    expected = num_utterances, num_frames
+    if ranges.dim() != 3 or tuple(ranges.shape[:2]) != expected or ranges.size(2) == 0:
         raise ValueError(
-            f"ranges: expected shape ({num_utterances}, {num_frames}, R), got {tuple(ranges.shape)}"
+            f"ranges: expected shape ({num_utterances}, {num_frames}, R), R >= 1, "
+            f"got {tuple(ranges.shape)}"
         )
     if ranges.device != device:
         raise ValueError(
@@ -107,7 +128,7 @@ def check_targets_and_lengths(
 
 def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
     """Raises a TypeError unless blank is an integer, a ValueError unless 0 <= blank < V."""
-    if not isinstance(blank, int):
+    if not isinstance(blank, int) or isinstance(blank, bool):
         raise TypeError(f"{name}: expected an int, got {type(blank).__name__}")
     if not 0 <= blank < vocab_size:
         raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V of logits), got {blank}")
@@ -206,16 +227,20 @@ def check_boundary_values(
             )
 
 
-def check_ranges_values(ranges: Tensor, logit_lengths: Tensor, max_targets: int) -> None:
+def check_ranges_values(
+    ranges: Tensor, logit_lengths: Tensor, max_targets: int, first: Tensor | None = None
+) -> None:
     """Raises a ValueError naming the first frame whose window is not one.
 
     Args:
         ranges: (B, T, R), R consecutive symbols for each frame, all in [0, max_targets].
-        logit_lengths: (B,) frames to look at.
+        logit_lengths: (B,) how many frames to look at.
         max_targets: U.
+        first: (B,) the first of them, or 0.
     """
     width = ranges.size(2)
-    real = torch.arange(ranges.size(1)) < logit_lengths[:, None]
+    frames = torch.arange(ranges.size(1)) - (0 if first is None else first.cpu()[:, None])
+    real = (frames >= 0) & (frames < logit_lengths.cpu()[:, None])
     start = ranges[:, :, :1].cpu()
     is_run = (ranges.cpu() == start + torch.arange(width)).all(2)
     fits = (start[:, :, 0] >= 0) & (start[:, :, 0] + width <= max_targets + 1)

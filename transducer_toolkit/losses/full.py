@@ -155,7 +155,8 @@ def joint_loss(
         blank = blank - (1 + fastemit_lambda) * forced
     if ranges is not None:
         everything = label.new_zeros(*grid[:2], symbols.size(1) + 1)
-        columns = ranges.to(torch.int64)
+        is_frame = real_frames(whole, grid[1], logits.device)[:, :, None]
+        columns = ranges.to(torch.int64).masked_fill(~is_frame, 0)
         label, blank = (everything.scatter_add(2, columns, part) for part in (label, blank))
     px_grad, py_grad = label[:, :, :-1].transpose(1, 2), blank.transpose(1, 2)
     if rnnt_type == "regular":  # no symbol after the last frame
@@ -183,7 +184,7 @@ def joint_logprobs(
     next_symbol = torch.nn.functional.pad(safe, (0, 1))[:, None].expand(-1, num_frames, -1)
     is_cell = (is_frame & is_column).expand(-1, num_frames, -1)
     if ranges is not None:
-        columns = ranges.to(torch.int64)
+        columns = ranges.to(torch.int64).masked_fill(~is_frame, 0)
         next_symbol, is_cell = next_symbol.gather(2, columns), is_cell.gather(2, columns)
     x = logits.to(native.compute_dtype(logits.dtype)).masked_fill(~is_cell[..., None], 0)
     normaliser = x.logsumexp(-1)

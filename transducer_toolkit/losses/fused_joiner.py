@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transducer_toolkit import native
-from transducer_toolkit.joint_tiles import JointTiles
+from transducer_toolkit.joint_tiles import JointTiles, autocast
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.losses import checks
 from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
@@ -63,8 +63,8 @@ def fused_joiner_loss(
         target_lengths: (B,) int32 or int64, symbols U_b >= 0, best on the CPU.
         blank: index of blank in [0, V).
         activation: "tanh", "relu", "gelu", "silu" or "identity".
-        ranges: (B, T, R) int64, for each frame the R consecutive symbols whose cells exist, as
-            from :func:`~transducer_toolkit.get_rnnt_prune_ranges`; None: the full lattice.
+        ranges: (B, T, R) int32 or int64, for each frame the R consecutive symbols whose cells
+            exist, as from :func:`~transducer_toolkit.get_rnnt_prune_ranges`; None: all of them.
         topology: "regular", "modified", "constrained" or "one_sym_per_frame".
         reduction: "none" (B,), "mean" over utterances, or "sum".
         fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`.
@@ -78,7 +78,8 @@ def fused_joiner_loss(
         tile_cells: cells of a tile; None takes what keeps a tile in the processor's cache.
         shape: the lattices, if the caller has them: lengths then stay on the CPU, and
             torch.compile(fullgraph=True) works. Must hold the same lengths.
-        validate: as in :func:`~transducer_toolkit.transducer_loss`.
+        validate: as in :func:`~transducer_toolkit.transducer_loss`, but lengths are checked
+            always: they decide how much memory is needed.
         return_kept: also return which part of the cells backward visits.
 
     Returns:
@@ -113,15 +114,22 @@ def fused_joiner_loss(
     _check_choices(activation, topology, dropped_mass, tile_cells)
     checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
     native.require_supported_device(enc.device)
-    enc, pred = _autocast(enc), _autocast(pred)
+    checks.refuse_forward_mode(enc, pred, weight, bias)
+    enc, pred = autocast(enc), autocast(pred)
     if validate is None:
         validate = logit_lengths.device.type == target_lengths.device.type == "cpu"
     if shape is None:
-        if validate:  # before anything is sized by them
-            checks.check_lengths_fit(
-                logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
-            )
+        checks.check_lengths_fit(  # before anything is sized by them
+            logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
+        )
         shape = LatticeShape.from_lengths(logit_lengths, target_lengths)
+    elif not isinstance(shape, LatticeShape):
+        raise TypeError(f"shape: expected a LatticeShape, got {type(shape).__name__}")
+    elif shape.num_utterances != targets.size(0):
+        raise ValueError(
+            f"shape: expected {targets.size(0)} utterances, as many as targets, "
+            f"got {shape.num_utterances}"
+        )
     with_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (enc, pred, weight, bias)
     )
@@ -226,13 +234,6 @@ class FusedJoinerLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
-        return tensor.to(torch.get_autocast_dtype(device_type))
-    return tensor
-
-
 def _check_arguments(
     enc: Tensor,
     pred: Tensor,
@@ -253,7 +254,8 @@ def _check_arguments(
                 "inside of the module that owns it, where FSDP has gathered it, or pass "
                 f"{name}.full_tensor()"
             )
-        checks.check_dtype(tensor, name, tuple({enc.dtype, torch.float32}))
+        allowed = (torch.float32,) if enc.dtype in native.SIXTEEN_BIT else ()
+        checks.check_dtype(tensor, name, (enc.dtype, *allowed))
         if tensor.device != enc.device:
             raise ValueError(
                 f"{name}: expected device {enc.device}, that of enc, got {tensor.device}"
@@ -280,10 +282,9 @@ def _check_choices(
 ) -> None:
     checks.check_choice(activation, "activation", native.ACTIVATIONS)
     checks.check_choice(topology, "topology", native.TOPOLOGIES)
-    if not 0 <= dropped_mass < 1:
-        raise ValueError(f"dropped_mass: expected 0 <= dropped_mass < 1, got {dropped_mass}")
-    if tile_cells is not None and tile_cells < 1:
-        raise ValueError(f"tile_cells: expected None or at least 1, got {tile_cells}")
+    checks.check_dropped_mass(dropped_mass)
+    if tile_cells is not None and (not isinstance(tile_cells, int) or tile_cells < 1):
+        raise ValueError(f"tile_cells: expected None or an int of at least 1, got {tile_cells}")
 
 
 # --- the operator -------------------------------------------------------------------------------
@@ -336,10 +337,10 @@ def _forward(
     All but the losses are empty unless with_uses. Of the rows to visit the first num_kept.sum()
     elements count.
     """
+    checks.check_lengths_fit(
+        logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
+    )
     if validate:
-        checks.check_lengths_fit(
-            logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
-        )
         checks.check_feasible(logit_lengths, target_lengths, topology)
         if ranges is not None:
             checks.check_ranges_values(ranges, logit_lengths, targets.size(1))
@@ -407,9 +408,11 @@ def _backward(
             enc, pred, weight, bias, batch, activation=activation, tile_cells=tile_cells
         )
         joint.start_backward(tuple(wanted))
-        # A NaN loss that the caller masked out has zero rows here, but 0 * NaN is not zero.
-        has_masked = bool(((loss_grad == 0) & (num_kept > 0)).any())
-        for tile in joint.tiles(rows[: int(num_kept.sum())]):
+        rows = rows[: int(num_kept.sum())]
+        # An utterance that the caller masked out may hold NaN, and 0 * NaN is not zero.
+        if bool(((loss_grad == 0) & (num_kept > 0)).any()):
+            rows = rows[(loss_grad != 0).repeat_interleave(num_kept)]
+        for tile in joint.tiles(rows):
             hidden = joint.hidden(tile)
             logits = joint.logits(hidden)
             native.logits_grad(
@@ -424,8 +427,6 @@ def _backward(
                 clamp=clamp,
                 out=logits,
             )
-            if has_masked:
-                hidden.masked_fill_((logits == 0).all(1, keepdim=True), 0)
             joint.backward(tile, hidden, logits)
         grads = joint.gradients(scale)
     return tuple(enc.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore

@@ -69,6 +69,7 @@ def logits_loss(
         RuntimeError: no stage for this device in this build.
     """
     native.require_supported_device(logits.device)
+    checks.refuse_forward_mode(logits)
     if validate is None:
         validate = logit_lengths.device.type == target_lengths.device.type == "cpu"
     with_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -151,14 +152,14 @@ def _validate(
 ) -> None:
     max_frames = logits.size(1 if logits.dim() == 4 else 0)
     sizes = {"max_frames": max_frames, "max_targets": targets.size(1)}
-    ends, first_symbol = logit_lengths, None
+    first_symbol = first_frame = None
     if begins is None:
         checks.check_lengths_fit(logit_lengths, target_lengths, **sizes)
     else:
         checks.check_boundary_values(begins, logit_lengths, target_lengths, **sizes)
-        ends, first_symbol = logit_lengths + begins[:, 1], begins[:, 0]
+        first_symbol, first_frame = begins.unbind(1)
     if ranges is not None:
-        checks.check_ranges_values(ranges, ends, targets.size(1))
+        checks.check_ranges_values(ranges, logit_lengths, targets.size(1), first_frame)
     checks.check_feasible(logit_lengths, target_lengths, topology)
     checks.check_labels(
         targets,
@@ -299,7 +300,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, loss_grad, *_):
-    inputs, for_stage_3 = ctx.saved_tensors[:_NUM_TENSORS], ctx.saved_tensors[_NUM_TENSORS:]
+    saved = ctx.saved_tensors  # once: checkpointing unpacks at every look
+    inputs, for_stage_3 = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:]
     grad = torch.ops.transducer_toolkit.transducer_loss_backward(
         *inputs, ctx.blank, ctx.from_log_softmax, ctx.clamp, *for_stage_3, loss_grad
     )
@@ -344,7 +346,8 @@ class _InplaceLogitsLoss(torch.autograd.Function):
                 "with their gradient (modified by an inplace operation)"
             )
         ctx.is_consumed = True
-        inputs, for_stage_3 = ctx.saved_tensors[:_NUM_TENSORS], ctx.saved_tensors[_NUM_TENSORS:]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks at every look
+        inputs, for_stage_3 = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:]
         logits = inputs[0]
         _write_gradient(inputs, *ctx.options, for_stage_3, loss_grad, logits)
         torch.autograd.graph.increment_version(logits)

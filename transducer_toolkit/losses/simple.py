@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transducer_toolkit import native
 from transducer_toolkit.losses.boundary import boundary_or_everything
+from transducer_toolkit.losses.checks import refuse_forward_mode
 from transducer_toolkit.losses.mutual_information import (
     lattice_losses,
     posteriors_of_symbols_and_frames,
@@ -258,6 +259,7 @@ def _loss(
     check_arguments(
         lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale, boundary, rnnt_type
     )
+    refuse_forward_mode(am, lm)
     boundary = boundary_or_everything(boundary, am.size(0), symbols.size(1), am.size(1))
     needs_gradient = torch.is_grad_enabled() and (lm.requires_grad or am.requires_grad)
     blank, label = additive_scores(

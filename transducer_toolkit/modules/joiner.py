@@ -12,6 +12,18 @@ from transducer_toolkit.modules.joint import (
 )
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module` is its weight and bias and nothing else: no subclass, hooks, pruning."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    parametrized = hasattr(module, "parametrizations")
+    return type(module) is nn.Linear and not parametrized and not any(hooks)
+
+
 class Joiner(nn.Module):
     """``Linear(activation(Linear(encoder) + Linear(predictor)))`` for every cell of the lattice.
 
@@ -56,11 +68,10 @@ class Joiner(nn.Module):
         """(B, T, E), (B, U + 1, P) -> packed logits (shape.num_cells, V)."""
         enc = self.encoder_projection(encoder_out)
         pred = self.predictor_projection(predictor_out)
-        output = self.output
-        if type(output) is nn.Linear and not output._forward_hooks:
-            parts = output.weight, output.bias
+        if is_plain_linear(self.output):
+            parts = self.output.weight, self.output.bias
             return joiner_logits(enc, pred, *parts, shape, activation=self.activation)
-        return output(join(enc, pred, shape, activation=self.activation))
+        return self.output(join(enc, pred, shape, activation=self.activation))
 
     def padded(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
         """(B, T, E), (B, U + 1, P) -> logits (B, T, U + 1, V), padding included."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transducer_toolkit import native
-from transducer_toolkit.joint_tiles import JointTiles
+from transducer_toolkit.joint_tiles import JointTiles, autocast
 from transducer_toolkit.lattice import LatticeShape
 
 
@@ -67,8 +67,8 @@ def joiner_logits(
         enc: (B, T, D) float16, bfloat16, float32 or float64; T at least the longest logit length.
             Under autocast it is cast to autocast's dtype.
         pred: (B, U + 1, D), same dtype and device; U at least the longest target length.
-        weight: (V, D), dtype of enc, or float32 beside 16-bit enc.
-        bias: (V,) like weight, or None.
+        weight: (V, D), of any floating dtype; cast to that of enc.
+        bias: (V,) likewise, or None.
         shape: the lattices.
         activation: "tanh", "relu", "gelu", "silu" or "identity".
 
@@ -87,8 +87,12 @@ def joiner_logits(
     """
     _check(enc, pred, shape, activation)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in (enc.dtype, torch.float32):
-            raise TypeError(f"{name}: expected dtype {enc.dtype} or float32, got {tensor.dtype}")
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor is not None and tensor.device != enc.device:
+            raise ValueError(
+                f"{name}: expected device {enc.device}, that of enc, got {tensor.device}"
+            )
     if weight.dim() != 2 or weight.size(1) != enc.size(2):
         raise ValueError(
             f"weight: expected shape (V, {enc.size(2)}), D from enc, got {tuple(weight.shape)}"
@@ -98,9 +102,7 @@ def joiner_logits(
             f"bias: expected shape ({weight.size(0)},), V from weight, got {tuple(bias.shape)}"
         )
     native.require_supported_device(enc.device)
-    if torch.is_autocast_enabled(enc.device.type):
-        dtype = torch.get_autocast_dtype(enc.device.type)
-        enc, pred = enc.to(dtype), pred.to(dtype)
+    enc, pred = autocast(enc), autocast(pred)
     return torch.ops.transducer_toolkit.joiner_logits(
         enc.contiguous(),
         pred.contiguous(),

@@ -77,17 +77,19 @@ class StepClock(Callback):
             return
         self._loss_of_step_s += time.perf_counter() - self._mark
         batch = arguments[0]
-        inputs = [x for x in (batch.encoder_out, batch.predictor_out) if x.requires_grad]
-        remaining = len(inputs)
+        is_over = False
 
-        def has_gradient(_: Tensor) -> None:
-            nonlocal remaining
-            remaining -= 1
-            if remaining == 0:  # the gradient leaves joiner and loss
+        def leaves_the_loss(_: Tensor) -> None:
+            # At the first of the two: autograd goes on with what was made last, and by now all of
+            # joiner and loss is done. The second comes after a backward of the predictor.
+            nonlocal is_over
+            if not is_over:
                 self._loss_of_step_s += time.perf_counter() - self._mark
+            is_over = True
 
-        for tensor in inputs:
-            tensor.register_hook(has_gradient)
+        for tensor in (batch.encoder_out, batch.predictor_out):
+            if tensor.requires_grad:
+                tensor.register_hook(leaves_the_loss)
 
     def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
         self._mark = time.perf_counter()

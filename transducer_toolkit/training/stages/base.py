@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
+from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner, is_plain_linear
 from transducer_toolkit.modules.transducer import Transducer
 
 
@@ -88,6 +88,25 @@ def require_joiner(joiner: nn.Module, stage: LossStage) -> Joiner:
             f"{type(joiner).__name__}; loss=packed takes any"
         )
     return joiner
+
+
+def require_plain_output(joiner: nn.Module, stage: LossStage) -> Joiner:
+    """The joiner, if its logits are those of its output layer's weight and bias, and of no code.
+
+    Raises:
+        TypeError: it is a subclass with a forward or step of its own, or the output layer is not a
+            plain nn.Linear (a subclass, hooks, pruning, weight norm).
+    """
+    plain = require_joiner(joiner, stage)
+    kind = type(plain)
+    overridden = kind.forward is not Joiner.forward or kind.step is not Joiner.step
+    if overridden or not is_plain_linear(plain.output):
+        raise TypeError(
+            f"{type(stage).__name__} multiplies by the weight of joiner.output itself and needs a "
+            f"plain nn.Linear there, in a Joiner whose forward and step are its own, got "
+            f"{kind.__name__} with {type(plain.output).__name__}; loss=packed takes any"
+        )
+    return plain
 
 
 def per_frame(losses: Tensor, shape: LatticeShape) -> Tensor:

@@ -11,7 +11,7 @@ from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,
     StageOutput,
-    require_joiner,
+    require_plain_output,
 )
 
 
@@ -52,6 +52,7 @@ class FusedLoss(LossStage):
         super().__init__()
         checks.check_choice(rnnt_type, "rnnt_type", TOPOLOGIES)
         checks.check_options(fastemit_lambda, delay_penalty, clamp)
+        checks.check_dropped_mass(dropped_mass)
         self.blank = blank
         self.topology = rnnt_type
         self.options: dict[str, Any] = {
@@ -62,7 +63,7 @@ class FusedLoss(LossStage):
         }
 
     def forward(self, batch: LossInput) -> StageOutput:
-        joiner = require_joiner(batch.joiner, self)
+        joiner = require_plain_output(batch.joiner, self)
         losses, kept = fused_joiner_loss(
             joiner.encoder_projection(batch.encoder_out),
             joiner.predictor_projection(batch.predictor_out),

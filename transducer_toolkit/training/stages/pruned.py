@@ -14,6 +14,7 @@ from transducer_toolkit.losses import (
     rnnt_loss_smoothed,
 )
 from transducer_toolkit.losses.boundary import check_rnnt_type
+from transducer_toolkit.losses.pruning import METHODS
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
 from transducer_toolkit.modules.joint import apply_activation
 from transducer_toolkit.modules.transducer import Transducer
@@ -23,6 +24,7 @@ from transducer_toolkit.training.stages.base import (
     StageOutput,
     per_frame,
     require_joiner,
+    require_plain_output,
 )
 
 # icefall's schedule: the band means nothing before the simple joiner has learnt something.
@@ -48,7 +50,8 @@ class PrunedLoss(LossStage):
         fastemit_lambda: weight of FastEmit in the pruned loss, 0 is off.
         delay_penalty: penalty per frame of delay, in both losses, 0 is off.
         method: how ranges are found, "greedy" or "optimal".
-        simple_joiner: the additive joiner of the smoothed loss; None: :meth:`bind` makes one.
+        simple_joiner: the additive joiner of the smoothed loss; None: :meth:`bind` makes one, which
+            must come before a state dict is loaded.
 
     Example:
         >>> import torch
@@ -82,6 +85,9 @@ class PrunedLoss(LossStage):
         super().__init__()
         check_rnnt_type(rnnt_type)
         checks.check_options(fastemit_lambda, delay_penalty)
+        checks.check_choice(method, "method", METHODS)
+        if prune_range < 1:
+            raise ValueError(f"prune_range: expected at least 1, got {prune_range}")
         self.blank = blank
         self.topology = rnnt_type
         self.prune_range = prune_range
@@ -97,7 +103,7 @@ class PrunedLoss(LossStage):
         if self.simple_joiner is None:
             self.simple_joiner = AdditiveJoiner(
                 model.encoder.output_dim, model.predictor.output_dim, model.vocab_size
-            )
+            ).to(next(model.parameters()))
 
     def set_progress(self, step: int, num_steps: int) -> None:
         warmup_steps = max(1.0, min(MAX_WARMUP_STEPS, WARMUP_PART * num_steps))
@@ -182,11 +188,13 @@ class FusedPrunedLoss(PrunedLoss):
 
     def __init__(self, *, dropped_mass: float = 1e-7, **options) -> None:
         super().__init__(**options)
+        checks.check_dropped_mass(dropped_mass)
         self.dropped_mass = dropped_mass
 
     def pruned_losses(
         self, joiner: Joiner, batch: LossInput, ranges: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        joiner = require_plain_output(joiner, self)
         losses, kept = fused_joiner_loss(
             joiner.encoder_projection(batch.encoder_out),
             joiner.predictor_projection(batch.predictor_out),
