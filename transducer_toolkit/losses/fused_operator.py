@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator under fused_joiner_loss: a joiner's tiles through stages 1 to 3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit import native
+from transducer_toolkit.joint_tiles import JointTiles
+from transducer_toolkit.losses import checks
+
+
+def _lattice_batch(
+    enc: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    ranges: Tensor | None,
+    num_rows: int,
+) -> native.LatticeBatch:
+    return native.LatticeBatch(
+        logit_lengths,
+        target_lengths,
+        targets,
+        num_rows=num_rows,
+        max_frames=enc.size(1),
+        padded=False,
+        device=enc.device,
+        band_start=None if ranges is None else ranges[:, :, 0],
+        band_width=0 if ranges is None else ranges.size(2),
+    )
+
+
+def _forward(
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    ranges: Tensor | None,
+    num_rows: int,
+    blank: int,
+    activation: str,
+    topology: str,
+    fastemit_lambda: float,
+    delay_penalty: float,
+    clamp: float,
+    dropped_mass: float,
+    tile_cells: int,
+    validate: bool,
+    with_uses: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses (B,); per row normaliser and uses; the rows to visit in backward; their number (B,).
+
+    All but the losses are empty unless with_uses. Of the rows to visit the first num_kept.sum()
+    elements count.
+    """
+    checks.check_lengths_fit(
+        logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
+    )
+    if validate:
+        checks.check_feasible(logit_lengths, target_lengths, topology)
+        if ranges is not None:
+            checks.check_ranges_values(ranges, logit_lengths, targets.size(1))
+        checks.check_labels(targets, target_lengths, blank=blank, vocab_size=weight.size(0))
+    batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, num_rows)
+    scores = native.CellScores(batch, enc.device)
+    with torch.autocast(enc.device.type, enabled=False):
+        joint = JointTiles(
+            enc, pred, weight, bias, batch, activation=activation, tile_cells=tile_cells
+        )
+        for tile in joint.tiles():
+            native.cell_scores(joint.logits(joint.hidden(tile)), batch, tile, scores, blank=blank)
+    del joint  # its buffers, before the lattice takes memory
+    losses, use_blank, use_label = native.lattice(
+        scores.blank,
+        scores.label,
+        batch,
+        topology=topology,
+        delay_penalty=delay_penalty,
+        fastemit_lambda=fastemit_lambda,
+        with_uses=with_uses,
+        exact=enc.dtype == torch.float64,
+    )
+    losses = losses.to(native.compute_dtype(enc.dtype))
+    if not with_uses:
+        nothing = targets.new_empty(0, dtype=torch.int64)
+        return losses, use_blank.clone(), use_blank.clone(), use_label, nothing, nothing.clone()
+    rows, num_kept = native.kept_rows(use_blank, use_label, batch, dropped_mass=dropped_mass)
+    return losses, scores.normaliser, use_blank, use_label, rows, num_kept
+
+
+def _backward(
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    ranges: Tensor | None,
+    normaliser: Tensor,
+    use_blank: Tensor,
+    use_label: Tensor,
+    rows: Tensor,
+    num_kept: Tensor,
+    loss_grad: Tensor,
+    blank: int,
+    activation: str,
+    clamp: float,
+    tile_cells: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of enc, pred, weight and bias; empty where not wanted."""
+    batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, normaliser.numel())
+    loss_grad = loss_grad.to(native.SCORE_DTYPE).contiguous()
+    scale = None
+    if enc.dtype == torch.float16:
+        # A loss scale of 65536 would overflow the tiles: it comes back in after the products.
+        largest = loss_grad.abs().max()
+        scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+        loss_grad = loss_grad / scale
+        scale = scale.to(torch.float32)
+    with torch.autocast(enc.device.type, enabled=False):
+        joint = JointTiles(
+            enc, pred, weight, bias, batch, activation=activation, tile_cells=tile_cells
+        )
+        joint.start_backward(tuple(wanted))
+        rows = rows[: int(num_kept.sum())]
+        # An utterance that the caller masked out may hold NaN, and 0 * NaN is not zero.
+        if bool(((loss_grad == 0) & (num_kept > 0)).any()):
+            rows = rows[(loss_grad != 0).repeat_interleave(num_kept)]
+        for tile in joint.tiles(rows):
+            hidden = joint.hidden(tile)
+            logits = joint.logits(hidden)
+            native.logits_grad(
+                logits,
+                batch,
+                tile,
+                normaliser,
+                use_blank,
+                use_label,
+                loss_grad,
+                blank=blank,
+                clamp=clamp,
+                out=logits,
+            )
+            joint.backward(tile, hidden, logits)
+        grads = joint.gradients(scale)
+    return tuple(enc.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore
+
+
+_TENSORS = (
+    "Tensor enc, Tensor pred, Tensor weight, Tensor? bias, Tensor targets, Tensor logit_lengths, "
+    "Tensor target_lengths, Tensor? ranges"
+)
+_NUM_TENSORS = 8
+
+torch.library.custom_op(
+    "transducer_toolkit::fused_joiner_loss",
+    _forward,
+    mutates_args=(),
+    schema=f"({_TENSORS}, SymInt num_rows, int blank, str activation, str topology, "
+    "float fastemit_lambda, float delay_penalty, float clamp, float dropped_mass, int tile_cells, "
+    "bool validate, bool with_uses) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.custom_op(
+    "transducer_toolkit::fused_joiner_loss_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor normaliser, Tensor use_blank, Tensor use_label, Tensor rows, "
+    "Tensor num_kept, Tensor loss_grad, int blank, str activation, float clamp, int tile_cells, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("transducer_toolkit::fused_joiner_loss")
+def _forward_fake(enc, pred, weight, bias, targets, logit_lengths, target_lengths, *options):
+    num_rows, with_uses = options[1], options[-1]
+    losses = enc.new_empty(targets.size(0), dtype=native.compute_dtype(enc.dtype))
+    rows = num_rows if with_uses else 0
+    per_row = (enc.new_empty(rows, dtype=native.SCORE_DTYPE) for _ in range(3))
+    counts = targets.size(0) if with_uses else 0
+    return (
+        losses,
+        *per_row,
+        targets.new_empty(rows, dtype=torch.int64),
+        targets.new_empty(counts, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("transducer_toolkit::fused_joiner_loss_backward")
+def _backward_fake(enc, pred, weight, bias, *arguments):
+    return tuple(
+        torch.empty_like(tensor) if is_wanted else enc.new_empty(0)
+        for tensor, is_wanted in zip((enc, pred, weight, bias), arguments[-1], strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
+    _, ctx.blank, ctx.activation, _, _, _, ctx.clamp, _, ctx.tile_cells, _, _ = inputs[
+        _NUM_TENSORS:
+    ]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, loss_grad, *_):
+    wanted = [bool(needed) for needed in ctx.needs_input_grad[:4]]
+    nothing = (None,) * (_NUM_TENSORS + 11)
+    if loss_grad is None:
+        return nothing
+    grads = torch.ops.transducer_toolkit.fused_joiner_loss_backward(
+        *ctx.saved_tensors,
+        loss_grad,
+        ctx.blank,
+        ctx.activation,
+        ctx.clamp,
+        ctx.tile_cells,
+        wanted,
+    )
+    inputs = (grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
+    return *inputs, *nothing[4:]
+
+
+torch.library.register_autograd(
+    "transducer_toolkit::fused_joiner_loss", _differentiate, setup_context=_setup_context
+)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "fused_joiner_loss: the gradient of the gradient (create_graph=True) is not implemented"
+    )
+
+
+torch.library.register_autograd(
+    "transducer_toolkit::fused_joiner_loss_backward", _refuse_second_derivative
+)
+
+fused_losses = torch.ops.transducer_toolkit.fused_joiner_loss
