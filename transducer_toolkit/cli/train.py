@@ -146,9 +146,6 @@ def start_from(module: TransducerModule, path: str) -> None:
 
     checkpoint = load_checkpoint(path)
     own, other = module.state_dict(), checkpoint["state_dict"]
-    symbols = checkpoint[CHECKPOINT_KEY]["symbols"]
-    if symbols != list(module.tokenizer.symbols):
-        logger.warning("the symbols of %s are not those of this model: %s", path, symbols)
     fitting = {
         name: value
         for name, value in other.items()
@@ -157,6 +154,9 @@ def start_from(module: TransducerModule, path: str) -> None:
     if not fitting:
         raise ValueError(f"{path}: no weight has the name and size of one of this model")
     module.load_state_dict(fitting, strict=False)
+    symbols = checkpoint[CHECKPOINT_KEY]["symbols"]
+    if symbols != list(module.tokenizer.symbols):
+        logger.warning("the symbols of %s are not those of this model: %s", path, symbols)
     logger.info("%d of %d weights taken over from %s", len(fitting), len(own), path)
     for what, names in (
         ("not in the checkpoint, or of another size", sorted(own.keys() - fitting.keys())),
