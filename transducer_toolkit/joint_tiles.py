@@ -8,6 +8,7 @@ torch's; the tile is small enough to stay in cache between them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from transducer_toolkit import native
 # Hidden layer, its gradient and logits of a tile together. On two CPUs, tiles of 4 to 16 MiB were
 # equally fast and others slower; a GPU wants more rows to be busy.
 TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 128 * 2**20}
+# A product on the CPU copies its right-hand side into the order it likes. So the weight goes in by
+# panels of at most this size, or that copy would be as large as the weight. A GPU makes none.
+PANEL_BYTES = {"cpu": 2 * 2**20}
 
 
 def automatic_tile_cells(enc: Tensor, vocab_size: int) -> int:
@@ -26,6 +30,18 @@ def automatic_tile_cells(enc: Tensor, vocab_size: int) -> int:
     row_bytes = (2 * enc.size(-1) + vocab_size) * enc.element_size()
     budget = TILE_BYTES.get(enc.device.type, TILE_BYTES["cpu"])
     return max(64, budget // row_bytes)
+
+
+def _panels(weight: Tensor) -> list[slice]:
+    """Cut the rows of a weight into equal panels of at most PANEL_BYTES."""
+    vocab_size, width = weight.shape
+    panel_bytes = PANEL_BYTES.get(weight.device.type)
+    count = 1
+    if panel_bytes is not None:
+        count = max(1, -(-vocab_size * width * weight.element_size() // panel_bytes))
+    count = min(count, vocab_size)
+    edges = [index * vocab_size // count for index in range(count + 1)]
+    return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
 def autocast(tensor: Tensor) -> Tensor:
@@ -74,6 +90,8 @@ class JointTiles:
         self.bias = None if bias is None else bias.to(enc.dtype)
         self.vocab_size, self.width = weight.shape
         self.tile_cells = tile_cells or automatic_tile_cells(enc, self.vocab_size)
+        self._panels = _panels(self.weight)
+        self._tile_rows = 0  # of the largest tile
         self._buffers: dict[str, Tensor] = {}
         self._wanted: tuple[bool, ...] = ()
         self._parameter_dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -83,16 +101,16 @@ class JointTiles:
         total = self.batch.num_rows if rows is None else rows.numel()
         # Equal tiles: a short one at the end would be as slow as a whole one.
         count = -(-total // self.tile_cells)
+        self._tile_rows = -(-total // max(count, 1))
         for index in range(count):
             begin, end = index * total // count, (index + 1) * total // count
             yield native.RowTile(begin, end - begin, rows)
 
     def buffer(self, name: str, num_rows: int, width: int) -> Tensor:
         """(num_rows, width) of memory that the next call with this name takes again."""
-        size = num_rows * width
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = self.enc.new_empty(size)
-        return self._buffers[name][:size].view(num_rows, width)
+        if name not in self._buffers or len(self._buffers[name]) < num_rows:
+            self._buffers[name] = self.enc.new_empty(max(num_rows, self._tile_rows), width)
+        return self._buffers[name][:num_rows]
 
     def hidden(self, tile: native.RowTile) -> Tensor:
         """activation(enc_t + pred_u): (tile rows, D), overwritten by the next tile."""
@@ -106,9 +124,13 @@ class JointTiles:
         """hidden @ weight.T + bias: (tile rows, V), overwritten by the next tile unless `out`."""
         if out is None:
             out = self.buffer("logits", hidden.size(0), self.vocab_size)
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        for panel in self._panels:
+            weight, columns = self.weight[panel].t(), out[:, panel]
+            if self.bias is None:
+                torch.mm(hidden, weight, out=columns)
+            else:
+                torch.addmm(self.bias[panel], hidden, weight, out=columns)
+        return out
 
     def start_backward(self, wanted: tuple[bool, ...]) -> None:
         """Makes room for the gradients: enc, pred, weight, bias, those that are wanted.
@@ -126,10 +148,12 @@ class JointTiles:
     def backward(self, tile: native.RowTile, hidden: Tensor, grad_logits: Tensor) -> None:
         """Adds what a tile contributes to the gradients."""
         if self._grad_weight is not None:
-            if self._grad_weight.dtype == grad_logits.dtype:
-                self._grad_weight.addmm_(grad_logits.t(), hidden)
-            else:
-                self._grad_weight += torch.mm(grad_logits.t(), hidden)
+            for panel in self._panels:
+                grad_weight, columns = self._grad_weight[panel], grad_logits[:, panel]
+                if grad_weight.dtype == columns.dtype:
+                    grad_weight.addmm_(columns.t(), hidden)
+                else:
+                    grad_weight += torch.mm(columns.t(), hidden)
         if self._grad_bias is not None:
             self._grad_bias += grad_logits.sum(0, dtype=self._grad_bias.dtype)
         if self._grad_enc is not None and self._grad_pred is not None:
