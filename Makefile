@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := build/peers
 RESULTS := build/benchmarks
+WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile  # empty: one process
 SUITES ?= loss step pruned accuracy scaling
 # What the compiled module or the installed metadata depends on: Python files are used in place.
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
@@ -27,7 +28,7 @@ train: $(INSTALLED)
 	$(BIN)/transducer-train $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 bench: $(PEERS)/.installed
 	@for suite in $(SUITES); do \

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from transducer_toolkit import native
@@ -66,9 +67,12 @@ def load_emulated(path: Path) -> Any:
 def emulated_module() -> ModuleType:
     """The emulated stages of this tree; EMULATED_MODULE names a file built before (sanitizers)."""
     given = os.environ.get("EMULATED_MODULE")
-    return load_emulated(
-        Path(given) if given else build_emulated(ROOT, ROOT / "build" / "emulated")
-    )
+    if given:
+        return load_emulated(Path(given))
+    build = ROOT / "build"
+    build.mkdir(exist_ok=True)
+    with FileLock(build / "emulated.lock"):  # pytest-xdist's workers build it once
+        return load_emulated(build_emulated(ROOT, build / "emulated"))
 
 
 @dataclass(frozen=True)
