@@ -43,11 +43,13 @@ class TransducerModule(LightningModule):
     """A transducer, its loss stage and its optimiser.
 
     The training loss is the sum over the utterances divided by the number of encoder frames, of
-    all processes and of all batches accumulated for an optimizer step together. Validation and test decode greedily and count word errors over the
-    whole set; where the manifest of a test set has word start times, the test also measures the
-    symbol delay: by how much the first symbol of each reference word, on the best path of the
-    reference, is emitted after the word starts. Logged: ``train/loss``, ``train/ctc`` (unweighted,
-    and no part of ``train/loss``), ``val/loss`` (nats a frame), ``val/wer``, ``test/wer/NAME``, ``test/symbol_delay_ms/NAME`` (mean over the words).
+    all processes and of all batches accumulated for an optimizer step together. Validation and
+    test decode greedily and count word errors over the whole set; where the manifest of a test
+    set has word start times, the test also measures the symbol delay: by how much the first
+    symbol of each reference word, on the best path of the reference, is emitted after the word
+    starts. Logged: ``train/loss`` and, unweighted and no part of it, ``train/ctc``; ``val/loss``
+    (all nats a frame), ``val/wer``, ``test/wer/NAME``, ``test/symbol_delay_ms/NAME`` (mean over
+    the words).
 
     Args:
         model: the transducer.
