@@ -8,13 +8,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import soundfile
 
-from transducer_toolkit.data.cache import build_once, default_cache_dir, fingerprint
-from transducer_toolkit.data.corpus import CorpusManifests
-from transducer_toolkit.data.manifest import Utterance, write_manifest
-from transducer_toolkit.data.split import split_of
+from transducer_toolkit.data.corpora.prepared import PreparedCorpus, write_sets
+from transducer_toolkit.data.corpora.split import split_of
+from transducer_toolkit.data.manifest import Utterance
 
 __all__ = ["AsteriskCorpus", "spoken_text"]
 
@@ -52,7 +52,7 @@ def spoken_text(transcript: str) -> str | None:
     return " ".join(re.sub(r"[^a-z' ]", " ", spelled).split()) or None
 
 
-class AsteriskCorpus:
+class AsteriskCorpus(PreparedCorpus):
     """Some 530 prompts by one speaker, 20 minutes at 8 kHz, with their transcripts.
 
     The texts are shared out by a hash of each, so that nothing in ``val`` and ``test`` was read out
@@ -75,6 +75,8 @@ class AsteriskCorpus:
         'activated'
     """
 
+    name = "asterisk"
+
     def __init__(
         self,
         *,
@@ -82,26 +84,22 @@ class AsteriskCorpus:
         transcripts: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__(cache_dir=cache_dir)
         self.sounds_dir = Path(SOUNDS_DIR if sounds_dir is None else sounds_dir)
         self.transcripts = Path(TRANSCRIPTS if transcripts is None else transcripts)
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
 
-    def prepare(self) -> None:
-        """Write the manifests into the cache, in a second."""
-        build_once(self._folder(), self._write)
+    def key(self) -> list[Any]:
+        """Return the recipe's version, where the recordings are and what is said in them."""
+        return [RECIPE_VERSION, str(self.sounds_dir.absolute()), self._read_transcripts()]
 
-    def manifests(self) -> CorpusManifests:
-        """Return the manifests; call ``prepare`` first."""
-        folder = self._folder()
-        return CorpusManifests(
-            train=folder / "train.jsonl",
-            val=folder / "val.jsonl",
-            test={"test": folder / "test.jsonl"},
-        )
-
-    def _folder(self) -> Path:
-        key = [RECIPE_VERSION, str(self.sounds_dir.absolute()), self._read_transcripts()]
-        return self.cache_dir / f"asterisk-{fingerprint(key)}"
+    def make(self, folder: Path) -> None:
+        """Write the manifests, in a second."""
+        sets: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
+        for utterance in self._utterances():
+            isolated = " " not in utterance.text
+            name = "train" if isolated else split_of(utterance.text, test=0.15)
+            sets[name].append(utterance)
+        write_sets(folder, train=sets["train"], val=sets["val"], test={"test": sets["test"]})
 
     def _read_transcripts(self) -> str:
         if not (self.transcripts.is_file() and self.sounds_dir.is_dir()):
@@ -125,11 +123,3 @@ class AsteriskCorpus:
             yield Utterance(
                 id=name, audio=str(audio), duration_s=duration_s, text=text, speaker=SPEAKER
             )
-
-    def _write(self, folder: Path) -> None:
-        sets: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
-        for utterance in self._utterances():
-            isolated = " " not in utterance.text
-            sets["train" if isolated else split_of(utterance.text, val=0.1, test=0.15)].append(utterance)
-        for name, utterances in sets.items():
-            write_manifest(folder / f"{name}.jsonl", utterances)

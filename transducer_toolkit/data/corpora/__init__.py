@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corpora that exist elsewhere: what each needs to become manifests."""
+
+from transducer_toolkit.data.corpora.asterisk import AsteriskCorpus
+from transducer_toolkit.data.corpora.tuxpaint import TuxPaintCorpus
+
+__all__ = ["AsteriskCorpus", "TuxPaintCorpus"]
