@@ -17,7 +17,7 @@ from transducer_toolkit.data.corpus import Corpus
 from transducer_toolkit.data.dataset import SpeechDataset, collate
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.manifest import Utterance, read_manifest
-from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.data.tokenizer import CharTokenizer, Tokenizer, TokenizerFactory
 
 __all__ = ["TransducerDataModule"]
 
@@ -35,7 +35,8 @@ class TransducerDataModule(lightning.LightningDataModule):
     Args:
         corpus: prepared by one process per node, read by all.
         fbank: waveform to features; None is ``Fbank()``.
-        tokenizer: None makes a character tokenizer of the training texts in ``setup``.
+        tokenizer: a tokenizer, or what ``setup`` calls with the training texts to get one, such as
+            ``CharTokenizer.from_texts``, the default.
         waveform_perturbation: for training, or None.
         spec_augment: for training, or None.
         max_cells: bound on the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, T after
@@ -63,7 +64,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         *,
         corpus: Corpus,
         fbank: Fbank | None = None,
-        tokenizer: CharTokenizer | None = None,
+        tokenizer: Tokenizer | TokenizerFactory = CharTokenizer.from_texts,
         waveform_perturbation: WaveformPerturbation | None = None,
         spec_augment: SpecAugment | None = None,
         max_cells: int,
@@ -77,7 +78,11 @@ class TransducerDataModule(lightning.LightningDataModule):
         super().__init__()
         self.corpus = corpus
         self.fbank = Fbank() if fbank is None else fbank
-        self.tokenizer = tokenizer
+        self.tokenizer: Tokenizer | None = None
+        if callable(tokenizer):
+            self._make_tokenizer = tokenizer
+        else:
+            self.tokenizer = tokenizer
         self.waveform_perturbation = waveform_perturbation
         self.spec_augment = spec_augment
         self.max_cells = max_cells
@@ -98,7 +103,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         manifests = self.corpus.manifests()
         if self.tokenizer is None:
             texts = (utterance.text for utterance in read_manifest(manifests.train))
-            self.tokenizer = CharTokenizer.from_texts(texts)
+            self.tokenizer = self._make_tokenizer(texts)
         if stage in (None, "fit"):
             self._utterances["train"] = self._feasible("train", manifests.train)
         if stage in (None, "fit", "validate"):

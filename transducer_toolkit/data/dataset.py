@@ -18,7 +18,7 @@ from transducer_toolkit.data.batching import EpochIndex
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.keyed_random import keyed_generator
 from transducer_toolkit.data.manifest import Utterance
-from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.data.tokenizer import Tokenizer
 
 __all__ = ["TARGET_PADDING", "Batch", "Example", "SpeechDataset", "collate"]
 
@@ -103,7 +103,7 @@ class SpeechDataset(Dataset[Example]):
     def __init__(
         self,
         utterances: Sequence[Utterance],
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         fbank: Fbank,
         *,
         waveform_perturbation: WaveformPerturbation | None = None,
