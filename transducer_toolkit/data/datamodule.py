@@ -9,13 +9,13 @@ from pathlib import Path
 
 import lightning
 import torch
-from torch.utils.data import DataLoader
 
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler, is_feasible
 from transducer_toolkit.data.corpus import Corpus
 from transducer_toolkit.data.dataset import SpeechDataset, collate
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
 from transducer_toolkit.data.tokenizer import CharTokenizer
 
@@ -112,15 +112,15 @@ class TransducerDataModule(lightning.LightningDataModule):
         """Names of the test sets, in the order of ``test_dataloader``."""
         return list(self.corpus.manifests().test)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented batches."""
         return self._loader("train", training=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> ResumableLoader:
         """Batches by length, longest first."""
         return self._loader("val")
 
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[ResumableLoader]:
         """One loader per test set, in the order of ``test_names``."""
         return [self._loader(f"test/{name}") for name in self.test_names]
 
@@ -138,7 +138,7 @@ class TransducerDataModule(lightning.LightningDataModule):
             seed=self.seed,
         )
 
-    def _loader(self, name: str, *, training: bool = False) -> DataLoader:
+    def _loader(self, name: str, *, training: bool = False) -> ResumableLoader:
         dataset = self.dataset(name, training=training)
         trainer = self.trainer
         sampler = LatticeBatchSampler(
@@ -152,7 +152,7 @@ class TransducerDataModule(lightning.LightningDataModule):
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
         )
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=collate,
