@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -88,6 +89,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = seed
         self._utterances: dict[str, list[Utterance]] = {}
+        self._train_position: dict[str, Any] | None = None  # of a checkpoint
 
     def prepare_data(self) -> None:
         """Prepare the corpus (Lightning calls this in one process per node)."""
@@ -113,8 +115,22 @@ class TransducerDataModule(lightning.LightningDataModule):
         return list(self.corpus.manifests().test)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, augmented batches."""
-        return self._loader("train", training=True)
+        """Shuffled, augmented batches; behind those of the checkpoint, if one was loaded."""
+        loader = self._loader("train", training=True)
+        if self._train_position is not None:
+            loader.load_state_dict(self._train_position)
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands in its epoch; Lightning keeps it in checkpoints."""
+        # Lightning would restore a loader by itself, but only one that is made after the checkpoint
+        # is read: not where a schedule asks for the number of steps.
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        return {"train": loader.state_dict()} if isinstance(loader, ResumableLoader) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader go on where a checkpoint stands."""
+        self._train_position = state_dict.get("train")
 
     def val_dataloader(self) -> ResumableLoader:
         """Batches by length, longest first."""

@@ -67,11 +67,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep ``last.ckpt`` fresh between validations, and save it when the process is told to stop.
+    """Write ``last.ckpt``: after each validation, in between, and when told to stop.
 
-    It is written after optimizer steps only, by agreement of all processes, and never where a
-    validation follows (a training resumed there would leave it out): ``ModelCheckpoint`` with
-    ``save_last`` writes after those.
+    (``ModelCheckpoint(save_last=True)`` writes it only when the validation was the best so far.)
+    In between, it is written after optimizer steps, by agreement of all processes, and not where a
+    validation follows: a training resumed there would leave that out. List it behind the
+    ``ModelCheckpoint``, whose best score is part of the state.
 
     On a signal the current step is finished, the checkpoint saved, and then: for SIGTERM the
     process ends with exit status 143; for Slurm's warning (SIGUSR1, ask for it with
@@ -79,7 +80,7 @@ class LastCheckpoint(Checkpoint):
     handler for (submitit's SIGUSR2) that is called.
 
     Args:
-        path: file to write; the path of ``ModelCheckpoint``'s ``last.ckpt``.
+        path: file to write.
         every_minutes: between two checkpoints, or None.
         every_n_steps: optimizer steps between two checkpoints, or None.
 
@@ -134,14 +135,14 @@ class LastCheckpoint(Checkpoint):
                 self._stop(trainer, received)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        received, _ = self._agree(trainer)
-        # Others have just saved if the validation was the epoch's: a later checkpoint is due.
-        self._saved_at_s, self._saved_at_step = time.monotonic(), trainer.global_step
-        if received:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save(trainer)
-            self._stop(trainer, received)
+            if received := self._agree(trainer)[0]:
+                self._stop(trainer, received)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
@@ -165,6 +166,8 @@ class LastCheckpoint(Checkpoint):
         return received, bool(due)
 
     def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:
+            return
         trainer.save_checkpoint(self.path)
         self._saved_at_s, self._saved_at_step = time.monotonic(), trainer.global_step
 
