@@ -34,7 +34,7 @@ class Example:
     targets: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's true half and double precision convert batches in place
 class Batch:
     """Padded utterances; the lengths stay on the CPU, where the lattice's shape is computed.
 
