@@ -135,6 +135,16 @@ class SpeechDataset(Dataset[Example]):
             duration_s=utterance.duration_s,
             sample_rate=self.fbank.sample_rate,
         )
+        return self.example(utterance, waveform, epoch)
+
+    def example(self, utterance: Utterance, waveform: Tensor, epoch: int) -> Example:
+        """Augment a waveform for an epoch and turn it into features, and the text into targets.
+
+        Args:
+            utterance: its id keys the augmentation.
+            waveform: float32 ``(num_samples,)`` at ``fbank.sample_rate``.
+            epoch: of training.
+        """
         if self.waveform_perturbation is not None:
             rng = keyed_generator(self.seed, epoch, utterance.id, "waveform")
             waveform = self.waveform_perturbation(waveform, rng)
