@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         torch.save(average_checkpoints(args.checkpoints), args.output)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # torch.save's is a RuntimeError
         print(f"transducer-average: {error}", file=sys.stderr)
         return 1
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints")
