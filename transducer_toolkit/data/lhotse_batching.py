@@ -191,7 +191,7 @@ class CutBatchSampler(Sampler[list[CutIndex]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Batches of the first epoch, found by reading the manifest once; others differ a little."""
+        """Batches of the first epoch, by reading the manifest once; others differ a little."""
         if self._num_batches is None:
             self._num_batches = sum(1 for _ in self._batches(epoch=0))
         return self._num_batches

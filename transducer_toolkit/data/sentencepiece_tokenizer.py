@@ -26,8 +26,8 @@ __all__ = ["SentencePieceTokenizer"]
 class SentencePieceTokenizer:
     """Text <-> target symbols, one symbol a word piece.
 
-    ``<blk>`` is 0 and ``<unk>``, which every SentencePiece model has, stands for characters that the
-    training texts lack; it reads as U+2047.
+    ``<blk>`` is 0, and ``<unk>``, which every SentencePiece model has, stands for characters that
+    the training texts lack; it reads as U+2047.
 
     Args:
         model: a trained model, as SentencePiece serialises it.
@@ -81,8 +81,8 @@ class SentencePieceTokenizer:
                 than 1 for scripts of thousands.
 
         Raises:
-            ValueError: ``model_type`` is unknown, there are no texts, or ``vocab_size`` is too small
-                for the characters or too large for the texts; SentencePiece says by how much.
+            ValueError: ``model_type`` is unknown, there are no texts, or ``vocab_size`` is too
+                small for the characters or too large for the texts; SentencePiece says by how much.
         """
         if model_type not in ("bpe", "unigram"):
             raise ValueError(f"model_type must be 'bpe' or 'unigram', got {model_type!r}")
@@ -111,7 +111,9 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             # "INTERNAL: src/file.cc(1) [condition] What was wrong."
             reason = re.sub(r"^.*?\]\s", "", str(error))
-            raise ValueError(f"vocab_size={vocab_size} does not suit the texts: {reason}") from error
+            raise ValueError(
+                f"vocab_size={vocab_size} does not suit the texts: {reason}"
+            ) from error
         return cls(model.getvalue())
 
     @property

@@ -168,7 +168,9 @@ class CharTokenizer:
         Raises:
             ValueError: an id is outside ``[0, vocab_size)``.
         """
-        symbols = [self.symbols[id_] for id_ in check_ids(ids, self.vocab_size) if id_ != self.blank]
+        symbols = [
+            self.symbols[id_] for id_ in check_ids(ids, self.vocab_size) if id_ != self.blank
+        ]
         text = "".join(UNKNOWN_TEXT if symbol == UNKNOWN_SYMBOL else symbol for symbol in symbols)
         return " ".join(text.replace(SPACE_SYMBOL, " ").split())
 

@@ -141,7 +141,9 @@ class TuxPaintCorpus(PreparedCorpus):
             )
         if too_fast:
             logger.info(
-                "%d recordings left out: above %g characters a second", too_fast, MAX_CHARACTERS_PER_S
+                "%d recordings left out: above %g characters a second",
+                too_fast,
+                MAX_CHARACTERS_PER_S,
             )
         write_sets(folder, train=train, val=val, test=test)
 
