@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -23,7 +24,11 @@ GROUPS = {
 }
 CHOICES = [(group, option) for group, options in GROUPS.items() for option in options]
 NEEDED = {
-    "data": {"manifest": ["data.corpus.train=train.jsonl", "data.corpus.val=val.jsonl"]},
+    "data": {
+        "manifest": ["data.corpus.train=train.jsonl", "data.corpus.val=val.jsonl"],
+        "lhotse": ["data.corpus.train=train.jsonl.gz", "data.corpus.val=val.jsonl.gz"],
+        "librispeech": ["data.corpus.root=corpora"],
+    },
 }
 PACKAGES = {"averaging": "callbacks"}  # groups that stand within another
 LATER_ARGUMENTS = {
@@ -72,6 +77,25 @@ def test_sizes_of_the_conformers_are_those_of_the_documentation(size, predictor)
     cells = [cell.strip() for cell in row.split("|")]
     assert f"{millions[0]:.1f}" in cells
     assert f"{millions[1]:.1f}" == cells[-4 if predictor == "stateless" else -3]
+
+
+@pytest.mark.parametrize("data", GROUPS["data"])
+def test_every_tokenizer_suits_every_data(data):
+    options = sorted(path.name for path in (CONF / "data" / "tokenizer").iterdir())
+    assert options == ["characters.yaml", "sentencepiece.yaml", "sentencepiece_model.yaml"]
+    needed = NEEDED["data"].get(data, [])
+    for option, given, expected in (
+        ("characters", "unknown=true", "<unk>"),
+        ("sentencepiece", "vocab_size=12", "tw"),
+    ):
+        overrides = [f"data/tokenizer={option}", f"data.tokenizer.{given}"]
+        cfg = composed("train", f"data={data}", *needed, *overrides)
+        make = instantiate(cfg.data.tokenizer)
+        assert expected in make(["one two", "two ones"]).symbols
+    cfg = composed("train", f"data={data}", *needed, "data/tokenizer=sentencepiece_model",
+                   "data.tokenizer.path=none.model")  # fmt: skip
+    with pytest.raises(InstantiationException, match=r"no SentencePiece model at none\.model"):
+        instantiate(cfg.data.tokenizer)
 
 
 @pytest.mark.parametrize("config_name", ["train", "evaluate"])

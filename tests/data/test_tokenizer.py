@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.data.tokenizer import CharTokenizer, tokenizer_from_state
 
 
 @pytest.fixture
@@ -28,6 +28,19 @@ def test_white_space_is_normalised(tokenizer):
 def test_blanks_and_stray_spaces_vanish_when_decoding(tokenizer):
     one = tokenizer.encode("one")
     assert tokenizer.decode([1, 0, *one, 1, 1, 0, *one, 1]) == "one one"
+
+
+def test_an_unknown_symbol_stands_for_what_training_lacks(tokenizer):
+    tolerant = CharTokenizer.from_texts(["one two"], unknown=True)
+    assert tolerant.symbols[:3] == ("<blk>", "<unk>", "▁")
+    assert tolerant.decode(tolerant.encode("six two")) == "⁇⁇⁇ two"
+    assert 1 not in tolerant.encode("one two")
+
+
+def test_state(tokenizer):
+    assert tokenizer_from_state(tokenizer.state()).symbols == tokenizer.symbols
+    with pytest.raises(ValueError, match="kind must be 'characters' or 'sentencepiece', got 'x'"):
+        tokenizer_from_state({"kind": "x"})
 
 
 def test_save_and_load(tokenizer, tmp_path):

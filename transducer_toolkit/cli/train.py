@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from transducer_toolkit.cli import run_folder
+from transducer_toolkit.cli import resume, run_folder
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -54,13 +54,17 @@ def train(cfg: DictConfig) -> float | None:
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     # The vocabulary decides the model's sizes, so the data come first.
+    ckpt_path = resume.find_checkpoint(cfg.ckpt_path, Path(cfg.run_dir), name=cfg.name)
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
     datamodule.setup("fit")
     module = build_module(cfg, datamodule)
-    if cfg.init_from is not None:
+    if cfg.init_from is not None and ckpt_path is None:
         start_from(module, cfg.init_from)
 
+    if ckpt_path is not None:
+        logger.info("going on from %s", ckpt_path)
+        resume.keep_metrics(Path(cfg.run_dir))
     clock = StepClock()
     trainer = instantiate(
         cfg.trainer,
@@ -72,7 +76,7 @@ def train(cfg: DictConfig) -> float | None:
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
-    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
     checkpoints = trainer.checkpoint_callback
     best_wer = checkpoints.best_model_score if checkpoints is not None else None
     best_wer = None if best_wer is None else float(best_wer)

@@ -135,6 +135,7 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.start = 0  # batches that the next iteration leaves out, at the front
         # Shuffled epochs differ by a few batches; with 2 % in reserve all can have equally many.
         needed = len(self._draw(epoch=0, attempt=0))
         steps = -(-(needed + (needed // 50 if shuffle else 0)) // world_size)
@@ -145,6 +146,18 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         """Itself: Lightning calls ``set_epoch`` on a batch sampler's ``sampler``."""
         return self
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What, beside the utterances and the epoch, decides the batches of all processes."""
+        return {
+            "num_utterances": len(self._cells),
+            "max_cells": self.max_cells,
+            "max_utterances": self.max_utterances,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "world_size": self.world_size,
+        }
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose batches the next iteration gives."""
         self.epoch = epoch
@@ -154,7 +167,8 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
         epoch = self.epoch
-        for batch in self._batches_of_all_ranks(epoch)[self.rank :: self.world_size]:
+        batches = self._batches_of_all_ranks(epoch)[self.rank :: self.world_size]
+        for batch in batches[self.start :]:
             yield [EpochIndex(epoch, position) for position in batch]
 
     def _batches_of_all_ranks(self, epoch: int) -> list[list[int]]:

@@ -62,7 +62,7 @@ class ManifestCorpus:
         """Check that the manifests exist."""
         manifests = self._manifests
         for path in (manifests.train, manifests.val, *manifests.test.values()):
-            if not path.is_file():
+            if not path.exists():  # a folder holds shards
                 raise FileNotFoundError(f"no manifest at {path}")
 
     def manifests(self) -> CorpusManifests:

@@ -6,18 +6,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
-from torch.utils.data import DataLoader
 
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler, is_feasible
 from transducer_toolkit.data.corpus import Corpus
 from transducer_toolkit.data.dataset import SpeechDataset, collate
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
-from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.data.tokenizer import CharTokenizer, Tokenizer, TokenizerFactory
 
 __all__ = ["TransducerDataModule"]
 
@@ -35,7 +36,8 @@ class TransducerDataModule(lightning.LightningDataModule):
     Args:
         corpus: prepared by one process per node, read by all.
         fbank: waveform to features; None is ``Fbank()``.
-        tokenizer: None makes a character tokenizer of the training texts in ``setup``.
+        tokenizer: a tokenizer, or what ``setup`` calls with the training texts to get one, such as
+            ``CharTokenizer.from_texts``, the default.
         waveform_perturbation: for training, or None.
         spec_augment: for training, or None.
         max_cells: bound on the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, T after
@@ -63,7 +65,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         *,
         corpus: Corpus,
         fbank: Fbank | None = None,
-        tokenizer: CharTokenizer | None = None,
+        tokenizer: Tokenizer | TokenizerFactory = CharTokenizer.from_texts,
         waveform_perturbation: WaveformPerturbation | None = None,
         spec_augment: SpecAugment | None = None,
         max_cells: int,
@@ -77,7 +79,11 @@ class TransducerDataModule(lightning.LightningDataModule):
         super().__init__()
         self.corpus = corpus
         self.fbank = Fbank() if fbank is None else fbank
-        self.tokenizer = tokenizer
+        self.tokenizer: Tokenizer | None = None
+        if callable(tokenizer):
+            self._make_tokenizer = tokenizer
+        else:
+            self.tokenizer = tokenizer
         self.waveform_perturbation = waveform_perturbation
         self.spec_augment = spec_augment
         self.max_cells = max_cells
@@ -88,6 +94,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = seed
         self._utterances: dict[str, list[Utterance]] = {}
+        self._train_position: dict[str, Any] | None = None  # of a checkpoint
 
     def prepare_data(self) -> None:
         """Prepare the corpus (Lightning calls this in one process per node)."""
@@ -98,7 +105,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         manifests = self.corpus.manifests()
         if self.tokenizer is None:
             texts = (utterance.text for utterance in read_manifest(manifests.train))
-            self.tokenizer = CharTokenizer.from_texts(texts)
+            self.tokenizer = self._make_tokenizer(texts)
         if stage in (None, "fit"):
             self._utterances["train"] = self._feasible("train", manifests.train)
         if stage in (None, "fit", "validate"):
@@ -112,15 +119,29 @@ class TransducerDataModule(lightning.LightningDataModule):
         """Names of the test sets, in the order of ``test_dataloader``."""
         return list(self.corpus.manifests().test)
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented batches."""
-        return self._loader("train", training=True)
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled, augmented batches; behind those of the checkpoint, if one was loaded."""
+        loader = self._loader("train", training=True)
+        if self._train_position is not None:
+            loader.load_state_dict(self._train_position)
+        return loader
 
-    def val_dataloader(self) -> DataLoader:
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands in its epoch; Lightning keeps it in checkpoints."""
+        # Lightning would restore a loader by itself, but only one that is made after the checkpoint
+        # is read: not where a schedule asks for the number of steps.
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        return {"train": loader.state_dict()} if isinstance(loader, ResumableLoader) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader go on where a checkpoint stands."""
+        self._train_position = state_dict.get("train")
+
+    def val_dataloader(self) -> ResumableLoader:
         """Batches by length, longest first."""
         return self._loader("val")
 
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[ResumableLoader]:
         """One loader per test set, in the order of ``test_names``."""
         return [self._loader(f"test/{name}") for name in self.test_names]
 
@@ -138,7 +159,7 @@ class TransducerDataModule(lightning.LightningDataModule):
             seed=self.seed,
         )
 
-    def _loader(self, name: str, *, training: bool = False) -> DataLoader:
+    def _loader(self, name: str, *, training: bool = False) -> ResumableLoader:
         dataset = self.dataset(name, training=training)
         trainer = self.trainer
         sampler = LatticeBatchSampler(
@@ -152,7 +173,7 @@ class TransducerDataModule(lightning.LightningDataModule):
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
         )
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=collate,

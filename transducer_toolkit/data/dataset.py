@@ -18,7 +18,7 @@ from transducer_toolkit.data.batching import EpochIndex
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.keyed_random import keyed_generator
 from transducer_toolkit.data.manifest import Utterance
-from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.data.tokenizer import Tokenizer
 
 __all__ = ["TARGET_PADDING", "Batch", "Example", "SpeechDataset", "collate"]
 
@@ -34,7 +34,7 @@ class Example:
     targets: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's true half and double precision convert batches in place
 class Batch:
     """Padded utterances; the lengths stay on the CPU, where the lattice's shape is computed.
 
@@ -103,7 +103,7 @@ class SpeechDataset(Dataset[Example]):
     def __init__(
         self,
         utterances: Sequence[Utterance],
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         fbank: Fbank,
         *,
         waveform_perturbation: WaveformPerturbation | None = None,
@@ -135,6 +135,16 @@ class SpeechDataset(Dataset[Example]):
             duration_s=utterance.duration_s,
             sample_rate=self.fbank.sample_rate,
         )
+        return self.example(utterance, waveform, epoch)
+
+    def example(self, utterance: Utterance, waveform: Tensor, epoch: int) -> Example:
+        """Augment a waveform for an epoch and turn it into features, and the text into targets.
+
+        Args:
+            utterance: its id keys the augmentation.
+            waveform: float32 ``(num_samples,)`` at ``fbank.sample_rate``.
+            epoch: of training.
+        """
         if self.waveform_perturbation is not None:
             rng = keyed_generator(self.seed, epoch, utterance.id, "waveform")
             waveform = self.waveform_perturbation(waveform, rng)

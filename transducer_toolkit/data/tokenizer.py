@@ -1,16 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Characters as target symbols; the tokenizer owns the blank."""
+"""Text to target symbols and back; the tokenizer owns the blank."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
-__all__ = ["CharTokenizer"]
+__all__ = ["CharTokenizer", "Tokenizer", "TokenizerFactory", "tokenizer_from_state"]
 
 BLANK_SYMBOL = "<blk>"
+UNKNOWN_SYMBOL = "<unk>"
+UNKNOWN_TEXT = "\u2047"  # "double question mark": what an unknown symbol reads as
 SPACE_SYMBOL = "\u2581"  # "lower one eighth block", the field's printable space
+
+
+class Tokenizer(Protocol):
+    """What the rest of the toolkit asks of a tokenizer.
+
+    A word begins behind a U+2581, be it a symbol of its own or the first character of one.
+    """
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Symbol of each id, the blank at 0."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of symbols, blank included (V)."""
+
+    @property
+    def blank(self) -> int:
+        """Id of the blank, 0."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, none of them blank; ValueError if it has none."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ``ids``, skipping blanks; words have one space between them."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what :func:`tokenizer_from_state` needs, in plain values."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``tokens.txt``, lines ``symbol id``, as sherpa-onnx and icefall read it."""
+
+
+TokenizerFactory: TypeAlias = Callable[[Iterable[str]], Tokenizer]
+
+
+def tokenizer_from_state(state: Mapping[str, Any]) -> Tokenizer:
+    """Restore a tokenizer from what its ``state`` gave, as a checkpoint carries it.
+
+    Args:
+        state: "kind" and what that kind needs.
+
+    Raises:
+        ValueError: the kind is unknown.
+
+    Example:
+        >>> tokenizer_from_state(CharTokenizer.from_texts(["on"]).state()).encode("no")
+        [1, 2]
+    """
+    if state["kind"] == CharTokenizer.kind:
+        return CharTokenizer(state["symbols"])
+    from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    if state["kind"] == SentencePieceTokenizer.kind:
+        return SentencePieceTokenizer(state["model"])
+    raise ValueError(
+        f"kind must be {CharTokenizer.kind!r} or {SentencePieceTokenizer.kind!r}, "
+        f"got {state['kind']!r}"
+    )
+
+
+def save_symbols(symbols: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Write ``tokens.txt``, lines ``symbol id``, as sherpa-onnx and icefall read it."""
+    lines = (f"{symbol} {id_}\n" for id_, symbol in enumerate(symbols))
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def check_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Return ``ids`` as a list; ValueError for one outside ``[0, vocab_size)``."""
+    ids = list(ids)
+    for id_ in ids:
+        if not 0 <= id_ < vocab_size:
+            raise ValueError(f"ids must lie in [0, {vocab_size}), got {id_}")
+    return ids
 
 
 class CharTokenizer:
@@ -18,7 +95,8 @@ class CharTokenizer:
 
     Args:
         symbols: symbol of each id; ``symbols[0]`` is the blank ``<blk>``, all others are single
-            characters, the space written as U+2581.
+            characters, the space written as U+2581. One may be ``<unk>``, which stands for every
+            other character and reads as U+2047; without it those are an error.
 
     Raises:
         ValueError: no blank at 0, a symbol that is not one character, or one that repeats.
@@ -31,6 +109,7 @@ class CharTokenizer:
         ('two', 7, 0)
     """
 
+    kind = "characters"
     blank = 0
 
     def __init__(self, symbols: Sequence[str]) -> None:
@@ -38,10 +117,10 @@ class CharTokenizer:
         if not self.symbols or self.symbols[0] != BLANK_SYMBOL:
             raise ValueError(f"symbols[0] must be {BLANK_SYMBOL!r}, got {list(self.symbols[:1])}")
         for id_, symbol in enumerate(self.symbols[1:], start=1):
-            if len(symbol) != 1 or symbol.isspace():
+            if symbol != UNKNOWN_SYMBOL and (len(symbol) != 1 or symbol.isspace()):
                 raise ValueError(
-                    f"symbols[{id_}] must be one character (space as {SPACE_SYMBOL!r}), "
-                    f"got {symbol!r}"
+                    f"symbols[{id_}] must be one character (space as {SPACE_SYMBOL!r}) or "
+                    f"{UNKNOWN_SYMBOL!r}, got {symbol!r}"
                 )
         self._id_of = {symbol: id_ for id_, symbol in enumerate(self.symbols)}
         if len(self._id_of) != len(self.symbols):
@@ -49,11 +128,16 @@ class CharTokenizer:
             raise ValueError(f"symbols must not repeat, got {repeated} more than once")
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str]) -> CharTokenizer:
-        """Collect the characters of ``texts``; ids follow code-point order, the space first."""
+    def from_texts(cls, texts: Iterable[str], *, unknown: bool = False) -> CharTokenizer:
+        """Collect the characters of ``texts``; ids follow code-point order, the space first.
+
+        Args:
+            texts: of the training set.
+            unknown: whether there is an ``<unk>``, at 1, for what other texts hold.
+        """
         characters = {character for text in texts for character in _normalise(text)}
         ordered = sorted(characters, key=lambda c: (c != SPACE_SYMBOL, c))
-        return cls([BLANK_SYMBOL, *ordered])
+        return cls([BLANK_SYMBOL, *([UNKNOWN_SYMBOL] if unknown else []), *ordered])
 
     @property
     def vocab_size(self) -> int:
@@ -64,15 +148,19 @@ class CharTokenizer:
         """Return the ids of ``text``; runs of white space count as one space.
 
         Raises:
-            ValueError: a character is not in the vocabulary.
+            ValueError: a character is not in the vocabulary, and neither is ``<unk>``.
         """
-        try:
-            return [self._id_of[character] for character in _normalise(text)]
-        except KeyError as error:
-            raise ValueError(
-                f"character {error.args[0]!r} of {text!r} is not among the "
-                f"{self.vocab_size - 1} characters of the tokenizer"
-            ) from None
+        unknown = self._id_of.get(UNKNOWN_SYMBOL)
+        ids = []
+        for character in _normalise(text):
+            id_ = self._id_of.get(character, unknown)
+            if id_ is None:
+                raise ValueError(
+                    f"character {character!r} of {text!r} is not among the "
+                    f"{self.vocab_size - 1} characters of the tokenizer"
+                )
+            ids.append(id_)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``, skipping blanks.
@@ -80,18 +168,19 @@ class CharTokenizer:
         Raises:
             ValueError: an id is outside ``[0, vocab_size)``.
         """
-        characters = []
-        for id_ in ids:
-            if not 0 <= id_ < self.vocab_size:
-                raise ValueError(f"ids must lie in [0, {self.vocab_size}), got {id_}")
-            if id_ != self.blank:
-                characters.append(self.symbols[id_])
-        return " ".join("".join(characters).replace(SPACE_SYMBOL, " ").split())
+        symbols = [
+            self.symbols[id_] for id_ in check_ids(ids, self.vocab_size) if id_ != self.blank
+        ]
+        text = "".join(UNKNOWN_TEXT if symbol == UNKNOWN_SYMBOL else symbol for symbol in symbols)
+        return " ".join(text.replace(SPACE_SYMBOL, " ").split())
+
+    def state(self) -> dict[str, Any]:
+        """Return what :func:`tokenizer_from_state` needs, in plain values."""
+        return {"kind": self.kind, "symbols": list(self.symbols)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``tokens.txt``, lines ``symbol id``, as sherpa-onnx and icefall read it."""
-        lines = (f"{symbol} {id_}\n" for id_, symbol in enumerate(self.symbols))
-        Path(path).write_text("".join(lines), encoding="utf-8")
+        save_symbols(self.symbols, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CharTokenizer:

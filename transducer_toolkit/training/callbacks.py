@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks: feature statistics, guards, clocks and pictures."""
+"""Callbacks: feature statistics, seeds and pictures."""
 
 from __future__ import annotations
 
@@ -80,26 +80,6 @@ class SeedEachBatch(Callback):
             (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         )
         torch.manual_seed(int(key.generate_state(1)[0]))
-
-
-class StopOnNonFiniteLoss(Callback):
-    """End the training with an error as soon as a loss is NaN or infinite."""
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        loss = outputs["loss"]
-        if not bool(torch.isfinite(loss)):
-            raise ValueError(
-                f"the loss of step {trainer.global_step} is {float(loss)}; its utterances: "
-                f"{', '.join(batch.utterance_ids)}. Try a lower optimizer.lr or "
-                "trainer.gradient_clip_val, and look at these utterances"
-            )
 
 
 class LearningCurves(Callback):

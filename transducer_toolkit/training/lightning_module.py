@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
-from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.decoding import align, greedy_search
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.transducer import Transducer
@@ -74,7 +74,7 @@ class TransducerModule(LightningModule):
     def __init__(
         self,
         model: Transducer,
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         *,
         loss: LossStage | None = None,
         ctc: CtcLoss | None = None,

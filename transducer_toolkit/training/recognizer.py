@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from transducer_toolkit.data.features import Fbank
-from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.data.tokenizer import Tokenizer, tokenizer_from_state
 from transducer_toolkit.decoding import Hypothesis, check_topology, greedy_search
 from transducer_toolkit.modules.transducer import Transducer
 
@@ -28,7 +28,7 @@ TRUSTED_PACKAGES = ("transducer_toolkit.modules",)
 
 def recognizer_recipe(
     model_config: Mapping[str, Any],
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     fbank: Fbank,
     *,
     max_symbols_per_frame: int,
@@ -51,6 +51,7 @@ def recognizer_recipe(
         "format_version": FORMAT_VERSION,
         "model": dict(model_config),
         "symbols": list(tokenizer.symbols),
+        "tokenizer": tokenizer.state(),
         "num_mel_bins": fbank.num_mel_bins,
         "max_symbols_per_frame": max_symbols_per_frame,
         "topology": topology,
@@ -76,7 +77,7 @@ class Recognizer:
     def __init__(
         self,
         model: Transducer,
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         fbank: Fbank,
         *,
         max_symbols_per_frame: int = 10,
@@ -121,9 +122,11 @@ class Recognizer:
             if name.startswith("model.")
         }
         model.load_state_dict(weights)
+        # The first checkpoints were all of characters.
+        state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
         return cls(
             model.to(device),
-            CharTokenizer(recipe["symbols"]),
+            tokenizer_from_state(state),
             Fbank(num_mel_bins=recipe["num_mel_bins"]),
             max_symbols_per_frame=recipe["max_symbols_per_frame"],
             topology=recipe.get("topology", "regular"),  # absent in the first checkpoints

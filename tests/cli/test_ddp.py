@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes, and two nodes of one process, train as one process does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+STEPS = 50
+WEIGHTS = "+callbacks.record._target_=tests.training.ddp.RecordWeights"
+
+
+@pytest.fixture(scope="module")
+def options(train_overrides):
+    return [
+        *train_overrides,
+        "trainer.max_epochs=-1",
+        f"+trainer.max_steps={STEPS}",
+        "+trainer.limit_val_batches=0",
+        "+trainer.precision=64-true",
+        "loss.dropped_mass=0",
+        "model.encoder.dropout=0",
+        "data.max_utterances=4",
+        "data.spec_augment=null",
+        "test=false",
+        WEIGHTS,
+    ]
+
+
+def environment(**more):
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **more,
+    }
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start(folder, *command, **variables):
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=folder,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def two_processes(folder, options):
+    """As Lightning starts them."""
+    train = "transducer_toolkit.cli.train"
+    return [start(folder, train, *options, "trainer=ddp", "trainer.devices=2")]
+
+
+def two_nodes(folder, options):
+    """As torchrun starts them, one process a node."""
+    port = free_port()
+    torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    train = ["-m", "transducer_toolkit.cli.train", *options]
+    train += ["trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2"]
+    return [start(folder, *torchrun, f"--node-rank={node}", *train) for node in (0, 1)]
+
+
+def finish(processes, timeout_s=240):
+    for process in processes:
+        out, _ = process.communicate(timeout=timeout_s)
+        assert process.returncode == 0, out
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, console, options):
+    from transducer_toolkit.cli.train import main
+
+    folder = tmp_path_factory.mktemp("one")
+    data = "data._target_=tests.training.ddp.JoinedRanksDataModule"
+    console(main, folder, *options, data, f"+callbacks.record.path={folder}/one")
+    return torch.load(folder / "one.pt"), json.loads((folder / "one.0.json").read_text())
+
+
+@pytest.mark.parametrize("launch", [two_processes, two_nodes])
+def test_the_same_training_as_one_process(tmp_path, options, one_process, launch):
+    expected, expected_batches = one_process
+    finish(launch(tmp_path, [*options, f"+callbacks.record.path={tmp_path}/two"]))
+    batches = [json.loads((tmp_path / f"two.{rank}.json").read_text()) for rank in (0, 1)]
+    joined = [first + second for first, second in zip(*batches, strict=True)]
+    assert len(joined) == STEPS and joined == expected_batches
+    found = torch.load(tmp_path / "two.pt")
+    for name, gradient in expected["gradients"].items():
+        # Of the first step, at equal weights.
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-6, atol=1e-12)
+    for name, weight in expected["weights"].items():
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-9, atol=1e-9)
+    # One run folder, of both.
+    (run_dir,) = (tmp_path / "outputs" / "transducer").iterdir()
+    assert (run_dir / "results.json").exists()

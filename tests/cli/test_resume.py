@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings that are killed, told to stop, and resumed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.recorder import recorded
+from transducer_toolkit.cli import resume
+from transducer_toolkit.cli.train import main
+
+ROOT = Path(__file__).parents[2]
+RECORD = "+callbacks.record._target_=tests.training.recorder.RecordBatches"
+
+
+def run(folder, *overrides):
+    """A training in a process of its own; its run folder is called "run"."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TRANSDUCER_TOOLKIT_RUN_ID": "run",
+    }
+    command = [sys.executable, "-m", "transducer_toolkit.cli.train", *map(str, overrides)]
+    return subprocess.run(
+        command, cwd=folder, env=environment, timeout=300, capture_output=True, text=True
+    )
+
+
+def weights(run_dir):
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint["state_dict"] | {"step": torch.tensor(checkpoint["global_step"])}
+
+
+@pytest.fixture(scope="session")
+def options(train_overrides):
+    return [
+        *train_overrides,
+        "name=tones",
+        "test=false",
+        RECORD,
+        "callbacks.last_checkpoint.every_n_steps=1",
+        "data.num_workers=1",  # workers fetch ahead of the training
+        "model.encoder.dropout=0.1",
+    ]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, console, options):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    console(main, folder, *options, f"+callbacks.record.path={folder}/batches")
+    return recorded(folder / "batches"), weights(folder / "outputs/tones/run")
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 143)])
+def test_a_training_stopped_in_mid_epoch_goes_on_with_the_next_batch(
+    tmp_path, console, options, uninterrupted, name, status
+):
+    batches, final = uninterrupted
+    assert [row[:2] for row in batches] == [[epoch, i] for epoch in (0, 1) for i in range(4)]
+    record = f"+callbacks.record.path={tmp_path}/batches"
+    # In the second epoch. The recorder comes before the checkpoint: a SIGKILL loses its step.
+    kill = ["+callbacks.record.kill_after=7", f"+callbacks.record.signal_name={name}"]
+    stopped = run(tmp_path, *options, record, *kill)
+    assert stopped.returncode == status, stopped.stderr
+    run_dir = tmp_path / "outputs/tones/run"
+    done = 6 if name == "SIGKILL" else 7
+    assert int(weights(run_dir)["step"]) == done
+    console(main, tmp_path, *options, record)  # the same command
+    assert recorded(tmp_path / "batches") == batches[:7] + batches[done:]
+    found = weights(run_dir)
+    assert found.keys() == final.keys()
+    assert all(torch.equal(found[key], final[key]) for key in final)
+    # Nothing of the first part is lost, and nothing half-written left.
+    logged = []
+    for path in (run_dir / "metrics/metrics.1.csv", run_dir / "metrics/metrics.csv"):
+        with path.open() as file:
+            logged += [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    # (Lightning logs a step after its last hook: not the one that was stopped, nor what a SIGKILL
+    # left in a buffer.)
+    assert logged[-1] == 7 and (name == "SIGKILL" or logged == [0, 1, 2, 3, 4, 5, 7])
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+    ]
+    log = (run_dir / "train.log").read_text()
+    assert "going on from" in log and ("SIGTERM: step 7 is saved in" in log) == (name == "SIGTERM")
+
+
+def test_which_checkpoint(tmp_path):
+    run_dir = tmp_path / "outputs" / "digits" / "now"
+    other, job = (tmp_path / "outputs" / "digits" / name for name in ("before", "sweep/3"))
+
+    def found(wanted):
+        return resume.find_checkpoint(wanted, run_dir, name="digits")
+
+    assert found(None) is None and found("auto") is None
+    with pytest.raises(FileNotFoundError, match=r"no run called 'digits' has left a checkpoints"):
+        found("last")
+    for age, folder in enumerate((job, other)):
+        path = folder / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    assert found("last") == str(job / "checkpoints" / "last.ckpt") and found("auto") is None
+    own = run_dir / "checkpoints" / "last.ckpt"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert found("auto") == str(own) == found("last") == found(str(own))
+    with pytest.raises(FileNotFoundError, match=r"no file at nowhere\.ckpt"):
+        found("nowhere.ckpt")
+
+
+def test_metrics_are_kept_by_one_process(tmp_path, monkeypatch):
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    for number in (1, 2):
+        (folder / "metrics.csv").write_text(str(number))
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        resume.keep_metrics(tmp_path)
+        monkeypatch.delenv("LOCAL_RANK")
+        resume.keep_metrics(tmp_path)
+        assert (folder / f"metrics.{number}.csv").read_text() == str(number)
+        assert not (folder / "metrics.csv").exists()
+    resume.keep_metrics(tmp_path)
+    assert json.loads((folder / "metrics.2.csv").read_text()) == 2

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lhotse's cuts and shards, of generated audio."""
+
+import logging
+import types
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+
+from transducer_toolkit.data.augment import SpecAugment
+from transducer_toolkit.data.corpus import ManifestCorpus
+from transducer_toolkit.data.datamodule import TransducerDataModule
+from transducer_toolkit.data.lhotse_batching import duration_bins
+from transducer_toolkit.data.lhotse_datamodule import LhotseDataModule
+from transducer_toolkit.data.manifest import Utterance, write_manifest
+from transducer_toolkit.data.tokenizer import CharTokenizer
+
+NUM_CUTS = 40
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory):
+    """``train.jsonl.gz`` and the same as shards of five in ``shar``, and as our own manifest."""
+    import soundfile
+
+    folder = tmp_path_factory.mktemp("cuts")
+    rng = np.random.default_rng(0)
+    rows, made = [], []
+    for number in range(NUM_CUTS):
+        num_samples = int(rng.integers(4000, 12000))
+        path = folder / f"{number}.wav"
+        soundfile.write(path, 0.1 * rng.standard_normal(num_samples), 16000)
+        text = " ".join(rng.choice(["one", "two", "six"], rng.integers(1, 4)))
+        duration_s = num_samples / 16000
+        rows.append(Utterance(id=f"c{number}", audio=str(path), duration_s=duration_s, text=text))
+        recording = Recording.from_file(path, recording_id=f"c{number}")
+        segment = SupervisionSegment(f"c{number}", f"c{number}", 0.0, recording.duration, text=text)
+        made.append(
+            MonoCut(f"c{number}", 0.0, recording.duration, 0, [segment], recording=recording)
+        )
+    write_manifest(folder / "train.jsonl", rows)
+    all_cuts = CutSet.from_cuts(made)
+    all_cuts.to_file(folder / "train.jsonl.gz")
+    all_cuts.subset(first=4).to_file(folder / "val.jsonl.gz")
+    all_cuts.to_shar(folder / "shar", fields={"recording": "wav"}, shard_size=5)
+    return folder
+
+
+def data_module(cuts, train="train.jsonl.gz", **options):
+    corpus = ManifestCorpus(
+        train=cuts / train, val=cuts / "val.jsonl.gz", test={"all": cuts / "val.jsonl.gz"}
+    )
+    corpus.prepare()
+    data = LhotseDataModule(corpus=corpus, **{"max_cells": 800, "num_buckets": 4, **options})
+    data.setup()
+    return data
+
+
+def test_an_epoch_has_all_cuts_in_batches_within_the_budget(cuts):
+    data = data_module(cuts, max_utterances=6)
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    assert sorted(id_ for batch in batches for id_ in batch.utterance_ids) == sorted(
+        f"c{number}" for number in range(NUM_CUTS)
+    )
+    for batch in batches:
+        frames = -(-batch.feature_lengths // 4)
+        assert len(batch) <= 6 and int((frames * (batch.target_lengths + 1)).sum()) <= 800
+    assert max(len(batch) for batch in batches) > 2
+
+
+def test_batches_hold_what_our_own_manifests_give(cuts):
+    corpus = ManifestCorpus(train=cuts / "train.jsonl", val=cuts / "train.jsonl")
+    own = TransducerDataModule(corpus=corpus, max_cells=800, max_utterances=1)
+    own.setup("fit")
+    expected = {batch.utterance_ids[0]: batch for batch in own.val_dataloader()}
+    data = data_module(cuts, max_utterances=1)
+    assert data.tokenizer.symbols == own.tokenizer.symbols
+    for batch in data.train_dataloader():
+        other = expected[batch.utterance_ids[0]]
+        assert torch.allclose(batch.features, other.features, atol=1e-5)
+        assert torch.equal(batch.targets, other.targets) and batch.texts == other.texts
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_take_disjoint_batches_equally_many(cuts, num_workers):
+    seen = []
+    for rank in range(3):
+        data = data_module(cuts, num_workers=num_workers)
+        data.trainer = types.SimpleNamespace(global_rank=rank, world_size=3)
+        loader = data.train_dataloader()
+        loader.batch_sampler.set_epoch(1)
+        seen.append([batch.utterance_ids for batch in loader])
+    assert len({len(batches) for batches in seen}) == 1
+    ids = [id_ for batches in seen for batch in batches for id_ in batch]
+    assert sorted(ids) == sorted(f"c{number}" for number in range(NUM_CUTS))
+
+
+def test_epochs_differ_and_repeat(cuts):
+    data = data_module(cuts, spec_augment=SpecAugment())
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append(list(loader))
+    ids = [[batch.utterance_ids for batch in batches] for batches in epochs]
+    assert ids[0] == ids[2] != ids[1]
+    assert all(
+        torch.equal(a.features, b.features) for a, b in zip(epochs[0], epochs[2], strict=True)
+    )
+
+
+def test_an_epoch_goes_on_where_a_checkpoint_stands(cuts):
+    loader = data_module(cuts).train_dataloader()
+    loader.batch_sampler.set_epoch(2)
+    given = iter(loader)
+    for _ in range(3):
+        next(given)
+    state = loader.state_dict()
+    rest = [batch.utterance_ids for batch in given]
+    resumed = data_module(cuts)
+    resumed.load_state_dict({"train": state})
+    loader = resumed.train_dataloader()
+    loader.batch_sampler.set_epoch(2)
+    assert [batch.utterance_ids for batch in loader] == rest
+
+
+def test_validation_and_test_are_whole_and_in_order(cuts):
+    data = data_module(cuts)
+    for loader in (data.val_dataloader(), *data.test_dataloader()):
+        ids = [id_ for batch in loader for id_ in batch.utterance_ids]
+        assert sorted(ids) == ["c0", "c1", "c2", "c3"]
+    assert data.test_names == ["all"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_workers_read_disjoint_shards(cuts, num_workers, monkeypatch):
+    seen = []
+    for rank in range(2):
+        data = data_module(cuts, "shar", steps_per_epoch=3, num_workers=num_workers)
+        data.trainer = types.SimpleNamespace(global_rank=rank, world_size=2)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        loader = data.train_dataloader()
+        assert len(loader) == 3
+        epochs = [[batch.utterance_ids for batch in loader] for _ in range(2)]
+        assert [len(batches) for batches in epochs] == [3, 3] and epochs[0] != epochs[1]
+        first = [id_ for batch in epochs[0] for id_ in batch]
+        assert len(first) == len(set(first))
+        seen.append(set(first))
+    assert not seen[0] & seen[1]
+
+
+def test_shards_hold_the_audio(cuts):
+    data = data_module(cuts, "shar", steps_per_epoch=60, max_utterances=1)
+    by_id = {
+        batch.utterance_ids[0]: batch
+        for batch in data_module(cuts, max_utterances=1).train_dataloader()
+    }
+    seen = list(data.train_dataloader())
+    assert {batch.utterance_ids[0] for batch in seen[:NUM_CUTS]} == set(by_id)  # one whole pass
+    assert seen[0].utterance_ids != seen[NUM_CUTS].utterance_ids or seen[1:3] != seen[41:43]
+    for batch in seen[:5]:
+        expected = by_id[batch.utterance_ids[0]].features
+        assert torch.allclose(batch.features, expected, atol=1e-2)  # 16 bits
+
+
+def test_another_stream_after_a_resume(cuts):
+    data = data_module(cuts, "shar", steps_per_epoch=4)
+    streams = []
+    for epoch in (0, 0, 5):
+        loader = data.train_dataloader()
+        loader.set_epoch(epoch)
+        streams.append([batch.utterance_ids for batch in loader])
+    assert streams[0] == streams[1] != streams[2]
+
+
+def test_a_worker_without_shards_says_so(cuts, monkeypatch):
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("WORLD_SIZE", "10")
+    data = data_module(cuts, "shar", steps_per_epoch=4)
+    with pytest.raises(ValueError, match="a data worker has no shard of its own"):
+        next(iter(data.train_dataloader()))
+
+
+def test_infeasible_cuts_are_left_out(cuts, caplog):
+    tokenizer = CharTokenizer.from_texts(["one two six"])
+    data = data_module(cuts, tokenizer=tokenizer, topology="one_sym_per_frame")
+    with caplog.at_level(logging.WARNING):
+        kept = [id_ for batch in data.train_dataloader() for id_ in batch.utterance_ids]
+    assert 0 < len(kept) < NUM_CUTS
+    assert "is too short for its text (topology one_sym_per_frame)" in caplog.text
+    assert caplog.text.count("too short") == 1
+
+
+def test_durations_that_part_the_cuts(cuts):
+    train = CutSet.from_file(cuts / "train.jsonl.gz")
+    bins = duration_bins(train, 4)
+    assert len(bins) == 3 and bins == sorted(bins)
+    assert duration_bins(train, 30) == duration_bins(train, 1) == []
+
+
+def test_errors(cuts, tmp_path):
+    for train, steps in (("shar", None), ("train.jsonl.gz", 5)):
+        with pytest.raises(ValueError, match=f"steps_per_epoch is for folders .* got {steps} for"):
+            data_module(cuts, train, steps_per_epoch=steps)
+    with pytest.raises(ValueError, match=r"cut 'c\d+': character 'o' of .* is not among"):
+        list(data_module(cuts, tokenizer=CharTokenizer.from_texts(["x"])).train_dataloader())
+    bare = CutSet.from_file(cuts / "train.jsonl.gz").subset(first=2).drop_supervisions()
+    bare.to_file(cuts / "bare.jsonl.gz")
+    with pytest.raises(ValueError, match="cut 'c0' must have one supervision, got 0"):
+        data_module(cuts, "bare.jsonl.gz")

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+import pickle
+
+import pytest
+import sentencepiece
+import torch
+
+from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from transducer_toolkit.data.tokenizer import tokenizer_from_state
+from transducer_toolkit.training.aligner import word_spans
+
+TEXTS = ["please enter your number", "enter the number", "please press the key", "l'été ÉTÉ"]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def tokenizer(request):
+    return SentencePieceTokenizer.from_texts(TEXTS, vocab_size=24, model_type=request.param)
+
+
+def test_blank_and_unknown_come_first(tokenizer):
+    assert tokenizer.symbols[:2] == ("<blk>", "<unk>")
+    assert tokenizer.blank == 0 and tokenizer.vocab_size == len(tokenizer.symbols) == 24
+    assert len(tokenizer.encode("please enter")) < len("please enter")
+
+
+@pytest.mark.parametrize("text", ["", *TEXTS])
+def test_round_trip_changes_nothing(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert 0 not in ids and 1 not in ids
+
+
+def test_white_space_is_normalised_and_blanks_vanish(tokenizer):
+    ids = tokenizer.encode("enter  the\n key ")
+    assert ids == tokenizer.encode("enter the key")
+    with_blanks = [id_ for pair in zip(ids, [0] * len(ids), strict=True) for id_ in pair]
+    assert tokenizer.decode(with_blanks) == "enter the key"
+
+
+def test_what_training_lacks_is_unknown(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("the Q key")) == "the ⁇ key"
+    assert tokenizer.decode(tokenizer.encode("Qkey keyQ")) == "⁇key key⁇"
+    # A transcript that spells the blank has characters, not a blank.
+    assert 0 not in tokenizer.encode("<blk>")
+
+
+def test_words_are_found_in_pieces(tokenizer):
+    for text in [*TEXTS, "the penny presser"]:
+        spans = word_spans([tokenizer.symbols[id_] for id_ in tokenizer.encode(text)])
+        assert [word for word, _, _ in spans] == text.split()
+
+
+def test_the_same_texts_give_the_same_model(tokenizer):
+    kinds = [SentencePieceTokenizer.from_texts(iter(TEXTS), vocab_size=24) for _ in range(2)]
+    assert kinds[0].state() == kinds[1].state()
+
+
+def test_state_in_a_file_that_weights_only_reads(tokenizer, tmp_path):
+    torch.save({"tokenizer": tokenizer.state()}, tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)["tokenizer"]
+    for other in (tokenizer_from_state(state), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.symbols == tokenizer.symbols
+        assert other.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+def test_files(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokens.txt")
+    lines = (tmp_path / "tokens.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["<blk> 0", "<unk> 1"] and len(lines) == 24
+    tokenizer.save_model(tmp_path / "bpe.model")
+    loaded = SentencePieceTokenizer.load(tmp_path / "bpe.model")
+    assert loaded.symbols == tokenizer.symbols
+
+
+def test_errors(tokenizer, tmp_path):
+    for id_ in (-1, 24):
+        with pytest.raises(ValueError, match=rf"ids must lie in \[0, 24\), got {id_}"):
+            tokenizer.decode([id_])
+    for options, message in [
+        ({"vocab_size": 5}, r"vocab_size=5 does not suit the texts: Vocabulary size is smaller"),
+        ({"vocab_size": 5000}, r"vocab_size=5000 does not suit the texts: Vocabulary size too"),
+        ({"vocab_size": 24, "model_type": "word"}, "model_type must be 'bpe' or 'unigram'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SentencePieceTokenizer.from_texts(TEXTS, **options)
+    with pytest.raises(ValueError, match="texts must hold at least one that is not empty"):
+        SentencePieceTokenizer.from_texts(["", " "], vocab_size=24)
+    with pytest.raises(FileNotFoundError, match="no SentencePiece model at"):
+        SentencePieceTokenizer.load(tmp_path / "none.model")
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"junk\.model: model must be a SentencePiece model"):
+        SentencePieceTokenizer.load(tmp_path / "junk.model")
+
+
+def test_a_model_without_the_blank_is_refused():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=24, minloglevel=2
+    )
+    with pytest.raises(ValueError, match="piece 0 of the model must be '<blk>', got '<unk>'"):
+        SentencePieceTokenizer(model.getvalue())

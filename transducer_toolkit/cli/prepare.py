@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transducer-prepare data=OPTION``: make a corpus before a training asks for it."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="prepare")
+def main(cfg: DictConfig) -> None:
+    """Entry point."""
+    prepare(cfg)
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Prepare the corpus of ``cfg.data`` as ``transducer-train`` would, and list its sets.
+
+    Args:
+        cfg: the composed config.
+
+    Raises:
+        ValueError: the data have no corpus to prepare.
+    """
+    from hydra.utils import instantiate
+
+    from transducer_toolkit.data.manifest import read_manifest
+
+    if "corpus" not in cfg.data:
+        raise ValueError(f"data {cfg.data.get('_target_')} has no corpus to prepare")
+    corpus = instantiate(cfg.data.corpus, _convert_="all")
+    corpus.prepare()
+    manifests = corpus.manifests()
+    print(f"{'set':16s} {'utterances':>10s} {'minutes':>9s} {'words':>9s}  manifest")
+    for name, path in {"train": manifests.train, "val": manifests.val, **manifests.test}.items():
+        utterances = read_manifest(path)
+        minutes = sum(utterance.duration_s for utterance in utterances) / 60
+        words = sum(len(utterance.text.split()) for utterance in utterances)
+        print(f"{name:16s} {len(utterances):10d} {minutes:9.1f} {words:9d}  {path}")
+
+
+if __name__ == "__main__":
+    main()

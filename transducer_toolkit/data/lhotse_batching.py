@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lhotse's cuts in batches bounded by lattice cells: of lazily read manifests, or of shards."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset import DynamicBucketingSampler, make_worker_init_fn
+from lhotse.dataset.sampling.base import SamplingConstraint
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from transducer_toolkit.data.audio import resample
+from transducer_toolkit.data.dataset import Batch, Example, SpeechDataset, collate
+from transducer_toolkit.data.manifest import Utterance
+
+__all__ = [
+    "CutBatchSampler",
+    "CutDataset",
+    "CutIndex",
+    "LatticeConstraint",
+    "ShardBatches",
+    "ShardLoader",
+    "cut_text",
+    "duration_bins",
+]
+
+
+class CutIndex(NamedTuple):
+    """What the sampler asks of a dataset: one cut, as augmented in one epoch."""
+
+    epoch: int
+    cut: Cut
+
+
+def cut_text(cut: Cut) -> str:
+    """Return the text of a cut.
+
+    Raises:
+        ValueError: the cut does not have exactly one supervision.
+
+    Example:
+        >>> cut_text(CutSet.from_file("cuts.jsonl.gz")[0])  # doctest: +SKIP
+        'three seven'
+    """
+    if len(cut.supervisions) != 1:
+        raise ValueError(
+            f"cut {cut.id!r} must have one supervision, got {len(cut.supervisions)}; "
+            "CutSet.trim_to_supervisions makes such cuts"
+        )
+    return cut.supervisions[0].text or ""
+
+
+@dataclass
+class LatticeConstraint(SamplingConstraint):
+    """Bounds the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, for lhotse's samplers.
+
+    Args:
+        num_cells: lattice cells of a cut.
+        max_cells: bound on their sum; a cut above it gets a batch of its own.
+        max_utterances: bound on the cuts of a batch.
+
+    Example:
+        >>> constraint = LatticeConstraint(lambda cut: 400, max_cells=1000, max_utterances=8)
+        >>> sampler = DynamicBucketingSampler(cuts, constraint=constraint)  # doctest: +SKIP
+    """
+
+    num_cells: Callable[[Cut], int]
+    max_cells: int
+    max_utterances: int
+    _cells: int = 0
+    _utterances: int = 0
+    _largest: int = 0
+
+    def add(self, example: Cut) -> None:
+        """Count a cut."""
+        cells = self.num_cells(example)
+        self._cells += cells
+        self._utterances += 1
+        self._largest = max(self._largest, cells)
+
+    def exceeded(self) -> bool:
+        """Return whether the cuts counted are too many for a batch."""
+        return self._cells > self.max_cells or self._utterances > self.max_utterances
+
+    def close_to_exceeding(self) -> bool:
+        """Return whether one more like the largest would be too many."""
+        return (
+            self._cells + self._largest > self.max_cells or self._utterances >= self.max_utterances
+        )
+
+    def reset(self) -> None:
+        """Start the next batch."""
+        self._cells = self._utterances = self._largest = 0
+
+    def measure_length(self, example: Cut) -> float:
+        """Return the seconds by which cuts are sorted into buckets."""
+        return example.duration
+
+
+def duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
+    """Return the durations that part cuts into classes of equal total length, seconds.
+
+    Args:
+        cuts: the first 10,000 are looked at.
+        num_buckets: number of classes wanted; one suffices for fewer than two cuts a class.
+
+    Returns:
+        ``num_buckets - 1`` durations at most.
+    """
+    first = list(islice(cuts, 10_000))
+    if num_buckets < 2 or len(first) < 2 * num_buckets:
+        return []
+    return estimate_duration_buckets(first, num_buckets)
+
+
+class CutBatchSampler(Sampler[list[CutIndex]]):
+    """Batches of cuts of similar length by lhotse's ``DynamicBucketingSampler``.
+
+    The manifest is read anew, a line at a time, in every epoch. Each epoch's batches are a function
+    of ``(seed, epoch)``; ranks take disjoint ones, equally many. It offers what
+    :class:`~transducer_toolkit.data.loader.ResumableLoader` needs to go on within an epoch: cuts
+    that are skipped are not read.
+
+    Args:
+        cuts: opened lazily.
+        constraint: bounds the batches.
+        bins: durations that part the cuts into classes of similar length, see
+            :func:`duration_bins`.
+        buffer_size: cuts held in these classes; as many are shuffled together.
+        shuffle: whether batches differ from epoch to epoch.
+        seed: of the shuffling.
+        rank: this process, in ``[0, world_size)``.
+        world_size: number of processes.
+
+    Example:
+        >>> sampler = CutBatchSampler(cuts, constraint)  # doctest: +SKIP
+        >>> loader = ResumableLoader(dataset, batch_sampler=sampler)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        cuts: CutSet,
+        constraint: LatticeConstraint,
+        *,
+        bins: Sequence[float] = (),
+        buffer_size: int = 20_000,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.cuts = cuts
+        self.constraint = constraint
+        self._options: dict[str, Any] = {
+            "duration_bins": list(bins),
+            "buffer_size": buffer_size,
+            "shuffle": shuffle,
+            "seed": seed,
+            "world_size": world_size,
+        }
+        self.rank = rank
+        self.epoch = 0
+        self.start = 0  # batches that the next iteration leaves out, at the front
+        self._num_batches: int | None = None
+
+    @property
+    def sampler(self) -> CutBatchSampler:
+        """Itself: Lightning calls ``set_epoch`` on a batch sampler's ``sampler``."""
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What, beside the cuts and the epoch, decides the batches of all processes."""
+        constraint = self.constraint
+        return {
+            **self._options,
+            "max_cells": constraint.max_cells,
+            "max_utterances": constraint.max_utterances,
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of the first epoch, by reading the manifest once; others differ a little."""
+        if self._num_batches is None:
+            self._num_batches = sum(1 for _ in self._batches(epoch=0))
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[CutIndex]]:
+        epoch = self.epoch
+        for batch in islice(self._batches(epoch), self.start, None):
+            yield [CutIndex(epoch, cut) for cut in batch]
+
+    def _batches(self, epoch: int) -> Iterator[CutSet]:
+        sampler = DynamicBucketingSampler(
+            self.cuts, constraint=self.constraint, rank=self.rank, **self._options
+        )
+        sampler.set_epoch(epoch)
+        return iter(sampler)
+
+
+class CutDataset(Dataset[Example]):
+    """Cuts as features and targets.
+
+    Args:
+        speech: how waveform and text become an example.
+
+    Raises:
+        ValueError: (on access) a cut without exactly one supervision, or whose text the tokenizer
+            cannot encode; the cut is named.
+
+    Example:
+        >>> dataset = CutDataset(SpeechDataset([], tokenizer, Fbank()))  # doctest: +SKIP
+        >>> dataset[CutIndex(0, cut)].features.shape  # doctest: +SKIP
+        torch.Size([214, 80])
+    """
+
+    def __init__(self, speech: SpeechDataset) -> None:
+        self.speech = speech
+
+    def __getitem__(self, index: CutIndex) -> Example:
+        epoch, cut = index
+        utterance = Utterance(
+            id=cut.id,
+            audio=cut.id,
+            duration_s=cut.duration,
+            text=cut_text(cut),
+            speaker=cut.supervisions[0].speaker,
+        )
+        waveform = torch.from_numpy(cut.load_audio()).mean(dim=0)  # (channels, samples) -> mono
+        waveform = resample(waveform, cut.sampling_rate, self.speech.fbank.sample_rate)
+        try:
+            return self.speech.example(utterance, waveform, epoch)
+        except ValueError as error:
+            raise ValueError(f"cut {cut.id!r}: {error}") from error
+
+
+class ShardBatches(IterableDataset[Batch]):
+    """Batches of Lhotse Shar shards without end; ranks and workers read disjoint shards.
+
+    Args:
+        open_shards: called with the number of a pass, in each worker process, to open the shards
+            that are its own in that pass.
+        dataset: cuts to examples.
+        constraint: bounds the batches.
+        bins: durations that part the cuts into classes of similar length.
+        buffer_size: cuts, with their audio, that each worker holds; as many are shuffled together.
+        seed: of the shuffling within the buffer.
+
+    Raises:
+        ValueError: (on iteration) there are no shards for this worker.
+    """
+
+    def __init__(
+        self,
+        open_shards: Callable[[int], CutSet],
+        dataset: CutDataset,
+        constraint: LatticeConstraint,
+        *,
+        bins: Sequence[float],
+        buffer_size: int,
+        seed: int,
+    ) -> None:
+        self.open_shards = open_shards
+        self.dataset = dataset
+        self.constraint = constraint
+        self._options: dict[str, Any] = {
+            "duration_bins": list(bins),
+            "buffer_size": buffer_size,
+            "seed": seed,
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in itertools.count():
+            sampler = DynamicBucketingSampler(
+                self.open_shards(number),
+                constraint=self.constraint,
+                shuffle=True,
+                rank=0,
+                world_size=1,  # the shards are shared out already
+                **self._options,
+            )
+            sampler.set_epoch(number)
+            empty = True
+            for batch in sampler:
+                empty = False
+                yield collate([self.dataset[CutIndex(number, cut)] for cut in batch])
+            if empty:
+                raise ValueError(
+                    "a data worker has no shard of its own: make at least as many shards as there "
+                    "are data workers in all processes together"
+                )
+
+
+class ShardLoader:
+    """A stream of batches, cut into epochs of equally many on every rank.
+
+    The stream goes on from epoch to epoch. A resumed training starts another one, seeded by its
+    epoch: where a stream of shards was cannot be found again without reading up to there.
+
+    Args:
+        make_batches: gives the batches of a stream, from the epoch that it starts in.
+        steps_per_epoch: batches of an epoch.
+        rank: this process.
+        world_size: number of processes.
+        num_workers: processes that read and augment; 0 reads in the training process.
+        pin_memory: page-lock batches, for faster copies to a GPU.
+        seed: of the workers' random generators.
+    """
+
+    def __init__(
+        self,
+        make_batches: Callable[[int], ShardBatches],
+        *,
+        steps_per_epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.make_batches = make_batches
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = 0
+        self._options: dict[str, Any] = {
+            "batch_size": None,
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+            "worker_init_fn": _WorkerInit(rank=rank, world_size=world_size, seed=seed),
+        }
+        self._stream: Iterator[Batch] | None = None
+
+    @property
+    def sampler(self) -> ShardLoader:
+        """Itself: Lightning calls ``set_epoch`` on a loader's ``sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; it decides a stream that has not begun."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._stream is None:
+            self._stream = iter(DataLoader(self.make_batches(self.epoch), **self._options))
+        yield from islice(self._stream, self.steps_per_epoch)
+
+
+class _WorkerInit:
+    """Tells a worker process its rank, which lhotse shares the shards out by; it can be pickled."""
+
+    def __init__(self, *, rank: int, world_size: int, seed: int) -> None:
+        self._init = make_worker_init_fn(rank=rank, world_size=world_size, seed=seed)
+
+    def __call__(self, worker_id: int) -> None:
+        torch.set_num_threads(1)  # workers and training share the CPUs
+        self._init(worker_id)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data module for what outgrows one machine: Lhotse's cuts and shards."""
+
+from __future__ import annotations
+
+import logging
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lhotse import CutSet, load_manifest_lazy
+from lhotse.cut import Cut
+
+from transducer_toolkit.data.batching import is_feasible
+from transducer_toolkit.data.datamodule import TransducerDataModule, _init_worker
+from transducer_toolkit.data.dataset import SpeechDataset, collate
+from transducer_toolkit.data.lhotse_batching import (
+    CutBatchSampler,
+    CutDataset,
+    LatticeConstraint,
+    ShardBatches,
+    ShardLoader,
+    cut_text,
+    duration_bins,
+)
+from transducer_toolkit.data.loader import ResumableLoader
+
+__all__ = ["LhotseDataModule"]
+
+logger = logging.getLogger(__name__)
+
+
+class LhotseDataModule(TransducerDataModule):
+    """Batches of Lhotse's cuts, as :class:`TransducerDataModule` gives them of manifests.
+
+    Where the corpus has manifests of cuts (``cuts.jsonl.gz``), they are read a line at a time and
+    never held in memory; a resumed training goes on at the batch where it stopped. Where it has
+    folders (Lhotse Shar: ``cuts.000000.jsonl.gz``, ``recording.000000.tar``, ...), training reads
+    whole shards, each by one worker of one process, in a new order in each pass: sequential reads
+    only, an epoch being ``steps_per_epoch`` batches. Validation and test sets go either way.
+
+    Each cut has one supervision. Cuts without a path through their lattice are left out of training
+    and validation, the first of them named in the log.
+
+    Args:
+        corpus: whose manifests are manifests of cuts, or folders of shards, such as
+            ``ManifestCorpus(train="cuts_train.jsonl.gz", val="cuts_dev.jsonl.gz")``.
+        num_buckets: classes of similar length that batches are drawn from.
+        buffer_size: cuts that are held and shuffled together; of shards, with their audio and in
+            each worker.
+        steps_per_epoch: batches of an epoch of each process; needed for shards, and only there.
+        options: those of :class:`TransducerDataModule`.
+
+    Raises:
+        ValueError: shards without ``steps_per_epoch``, or that without shards.
+
+    Example:
+        >>> corpus = ManifestCorpus(train="shar/train", val="dev.jsonl.gz")  # doctest: +SKIP
+        >>> LhotseDataModule(corpus=corpus, max_cells=10**6, steps_per_epoch=5000)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        num_buckets: int = 30,
+        buffer_size: int = 20_000,
+        steps_per_epoch: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.num_buckets = num_buckets
+        self.buffer_size = buffer_size
+        self.steps_per_epoch = steps_per_epoch
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the tokenizer of the training texts, if none was given."""
+        train = self.corpus.manifests().train
+        if train.is_dir() != (self.steps_per_epoch is not None):
+            raise ValueError(
+                f"steps_per_epoch is for folders of shards, which need it: got "
+                f"{self.steps_per_epoch} for {train}"
+            )
+        if self.tokenizer is None:
+            self.tokenizer = self._make_tokenizer(cut_text(cut) for cut in _open_texts(train))
+
+    def _path(self, name: str) -> Path:
+        manifests = self.corpus.manifests()
+        sets = {"train": manifests.train, "val": manifests.val}
+        return sets[name] if name in sets else manifests.test[name.removeprefix("test/")]
+
+    def _speech(self, *, training: bool) -> SpeechDataset:
+        assert self.tokenizer is not None  # setup made it
+        return SpeechDataset(
+            [],
+            self.tokenizer,
+            self.fbank,
+            waveform_perturbation=self.waveform_perturbation if training else None,
+            spec_augment=self.spec_augment if training else None,
+            seed=self.seed,
+        )
+
+    def _loader(self, name: str, *, training: bool = False) -> Any:
+        path = self._path(name)
+        dataset = CutDataset(self._speech(training=training))
+        sizes = _LatticeSizes(self, name)
+        constraint = LatticeConstraint(
+            sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances
+        )
+        keep = _Feasible(sizes, name) if name in ("train", "val") else None
+        bins = duration_bins(_open_texts(path), self.num_buckets)
+        trainer = self.trainer
+        rank = 0 if trainer is None else trainer.global_rank
+        world_size = 1 if trainer is None else trainer.world_size
+        if training and path.is_dir():
+            assert self.steps_per_epoch is not None  # setup checked it
+
+            def stream(first_epoch: int) -> ShardBatches:
+                seed = random.Random(f"{self.seed} {first_epoch}").getrandbits(32)
+                return ShardBatches(
+                    partial(_open_own_shards, path, keep, seed),
+                    dataset,
+                    constraint,
+                    bins=bins,
+                    buffer_size=self.buffer_size,
+                    seed=seed,
+                )
+
+            return ShardLoader(
+                stream,
+                steps_per_epoch=self.steps_per_epoch,
+                rank=rank,
+                world_size=world_size,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                seed=self.seed,
+            )
+        cuts = CutSet.from_shar(in_dir=path) if path.is_dir() else load_manifest_lazy(path)
+        sampler = CutBatchSampler(
+            cuts if keep is None else cuts.filter(keep),
+            constraint,
+            bins=bins,
+            buffer_size=self.buffer_size,
+            shuffle=training,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        return ResumableLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0 and not name.startswith("test/"),
+            worker_init_fn=_init_worker,
+            pin_memory=self.pin_memory,
+        )
+
+
+def _open_texts(path: Path) -> CutSet:
+    """Open cuts for what their manifests say, without audio."""
+    if path.is_dir():
+        return CutSet.from_shar(fields={"cuts": sorted(map(str, path.glob("cuts.*.jsonl*")))})
+    return load_manifest_lazy(path)
+
+
+def _open_own_shards(path: Path, keep: _Feasible, seed: int, number: int) -> CutSet:
+    """Open the shards that fall to this worker of this process in pass ``number``."""
+    cuts = CutSet.from_shar(
+        in_dir=path,
+        split_for_dataloading=True,
+        shuffle_shards=True,
+        stateful_shuffle=False,
+        seed=seed + number,
+    )
+    return cuts.filter(keep)
+
+
+class _LatticeSizes:
+    """Encoder frames and target symbols of cuts, at the highest speed that a set is read at."""
+
+    def __init__(self, data: TransducerDataModule, name: str) -> None:
+        perturbation = data.waveform_perturbation if name == "train" else None
+        self.max_speed = 1.0 if perturbation is None else perturbation.max_speed
+        self.fbank = data.fbank
+        self.tokenizer = data.tokenizer
+        self.subsampling = data.subsampling
+        self.topology = data.topology
+
+    def num_frames(self, cut: Cut, *, speed: float = 1.0) -> int:
+        num_samples = round(cut.duration * self.fbank.sample_rate / speed)
+        return -(-self.fbank.num_frames(num_samples) // self.subsampling)
+
+    def num_targets(self, cut: Cut) -> int:
+        assert self.tokenizer is not None  # setup made it
+        try:
+            return len(self.tokenizer.encode(cut_text(cut)))
+        except ValueError as error:
+            raise ValueError(f"cut {cut.id!r}: {error}") from error
+
+    def num_cells(self, cut: Cut) -> int:
+        return self.num_frames(cut) * (self.num_targets(cut) + 1)
+
+
+class _Feasible:
+    """Whether a cut keeps a path through its lattice, even at the highest speed of training."""
+
+    def __init__(self, sizes: _LatticeSizes, name: str) -> None:
+        self.sizes = sizes
+        self.name = name
+        self._said = False
+
+    def __call__(self, cut: Cut) -> bool:
+        sizes = self.sizes
+        num_frames = sizes.num_frames(cut, speed=sizes.max_speed)
+        feasible = is_feasible(num_frames, sizes.num_targets(cut), topology=sizes.topology)
+        if not feasible and not self._said:
+            self._said = True
+            logger.warning(
+                "%s: cut %s is too short for its text (topology %s) and left out, like others",
+                self.name,
+                cut.id,
+                sizes.topology,
+            )
+        return feasible

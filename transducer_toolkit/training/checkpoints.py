@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are whole or absent, often enough, and one more when told to stop."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+__all__ = ["AtomicCheckpointIO", "LastCheckpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place, then rename it: readers and crashes see whole files.
+
+    (Lightning's own writer prepares the file in the system's temporary folder; if that is another
+    file system, what it calls a move is a copy that a crash cuts short.) Addresses with a scheme,
+    such as ``s3://``, are left to Lightning.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Save a checkpoint.
+
+        Raises:
+            OSError: it cannot be written (the disk is full, say); a file that was there before is
+                untouched.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        # Into memory first: torch's archive writer does not survive a write that fails.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())  # or a power failure leaves a renamed file without content
+            partial.replace(path)
+        except OSError as error:
+            size_mib = buffer.tell() / 2**20
+            kept = "; the file before it is whole" if path.exists() else ""
+            message = f"{error.strerror}, checkpoint of {size_mib:.1f} MiB not written{kept}"
+            raise OSError(error.errno, message, str(path)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class LastCheckpoint(Checkpoint):
+    """Write ``last.ckpt``: after each validation, in between, and when told to stop.
+
+    (``ModelCheckpoint(save_last=True)`` writes it only when the validation was the best so far.)
+    In between, it is written after optimizer steps, by agreement of all processes, and not where a
+    validation follows: a training resumed there would leave that out. List it behind the
+    ``ModelCheckpoint``, whose best score is part of the state.
+
+    On a signal the current step is finished, the checkpoint saved, and then: for SIGTERM the
+    process ends with exit status 143; for Slurm's warning (SIGUSR1, ask for it with
+    ``sbatch --signal=SIGUSR1@120``) the job is requeued; for a signal that someone else has a
+    handler for (submitit's SIGUSR2) that is called.
+
+    Args:
+        path: file to write.
+        every_minutes: between two checkpoints, or None.
+        every_n_steps: optimizer steps between two checkpoints, or None.
+
+    Raises:
+        ValueError: an interval is not positive.
+    """
+
+    EXIT_STATUS = 128 + signal.SIGTERM
+
+    def __init__(
+        self, path: str, *, every_minutes: float | None = None, every_n_steps: int | None = None
+    ) -> None:
+        for name, value in (("every_minutes", every_minutes), ("every_n_steps", every_n_steps)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive or None, got {value}")
+        self.path = path
+        self.every_s = None if every_minutes is None else 60 * every_minutes
+        self.every_n_steps = every_n_steps
+        self._saved_at_s = 0.0
+        self._saved_at_step = 0
+        self._step = 0  # of the last look
+        self._received = 0  # signal number
+        self._previous: dict[int, Any] = {}  # handlers of those we wait for
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at_s = time.monotonic()
+        self._saved_at_step = self._step = trainer.global_step
+        self._received = 0
+        # Not earlier: Lightning installs handlers just before, and takes them away at the end. Its
+        # own talk to the other processes, or save, in the middle of a step.
+        signals = [signal.SIGTERM]
+        environment = _cluster_environment(trainer)
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            signals.append(environment.requeue_signal or signal.SIGUSR1)
+        if callable(signal.getsignal(signal.SIGUSR2)):
+            signals.append(signal.SIGUSR2)
+        try:
+            self._previous = {number: signal.signal(number, self._receive) for number in signals}
+        except ValueError:  # not the main thread
+            self._previous = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # accumulating: the gradient so far would be lost
+        self._step = trainer.global_step
+        received, is_due = self._agree(trainer)
+        if (received or is_due) and not _validates_next(trainer, batch_idx):
+            self._save(trainer)
+            if received:
+                self._stop(trainer, received)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
+            if received := self._agree(trainer)[0]:
+                self._stop(trainer, received)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+
+    def _agree(self, trainer: Trainer) -> tuple[int, bool]:
+        """Signal received by any process, and whether a checkpoint is due in any."""
+        elapsed_s = time.monotonic() - self._saved_at_s
+        steps = trainer.global_step - self._saved_at_step
+        is_due = (self.every_s is not None and elapsed_s >= self.every_s) or (
+            self.every_n_steps is not None and steps >= self.every_n_steps
+        )
+        if trainer.world_size == 1:
+            return self._received, is_due
+        flags = torch.tensor([self._received, int(is_due)], device=trainer.strategy.root_device)
+        received, due = trainer.strategy.reduce(flags, reduce_op="max").tolist()
+        return received, bool(due)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:
+            return
+        trainer.save_checkpoint(self.path)
+        self._saved_at_s, self._saved_at_step = time.monotonic(), trainer.global_step
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
+        name = signal.Signals(number).name
+        logger.warning("%s: step %d is saved in %s", name, trainer.global_step, self.path)
+        for sink in trainer.loggers:
+            sink.finalize("stopped")
+        previous: Callable[[int, None], Any] | None = self._previous.get(number)
+        if number == signal.SIGUSR2 and callable(previous):
+            previous(number, None)  # requeues and exits, in one process
+            time.sleep(60)  # the others wait to be ended
+        elif number != signal.SIGTERM and trainer.is_global_zero:
+            job = os.environ["SLURM_JOB_ID"]
+            if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+                job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+            logger.warning("requeueing Slurm job %s", job)
+            subprocess.run(["scontrol", "requeue", job], check=True)
+        # The main process ends the others at once if one that it has started fails.
+        environment = _cluster_environment(trainer)
+        started_here = environment is not None and not environment.creates_processes_externally
+        raise SystemExit(0 if started_here and trainer.local_rank > 0 else self.EXIT_STATUS)
+
+
+def _cluster_environment(trainer: Trainer) -> Any:
+    return getattr(trainer.strategy, "cluster_environment", None)
+
+
+def _validates_next(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether Lightning may validate after this batch."""
+    if not trainer.enable_validation:
+        return False
+    every = trainer.val_check_batch  # None: by time; infinite: at the end of an epoch
+    if trainer.check_val_every_n_epoch is None:
+        batch_idx = trainer.fit_loop.total_batch_idx
+    return trainer.is_last_batch or (every is not None and (batch_idx + 1) % every == 0)
