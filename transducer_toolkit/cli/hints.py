@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -58,7 +58,7 @@ def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
 
     Example:
         >>> find_hints("train", ["optimzer.lr=1e-3", "loss=packd", "lr=1"])
-        ['optimzer.lr: did you mean optimizer.lr?', 'loss=packd: did you mean loss=packed?', \
+        ['loss=packd: did you mean loss=packed?', 'optimzer.lr: did you mean optimizer.lr?', \
 'lr: did you mean optimizer.lr?']
     """
     texts = [
@@ -85,10 +85,10 @@ def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
         for value in values:
             if value in groups[name]:
                 chosen.append(f"{name}={value}")
-            elif near := difflib.get_close_matches(value, groups[name], n=3):
+            elif near := _most_like(value, {option: option for option in groups[name]}):
                 hints.append(_hint(f"{name}={value}", [f"{name}={option}" for option in near]))
     cfg = compose(config_name, overrides=chosen, return_hydra_config=True)
-    keys = list(dict.fromkeys([*_keys(cfg), *groups]))
+    keys = [key for key in dict.fromkeys([*_keys(cfg), *groups]) if not key.endswith("_")]
     for override in others:
         name = override.key_or_group
         # What is added (+, ++) may be anything.
@@ -100,16 +100,21 @@ def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
 
 
 def _nearest(name: str, keys: Sequence[str]) -> list[str]:
-    """Keys that end in ``name``, else those spelt much like it, as a whole or in their end."""
+    """Keys that end in ``name``, else those spelt most like it, as a whole or in their end."""
     same_leaf = [key for key in keys if key.endswith("." + name)]
     if same_leaf:
         return sorted(same_leaf, key=len)[:3]
-    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.75)
-    if near:
-        return near
-    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
-    leaf = name.rsplit(".", 1)[-1]
-    return [leaves[found] for found in difflib.get_close_matches(leaf, leaves, n=3, cutoff=0.75)]
+    leaf = name.rpartition(".")[2]
+    return _most_like(name, {key: key for key in keys}) or _most_like(
+        leaf, {key.rpartition(".")[2]: key for key in reversed(keys)}
+    )
+
+
+def _most_like(name: str, key_of: Mapping[str, str]) -> list[str]:
+    found = difflib.get_close_matches(name, key_of, n=3, cutoff=0.75)
+    likeness = [difflib.SequenceMatcher(None, text, name).ratio() for text in found]
+    return [key_of[text] for text, ratio in zip(found, likeness, strict=True)
+            if ratio > likeness[0] - 0.05]  # fmt: skip
 
 
 def _hint(what: str, near: Sequence[str]) -> str:
@@ -129,12 +134,12 @@ def _options(loader: ConfigLoader, group: str) -> list[str]:
 
 def _values(override: Override) -> list[str]:
     """The options an override names: of a sweep several, of a deletion none."""
-    text = override.input_line.partition("=")[2]
+    text = (override.input_line or "").partition("=")[2]
     return [value.strip() for value in text.split(",") if value.strip() not in ("", "null")]
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in cfg:
+    for name in map(str, cfg):
         yield f"{prefix}{name}"
         child = cfg._get_node(name)
         if isinstance(child, DictConfig) and not OmegaConf.is_missing(cfg, name):

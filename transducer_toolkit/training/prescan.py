@@ -32,8 +32,8 @@ class PreScan(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader = trainer.train_dataloader
-        sampler = getattr(loader, "batch_sampler", None)
+        loader: Any = trainer.train_dataloader
+        sampler: Any = getattr(loader, "batch_sampler", None)
         if not isinstance(pl_module, TransducerModule) or not hasattr(sampler, "largest"):
             return  # not batches of ours
         device = pl_module.device
@@ -93,7 +93,7 @@ class PreScan(Callback):
     def _fits(
         self, trainer: Trainer, module: TransducerModule, loader: Any, keys: list[EpochIndex]
     ) -> bool:
-        batch = loader.collate_fn([loader.dataset[key] for key in keys])
+        batch = trainer.precision_plugin.convert_input(loader.collate_fn(_read(loader, keys)))
         try:
             # Not the wrapped module: no other process need have a batch of this size.
             with trainer.precision_plugin.train_step_context():
@@ -107,6 +107,11 @@ class PreScan(Callback):
         finally:
             module.zero_grad(set_to_none=True)
         return True
+
+
+def _read(loader: Any, keys: list[EpochIndex]) -> list[Any]:
+    # As a worker would: a dataset may read a batch as a whole.
+    return loader.dataset.__getitems__(keys)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
