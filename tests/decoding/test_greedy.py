@@ -5,10 +5,9 @@ import random
 import pytest
 import torch
 
+from tests.decoding.models import ENCODER_DIM, random_model
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, greedy_search
-from transducer_toolkit.modules import AdditiveJoiner, Joiner, LstmPredictor, StatelessPredictor
-
-ENCODER_DIM = 8
+from transducer_toolkit.modules import Joiner, StatelessPredictor
 
 
 def greedy_reference(predictor, joiner, encoder_out, max_symbols_per_frame):
@@ -29,32 +28,6 @@ def greedy_reference(predictor, joiner, encoder_out, max_symbols_per_frame):
     return found
 
 
-def random_parts(seed, max_frames=30):
-    """Predictor, joiner, a padded batch of encoder frames, its lengths; all of it by chance.
-
-    float64: no two symbols of a cell tie, whatever the order of the sums.
-    """
-    choose = random.Random(seed)
-    torch.manual_seed(seed)
-    vocab_size = choose.randint(2, 9)
-    blank = choose.randrange(vocab_size)
-    make = choose.choice([StatelessPredictor, LstmPredictor])
-    predictor = make(vocab_size, choose.randint(2, 8), blank=blank).double().eval()
-    if choose.random() < 0.8:
-        dim = choose.randint(2, 12)
-        joiner = Joiner(ENCODER_DIM, predictor.output_dim, dim, vocab_size).double()
-        output = joiner.output
-    else:
-        joiner = AdditiveJoiner(ENCODER_DIM, predictor.output_dim, vocab_size).double()
-        output = joiner.am
-    with torch.no_grad():
-        output.weight *= choose.choice([1.0, 4.0, 16.0])
-        output.bias[blank] += choose.choice([-1.0, 0.0, 1.0, 3.0])
-    lengths = [choose.randint(0, max_frames) for _ in range(choose.randint(1, 4))]
-    encoder_out = torch.randn(len(lengths), max(lengths) + choose.randint(0, 3), ENCODER_DIM)
-    return predictor, joiner, 2 * encoder_out.double(), torch.tensor(lengths)
-
-
 def check_same(found, expected):
     assert found == expected
     for one, other in zip(found, expected, strict=True):
@@ -64,7 +37,7 @@ def check_same(found, expected):
 def test_batch_equals_the_reference_on_500_models():
     num_tokens = 0
     for seed in range(500):
-        predictor, joiner, encoder_out, lengths = random_parts(seed, max_frames=12)
+        predictor, joiner, encoder_out, lengths = random_model(seed, max_frames=12)
         limit = 1 + seed % 4
         found = greedy_search(predictor, joiner, encoder_out, lengths, max_symbols_per_frame=limit)
         with torch.inference_mode():
@@ -79,7 +52,7 @@ def test_batch_equals_the_reference_on_500_models():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_chunks_equal_the_whole(seed):
-    predictor, joiner, encoder_out, lengths = random_parts(seed)
+    predictor, joiner, encoder_out, lengths = random_model(seed, max_frames=30)
     search = GreedySearch(predictor, joiner, max_symbols_per_frame=1 + seed % 4)
     whole = search(encoder_out, lengths)
 
@@ -106,7 +79,7 @@ def test_chunks_equal_the_whole(seed):
 
 
 def test_a_chunk_leaves_the_state_before_it_as_it_was():
-    predictor, joiner, encoder_out, lengths = random_parts(3)
+    predictor, joiner, encoder_out, lengths = random_model(3, max_frames=30)
     search = GreedySearch(predictor, joiner)
     state = search.initial_state(len(lengths))
     first, _ = search.advance(encoder_out, lengths, state)
@@ -116,7 +89,7 @@ def test_a_chunk_leaves_the_state_before_it_as_it_was():
 
 @pytest.mark.parametrize("topology", ["modified", "constrained", "one_sym_per_frame"])
 def test_in_topologies_where_a_label_moves_on_a_frame_emits_one_at_most(topology):
-    predictor, joiner, encoder_out, lengths = random_parts(3)
+    predictor, joiner, encoder_out, lengths = random_model(3, max_frames=30)
     found = GreedySearch(predictor, joiner, topology=topology)(encoder_out, lengths)
     assert found == greedy_search(predictor, joiner, encoder_out, lengths, max_symbols_per_frame=1)
     assert found != greedy_search(predictor, joiner, encoder_out, lengths)

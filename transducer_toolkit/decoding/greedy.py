@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.decoding.alignment import check_topology
-from transducer_toolkit.decoding.hypothesis import Hypothesis, check_encoder_lengths
+from transducer_toolkit.decoding.search import (
+    Hypothesis,
+    check_encoder_lengths,
+    collect_hypotheses,
+    step_where,
+)
 from transducer_toolkit.modules.joiner import Joiner
 from transducer_toolkit.modules.predictor import Predictor
 
@@ -157,12 +162,11 @@ class GreedySearch:
             frame = torch.where(emits, emitted_at + exhausted, frame + FRAMES_AHEAD)
             labels_here = torch.where(emits & ~exhausted, labels_here, 0)
 
-            next_out, next_state = self.predictor.step(tokens, predictor_state)
-            predictor_out = torch.where(emits.unsqueeze(1), next_out, predictor_out)
-            emits = emits.view(-1, *[1] * (next_state.dim() - 1))
-            predictor_state = torch.where(emits, next_state, predictor_state)
+            predictor_out, predictor_state = step_where(
+                emits, self.predictor.step, tokens, predictor_out, predictor_state
+            )
 
-        found = _collect(emissions, batch_size, blank)
+        found = collect_hypotheses(emissions, batch_size, blank)
         return found, GreedyState(predictor_state, predictor_out, state.num_frames + lengths)
 
 
@@ -199,22 +203,3 @@ def greedy_search(
     """
     search = GreedySearch(predictor, joiner, max_symbols_per_frame=max_symbols_per_frame)
     return search(encoder_out, encoder_lengths)
-
-
-def _collect(
-    emissions: list[tuple[Tensor, Tensor, Tensor]], batch_size: int, blank: int
-) -> list[Hypothesis]:
-    """Gather what each step emitted into one hypothesis an utterance."""
-    hypotheses = [Hypothesis([], [], []) for _ in range(batch_size)]
-    if emissions:
-        # Each (B, steps): row by row, in the order of emission.
-        tokens, frames, log_probs = (
-            torch.stack(column, dim=1).cpu() for column in zip(*emissions, strict=True)
-        )
-        emitted = tokens != blank
-        columns = (emitted.nonzero()[:, 0], tokens[emitted], frames[emitted], log_probs[emitted])
-        for row, token, frame, log_prob in zip(*(c.tolist() for c in columns), strict=True):
-            hypotheses[row].tokens.append(token)
-            hypotheses[row].frames.append(frame)
-            hypotheses[row].log_probs.append(log_prob)
-    return hypotheses
