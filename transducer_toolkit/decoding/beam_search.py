@@ -186,13 +186,13 @@ class ModifiedBeamSearch:
             encoder_frame = encoder_out[:, frame, None]  # (B, 1, E)
             log_probs = self._log_probs(encoder_frame, predictor_out)  # (B, K, V)
             # Beyond its end an utterance has blanks of probability 1: its beam stays as it is.
-            log_probs = torch.where((frame < lengths).view(-1, 1, 1), log_probs, only_blank)
+            log_probs = torch.where((lengths > frame).view(-1, 1, 1), log_probs, only_blank)
             label_scores = log_probs
             if self.lm is not None:
                 lm_scores = lm_log_probs.view(log_probs.shape).to(log_probs.dtype)
                 label_scores = log_probs + self.lm_weight * lm_scores
             if self.topology == "one_sym_per_frame":
-                is_last = (frame + 1 == lengths).view(-1, 1, 1)
+                is_last = (lengths == frame + 1).view(-1, 1, 1)
                 label_scores = label_scores.masked_fill(is_last, -torch.inf)
             beam, step = self._grow(beam, log_probs, label_scores)
             steps.append(step)
