@@ -50,14 +50,18 @@ def composed(config_name, *overrides):
 
 def test_the_groups_are_those_of_the_documentation():
     expected = {"data", "model", "loss", "optimizer", "scheduler", "trainer", "logger"}
-    assert set(GROUPS) == expected | {"averaging", "callbacks", "cluster", "experiment", "hydra"}
+    groups = {"averaging", "callbacks", "cluster", "experiment", "hydra", "search"}
+    assert set(GROUPS) == expected | groups
     assert [path.name for path in CONF.iterdir() if path.name.endswith(".yaml")]
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES)
 def test_every_option_instantiates(group, option, tmp_path):
     overrides = [f"{group}={option}", f"run_dir={tmp_path}"]
-    cfg = composed("train", *overrides, *NEEDED.get(group, {}).get(option, []))
+    if group == "search":
+        cfg = composed("evaluate", *overrides, "checkpoint=best.ckpt")
+    else:
+        cfg = composed("train", *overrides, *NEEDED.get(group, {}).get(option, []))
     OmegaConf.resolve(cfg.hydra.run)
     assert cfg.hydra.run.dir.startswith("outputs/")
     if group not in ("cluster", "experiment", "hydra"):

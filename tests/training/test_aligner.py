@@ -9,7 +9,7 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.decoding import TOPOLOGIES, align, lattice_posteriors
 from transducer_toolkit.modules import ConvLstmEncoder, Joiner, StatelessPredictor, Transducer
-from transducer_toolkit.training.aligner import align_text, encoder_frame_s, word_spans
+from transducer_toolkit.training.aligner import align_text
 from transducer_toolkit.training.recognizer import Recognizer
 
 TEXT = "ab a"
@@ -33,20 +33,6 @@ def recognizer():
 @pytest.fixture
 def waveform():
     return torch.rand(8000, generator=torch.Generator().manual_seed(0)) - 0.5
-
-
-@pytest.mark.parametrize(
-    ("symbols", "expected"),
-    [
-        ([], []),
-        (list("ab\u2581c"), [("ab", 0, 1), ("c", 3, 3)]),
-        (["\u2581ab", "c", "\u2581c"], [("abc", 0, 1), ("c", 2, 2)]),
-        (["\u2581", "ab", "\u2581", "\u2581c", "\u2581"], [("ab", 1, 1), ("c", 3, 3)]),
-        (["\u2581"], []),
-    ],
-)
-def test_word_spans(symbols, expected):
-    assert word_spans(symbols) == expected
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -112,12 +98,3 @@ def test_what_cannot_be_aligned_is_named(recognizer, waveform):
         align_text(recognizer, waveform, TEXT, topology="ctc")
     with pytest.raises(ValueError, match=r"topology must be one of .*; got 'ctc'"):
         Recognizer(recognizer.model, recognizer.tokenizer, Fbank(), topology="ctc")
-
-
-def test_frame_duration_follows_the_encoder():
-    class Eightfold(ConvLstmEncoder):
-        def num_output_frames(self, num_frames):
-            return (num_frames - 9) // 8 + 1  # without padding at the edges
-
-    assert encoder_frame_s(ConvLstmEncoder(hidden_dim=8)) == 0.04
-    assert encoder_frame_s(Eightfold(hidden_dim=8)) == 0.08

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transducer-evaluate checkpoint=PATH``: word error rates of a checkpoint on test sets."""
+"""``transducer-evaluate checkpoint=PATH``: error rates and speed of a checkpoint on test sets."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
 
 from transducer_toolkit.cli import hints, run_folder
+
+if TYPE_CHECKING:
+    from transducer_toolkit.training.scoring import CharacterErrors, Transcript, WordErrors
 
 run_folder.register()
 
@@ -21,9 +27,13 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Decode the test sets of ``cfg.data`` with a checkpoint and print their word error rates.
+    """Decode the test sets of ``cfg.data`` with a checkpoint and count the errors.
 
-    Also printed are symbol delays, of the sets whose manifests have word start times.
+    Printed are errors in words and in characters, the real-time factor (time of encoder and search
+    over duration of the audio; features come from the data workers) and, of the sets whose
+    manifests have word start times, the symbol delay. The run folder gets ``results.json``, all
+    transcripts in ``transcripts/NAME.tsv`` and the errors of each utterance in
+    ``errors/NAME.jsonl``.
 
     Model and tokenizer come from the checkpoint; the data config only says what to decode.
 
@@ -34,8 +44,14 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         Word error rate by name of the test set.
     """
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
-    from transducer_toolkit.cli.output import print_word_errors, quiet_lightning, write_transcripts
+    from transducer_toolkit.cli.output import (
+        print_character_errors,
+        print_word_errors,
+        quiet_lightning,
+        write_transcripts,
+    )
     from transducer_toolkit.training.lightning_module import TransducerModule
     from transducer_toolkit.training.recognizer import Recognizer
 
@@ -43,20 +59,79 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     recognizer = Recognizer.from_checkpoint(
         cfg.checkpoint, trusted_packages=list(cfg.trusted_packages)
     )
+    if cfg.search.get("max_symbols_per_frame", 0) is None:
+        cfg.search.max_symbols_per_frame = recognizer.max_symbols_per_frame
     datamodule = instantiate(cfg.data, tokenizer=recognizer.tokenizer, _convert_="all")
     module = TransducerModule(
         recognizer.model,
         recognizer.tokenizer,
-        max_symbols_per_frame=cfg.max_symbols_per_frame or recognizer.max_symbols_per_frame,
+        search=instantiate(cfg.search, _convert_="all"),
         topology=recognizer.topology,
     )
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=False, _convert_="all")
     trainer.test(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:
-        write_transcripts(Path(cfg.run_dir) / "transcripts", module.test_transcripts)
+        run_dir = Path(cfg.run_dir)
+        write_transcripts(run_dir / "transcripts", module.test_transcripts)
+        _write_errors(run_dir / "errors", module.test_transcripts)
+        results = {
+            "checkpoint": str(cfg.checkpoint),
+            "search": OmegaConf.to_container(cfg.search, resolve=True),
+            "test_sets": {name: summary(rows) for name, rows in module.test_transcripts.items()},
+        }
+        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print_word_errors(module.test_errors, module.test_symbol_delays)
+        print_character_errors(module.test_transcripts)
     return {name: errors.wer for name, errors in module.test_errors.items()}
+
+
+def summary(transcripts: Sequence[Transcript]) -> dict[str, Any]:
+    """Error counts and rates of some transcripts, and the real-time factor, as plain values.
+
+    Args:
+        transcripts: of a set, or of one utterance.
+
+    Example:
+        >>> from transducer_toolkit.training.scoring import Transcript
+        >>> counts = summary([Transcript("a", "one two", "one too")])
+        >>> counts["words"]["rate"], counts["characters"]["substitutions"]
+        (0.5, 1)
+    """
+    from transducer_toolkit.training.scoring import (
+        count_character_errors,
+        count_word_errors,
+        real_time_factor,
+    )
+
+    words, characters = count_word_errors(transcripts), count_character_errors(transcripts)
+    by_unit = {
+        "words": _rates(words, words.num_words, words.wer),
+        "characters": _rates(characters, characters.num_characters, characters.cer),
+    }
+    duration_s = sum(transcript.duration_s for transcript in transcripts)
+    speed = {"duration_s": round(duration_s, 3), "rtf": real_time_factor(transcripts)}
+    return by_unit | speed
+
+
+def _rates(errors: WordErrors | CharacterErrors, reference: int, rate: float) -> dict[str, Any]:
+    return {
+        "substitutions": errors.substitutions,
+        "deletions": errors.deletions,
+        "insertions": errors.insertions,
+        "reference": reference,
+        "rate": rate,
+    }
+
+
+def _write_errors(folder: Path, transcripts: dict[str, list[Transcript]]) -> None:
+    """Write ``NAME.jsonl`` for each test set, one utterance a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in transcripts.items():
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for row in rows:
+                texts = {"id": row.id, "reference": row.reference, "hypothesis": row.hypothesis}
+                file.write(json.dumps(texts | summary([row]), ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transducer_toolkit.training.scoring import SymbolDelay, Transcript, WordErrors
+from transducer_toolkit.training.scoring import (
+    SymbolDelay,
+    Transcript,
+    WordErrors,
+    count_character_errors,
+    real_time_factor,
+)
 
 
 def quiet_lightning() -> None:
@@ -46,6 +52,26 @@ def print_word_errors(
             mean, median = (f"{delay.mean_ms:.0f}", f"{delay.median_ms:.0f}") if delay else "--"
             line += f"{mean:>11s}{median:>9s}"
         print(line)
+    print()
+
+
+def print_character_errors(transcripts: Mapping[str, Sequence[Transcript]]) -> None:
+    """Print a table of character errors and speed, one test set a line.
+
+    Args:
+        transcripts: by name of the test set.
+    """
+    width = max(len("test set"), *map(len, transcripts))
+    header = f"{'test set':{width}s}   CER %    sub    del    ins   chars      audio s      RTF"
+    print(header)
+    for name, rows in transcripts.items():
+        counts, factor = count_character_errors(rows), real_time_factor(rows)
+        print(
+            f"{name:{width}s} {100 * counts.cer:7.2f} {counts.substitutions:6d} "
+            f"{counts.deletions:6d} {counts.insertions:6d} {counts.num_characters:7d} "
+            f"{sum(row.duration_s for row in rows):12.1f} "
+            f"{'-' if factor is None else f'{factor:.4f}':>8s}"
+        )
     print()
 
 

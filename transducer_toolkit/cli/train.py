@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     """
     from hydra.utils import instantiate
 
+    from transducer_toolkit.decoding import GreedySearch
     from transducer_toolkit.training.ctc import CtcLoss
     from transducer_toolkit.training.lightning_module import TransducerModule
     from transducer_toolkit.training.recognizer import recognizer_recipe
@@ -143,7 +145,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,
-        max_symbols_per_frame=cfg.max_symbols_per_frame,
+        search=partial(GreedySearch, max_symbols_per_frame=cfg.max_symbols_per_frame),
     )
 
 

@@ -9,18 +9,30 @@ from transducer_toolkit.decoding.alignment import (
     check_topology,
     lattice_scores,
 )
-from transducer_toolkit.decoding.greedy import Hypothesis, greedy_search
+from transducer_toolkit.decoding.beam_search import (
+    BeamHypothesis,
+    LanguageModel,
+    ModifiedBeamSearch,
+)
+from transducer_toolkit.decoding.greedy import GreedySearch, GreedyState, greedy_search
 from transducer_toolkit.decoding.posteriors import (
     LatticePosteriors,
     lattice_occupancy,
     lattice_posteriors,
 )
+from transducer_toolkit.decoding.search import Hypothesis, Search
 
 __all__ = [
     "TOPOLOGIES",
     "Alignment",
+    "BeamHypothesis",
+    "GreedySearch",
+    "GreedyState",
     "Hypothesis",
+    "LanguageModel",
     "LatticePosteriors",
+    "ModifiedBeamSearch",
+    "Search",
     "align",
     "best_path",
     "check_topology",

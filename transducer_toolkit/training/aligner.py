@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from transducer_toolkit.data.batching import is_feasible
-from transducer_toolkit.data.features import FRAME_SHIFT_MS
-from transducer_toolkit.data.tokenizer import SPACE_SYMBOL
 from transducer_toolkit.decoding import Alignment, align, check_topology, lattice_posteriors
 from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.modules.encoder import Encoder
 from transducer_toolkit.training.recognizer import Recognizer
+from transducer_toolkit.training.words import encoder_frame_s, word_spans
 
 
 @dataclass(frozen=True)
@@ -79,49 +76,6 @@ class AlignedUtterance:
     features: Tensor
     frame_s: float
     topology: str
-
-
-def encoder_frame_s(encoder: Encoder) -> float:
-    """Seconds an encoder frame stands for; frame t starts at ``t * encoder_frame_s``.
-
-    Example:
-        >>> from transducer_toolkit.modules import ConvLstmEncoder
-        >>> encoder_frame_s(ConvLstmEncoder(hidden_dim=16))
-        0.04
-    """
-    return encoder.subsampling_factor * FRAME_SHIFT_MS / 1000
-
-
-def word_spans(symbols: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Group symbols into words.
-
-    A word starts behind a space (U+2581), be the space a symbol of its own, as of characters, or
-    the first character of a symbol, as of word pieces. Lone spaces belong to no word.
-
-    Args:
-        symbols: those of a text.
-
-    Returns:
-        For each word its text, and the positions of its first and last symbol.
-
-    Example:
-        >>> word_spans(["a", "b", "\u2581", "c"]), word_spans(["\u2581ab", "c", "\u2581c"])
-        ([('ab', 0, 1), ('c', 3, 3)], [('abc', 0, 1), ('c', 2, 2)])
-    """
-    spans: list[tuple[str, int, int]] = []
-    begins = True
-    for position, symbol in enumerate(symbols):
-        letters = symbol.removeprefix(SPACE_SYMBOL)
-        begins = begins or letters != symbol
-        if not letters:
-            continue
-        if begins:
-            spans.append((letters, position, position))
-        else:
-            word, first, _ = spans[-1]
-            spans[-1] = (word + letters, first, position)
-        begins = False
-    return spans
 
 
 @torch.inference_mode()

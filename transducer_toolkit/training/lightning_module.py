@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
+from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.data.tokenizer import Tokenizer
-from transducer_toolkit.decoding import align, greedy_search
+from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, align
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.training.accumulation import FrameWeights
-from transducer_toolkit.training.aligner import encoder_frame_s, word_spans
 from transducer_toolkit.training.ctc import CtcLoss
 from transducer_toolkit.training.recognizer import CHECKPOINT_KEY
 from transducer_toolkit.training.scoring import (
@@ -35,6 +36,7 @@ from transducer_toolkit.training.scoring import (
     symbol_delays_ms,
 )
 from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
+from transducer_toolkit.training.words import encoder_frame_s, word_spans
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class TransducerModule(LightningModule):
 
     The training loss is the sum over the utterances divided by the number of encoder frames, of
     all processes and of all batches accumulated for an optimizer step together. Validation and
-    test decode greedily and count word errors over the whole set; where the manifest of a test
+    test decode and count word errors over the whole set; where the manifest of a test
     set has word start times, the test also measures the symbol delay: by how much the first
     symbol of each reference word, on the best path of the reference, is emitted after the word
     starts. Logged: ``train/loss`` and, unweighted and no part of it, ``train/ctc``; ``val/loss``
@@ -60,7 +62,9 @@ class TransducerModule(LightningModule):
         scheduler: called with the optimizer and ``total_steps``, stepped once an optimizer step.
         recipe: what checkpoints carry for
             :meth:`~transducer_toolkit.training.recognizer.Recognizer.from_checkpoint`.
-        max_symbols_per_frame: bound of the greedy search.
+        search: called with the model's predictor and joiner and with ``topology``, gives the
+            search that validation and test decode with, such as
+            ``partial(ModifiedBeamSearch, beam=8)``; greedy by default.
         num_logged_hypotheses: hypotheses printed beside their references after each validation.
         topology: of the lattice that references are aligned in; None is that of the loss stage.
 
@@ -81,7 +85,7 @@ class TransducerModule(LightningModule):
         optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         scheduler: Callable[..., LRScheduler] | None = None,
         recipe: Mapping[str, Any] | None = None,
-        max_symbols_per_frame: int = 10,
+        search: Callable[..., Search] = GreedySearch,
         num_logged_hypotheses: int = 4,
         topology: str | None = None,
     ) -> None:
@@ -99,8 +103,7 @@ class TransducerModule(LightningModule):
         if topology is None:
             topology = "regular" if loss is None else loss.topology
         self.topology = topology
-        # In the other topologies a label moves on to the next frame, in decoding as in training.
-        self.max_symbols_per_frame = max_symbols_per_frame if topology == "regular" else 1
+        self.make_search = search
         self.test_transcripts: dict[str, list[Transcript]] = {}
         self.test_errors: dict[str, WordErrors] = {}
         self.test_symbol_delays: dict[str, SymbolDelay | None] = {}
@@ -176,7 +179,7 @@ class TransducerModule(LightningModule):
         output, shape, encoder_out = self.compute_losses(batch)
         self._loss_sum += float(output.losses.sum())
         self._frame_sum += float(shape.logit_lengths.sum())
-        self._decode(batch, encoder_out, shape.logit_lengths, 0)
+        self._keep(batch, self._search(encoder_out, shape.logit_lengths))
 
     def on_validation_epoch_end(self) -> None:
         sums = torch.tensor([self._loss_sum, self._frame_sum], device=self.device)
@@ -193,9 +196,12 @@ class TransducerModule(LightningModule):
         self._transcripts = {}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        started_s = time.perf_counter()
         encoder_out, encoder_lengths = self.model.encoder(batch.features, batch.feature_lengths)
+        hypotheses = self._search(encoder_out, encoder_lengths)  # on the CPU: nothing is pending
+        decoding_s = time.perf_counter() - started_s
         delays = self._symbol_delays(batch, encoder_out, encoder_lengths)
-        self._decode(batch, encoder_out, encoder_lengths, dataloader_idx, delays)
+        self._keep(batch, hypotheses, dataloader_idx, delays, decoding_s)
 
     def on_test_epoch_end(self) -> None:
         names = self.trainer.datamodule.test_names  # type: ignore[attr-defined]
@@ -213,26 +219,40 @@ class TransducerModule(LightningModule):
         if self.recipe is not None:
             checkpoint[CHECKPOINT_KEY] = dict(self.recipe)
 
-    def _decode(
+    def _search(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
+        search = self.make_search(self.model.predictor, self.model.joiner, topology=self.topology)
+        return search(encoder_out, encoder_lengths)
+
+    def _keep(
         self,
         batch: Batch,
-        encoder_out: Tensor,
-        encoder_lengths: Tensor,
-        dataloader_idx: int,
+        hypotheses: list[Hypothesis],
+        dataloader_idx: int = 0,
         symbol_delays_ms: Sequence[tuple[float, ...] | None] | None = None,
+        decoding_s: float = 0.0,
     ) -> None:
-        hypotheses = greedy_search(
-            self.model.predictor,
-            self.model.joiner,
-            encoder_out,
-            encoder_lengths,
-            max_symbols_per_frame=self.max_symbols_per_frame,
-        )
+        """Keep the transcripts of a batch until the end of the epoch."""
         delays = symbol_delays_ms or [None] * len(batch)
+        lengths = batch.feature_lengths
+        shares = (lengths / lengths.sum()).tolist()
+        durations_s = (lengths.double() * FRAME_SHIFT_MS / 1000).tolist()
         self._transcripts.setdefault(dataloader_idx, []).extend(
-            Transcript(id, text, self.tokenizer.decode(hypothesis.tokens), delay)
-            for id, text, hypothesis, delay in zip(
-                batch.utterance_ids, batch.texts, hypotheses, delays, strict=True
+            Transcript(
+                id=id,
+                reference=text,
+                hypothesis=self.tokenizer.decode(hypothesis.tokens),
+                symbol_delays_ms=delay,
+                duration_s=duration_s,
+                decoding_s=share * decoding_s,
+            )
+            for id, text, hypothesis, delay, duration_s, share in zip(
+                batch.utterance_ids,
+                batch.texts,
+                hypotheses,
+                delays,
+                durations_s,
+                shares,
+                strict=True,
             )
         )
 

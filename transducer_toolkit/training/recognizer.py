@@ -7,7 +7,8 @@ import os
 import pickle
 import pkgutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import Tokenizer, tokenizer_from_state
-from transducer_toolkit.decoding import Hypothesis, check_topology, greedy_search
+from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, check_topology
 from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.training.words import RecognizedWord, encoder_frame_s, recognized_words
 
 CHECKPOINT_KEY = "recognizer"
 FORMAT_VERSION = 1
@@ -66,7 +68,9 @@ class Recognizer:
         tokenizer: whose symbols the model emits.
         fbank: the features that the model reads.
         max_symbols_per_frame: bound of the greedy search.
-        topology: of the loss that trained the model; alignments need it.
+        topology: of the loss that trained the model; searches and alignments follow it.
+        search: called with the model's predictor and joiner and with ``topology``, gives the
+            search, such as ``partial(ModifiedBeamSearch, beam=8)``; greedy by default.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
@@ -82,6 +86,7 @@ class Recognizer:
         *,
         max_symbols_per_frame: int = 10,
         topology: str = "regular",
+        search: Callable[..., Search] | None = None,
     ) -> None:
         check_topology(topology)
         self.model = model.eval()
@@ -89,6 +94,9 @@ class Recognizer:
         self.fbank = fbank
         self.max_symbols_per_frame = max_symbols_per_frame
         self.topology = topology
+        if search is None:
+            search = partial(GreedySearch, max_symbols_per_frame=max_symbols_per_frame)
+        self.search = search(model.predictor, model.joiner, topology=topology)
 
     @classmethod
     def from_checkpoint(
@@ -97,6 +105,7 @@ class Recognizer:
         *,
         device: torch.device | str = "cpu",
         trusted_packages: Sequence[str] = TRUSTED_PACKAGES,
+        search: Callable[..., Search] | None = None,
     ) -> Recognizer:
         """Restore a recognizer from a checkpoint of ``transducer-train``, and from nothing else.
 
@@ -107,6 +116,7 @@ class Recognizer:
             path: the checkpoint.
             device: where the model goes.
             trusted_packages: add your own package here if your model's classes live in it.
+            search: as of the class.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -130,6 +140,7 @@ class Recognizer:
             Fbank(num_mel_bins=recipe["num_mel_bins"]),
             max_symbols_per_frame=recipe["max_symbols_per_frame"],
             topology=recipe.get("topology", "regular"),  # absent in the first checkpoints
+            search=search,
         )
 
     @torch.inference_mode()
@@ -152,13 +163,25 @@ class Recognizer:
         device = next(self.model.parameters()).device
         padded = pad_sequence(features, batch_first=True).to(device)
         encoder_out, encoder_lengths = self.model.encoder(padded, lengths)
-        return greedy_search(
-            self.model.predictor,
-            self.model.joiner,
-            encoder_out,
-            encoder_lengths,
-            max_symbols_per_frame=self.max_symbols_per_frame,
-        )
+        return self.search(encoder_out, encoder_lengths)
+
+    def recognize_words(self, waveforms: Sequence[Tensor]) -> list[list[RecognizedWord]]:
+        """Recognise a batch of waveforms, words with times and confidences.
+
+        A time is when the model emits, not when a sound begins: a model that sees no future emits
+        a word once it has heard enough of it.
+
+        Args:
+            waveforms: as of :meth:`recognize`.
+
+        Returns:
+            The words of each waveform.
+        """
+        frame_s = encoder_frame_s(self.model.encoder)
+        return [
+            recognized_words(hypothesis, self.tokenizer, frame_s)
+            for hypothesis in self.recognize(waveforms)
+        ]
 
     def transcribe(self, waveforms: Sequence[Tensor]) -> list[str]:
         """Recognise a batch of waveforms as text; see :meth:`recognize`."""

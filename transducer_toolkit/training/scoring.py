@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Word error rates and symbol delays over whole sets, also when processes each hold a part."""
+"""Error rates, delays and speed over whole sets, also when processes each hold a part."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jiwer
 import torch
@@ -22,12 +24,16 @@ class Transcript:
         hypothesis: what was recognised.
         symbol_delays_ms: of the words of the reference, see :func:`symbol_delays_ms`; None where
             it is not known when they start.
+        duration_s: of its audio; 0 where it is not known.
+        decoding_s: time that encoder and search took for it; in a batch, by its part of the audio.
     """
 
     id: str
     reference: str
     hypothesis: str
     symbol_delays_ms: tuple[float, ...] | None = None
+    duration_s: float = 0.0
+    decoding_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,34 @@ class WordErrors:
         return errors / max(1, self.num_words)
 
 
+@dataclass(frozen=True)
+class CharacterErrors:
+    """Errors of a set, counted in characters along the cheapest alignment, spaces included.
+
+    Attributes:
+        substitutions, deletions, insertions: characters.
+        num_characters: characters of the references.
+        num_utterances: utterances.
+
+    Example:
+        >>> errors = count_character_errors([Transcript("a", "one two", "one too")])
+        >>> errors.substitutions, errors.num_characters
+        (1, 7)
+    """
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    num_characters: int
+    num_utterances: int
+
+    @property
+    def cer(self) -> float:
+        """Character error rate, errors over reference characters."""
+        errors = self.substitutions + self.deletions + self.insertions
+        return errors / max(1, self.num_characters)
+
+
 def count_word_errors(transcripts: Iterable[Transcript]) -> WordErrors:
     """Count the word errors of a set of transcripts.
 
@@ -71,19 +105,58 @@ def count_word_errors(transcripts: Iterable[Transcript]) -> WordErrors:
         >>> count_word_errors([Transcript("a", "one", "one two"), Transcript("b", "", "")])
         WordErrors(substitutions=0, deletions=0, insertions=1, num_words=1, num_utterances=2)
     """
-    transcripts = list(transcripts)
+    return WordErrors(*_count(jiwer.process_words, list(transcripts)))
+
+
+def count_character_errors(transcripts: Iterable[Transcript]) -> CharacterErrors:
+    """Count the character errors of a set of transcripts.
+
+    Args:
+        transcripts: any number; runs of white space count as one space, and none at the ends.
+
+    Returns:
+        The summed errors. An empty reference counts what was inserted.
+
+    Example:
+        >>> count_character_errors([Transcript("a", "one", "on e")]).cer
+        0.3333333333333333
+    """
+    return CharacterErrors(*_count(jiwer.process_characters, list(transcripts)))
+
+
+def _count(process: Callable[..., Any], transcripts: list[Transcript]) -> tuple[int, ...]:
+    """Substitutions, deletions, insertions, length of the references, utterances."""
     if not transcripts:
-        return WordErrors(0, 0, 0, 0, 0)
-    words = jiwer.process_words(
-        [t.reference for t in transcripts], [t.hypothesis for t in transcripts]
+        return 0, 0, 0, 0, 0
+    found = process(
+        [" ".join(t.reference.split()) for t in transcripts],
+        [" ".join(t.hypothesis.split()) for t in transcripts],
     )
-    return WordErrors(
-        substitutions=words.substitutions,
-        deletions=words.deletions,
-        insertions=words.insertions,
-        num_words=words.hits + words.substitutions + words.deletions,
-        num_utterances=len(transcripts),
+    return (
+        found.substitutions,
+        found.deletions,
+        found.insertions,
+        found.hits + found.substitutions + found.deletions,
+        len(transcripts),
     )
+
+
+def real_time_factor(transcripts: Iterable[Transcript]) -> float | None:
+    """Time that encoder and search took over the duration of the audio.
+
+    Args:
+        transcripts: any number.
+
+    Returns:
+        The factor; None if no duration is known.
+
+    Example:
+        >>> real_time_factor([Transcript("a", "", "", duration_s=2.0, decoding_s=0.5)])
+        0.25
+    """
+    transcripts = list(transcripts)
+    duration_s = math.fsum(t.duration_s for t in transcripts)
+    return math.fsum(t.decoding_s for t in transcripts) / duration_s if duration_s > 0 else None
 
 
 def symbol_delays_ms(

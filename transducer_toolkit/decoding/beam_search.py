@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modified beam search: at most one symbol a frame, hypotheses of equal symbols merged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.decoding.alignment import check_topology
+from transducer_toolkit.decoding.search import (
+    Hypothesis,
+    check_encoder_lengths,
+    collect_hypotheses,
+    step_where,
+)
+from transducer_toolkit.modules.joiner import Joiner
+from transducer_toolkit.modules.predictor import Predictor
+
+
+class LanguageModel(Protocol):
+    """What shallow fusion asks of a language model; a state is one tensor, batch axis first.
+
+    As of :class:`~transducer_toolkit.modules.Predictor`, blank is the start symbol.
+    """
+
+    def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
+        """The state before the start symbol, (N, ...)."""
+
+    def step(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Consume one symbol a hypothesis.
+
+        Args:
+            tokens: (N,) int64, the newest symbol; blank first of all.
+            state: (N, ...) from :meth:`initial_state` or the previous step.
+
+        Returns:
+            Log-probabilities (N, V) of the next symbol, where blank's is ignored, and the next
+            state (N, ...).
+        """
+
+
+@dataclass(frozen=True)
+class BeamHypothesis(Hypothesis):
+    """A hypothesis of the beam.
+
+    Frames and ``log_probs`` are those of one of its paths: where two hypotheses were merged, of
+    the more probable one.
+
+    Attributes:
+        score: logarithm of the summed probability of its paths in the beam, plus the weighted
+            score of the language model; not normalised by length.
+    """
+
+    score: float = field(default=0.0, compare=False)
+
+
+class _Beam(NamedTuple):
+    """The hypotheses of a batch, (B, K) slots; a slot of score -inf is empty."""
+
+    scores: Tensor  # (B, K)
+    sequence: Tensor  # (B, K) int64, hash of the tokens
+    prefix: Tensor  # (B, K) int64, hash of all tokens but the last
+    last_token: Tensor  # (B, K) int64, blank if there is none
+    num_tokens: Tensor  # (B, K) int64
+
+
+class _Step(NamedTuple):
+    """How the beam after a frame came from the one before, each (B, K).
+
+    A merged hypothesis has two ways in: its states follow the one by blank, and its path, of
+    which the frames are told in the end, the more probable one.
+    """
+
+    slots: Tensor
+    tokens: Tensor  # blank where nothing was emitted
+    path_slots: Tensor
+    path_tokens: Tensor
+    path_log_probs: Tensor
+
+
+class ModifiedBeamSearch:
+    """Keep the ``beam`` most probable symbol sequences, each frame emitting one symbol at most.
+
+    From frame to frame a hypothesis y with score s goes on by blank or by one label k::
+
+        s(y)     <- s(y) + blank(t, y)
+        s(y + k) <- s(y) + label(t, y, k) + lm_weight * lm(k | y)
+
+    Scores of equal sequences are merged by log-add before the best are kept, so that a beam wide
+    enough for all sequences gives the exact log-likelihoods of the topologies that allow one
+    symbol a frame: what their losses give. All utterances and hypotheses of a batch go through
+    predictor and joiner together. With ``beam=1`` and no language model this is the greedy search
+    with one symbol a frame.
+
+    Args:
+        predictor: of the model, in eval mode.
+        joiner: of the model, in eval mode.
+        beam: number K of hypotheses kept, at least 1.
+        topology: of the loss that trained the model. In ``constrained`` a label is followed by
+            the blank of its frame, whose score joins after the best are chosen; in
+            ``one_sym_per_frame`` the last frame emits nothing; ``regular`` is searched as
+            ``modified``, as usual in the field.
+        length_normalised: whether hypotheses are ranked at the end by ``score / (U + 1)`` rather
+            than by ``score``, U being the number of symbols.
+        lm: scores of the next symbol, for shallow fusion.
+        lm_weight: weight of those scores.
+
+    Raises:
+        ValueError: if ``beam`` is below 1, the weight is not finite or the topology is unknown.
+
+    Example:
+        >>> from transducer_toolkit.modules import Joiner, StatelessPredictor
+        >>> search = ModifiedBeamSearch(StatelessPredictor(5, 16), Joiner(8, 16, 32, 5), beam=3)
+        >>> encoder_out, lengths = torch.randn(2, 9, 8), torch.tensor([9, 4])
+        >>> [len(hypotheses) for hypotheses in search.nbest(encoder_out, lengths)]
+        [3, 3]
+
+    Source: "Fast and parallel decoding for transducer" (Kang et al., 2022), the search that
+    icefall calls ``modified_beam_search``; it merges after the best are kept.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        joiner: Joiner,
+        *,
+        beam: int = 4,
+        topology: str = "modified",
+        length_normalised: bool = True,
+        lm: LanguageModel | None = None,
+        lm_weight: float = 0.3,
+    ) -> None:
+        check_topology(topology)
+        if beam < 1:
+            raise ValueError(f"beam must be at least 1, got {beam}")
+        if not math.isfinite(lm_weight):
+            raise ValueError(f"lm_weight must be finite, got {lm_weight}")
+        self.predictor = predictor
+        self.joiner = joiner
+        self.beam = beam
+        self.topology = topology
+        self.length_normalised = length_normalised
+        self.lm = lm if lm_weight != 0 else None
+        self.lm_weight = lm_weight
+
+    def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
+        """Decode whole utterances: the first of :meth:`nbest` of each."""
+        return [hypotheses[0] for hypotheses in self.nbest(encoder_out, encoder_lengths)]
+
+    @torch.inference_mode()
+    def nbest(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[list[BeamHypothesis]]:
+        """Decode whole utterances, several hypotheses each.
+
+        Args:
+            encoder_out: (B, T, E) float.
+            encoder_lengths: (B,) int64, in encoder frames, on any device.
+
+        Returns:
+            For each utterance up to ``beam`` hypotheses, the best first, no two of the same tokens.
+
+        Raises:
+            ValueError: if the lengths do not fit ``encoder_out``.
+        """
+        check_encoder_lengths(encoder_out, encoder_lengths)
+        batch_size, device, blank = len(encoder_out), encoder_out.device, self.predictor.blank
+        if batch_size == 0:
+            return []
+        lengths = encoder_lengths.to(device)
+        first_row = self.beam * torch.arange(batch_size, device=device).unsqueeze(1)  # (B, 1)
+
+        start = torch.full((batch_size * self.beam,), blank, dtype=torch.int64, device=device)
+        state = self.predictor.initial_state(len(start), device)
+        predictor_out, state = self.predictor.step(start, state)
+        if self.lm is not None:
+            lm_log_probs, lm_state = self.lm.step(start, self.lm.initial_state(len(start), device))
+        beam = self._initial_beam(start.view(batch_size, -1), encoder_out.dtype)
+        only_blank = torch.full((self.predictor.vocab_size,), -torch.inf, device=device)
+        only_blank[blank] = 0
+        steps = []
+
+        for frame in range(int(lengths.max())):
+            encoder_frame = encoder_out[:, frame, None]  # (B, 1, E)
+            log_probs = self._log_probs(encoder_frame, predictor_out)  # (B, K, V)
+            # Beyond its end an utterance has blanks of probability 1: its beam stays as it is.
+            log_probs = torch.where((lengths > frame).view(-1, 1, 1), log_probs, only_blank)
+            label_scores = log_probs
+            if self.lm is not None:
+                lm_scores = lm_log_probs.view(log_probs.shape).to(log_probs.dtype)
+                label_scores = log_probs + self.lm_weight * lm_scores
+            if self.topology == "one_sym_per_frame":
+                is_last = (lengths == frame + 1).view(-1, 1, 1)
+                label_scores = label_scores.masked_fill(is_last, -torch.inf)
+            beam, step = self._grow(beam, log_probs, label_scores)
+            steps.append(step)
+
+            rows = (first_row + step.slots).flatten()
+            tokens = step.tokens.flatten()
+            emits = tokens != blank
+            predictor_out, state = step_where(
+                emits, self.predictor.step, tokens, predictor_out[rows], state[rows]
+            )
+            if self.lm is not None:
+                lm_log_probs, lm_state = step_where(
+                    emits, self.lm.step, tokens, lm_log_probs[rows], lm_state[rows]
+                )
+            if self.topology == "constrained":
+                forced = self._log_probs(encoder_frame, predictor_out)[..., blank]  # (B, K)
+                scores = beam.scores + torch.where(emits.view(forced.shape), forced, 0)
+                beam = beam._replace(scores=scores)
+
+        return self._best_first(beam, steps)
+
+    def _log_probs(self, encoder_frame: Tensor, predictor_out: Tensor) -> Tensor:
+        """(B, 1, E), (B * K, P) -> (B, K, V), float32 or float64."""
+        by_slot = predictor_out.view(len(encoder_frame), self.beam, -1)
+        logits = self.joiner.step(encoder_frame, by_slot)
+        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def _initial_beam(self, blanks: Tensor, dtype: torch.dtype) -> _Beam:
+        """The empty sequence in the first slot of each utterance."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        scores = torch.full(blanks.shape, -torch.inf, dtype=dtype, device=blanks.device)
+        scores[:, 0] = 0
+        zeros = torch.zeros_like(blanks)
+        return _Beam(scores, sequence=zeros, prefix=zeros, last_token=blanks, num_tokens=zeros)
+
+    def _grow(self, beam: _Beam, log_probs: Tensor, label_scores: Tensor) -> tuple[_Beam, _Step]:
+        """Score all continuations by blank and by each label, merge equals and keep the best.
+
+        Args:
+            beam: before the frame.
+            log_probs: (B, K, V) of the model.
+            label_scores: (B, K, V) of each label; blank's column is not used.
+        """
+        batch_size, num_slots, vocab_size = log_probs.shape
+        blank = self.predictor.blank
+        blank_log_probs = log_probs[..., blank]
+        stay = beam.scores + blank_log_probs
+        scores = (beam.scores.unsqueeze(2) + label_scores).view(batch_size, -1)  # (B, K * V)
+
+        # Slot j may hold what slot i becomes by the last token of j; then the two are merged in j.
+        alive = beam.scores > -torch.inf
+        follows = (
+            (beam.prefix.unsqueeze(2) == beam.sequence.unsqueeze(1))  # (B, j, i)
+            & (beam.num_tokens.unsqueeze(2) == beam.num_tokens.unsqueeze(1) + 1)
+            & (alive.unsqueeze(2) & alive.unsqueeze(1))
+        )
+        merges, prefix_slot = follows.any(2), follows.int().argmax(2)
+        own_column = torch.arange(num_slots, device=scores.device) * vocab_size + blank  # (K,)
+        column = torch.where(merges, prefix_slot * vocab_size + beam.last_token, own_column)
+        arriving = scores.gather(1, column)
+        if self.topology == "constrained":
+            arriving = arriving + blank_log_probs
+        arriving = arriving.masked_fill(~merges, -torch.inf)
+        scores = scores.scatter(1, column, -torch.inf)
+        scores[:, own_column] = torch.logaddexp(stay, arriving)
+
+        best, index = scores.topk(num_slots)
+        slot, token = index // vocab_size, index % vocab_size
+        emits = token != blank
+        from_slot = _Beam(*(field.gather(1, slot) for field in beam))
+        grown = _Beam(
+            scores=best,
+            sequence=torch.where(emits, _hash(from_slot.sequence, token), from_slot.sequence),
+            prefix=torch.where(emits, from_slot.sequence, from_slot.prefix),
+            last_token=torch.where(emits, token, from_slot.last_token),
+            num_tokens=from_slot.num_tokens + emits,
+        )
+        by_label = (arriving > stay).gather(1, slot) & ~emits
+        path = torch.where(by_label, column.gather(1, slot), index)
+        path_log_probs = log_probs.view(batch_size, -1).gather(1, path)
+        step = _Step(slot, token, path // vocab_size, path % vocab_size, path_log_probs)
+        return grown, step
+
+    def _best_first(self, beam: _Beam, steps: list[_Step]) -> list[list[BeamHypothesis]]:
+        """Rank the hypotheses and follow the path of each back to the first frame."""
+        ranking = beam.scores / (beam.num_tokens + 1) if self.length_normalised else beam.scores
+        slots = ranking.argsort(dim=1, descending=True, stable=True)
+        scores = beam.scores.gather(1, slots)
+        emissions = []
+        for frame, step in reversed(list(enumerate(steps))):
+            tokens = step.path_tokens.gather(1, slots).flatten()
+            log_probs = step.path_log_probs.gather(1, slots).flatten()
+            emissions.append((tokens, torch.full_like(tokens, frame), log_probs))
+            slots = step.path_slots.gather(1, slots)
+        paths = collect_hypotheses(emissions[::-1], scores.numel(), self.predictor.blank)
+        found = [
+            BeamHypothesis(path.tokens, path.frames, path.log_probs, score=score)
+            for path, score in zip(paths, scores.flatten().tolist(), strict=True)
+        ]
+        ranked = (found[first : first + self.beam] for first in range(0, len(found), self.beam))
+        # The first one in any case: without it an utterance of no possible path had no answer.
+        return [[best, *(h for h in rest if h.score > -math.inf)] for best, *rest in ranked]
+
+
+def _hash(sequence: Tensor, token: Tensor) -> Tensor:
+    """Hash of a sequence and one more token, int64: equal by chance once in 2^63 pairs."""
+    mixed = (sequence ^ (token + 1) * _ODD_1) * _ODD_2  # wraps around
+    return mixed ^ ((mixed >> 32) & 0xFFFFFFFF)
+
+
+# Odd multipliers of splitmix64, as signed numbers.
+_ODD_1, _ODD_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
