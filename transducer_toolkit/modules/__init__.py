@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder, predictor, joiner, and the transducer made of them."""
 
-from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder
+from transducer_toolkit.modules.emformer import EmformerEncoder
+from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder, StreamingEncoder
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
 from transducer_toolkit.modules.predictor import LstmPredictor, Predictor, StatelessPredictor
 from transducer_toolkit.modules.transducer import Transducer
@@ -9,10 +10,12 @@ from transducer_toolkit.modules.transducer import Transducer
 __all__ = [
     "AdditiveJoiner",
     "ConvLstmEncoder",
+    "EmformerEncoder",
     "Encoder",
     "Joiner",
     "LstmPredictor",
     "Predictor",
     "StatelessPredictor",
+    "StreamingEncoder",
     "Transducer",
 ]
