@@ -65,6 +65,8 @@ class Encoder(nn.Module, ABC):
 
     def check_input(self, features: Tensor, feature_lengths: Tensor) -> None:
         """Raise the ``ValueError`` that :meth:`forward` promises."""
+        if torch.jit.is_tracing():  # for an export: sizes and lengths are not values but symbols
+            return
         if features.dim() != 3 or features.size(2) != self.num_features:
             raise ValueError(
                 f"features must have shape (B, T_in, {self.num_features}), "
