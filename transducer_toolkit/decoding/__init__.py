@@ -9,7 +9,8 @@ from transducer_toolkit.decoding.alignment import (
     check_topology,
     lattice_scores,
 )
-from transducer_toolkit.decoding.greedy import Hypothesis, greedy_search
+from transducer_toolkit.decoding.greedy import GreedySearch, GreedyState, greedy_search
+from transducer_toolkit.decoding.hypothesis import Hypothesis, Search
 from transducer_toolkit.decoding.posteriors import (
     LatticePosteriors,
     lattice_occupancy,
@@ -19,8 +20,11 @@ from transducer_toolkit.decoding.posteriors import (
 __all__ = [
     "TOPOLOGIES",
     "Alignment",
+    "GreedySearch",
+    "GreedyState",
     "Hypothesis",
     "LatticePosteriors",
+    "Search",
     "align",
     "best_path",
     "check_topology",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy search: the most probable symbol of each lattice cell, in batches."""
+"""Greedy search: the most probable symbol of each lattice cell, in batches and chunk by chunk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transducer_toolkit.decoding.alignment import check_topology
+from transducer_toolkit.decoding.hypothesis import Hypothesis, check_encoder_lengths
 from transducer_toolkit.modules.joiner import Joiner
 from transducer_toolkit.modules.predictor import Predictor
 
@@ -15,19 +17,155 @@ FRAMES_AHEAD = 8  # frames scored in one call: the predictor's output holds unti
 
 
 @dataclass(frozen=True)
-class Hypothesis:
-    """What a search found in one utterance.
+class GreedyState:
+    """Where the greedy search of a batch stands between two chunks; its size never grows.
+
+    Between chunks every frame is left, so the labels of the current frame are no part of it.
 
     Attributes:
-        tokens: symbol ids, without blanks.
-        frames: for each token the encoder frame that emitted it.
+        predictor_state: (B, ...) of the predictor, after the last label.
+        predictor_out: (B, P), its output after the last label.
+        num_frames: (B,) int64, frames decoded so far: the next chunk starts at this frame.
     """
 
-    tokens: list[int]
-    frames: list[int]
+    predictor_state: Tensor
+    predictor_out: Tensor
+    num_frames: Tensor
 
 
-@torch.inference_mode()
+class GreedySearch:
+    """Walk each lattice along the most probable symbol of every cell.
+
+    At cell (t, u) blank moves on to frame t + 1; a label is appended and moves to u + 1, except
+    that after ``max_symbols_per_frame`` labels frame t is left as if by a blank. The utterances of
+    the batch walk at their own pace, several frames a call, so that the number of calls is about
+    ``max_b U_b + T_b / 8`` and not ``sum_t``. A batch gives what its utterances give alone, and
+    any division into chunks gives what the whole gives.
+
+    Args:
+        predictor: of the model, in eval mode.
+        joiner: of the model, in eval mode.
+        max_symbols_per_frame: labels allowed on one frame, at least 1.
+        topology: of the loss that trained the model. In all but ``regular`` a label leads to the
+            next frame: ``max_symbols_per_frame`` is 1 there.
+
+    Raises:
+        ValueError: if ``max_symbols_per_frame`` is below 1 or the topology is unknown.
+
+    Example:
+        >>> from transducer_toolkit.modules import Joiner, StatelessPredictor
+        >>> search = GreedySearch(StatelessPredictor(5, 16), Joiner(8, 16, 32, 5))
+        >>> encoder_out = torch.randn(2, 9, 8)
+        >>> whole = search(encoder_out, torch.tensor([9, 4]))
+        >>> state = search.initial_state(batch_size=2)
+        >>> first, state = search.advance(encoder_out[:, :4], torch.tensor([4, 4]), state)
+        >>> rest, state = search.advance(encoder_out[:, 4:], torch.tensor([5, 0]), state)
+        >>> whole[0].tokens == first[0].tokens + rest[0].tokens
+        True
+        >>> whole[0].frames == first[0].frames + rest[0].frames
+        True
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        joiner: Joiner,
+        *,
+        max_symbols_per_frame: int = 10,
+        topology: str = "regular",
+    ) -> None:
+        check_topology(topology)
+        if max_symbols_per_frame < 1:
+            raise ValueError(
+                f"max_symbols_per_frame must be at least 1, got {max_symbols_per_frame}"
+            )
+        self.predictor = predictor
+        self.joiner = joiner
+        self.max_symbols_per_frame = max_symbols_per_frame if topology == "regular" else 1
+
+    @torch.inference_mode()
+    def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> GreedyState:
+        """The state before the first frame: the predictor has read its start symbol."""
+        start = torch.full((batch_size,), self.predictor.blank, dtype=torch.int64, device=device)
+        state = self.predictor.initial_state(batch_size, device)
+        predictor_out, state = self.predictor.step(start, state)
+        return GreedyState(state, predictor_out, torch.zeros_like(start))
+
+    def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
+        """Decode whole utterances: one chunk from the initial state.
+
+        Args:
+            encoder_out: (B, T, E) float.
+            encoder_lengths: (B,) int64, in encoder frames, on any device.
+
+        Returns:
+            One hypothesis an utterance.
+
+        Raises:
+            ValueError: if the lengths do not fit ``encoder_out``.
+        """
+        state = self.initial_state(encoder_out.size(0), encoder_out.device)
+        return self.advance(encoder_out, encoder_lengths, state)[0]
+
+    @torch.inference_mode()
+    def advance(
+        self, encoder_out: Tensor, encoder_lengths: Tensor, state: GreedyState
+    ) -> tuple[list[Hypothesis], GreedyState]:
+        """Decode the next chunk of each utterance.
+
+        Args:
+            encoder_out: (B, T_chunk, E) float.
+            encoder_lengths: (B,) int64, frames of the chunk in each utterance, on any device; 0
+                where an utterance has none.
+            state: of :meth:`initial_state` or the previous call; not changed.
+
+        Returns:
+            What the chunk adds to each utterance, frames counted from the utterance's start, and
+            the state after it.
+
+        Raises:
+            ValueError: if the lengths do not fit ``encoder_out``.
+        """
+        check_encoder_lengths(encoder_out, encoder_lengths)
+        batch_size, max_frames, _ = encoder_out.shape
+        device, blank = encoder_out.device, self.predictor.blank
+        lengths = encoder_lengths.to(device)
+        rows = torch.arange(batch_size, device=device)
+        ahead = torch.arange(FRAMES_AHEAD, device=device)
+
+        predictor_out, predictor_state = state.predictor_out, state.predictor_state
+        frame = torch.zeros_like(lengths)  # where each utterance stands in the chunk
+        labels_here = torch.zeros_like(lengths)  # labels emitted so far on that frame
+        emissions = []  # (tokens, frames, logits), each (B,); token = blank if nothing is emitted
+
+        while bool((frame < lengths).any()):
+            frames = frame.unsqueeze(1) + ahead  # (B, FRAMES_AHEAD)
+            window = encoder_out[rows.unsqueeze(1), frames.clamp(max=max_frames - 1)]
+            logits = self.joiner.step(window, predictor_out.unsqueeze(1))
+            best = logits.argmax(-1)
+            is_label = (best != blank) & (frames < lengths.unsqueeze(1))
+            emits, skipped = is_label.any(1), is_label.int().argmax(1)
+            tokens = torch.where(emits, best[rows, skipped], blank)
+            emitted_at = frame + skipped
+            # Of the largest entry: its log-probability is its distance to the normaliser.
+            cell = logits[rows, skipped].float()
+            log_probs = cell.amax(-1) - cell.logsumexp(-1)
+            emissions.append((tokens, emitted_at + state.num_frames, log_probs))
+
+            labels_here = torch.where(skipped == 0, labels_here, 0) + 1
+            exhausted = labels_here >= self.max_symbols_per_frame
+            frame = torch.where(emits, emitted_at + exhausted, frame + FRAMES_AHEAD)
+            labels_here = torch.where(emits & ~exhausted, labels_here, 0)
+
+            next_out, next_state = self.predictor.step(tokens, predictor_state)
+            predictor_out = torch.where(emits.unsqueeze(1), next_out, predictor_out)
+            emits = emits.view(-1, *[1] * (next_state.dim() - 1))
+            predictor_state = torch.where(emits, next_state, predictor_state)
+
+        found = _collect(emissions, batch_size, blank)
+        return found, GreedyState(predictor_state, predictor_out, state.num_frames + lengths)
+
+
 def greedy_search(
     predictor: Predictor,
     joiner: Joiner,
@@ -36,12 +174,7 @@ def greedy_search(
     *,
     max_symbols_per_frame: int = 10,
 ) -> list[Hypothesis]:
-    """Walk each lattice along the most probable symbol of every cell.
-
-    At cell (t, u) blank moves on to frame t + 1; a label is appended and moves to u + 1, except
-    that after ``max_symbols_per_frame`` labels frame t is left as if by a blank. The utterances of
-    the batch walk at their own pace, several frames a call, so that the number of calls is about
-    ``max_b U_b + T_b / 8`` and not ``sum_t``. A batch gives what its utterances give alone.
+    """Decode whole utterances greedily; the function form of :class:`GreedySearch`.
 
     Args:
         predictor: of the model, in eval mode.
@@ -64,54 +197,24 @@ def greedy_search(
         >>> len(greedy_search(predictor, joiner, encoder_out, lengths))
         2
     """
-    if max_symbols_per_frame < 1:
-        raise ValueError(f"max_symbols_per_frame must be at least 1, got {max_symbols_per_frame}")
-    batch_size, max_frames, _ = encoder_out.shape
-    if encoder_lengths.shape != (batch_size,):
-        raise ValueError(
-            f"encoder_lengths must have shape ({batch_size},), got {tuple(encoder_lengths.shape)}"
-        )
-    device, blank = encoder_out.device, predictor.blank
-    lengths = encoder_lengths.to(device)
-    rows = torch.arange(batch_size, device=device)
-    ahead = torch.arange(FRAMES_AHEAD, device=device)
-
-    start = torch.full((batch_size,), blank, dtype=torch.int64, device=device)
-    predictor_out, state = predictor.step(start, predictor.initial_state(batch_size, device))
-    frame = torch.zeros_like(lengths)  # where each utterance stands
-    labels_here = torch.zeros_like(lengths)  # labels emitted so far on that frame
-    emissions = []  # (tokens, frames), each (B,); token = blank where nothing was emitted
-
-    while bool((frame < lengths).any()):
-        frames = frame.unsqueeze(1) + ahead  # (B, FRAMES_AHEAD)
-        window = encoder_out[rows.unsqueeze(1), frames.clamp(max=max_frames - 1)]
-        best = joiner.step(window, predictor_out.unsqueeze(1)).argmax(-1)
-        is_label = (best != blank) & (frames < lengths.unsqueeze(1))
-        emits, skipped = is_label.any(1), is_label.int().argmax(1)
-        tokens = torch.where(emits, best[rows, skipped], blank)
-        emitted_at = frame + skipped
-        emissions.append((tokens, emitted_at))
-
-        labels_here = torch.where(skipped == 0, labels_here, 0) + 1
-        exhausted = labels_here >= max_symbols_per_frame
-        frame = torch.where(emits, emitted_at + exhausted, frame + FRAMES_AHEAD)
-        labels_here = torch.where(emits & ~exhausted, labels_here, 0)
-
-        next_out, next_state = predictor.step(tokens, state)
-        predictor_out = torch.where(emits.unsqueeze(1), next_out, predictor_out)
-        state = torch.where(emits.view(-1, *[1] * (state.dim() - 1)), next_state, state)
-
-    return _collect(emissions, batch_size, blank)
+    search = GreedySearch(predictor, joiner, max_symbols_per_frame=max_symbols_per_frame)
+    return search(encoder_out, encoder_lengths)
 
 
 def _collect(
-    emissions: list[tuple[Tensor, Tensor]], batch_size: int, blank: int
+    emissions: list[tuple[Tensor, Tensor, Tensor]], batch_size: int, blank: int
 ) -> list[Hypothesis]:
     """Gather what each step emitted into one hypothesis an utterance."""
-    hypotheses = [Hypothesis([], []) for _ in range(batch_size)]
+    hypotheses = [Hypothesis([], [], []) for _ in range(batch_size)]
     if emissions:
-        tokens, frames = (torch.stack(column).cpu() for column in zip(*emissions, strict=True))
-        for step, row in (tokens != blank).nonzero().tolist():
-            hypotheses[row].tokens.append(int(tokens[step, row]))
-            hypotheses[row].frames.append(int(frames[step, row]))
+        # Each (B, steps): row by row, in the order of emission.
+        tokens, frames, log_probs = (
+            torch.stack(column, dim=1).cpu() for column in zip(*emissions, strict=True)
+        )
+        emitted = tokens != blank
+        columns = (emitted.nonzero()[:, 0], tokens[emitted], frames[emitted], log_probs[emitted])
+        for row, token, frame, log_prob in zip(*(c.tolist() for c in columns), strict=True):
+            hypotheses[row].tokens.append(token)
+            hypotheses[row].frames.append(frame)
+            hypotheses[row].log_probs.append(log_prob)
     return hypotheses
