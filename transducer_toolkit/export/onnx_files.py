@@ -129,11 +129,12 @@ def quantize(path: Path) -> Path:
     Returns:
         The new file.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
     quantized = path.with_suffix(".int8.onnx")
+    quant_pre_process(path, quantized, skip_symbolic_shape=True)
     quantize_dynamic(
-        path,
+        quantized,
         quantized,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul", "Gemm", "LSTM"],
