@@ -112,6 +112,10 @@ class StreamingFbank:
         (torch.Size([55, 80]), torch.Size([44, 80]), torch.Size([1, 80]))
     """
 
+    _samples: Tensor  # from the start of the next frame on
+    _num_samples: int
+    _num_frames: int
+
     def __init__(self, fbank: Fbank) -> None:
         self.fbank = fbank
         self._reset()
@@ -167,9 +171,8 @@ class StreamingFbank:
         return features
 
     def _reset(self) -> None:
-        self._samples = torch.empty(0)  # from the start of the next frame on
-        self._num_samples = 0
-        self._num_frames = 0
+        self._samples = torch.empty(0)
+        self._num_samples = self._num_frames = 0
 
     def _no_frames(self) -> Tensor:
         return torch.empty(0, self.fbank.num_mel_bins)

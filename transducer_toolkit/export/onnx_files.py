@@ -108,12 +108,12 @@ def _compare(graph: Graph, path: Path) -> None:
                     f"{path.name} gives {name} of {result.shape} for input of {shapes}, torch "
                     f"{tuple(tensor.shape)}: the export froze a size"
                 )
-            error = np.abs(result - tensor.numpy()).max(initial=0.0)
+            difference = np.abs(result - tensor.numpy()).max(initial=0.0)
             scale = float(tensor.abs().max()) if tensor.numel() else 0.0
-            if not error <= TOLERANCE * max(1.0, scale):
+            if not difference <= TOLERANCE * max(1.0, scale):
                 raise RuntimeError(
                     f"{path.name} gives another {name} than torch for input of {shapes}: "
-                    f"the largest difference is {error:.1e}"
+                    f"the largest difference is {difference:.1e}"
                 )
 
 

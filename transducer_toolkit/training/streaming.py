@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.data.features import FRAME_LENGTH_MS, FRAME_SHIFT_MS, StreamingFbank
-from transducer_toolkit.decoding import GreedySearch, Hypothesis
-from transducer_toolkit.modules.encoder import StreamingEncoder
+from transducer_toolkit.decoding import GreedySearch, GreedyState, Hypothesis
+from transducer_toolkit.modules.encoder import EncoderState, StreamingEncoder
 from transducer_toolkit.training.recognizer import Recognizer
 
 NUM_RECENT_TOKENS = 32  # what new text is decoded together with, for its spaces
@@ -39,6 +39,10 @@ class StreamingRecognizer:
         ...     print(stream.accept(samples), end="", flush=True)
         >>> print(stream.finish())  # doctest: +SKIP
     """
+
+    _encoder_state: EncoderState
+    _search_state: GreedyState
+    _recent: list[int]  # the last tokens of the utterance
 
     def __init__(self, recognizer: Recognizer) -> None:
         encoder = recognizer.model.encoder
@@ -104,4 +108,4 @@ class StreamingRecognizer:
         device = next(self._encoder.parameters()).device
         self._encoder_state = self._encoder.initial_state()
         self._search_state = self._search.initial_state(1, device)
-        self._recent: list[int] = []
+        self._recent = []
