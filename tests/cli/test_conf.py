@@ -2,8 +2,10 @@
 """Every YAML that ships is composed and instantiated."""
 
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -13,7 +15,9 @@ from transducer_toolkit.cli import run_folder
 run_folder.register()
 CONF = files("transducer_toolkit.conf")
 GROUPS = {
-    group.name: sorted(path.name.removesuffix(".yaml") for path in group.iterdir())
+    group.name: sorted(
+        path.name.removesuffix(".yaml") for path in group.iterdir() if path.name.endswith(".yaml")
+    )
     for group in CONF.iterdir()
     if group.is_dir() and not group.name.startswith("_")
 }
@@ -21,6 +25,7 @@ CHOICES = [(group, option) for group, options in GROUPS.items() for option in op
 NEEDED = {
     "data": {"manifest": ["data.corpus.train=train.jsonl", "data.corpus.val=val.jsonl"]},
 }
+PACKAGES = {"averaging": "callbacks"}  # groups that stand within another
 LATER_ARGUMENTS = {
     "model": {"vocab_size": 10, "blank": 0},
     "loss": {"blank": 0},
@@ -36,7 +41,7 @@ def composed(config_name, *overrides):
 
 def test_the_groups_are_those_of_the_documentation():
     expected = {"data", "model", "loss", "optimizer", "scheduler", "trainer", "logger"}
-    assert set(GROUPS) == expected | {"callbacks", "experiment", "hydra"}
+    assert set(GROUPS) == expected | {"averaging", "callbacks", "experiment", "hydra"}
     assert [path.name for path in CONF.iterdir() if path.name.endswith(".yaml")]
 
 
@@ -47,8 +52,26 @@ def test_every_option_instantiates(group, option, tmp_path):
     OmegaConf.resolve(cfg.hydra.run)
     assert cfg.hydra.run.dir.startswith("outputs/")
     if group not in ("experiment", "hydra"):
+        group = PACKAGES.get(group, group)
         made = instantiate(cfg[group], **LATER_ARGUMENTS.get(group, {}), _convert_="all")
         assert made is not None
+
+
+@pytest.mark.parametrize("size", ["s", "m", "l"])
+@pytest.mark.parametrize("predictor", ["stateless", "lstm"])
+def test_sizes_of_the_conformers_are_those_of_the_documentation(size, predictor):
+    cfg = composed(
+        "train", f"model=conformer_{size}", f"model/predictor={predictor}", "~experiment"
+    )
+    with torch.device("meta"):
+        model = instantiate(cfg.model, vocab_size=1024, blank=0, _convert_="all")
+    assert type(model.predictor).__name__ == f"{predictor.title()}Predictor"
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model)]
+    rows = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
+    (row,) = [row for row in rows if row.startswith(f"| `conformer_{size}` |")]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert f"{millions[0]:.1f}" in cells
+    assert f"{millions[1]:.1f}" == cells[-4 if predictor == "stateless" else -3]
 
 
 @pytest.mark.parametrize("config_name", ["train", "evaluate"])

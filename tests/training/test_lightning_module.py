@@ -49,7 +49,8 @@ def make_module(loss=None, **options):
 def gradients(module, rows, mean_frames):
     """Gradients of one process, when the mean number of frames of all processes is given."""
     module._trainer = SimpleNamespace(
-        strategy=SimpleNamespace(reduce=lambda frames, reduce_op: mean_frames or frames)
+        strategy=SimpleNamespace(reduce=lambda frames, reduce_op: mean_frames or frames),
+        accumulate_grad_batches=1,
     )
     module.log = lambda *args, **kwargs: None
     batch = make_batch(rows)

@@ -40,6 +40,42 @@ def test_constant():
     assert rates(schedules.constant, 2, total_steps=9) == [2, 2]
 
 
+@pytest.mark.parametrize("total_steps", [15, 100, 1001])
+@pytest.mark.parametrize("warmup_fraction", [0.1, 0.3])
+def test_one_cycle_is_that_of_torch_and_goes_on(total_steps, warmup_fraction):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2.0, total_steps, pct_start=warmup_fraction, cycle_momentum=False
+    )
+    expected = []
+    for step in range(total_steps):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        if step < total_steps - 1:
+            scheduler.step()
+    options = {"total_steps": total_steps, "warmup_fraction": warmup_fraction}
+    values = rates(schedules.one_cycle, total_steps + 5, **options)
+    assert values[:total_steps] == pytest.approx(expected)
+    assert values[total_steps:] == pytest.approx([8e-6] * 5)
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3])
+def test_one_cycle_of_few_steps(total_steps):
+    values = rates(schedules.one_cycle, total_steps, total_steps=total_steps)
+    assert all(0 < value <= 2 for value in values)
+
+
+def test_noam_is_that_of_the_paper():
+    width, warmup_steps, peak = 144, 40, 2.0
+    values = rates(schedules.noam, 200, total_steps=9, warmup_steps=warmup_steps)
+    paper = [width**-0.5 * min(k**-0.5, k * warmup_steps**-1.5) for k in range(1, 201)]
+    assert values == pytest.approx([peak * (warmup_steps * width) ** 0.5 * rate for rate in paper])
+    assert max(values) == values[warmup_steps - 1] == peak
+    with pytest.raises(ValueError, match="warmup_steps must be at least 1, got 0"):
+        rates(schedules.noam, 1, total_steps=9, warmup_steps=0)
+
+
+@pytest.mark.parametrize("schedule", [schedules.warmup_cosine, schedules.one_cycle])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -48,6 +84,11 @@ def test_constant():
         ({"total_steps": 9, "final_fraction": -0.1}, "final_fraction must be in"),
     ],
 )
-def test_bad_arguments_are_named(options, message):
+def test_bad_arguments_are_named(schedule, options, message):
     with pytest.raises(ValueError, match=message):
-        rates(schedules.warmup_cosine, 1, **options)
+        rates(schedule, 1, **options)
+
+
+def test_the_start_of_one_cycle_is_checked():
+    with pytest.raises(ValueError, match=r"initial_fraction must be in \[0, 1\], got 1.5"):
+        rates(schedules.one_cycle, 1, total_steps=9, initial_fraction=1.5)

@@ -103,6 +103,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     """
     from hydra.utils import instantiate
 
+    from transducer_toolkit.training.ctc import CtcLoss
     from transducer_toolkit.training.lightning_module import TransducerModule
     from transducer_toolkit.training.recognizer import recognizer_recipe
 
@@ -120,10 +121,20 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         max_symbols_per_frame=cfg.max_symbols_per_frame if loss.topology == "regular" else 1,
         topology=loss.topology,
     )
+    model = instantiate(model_config, _convert_="all")
+    ctc = None
+    if cfg.ctc.weight != 0:
+        ctc = CtcLoss(
+            model.encoder.output_dim,
+            blank=tokenizer.blank,
+            vocab_size=tokenizer.vocab_size,
+            weight=cfg.ctc.weight,
+        )
     return TransducerModule(
-        instantiate(model_config, _convert_="all"),
+        model,
         tokenizer,
         loss=loss,
+        ctc=ctc,
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder, predictor, joiner, and the transducer made of them."""
 
+from transducer_toolkit.modules.conformer import ConformerEncoder
 from transducer_toolkit.modules.emformer import EmformerEncoder
 from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder, StreamingEncoder
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
@@ -9,6 +10,7 @@ from transducer_toolkit.modules.transducer import Transducer
 
 __all__ = [
     "AdditiveJoiner",
+    "ConformerEncoder",
     "ConvLstmEncoder",
     "EmformerEncoder",
     "Encoder",

@@ -133,8 +133,10 @@ class LearningCurves(Callback):
         batch_idx: int,
     ) -> None:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:
-            self._add(trainer, "train/loss", float(outputs["loss"]))
+        step, seen = trainer.global_step, self.history.get("train/loss")
+        # More than one batch passes by at a step if batches are accumulated.
+        if step > 0 and step % every == 0 and (not seen or seen[-1][0] != step):
+            self._add(trainer, "train/loss", float(trainer.callback_metrics["train/loss"]))
             self._add(trainer, "learning rate", trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

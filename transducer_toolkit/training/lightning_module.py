@@ -21,7 +21,9 @@ from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.decoding import align, greedy_search
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.training.accumulation import FrameWeights
 from transducer_toolkit.training.aligner import encoder_frame_s, word_spans
+from transducer_toolkit.training.ctc import CtcLoss
 from transducer_toolkit.training.recognizer import CHECKPOINT_KEY
 from transducer_toolkit.training.scoring import (
     SymbolDelay,
@@ -41,17 +43,20 @@ class TransducerModule(LightningModule):
     """A transducer, its loss stage and its optimiser.
 
     The training loss is the sum over the utterances divided by the number of encoder frames, of
-    all processes together. Validation and test decode greedily and count word errors over the
-    whole set; where the manifest of a test set has word start times, the test also measures the
-    symbol delay: by how much the first symbol of each reference word, on the best path of the
-    reference, is emitted after the word starts. Logged: ``train/loss``, ``val/loss`` (nats a
-    frame), ``val/wer``, ``test/wer/NAME``, ``test/symbol_delay_ms/NAME`` (mean over the words).
+    all processes and of all batches accumulated for an optimizer step together. Validation and
+    test decode greedily and count word errors over the whole set; where the manifest of a test
+    set has word start times, the test also measures the symbol delay: by how much the first
+    symbol of each reference word, on the best path of the reference, is emitted after the word
+    starts. Logged: ``train/loss`` and, unweighted and no part of it, ``train/ctc``; ``val/loss``
+    (all nats a frame), ``val/wer``, ``test/wer/NAME``, ``test/symbol_delay_ms/NAME`` (mean over
+    the words).
 
     Args:
         model: the transducer.
         tokenizer: whose symbols it emits.
         loss: the loss stage; needed for training and validation.
         optimizer: called with the parameters; needed for training.
+        ctc: an auxiliary loss on the encoder frames, added in training; None is none.
         scheduler: called with the optimizer and ``total_steps``, stepped once an optimizer step.
         recipe: what checkpoints carry for
             :meth:`~transducer_toolkit.training.recognizer.Recognizer.from_checkpoint`.
@@ -72,6 +77,7 @@ class TransducerModule(LightningModule):
         tokenizer: CharTokenizer,
         *,
         loss: LossStage | None = None,
+        ctc: CtcLoss | None = None,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         scheduler: Callable[..., LRScheduler] | None = None,
         recipe: Mapping[str, Any] | None = None,
@@ -83,6 +89,7 @@ class TransducerModule(LightningModule):
         self.model = model
         self.tokenizer = tokenizer
         self.loss = loss
+        self.ctc = ctc
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.recipe = recipe
@@ -101,6 +108,7 @@ class TransducerModule(LightningModule):
         self._loss_sum = 0.0
         self._frame_sum = 0.0
         self._num_steps = 0
+        self._frame_weights = FrameWeights()
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
         if self.make_optimizer is None:
@@ -140,7 +148,7 @@ class TransducerModule(LightningModule):
             self.loss.set_progress(self.global_step, self._num_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output, shape, _ = self.compute_losses(batch)
+        output, shape, encoder_out = self.compute_losses(batch)
         num_frames = shape.logit_lengths.sum().to(self.device, output.losses.dtype)
         # DDP averages gradients over the processes: with F the frames of all of them and W their
         # number, W / F times each one's sum gives the sum of all over F.
@@ -150,7 +158,15 @@ class TransducerModule(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
         for name, value in output.metrics.items():
             self.log(f"train/{name}", value, batch_size=batch_size)
-        return loss
+        if self.ctc is not None:
+            ctc = self.ctc(encoder_out, batch.targets, shape).sum() / mean_frames
+            self.log("train/ctc", ctc, batch_size=batch_size)
+            loss = loss + self.ctc.weight * ctc
+        starts_step = batch_idx % self.trainer.accumulate_grad_batches == 0
+        return self._frame_weights.weigh(loss, mean_frames, starts_step=starts_step)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self._frame_weights.finish(self.parameters(), self.trainer.accumulate_grad_batches)
 
     def on_validation_epoch_start(self) -> None:
         self._transcripts = {}

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transducer-average --output PATH CHECKPOINT...``: the mean of checkpoints, as one more."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        argv: arguments, those of the command line by default.
+
+    Returns:
+        The exit status: 0, or 1 if the checkpoints cannot be read or do not belong together.
+    """
+    args = _parser().parse_args(argv)
+    import torch  # late: --help stays quick
+
+    try:
+        torch.save(average_checkpoints(args.checkpoints), args.output)
+    except (OSError, RuntimeError, ValueError) as error:  # torch.save's is a RuntimeError
+        print(f"transducer-average: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints")
+    return 0
+
+
+def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
+    """Average the weights of checkpoints of one training, or of trainings of one model.
+
+    Args:
+        paths: checkpoints of ``transducer-train``, at least one.
+
+    Returns:
+        A checkpoint that ``Recognizer.from_checkpoint`` and ``init_from`` read. It has no state
+        of an optimizer: a training cannot be resumed from it. What is not floating point is that
+        of the last one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if one is not such a checkpoint, or not of the same model and symbols.
+    """
+    from transducer_toolkit.training.recognizer import CHECKPOINT_KEY, load_checkpoint
+
+    if not paths:
+        raise ValueError("paths must hold at least one checkpoint, got none")
+    sums: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    for path in paths:
+        checkpoint = load_checkpoint(path)
+        weights = checkpoint["state_dict"]
+        if not recipe:
+            recipe, sums = checkpoint[CHECKPOINT_KEY], dict.fromkeys(weights, 0)
+        different = [key for key in recipe if checkpoint[CHECKPOINT_KEY].get(key) != recipe[key]]
+        if different or weights.keys() != sums.keys():
+            what = ", ".join(different) or "names of the weights"
+            raise ValueError(f"{path} differs from {paths[0]} in: {what}")
+        for name, value in weights.items():
+            # float64: the sum of many float32 would lose the last digits.
+            sums[name] = sums[name] + value.double() if value.is_floating_point() else value
+    # The dtypes are those of the last checkpoint, as of all.
+    means = {
+        name: (total / len(paths)).to(weights[name].dtype)
+        if weights[name].is_floating_point()
+        else total
+        for name, total in sums.items()
+    }
+    return {CHECKPOINT_KEY: recipe, "state_dict": means}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transducer-average",
+        description="Write a checkpoint whose weights are the mean of those of others. Keep the "
+        "best five of a training with callbacks.checkpoint.save_top_k=5 "
+        "'callbacks.checkpoint.filename=\"{step}\"'.",
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint of transducer-train"
+    )
+    parser.add_argument("--output", required=True, metavar="PATH", help="file to write")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
