@@ -11,6 +11,7 @@ from transducer_toolkit.export import export_for_sherpa
 from transducer_toolkit.export.onnx_files import Graph, write_graph
 from transducer_toolkit.modules import (
     AdditiveJoiner,
+    ConformerEncoder,
     ConvLstmEncoder,
     EmformerEncoder,
     Joiner,
@@ -76,13 +77,23 @@ def symbols(hypothesis):
     return "".join(SYMBOLS[token] for token in hypothesis.tokens).replace("\u2581", " ")
 
 
+def conformer():
+    sizes = {"conv_channels": 2, "hidden_dim": 16, "num_layers": 2, "num_heads": 2}
+    return ConformerEncoder(**sizes, kernel_size=7)
+
+
 @pytest.mark.parametrize(
-    ("normalization", "joiner", "context_size"),
-    [("utterance", "tanh", 2), ("global", "relu", 1), ("global", "additive", 3)],
+    ("make_encoder", "joiner", "context_size"),
+    [
+        (lambda: conv_lstm("utterance"), "tanh", 2),
+        (conv_lstm, "additive", 3),
+        (conformer, "relu", 1),
+    ],
+    ids=["utterance", "additive", "conformer"],
 )
-def test_sherpa_recognises_what_we_recognise(tmp_path, normalization, joiner, context_size):
+def test_sherpa_recognises_what_we_recognise(tmp_path, make_encoder, joiner, context_size):
     sherpa_onnx = pytest.importorskip("sherpa_onnx")
-    recognizer = random_recognizer(conv_lstm(normalization), joiner, context_size)
+    recognizer = random_recognizer(make_encoder(), joiner, context_size)
     files = export_for_sherpa(recognizer, tmp_path / "new" / "folder", int8=True)
     names = [
         f"{part}{kind}.onnx" for kind in ("", ".int8") for part in ("encoder", "decoder", "joiner")
@@ -146,6 +157,8 @@ def test_what_sherpa_cannot_drive_is_refused(tmp_path):
     recognizer = random_recognizer(conv_lstm("utterance"))
     with pytest.raises(ValueError, match="normalization='global', got 'utterance'"):
         export_for_sherpa(recognizer, tmp_path, streaming=True)
+    with pytest.raises(ValueError, match="EmformerEncoder is exported with streaming=True"):
+        export_for_sherpa(random_recognizer(emformer()), tmp_path)
     with pytest.raises(ValueError, match="chunk_frames must be at least 1, got 0"):
         export_for_sherpa(recognizer, tmp_path, chunk_frames=0)
     with pytest.raises(ValueError, match="with memory_size=0, got EmformerEncoder"):

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def write_graph(graph: Graph, folder: Path) -> Path:
 
     path = folder / f"{graph.name}.onnx"
     axes = {**graph.inputs, **graph.outputs}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch.object(Tensor, "unflatten", _unflatten):
         # That another exporter is the default, that sizes may freeze: _compare() sees to it.
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -82,6 +83,12 @@ def write_graph(graph: Graph, folder: Path) -> Path:
         path.unlink()
         raise
     return path
+
+
+def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """``Tensor.unflatten``, which freezes the other sizes when traced; attention layers use it."""
+    dim %= x.dim()
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transducer_toolkit.export.graphs import (
 )
 from transducer_toolkit.export.onnx_files import Graph, quantize, write_graph
 from transducer_toolkit.export.streaming_graphs import StreamingGraph, streaming_graph
+from transducer_toolkit.modules.emformer import EmformerEncoder
 from transducer_toolkit.modules.encoder import Encoder
 from transducer_toolkit.training.recognizer import Recognizer
 
@@ -65,6 +66,11 @@ def export_for_sherpa(
         raise ValueError(
             f"the encoder's subsampling must be {SUBSAMPLING_FACTOR}, as sherpa-onnx has it, "
             f"got {model.encoder.subsampling_factor}"
+        )
+    if isinstance(model.encoder, EmformerEncoder) and not streaming:
+        raise ValueError(
+            "an EmformerEncoder is exported with streaming=True (--streaming) only: the number of "
+            "its segments would be frozen otherwise"
         )
     if chunk_frames < 1:
         raise ValueError(f"chunk_frames must be at least 1, got {chunk_frames}")

@@ -108,7 +108,6 @@ class StreamingGraph(nn.Module):
     def _subsample(self, x: Tensor, context: Tensor, has_begun: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, T, F) to encoder frames (N, T / 4, D), and the context of the next chunk."""
         normalised = self.encoder.normalizer(x, torch.ones_like(x[:, :, 0], dtype=torch.bool))
-        # Not unflatten(): the exporter would freeze N.
         context = context.reshape(-1, SUBSAMPLING_FACTOR, self.encoder.num_features)
         known = torch.cat((context, normalised), dim=1)
         # The frame of the context comes out again, spoilt by the edge; so does an utterance's
