@@ -35,8 +35,9 @@ def test_public_functions_have_examples():
         assert name == "__version__" or ">>>" in (value.__doc__ or ""), name
 
 
-# cli -> training -> {data, decoding, modules, losses} -> {joint_tiles, lattice, native} -> _C
-LAYERS = {"cli": 4, "training": 3, "data": 2, "decoding": 2, "modules": 2, "losses": 2}
+# cli -> export -> training -> {data, decoding, modules, losses}
+# -> {joint_tiles, lattice, native} -> _C
+LAYERS = {"cli": 5, "export": 4, "training": 3, "data": 2, "decoding": 2, "modules": 2, "losses": 2}
 LAYERS |= {
     "compat": 3,
     "joint_tiles": 1,

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.features import Fbank, StreamingFbank
 
 
 @pytest.mark.parametrize("num_mel_bins", [80, 23])
@@ -62,6 +62,29 @@ def test_input_is_left_alone_and_workers_can_have_it():
     fbank = pickle.loads(pickle.dumps(Fbank()))
     torch.testing.assert_close(fbank(waveform), Fbank()(waveform), rtol=0, atol=0)
     assert torch.equal(waveform, before)
+
+
+@pytest.mark.parametrize("num_samples", [0, 199, 200, 279, 280, 281, 439, 440, 441, 1003, 5021])
+def test_streamed_equals_whole(num_samples):
+    waveform = 0.1 * torch.randn(num_samples)
+    whole = Fbank()(waveform) if num_samples >= 200 else torch.empty(0, 80)
+    stream = StreamingFbank(Fbank())
+    for size in (1, 37, 160, 280, 333, 9999):
+        pieces = [stream.accept(piece) for piece in waveform.split(size)]
+        # A frame comes as soon as its 400 samples are there, the first centred on sample 80.
+        assert sum(map(len, pieces)) == max(0, (num_samples - 280) // 160 + 1)
+        assert len(stream._samples) < 2 * 400
+        # float32 log energies; and finish() begins anew: the next size sees a new utterance
+        streamed = torch.cat([*pieces, stream.finish()])
+        torch.testing.assert_close(streamed, whole, atol=3e-4, rtol=0)
+
+
+def test_errors_of_streaming():
+    stream = StreamingFbank(Fbank())
+    with pytest.raises(ValueError, match=r"samples must be \(n,\), got \(1, 400\)"):
+        stream.accept(torch.zeros(1, 400))
+    with pytest.raises(TypeError, match="samples must be float32, got"):
+        stream.accept(torch.zeros(400, dtype=torch.float64))
 
 
 def test_errors():

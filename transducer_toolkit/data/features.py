@@ -8,7 +8,7 @@ from torch import Tensor
 
 from transducer_toolkit.data.audio import SAMPLE_RATE
 
-__all__ = ["FRAME_SHIFT_MS", "Fbank"]
+__all__ = ["FRAME_SHIFT_MS", "Fbank", "StreamingFbank"]
 
 FRAME_SHIFT_MS = 10.0
 FRAME_LENGTH_MS = 25.0
@@ -84,12 +84,98 @@ class Fbank:
         overhang = (self._length - self._shift) // 2
         reflected = waveform.flip(0)
         extended = torch.cat([reflected[-overhang:], waveform, reflected])
-        frames = extended.unfold(0, self._length, self._shift)[: self.num_frames(len(waveform))]
+        return self._log_mel(extended, self.num_frames(len(waveform)))
+
+    def _log_mel(self, samples: Tensor, num_frames: int) -> Tensor:
+        """Features of the first ``num_frames`` frames of samples that are already extended."""
+        frames = samples.unfold(0, self._length, self._shift)[:num_frames]
         frames = frames - frames.mean(dim=1, keepdim=True)
         previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
         frames = (frames - PREEMPHASIS * previous) * self._window
         power = torch.fft.rfft(frames, n=self._fft_length).abs().square()  # (T_in, bins)
         return (power @ self._mel_weights).clamp_min(torch.finfo(torch.float32).eps).log()
+
+
+class StreamingFbank:
+    """The features of one waveform that comes in pieces, each frame as soon as it is known.
+
+    All pieces together are what ``fbank`` gives for the whole waveform, to rounding, however it is
+    cut. At most two frames of samples are kept.
+
+    Args:
+        fbank: the features to compute.
+
+    Example:
+        >>> stream = StreamingFbank(Fbank())
+        >>> first, second = (torch.rand(16000) - 0.5).split(9000)
+        >>> stream.accept(first).shape, stream.accept(second).shape, stream.finish().shape
+        (torch.Size([55, 80]), torch.Size([44, 80]), torch.Size([1, 80]))
+    """
+
+    _samples: Tensor  # from the start of the next frame on
+    _num_samples: int
+    _num_frames: int
+
+    def __init__(self, fbank: Fbank) -> None:
+        self.fbank = fbank
+        self._reset()
+
+    def accept(self, samples: Tensor) -> Tensor:
+        """Take the next samples.
+
+        Args:
+            samples: float32 ``(n,)``, n >= 0, 16 kHz, in [-1, 1].
+
+        Returns:
+            float32 ``(T, num_mel_bins)``, the frames that are now known, T >= 0.
+
+        Raises:
+            ValueError: not one-dimensional.
+            TypeError: not float32.
+        """
+        if samples.dim() != 1:
+            raise ValueError(f"samples must be (n,), got {tuple(samples.shape)}")
+        if samples.dtype != torch.float32:
+            raise TypeError(f"samples must be float32, got {samples.dtype}")
+        length, shift = self.fbank._length, self.fbank._shift
+        overhang = (length - shift) // 2
+        self._num_samples += len(samples)
+        self._samples = torch.cat([self._samples, samples])
+        if self._num_frames == 0:
+            if self._num_samples < length - overhang:
+                return self._no_frames()
+            self._samples = torch.cat([self._samples[:overhang].flip(0), self._samples])
+        num_frames = max(0, (len(self._samples) - length) // shift + 1)
+        if num_frames == 0:
+            return self._no_frames()
+        features = self.fbank._log_mel(self._samples, num_frames)
+        self._num_frames += num_frames
+        self._samples = self._samples[num_frames * shift :].clone()
+        return features
+
+    def finish(self) -> Tensor:
+        """End the waveform; the next samples begin another.
+
+        Returns:
+            float32 ``(T, num_mel_bins)``, the last frames; none of a waveform that is too short.
+        """
+        num_frames = self.fbank.num_frames(self._num_samples) - self._num_frames
+        if num_frames <= 0:
+            features = self._no_frames()
+        elif self._num_frames == 0:
+            features = self.fbank(self._samples)
+        else:  # all that the reflection reaches is still here
+            extended = torch.cat([self._samples, self._samples.flip(0)])
+            features = self.fbank._log_mel(extended, num_frames)
+        self._reset()
+        return features
+
+    def _reset(self) -> None:
+        self._samples = torch.empty(0)
+        self._num_samples = self._num_frames = 0
+
+    def _no_frames(self) -> Tensor:
+        return torch.empty(0, self.fbank.num_mel_bins)
 
 
 def _mel(frequency_hz: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 """Encoder, predictor, joiner, and the transducer made of them."""
 
 from transducer_toolkit.modules.conformer import ConformerEncoder
-from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder
+from transducer_toolkit.modules.emformer import EmformerEncoder
+from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder, StreamingEncoder
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
 from transducer_toolkit.modules.predictor import LstmPredictor, Predictor, StatelessPredictor
 from transducer_toolkit.modules.transducer import Transducer
@@ -11,10 +12,12 @@ __all__ = [
     "AdditiveJoiner",
     "ConformerEncoder",
     "ConvLstmEncoder",
+    "EmformerEncoder",
     "Encoder",
     "Joiner",
     "LstmPredictor",
     "Predictor",
     "StatelessPredictor",
+    "StreamingEncoder",
     "Transducer",
 ]

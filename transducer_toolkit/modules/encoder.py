@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from transducer_toolkit.modules.encoder_frontend import (
+    SUBSAMPLING_FACTOR,
     ConvSubsampling,
     FeatureNormalizer,
     NumFrames,
@@ -61,6 +65,8 @@ class Encoder(nn.Module, ABC):
 
     def check_input(self, features: Tensor, feature_lengths: Tensor) -> None:
         """Raise the ``ValueError`` that :meth:`forward` promises."""
+        if torch.jit.is_tracing():  # for an export: sizes and lengths are not values but symbols
+            return
         if features.dim() != 3 or features.size(2) != self.num_features:
             raise ValueError(
                 f"features must have shape (B, T_in, {self.num_features}), "
@@ -80,11 +86,124 @@ class Encoder(nn.Module, ABC):
                     )
 
 
-class ConvLstmEncoder(Encoder):
+@dataclass(frozen=True)
+class EncoderState:
+    """What an encoder remembers of one utterance; its size does not grow.
+
+    Attributes:
+        features: (n, F), the feature frames that encoder frames to come will look at.
+        num_seen: how many of them, 0 or the subsampling factor, were encoded already.
+        layers: what the layers behind the subsampling remember.
+    """
+
+    features: Tensor
+    num_seen: int
+    layers: Any
+
+
+class StreamingEncoder(Encoder):
+    """An encoder of normaliser, 4x subsampling and layers that see no, or little, of the future.
+
+    :meth:`stream` takes the features of one utterance in pieces of any size and gives the encoder
+    frames of :meth:`forward`, to rounding, as soon as the features they depend on are there.
+    """
+
+    normalizer: FeatureNormalizer
+    subsampling: ConvSubsampling
+
+    @property
+    @abstractmethod
+    def latency_frames(self) -> int:
+        """Encoder frames from the start of a frame to the last sound it waits for, at most."""
+
+    @abstractmethod
+    def initial_layers(self) -> Any:
+        """What the layers remember before the first frame."""
+
+    @abstractmethod
+    def stream_layers(self, hidden: Tensor, layers: Any, *, final: bool) -> tuple[Tensor, Any]:
+        """The layers behind the subsampling, for (1, n, D), n >= 0, new frames of one utterance.
+
+        Returns:
+            The (1, T, E) frames that are known now, T >= 0, and what to remember.
+        """
+
+    def initial_state(self) -> EncoderState:
+        """The state before the first features of an utterance.
+
+        Raises:
+            ValueError: if the encoder subtracts the mean of the whole utterance.
+        """
+        if self.normalizer.mode != "global":
+            raise ValueError(
+                "streaming needs an encoder with normalization='global', got "
+                f"{self.normalizer.mode!r}: the mean of an utterance is known at its end only; "
+                "train with model.encoder.normalization=global"
+            )
+        weight = self.subsampling.projection.weight
+        features = torch.empty(0, self.num_features, device=weight.device)
+        return EncoderState(features, 0, self.initial_layers())
+
+    @torch.inference_mode()
+    def stream(
+        self, features: Tensor, state: EncoderState, *, final: bool = False
+    ) -> tuple[Tensor, EncoderState]:
+        """Encode the next features of one utterance.
+
+        Args:
+            features: (n, F) float32, any n >= 0.
+            state: from :meth:`initial_state` or the previous call; it is left as it is.
+            final: whether the utterance ends here.
+
+        Returns:
+            ``encoder_out`` (T, E), the frames that are now known, T >= 0, and the next state. All
+            frames of an utterance together are those of :meth:`forward`.
+
+        Raises:
+            ValueError: if features is not (n, F).
+
+        Example:
+            >>> encoder = ConvLstmEncoder(hidden_dim=16, normalization="global").eval()
+            >>> encoder.normalizer.set_statistics(torch.zeros(80), torch.ones(80))
+            >>> first, state = encoder.stream(torch.randn(10, 80), encoder.initial_state())
+            >>> last, _ = encoder.stream(torch.randn(3, 80), state, final=True)
+            >>> first.shape, last.shape
+            (torch.Size([2, 16]), torch.Size([2, 16]))
+        """
+        if features.dim() != 2 or features.size(1) != self.num_features:
+            raise ValueError(
+                f"features must have shape (n, {self.num_features}), got {tuple(features.shape)}"
+            )
+        known = torch.cat([state.features, features.to(state.features.device)])
+        hidden = self._subsample(known, state.num_seen, final=final)
+        encoder_out, layers = self.stream_layers(hidden, state.layers, final=final)
+        # Encoder frame k sees the features 4k - 3 to 4k + 3: before the next one, keep four.
+        num_encoded = state.num_seen + SUBSAMPLING_FACTOR * hidden.size(1)
+        num_seen = min(num_encoded, SUBSAMPLING_FACTOR)
+        features_ahead = known[max(0, num_encoded - SUBSAMPLING_FACTOR) :].clone()
+        return encoder_out[0], EncoderState(features_ahead, num_seen, layers)
+
+    def _subsample(self, features: Tensor, num_seen: int, *, final: bool) -> Tensor:
+        """Normalise and subsample what is complete: (n, F) -> (1, T, D)."""
+        num_frames = len(features)
+        if not final:
+            num_frames -= num_frames % SUBSAMPLING_FACTOR
+        if num_frames <= num_seen:
+            return self.subsampling.projection.weight.new_empty(
+                1, 0, self.subsampling.projection.out_features
+            )
+        mask = torch.ones(1, num_frames, dtype=torch.bool, device=features.device)
+        normalised = self.normalizer(features[None, :num_frames], mask)
+        hidden = self.subsampling(normalised, torch.tensor([num_frames]))
+        # The first of them saw zeros instead of what came before, and was given out already.
+        return hidden[:, num_seen // SUBSAMPLING_FACTOR :]
+
+
+class ConvLstmEncoder(StreamingEncoder):
     """Normalisation, two 2-D convolutions (4x subsampling) and a stack of LSTM layers.
 
-    The LSTM runs forward in time only: with ``normalization="global"`` an encoder frame depends
-    on no audio more than two frames of 40 ms ahead.
+    The LSTM runs forward in time only: with ``normalization="global"`` the encoder streams, and a
+    frame waits for no sound but its own 40 ms.
 
     Args:
         num_features: feature bins, F.
@@ -141,3 +260,21 @@ class ConvLstmEncoder(Encoder):
 
     def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
         return subsampled_length(num_frames)
+
+    @property
+    def latency_frames(self) -> int:
+        return 1
+
+    def initial_layers(self) -> tuple[Tensor, Tensor]:
+        """Hidden and cell state of the LSTM layers, each (num_layers, 1, E)."""
+        weight = self.subsampling.projection.weight
+        hidden, cell = weight.new_zeros(2, self.lstm.num_layers, 1, self.output_dim)
+        return hidden, cell
+
+    def stream_layers(
+        self, hidden: Tensor, layers: tuple[Tensor, Tensor], *, final: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if hidden.size(1) == 0:
+            return hidden, layers
+        hidden, layers = self.lstm(hidden, layers)
+        return self.norm(hidden), layers

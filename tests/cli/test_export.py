@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+
+import pytest
+import torch
+
+from transducer_toolkit.cli.export import main
+from transducer_toolkit.data.audio import read_audio
+from transducer_toolkit.training.recognizer import Recognizer
+
+
+@pytest.fixture
+def checkpoint(trained):
+    return trained / "checkpoints" / "best.ckpt"
+
+
+def test_writes_what_sherpa_reads(checkpoint, tones, tmp_path, capsys):
+    sherpa_onnx = pytest.importorskip("sherpa_onnx")
+    assert main([str(checkpoint), "--output", str(tmp_path), "--int8"]) == 0
+    captured = capsys.readouterr()
+    names = [line.split()[-1].rpartition("/")[2] for line in captured.out.splitlines()]
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 7
+    assert "several symbols on one frame" in captured.err
+    recognizer = Recognizer.from_checkpoint(checkpoint)
+    recognizer.max_symbols_per_frame = 1
+    waveform = read_audio(tones / "test-0.wav")
+    for suffix in ("", ".int8"):
+        client = sherpa_onnx.OfflineRecognizer.from_transducer(
+            *(str(tmp_path / f"{part}{suffix}.onnx") for part in ("encoder", "decoder", "joiner")),
+            tokens=str(tmp_path / "tokens.txt"),
+        )
+        stream = client.create_stream()
+        stream.accept_waveform(16000, waveform.numpy())
+        client.decode_stream(stream)
+        if not suffix:
+            text = " ".join(stream.result.text.split())
+            assert text == recognizer.transcribe([waveform])[0]
+
+
+def test_says_what_cannot_be_exported(checkpoint, tmp_path, capsys):
+    def complaint(*arguments):
+        assert main([*map(str, arguments), "--output", str(tmp_path / "out")]) == 1
+        return capsys.readouterr().err
+
+    assert "normalization='global', got 'utterance'" in complaint(checkpoint, "--streaming")
+    assert "no checkpoint at" in complaint(tmp_path / "none.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "holds no 'recognizer' entry" in complaint(tmp_path / "other.ckpt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_says_which_packages_are_missing(checkpoint, tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name)
+    )
+    assert main([str(checkpoint), "--output", str(tmp_path)]) == 1
+    assert "needs onnxruntime: pip install 'transducer_toolkit[export]'" in capsys.readouterr().err
+
+
+def test_usage(checkpoint, tmp_path, capsys):
+    for arguments, message in (
+        (["--help"], "--streaming"),
+        ([str(checkpoint)], "--output"),
+        ([str(checkpoint), "--output", str(tmp_path), "--chunk-frames", "2"], "goes with --stream"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        captured = capsys.readouterr()
+        assert message in captured.out + captured.err

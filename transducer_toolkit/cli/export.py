@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transducer-export CHECKPOINT --output DIR``: the files that sherpa-onnx loads."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+NEEDED_PACKAGES = ("onnx", "onnxruntime")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; writes the files and prints their paths and sizes.
+
+    Args:
+        argv: arguments, those of the command line by default.
+
+    Returns:
+        The exit status: 0, or 1 if the checkpoint could not be exported.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.chunk_frames is not None and not args.streaming:
+        parser.error("--chunk-frames goes with --streaming")
+    missing = [name for name in NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"transducer-export needs {' and '.join(missing)}: "
+            "pip install 'transducer_toolkit[export]'",
+            file=sys.stderr,
+        )
+        return 1
+    # Late imports: --help stays quick.
+    from transducer_toolkit.export import export_for_sherpa
+    from transducer_toolkit.training.recognizer import TRUSTED_PACKAGES, Recognizer
+
+    try:
+        recognizer = Recognizer.from_checkpoint(
+            args.checkpoint, trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package)
+        )
+        files = export_for_sherpa(
+            recognizer,
+            args.output,
+            streaming=args.streaming,
+            int8=args.int8,
+            **({} if args.chunk_frames is None else {"chunk_frames": args.chunk_frames}),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"transducer-export: {error}", file=sys.stderr)
+        return 1
+    for path in files:
+        print(f"{path.stat().st_size:12,d}  {path}")
+    if recognizer.max_symbols_per_frame > 1:
+        print(
+            "note: this model was trained to emit several symbols on one frame; sherpa-onnx takes "
+            "one at most. Compare `transducer-evaluate max_symbols_per_frame=1`; "
+            "loss.rnnt_type=modified trains for it.",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transducer-export",
+        description="Write a checkpoint of transducer-train as encoder.onnx, decoder.onnx (the "
+        "predictor), joiner.onnx and tokens.txt for sherpa-onnx. onnxruntime runs each file, and "
+        "its result is compared with the model's.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of transducer-train")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the files"
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="also write NAME.int8.onnx, with weights in int8"
+    )
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="for sherpa-onnx's streaming recognizer; the encoder must stream",
+    )
+    parser.add_argument(
+        "--chunk-frames",
+        type=int,
+        metavar="N",
+        help="with --streaming: encoder frames of 40 ms that an LSTM encoder takes at once "
+        "(default: 4; an Emformer has its segments)",
+    )
+    parser.add_argument(
+        "--trust-package",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="also instantiate model classes of this Python package; may be repeated",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

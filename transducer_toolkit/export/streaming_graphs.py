@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming encoders as sherpa-onnx's streaming client calls them: a chunk and two state tensors.
+
+The client knows a few encoders; the interface of its "lstm" serves any. For each stream it keeps
+``h (L, 1, H)`` and ``c (L, 1, C)``, zero at first, joins those of several streams on the second
+axis, hands over a chunk of T feature frames and moves on by ``decode_chunk_len``. Here h and c hold
+what :class:`~transducer_toolkit.modules.encoder.EncoderState` holds, side by side.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from transducer_toolkit.modules.emformer import EmformerEncoder
+from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder, StreamingEncoder
+from transducer_toolkit.modules.encoder_frontend import SUBSAMPLING_FACTOR
+
+
+def streaming_graph(encoder: Encoder, projection: nn.Module, chunk_frames: int) -> StreamingGraph:
+    """The graph of an encoder that streams.
+
+    Args:
+        encoder: a ConvLstmEncoder or an EmformerEncoder, normalised globally.
+        projection: applied to its frames.
+        chunk_frames: encoder frames a call for a ConvLstmEncoder; an EmformerEncoder has its own.
+
+    Raises:
+        ValueError: for any other encoder.
+    """
+    if isinstance(encoder, StreamingEncoder):
+        encoder.initial_state()  # refuses an encoder that needs the whole utterance
+        if isinstance(encoder, ConvLstmEncoder):
+            return ConvLstmGraph(encoder, projection, chunk_frames)
+        if isinstance(encoder, EmformerEncoder) and not encoder.emformer.use_mem:
+            return EmformerGraph(encoder, projection)
+    raise ValueError(
+        "a streaming export is made of a ConvLstmEncoder, or an EmformerEncoder with "
+        f"memory_size=0, got {type(encoder).__name__}"
+    )
+
+
+class StreamingGraph(nn.Module):
+    """``x (N, T, F), h (L, N, H), c (L, N, C) -> (N, T', J), h, c``.
+
+    Behind the layers' own numbers, c holds in its first row the last four normalised feature
+    frames and the number of encoder frames so far, as far as it matters.
+
+    Attributes:
+        chunk_frames: encoder frames a call, T'.
+        ahead_frames: encoder frames that T spans beyond them.
+        num_layers: L.
+        h_size, c_size: what the layers themselves keep in h and in c.
+    """
+
+    chunk_frames: int
+    ahead_frames: int
+    num_layers: int
+    h_size: int
+    c_size: int
+
+    def __init__(self, encoder: StreamingEncoder, projection: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projection = projection
+        self.num_context = SUBSAMPLING_FACTOR * encoder.num_features
+
+    @property
+    def metadata(self) -> dict[str, str | int]:
+        """What the client reads."""
+        return {
+            "model_type": "lstm",
+            "num_encoder_layers": self.num_layers,
+            "T": SUBSAMPLING_FACTOR * (self.chunk_frames + self.ahead_frames),
+            "decode_chunk_len": SUBSAMPLING_FACTOR * self.chunk_frames,
+            "d_model": self.h_size,
+            "rnn_hidden_size": self.c_size + self.num_context + 1,
+        }
+
+    def initial_states(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """h and c of a stream that has not begun."""
+        sizes = self.h_size, self.c_size + self.num_context + 1
+        h, c = (torch.zeros(self.num_layers, batch_size, size) for size in sizes)
+        return h, c
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        context, num_past = c[0, :, self.c_size : -1], c[0, :, -1:]
+        hidden, context = self._subsample(x, context, num_past > 0)
+        encoder_out, h, c_layers = self.layers(hidden, h, c[:, :, : self.c_size], num_past)
+        num_past = num_past.add(self.chunk_frames).clamp(max=self.max_past)
+        rest = torch.cat((context, num_past), dim=1).unsqueeze(0)
+        rest = rest.expand(self.num_layers, -1, -1)
+        return self.projection(encoder_out), h, torch.cat((c_layers, rest), dim=2)
+
+    @abstractmethod
+    def layers(
+        self, hidden: Tensor, h: Tensor, c: Tensor, num_past: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, T' + ahead, D) frames and the layers' states to (N, T', E) and the next states."""
+
+    @property
+    def max_past(self) -> int:
+        """From how many frames on their exact number does not matter, at least 1."""
+        return 1
+
+    def _subsample(self, x: Tensor, context: Tensor, has_begun: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, T, F) to encoder frames (N, T / 4, D), and the context of the next chunk."""
+        normalised = self.encoder.normalizer(x, torch.ones_like(x[:, :, 0], dtype=torch.bool))
+        context = context.reshape(-1, SUBSAMPLING_FACTOR, self.encoder.num_features)
+        known = torch.cat((context, normalised), dim=1)
+        # The frame of the context comes out again, spoilt by the edge; so does an utterance's
+        # first, which must see nothing before it, not even the zeros' own image.
+        hidden = self._convolve(known)[:, 1:]
+        first = self._convolve(normalised[:, :SUBSAMPLING_FACTOR])
+        first = torch.where(has_begun.unsqueeze(1), hidden[:, :1], first)
+        end = SUBSAMPLING_FACTOR * self.chunk_frames  # in known: four before the next chunk
+        context = known[:, end : end + SUBSAMPLING_FACTOR].flatten(1)
+        return torch.cat((first, hidden[:, 1:]), dim=1), context
+
+    def _convolve(self, features: Tensor) -> Tensor:
+        lengths = torch.ones_like(features[:, 0, 0], dtype=torch.int64) * features.size(1)
+        return self.encoder.subsampling(features, lengths)
+
+
+class ConvLstmGraph(StreamingGraph):
+    """h and c are those of the LSTM."""
+
+    def __init__(self, encoder: ConvLstmEncoder, projection: nn.Module, chunk_frames: int) -> None:
+        super().__init__(encoder, projection)
+        self.lstm, self.norm = encoder.lstm, encoder.norm
+        self.chunk_frames = chunk_frames
+        self.ahead_frames = 0
+        self.num_layers = encoder.lstm.num_layers
+        self.h_size = self.c_size = encoder.output_dim
+
+    def layers(
+        self, hidden: Tensor, h: Tensor, c: Tensor, num_past: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, (h, c) = self.lstm(hidden, (h, c.contiguous()))
+        return self.norm(hidden), h, c
+
+
+class EmformerGraph(StreamingGraph):
+    """h and c are the keys and the values of each layer's left context.
+
+    torchaudio's Emformer cuts the left context to the frames there were, which a graph of fixed
+    sizes cannot: here all of it is there, and what lies before the first frame is masked.
+    """
+
+    def __init__(self, encoder: EmformerEncoder, projection: nn.Module) -> None:
+        super().__init__(encoder, projection)
+        self.emformer = encoder.emformer
+        self.chunk_frames = encoder.segment_length
+        self.ahead_frames = encoder.right_context
+        self.left_context = encoder.emformer.left_context_length
+        self.num_layers = len(encoder.emformer.emformer_layers)
+        self.h_size = self.c_size = max(1, self.left_context) * encoder.output_dim
+
+    @property
+    def max_past(self) -> int:
+        return max(1, self.left_context)
+
+    def layers(
+        self, hidden: Tensor, h: Tensor, c: Tensor, num_past: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_kept = max(1, self.left_context)
+        missing = torch.arange(num_kept, 0, -1) > num_past.clamp(max=self.left_context)  # (N, kept)
+        here = torch.zeros_like(hidden[:, :, 0], dtype=torch.bool)
+        masked = torch.cat((missing, here), dim=1)[:, None, None]  # (N, 1, 1, kept + window)
+        next_h, next_c = [], []
+        for layer, past_keys, past_values in zip(
+            self.emformer.emformer_layers, h.unbind(0), c.unbind(0), strict=True
+        ):
+            attention, heads, dim = layer.attention, layer.attention.num_heads, hidden.size(2)
+            normed = layer.layer_norm_input(hidden)
+            keys, values = attention.emb_to_key_value(normed).chunk(2, dim=2)
+            keys = torch.cat((past_keys.reshape(-1, num_kept, dim), keys), dim=1)
+            values = torch.cat((past_values.reshape(-1, num_kept, dim), values), dim=1)
+            # (N, frames, D) -> (N, heads, frames, D / heads)
+            query, key, value = (
+                part.reshape(-1, part.size(1), heads, dim // heads).transpose(1, 2)
+                for part in (attention.emb_to_query(normed) * attention.scaling, keys, values)
+            )
+            scores = (query @ key.transpose(2, 3)).masked_fill(masked, attention.negative_inf)
+            attended = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+            hidden = hidden + attention.out_proj(attended)
+            hidden = layer.layer_norm_output(hidden + layer.pos_ff(hidden))
+            # The right context is encoded again as part of the next segment.
+            kept = slice(self.chunk_frames, self.chunk_frames + num_kept)
+            next_h.append(keys[:, kept].flatten(1))
+            next_c.append(values[:, kept].flatten(1))
+        return hidden[:, : self.chunk_frames], torch.stack(next_h), torch.stack(next_c)
