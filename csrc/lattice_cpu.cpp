@@ -50,7 +50,8 @@ class Utterance {
       const Score penalty = Penalty(t);
       for (int64_t u = here.end - 1; u >= here.begin; --u) {
         const int64_t cell = here.offset + u;
-        has_nan |= std::isnan(blank_[cell]) | (u < labels_ && std::isnan(label_[cell]));
+        has_nan |= std::isnan(blank_[cell]);
+        has_nan |= u < labels_ && std::isnan(label_[cell]);
         const Score by_blank = blank_[cell] + AfterBlank(beta, next, t, u);
         const Score by_label =
             u < labels_ ? LabelScore(here, u, penalty) + AfterLabel(beta, here, next, t, u)

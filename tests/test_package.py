@@ -40,6 +40,7 @@ def test_public_functions_have_examples():
 LAYERS = {"cli": 5, "export": 4, "training": 3, "data": 2, "decoding": 2, "modules": 2, "losses": 2}
 LAYERS |= {
     "compat": 3,
+    "arguments": 0,
     "joint_tiles": 1,
     "lattice": 1,
     "native": 1,

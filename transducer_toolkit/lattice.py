@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from transducer_toolkit.arguments import check_tensor
+
 
 @dataclass(frozen=True, eq=False)
 class LatticeShape:
@@ -132,7 +134,16 @@ class LatticeShape:
 
 
 def _lengths(lengths: Tensor | Sequence[int], name: str, *, minimum: int) -> Tensor:
-    tensor = torch.as_tensor(lengths).detach().cpu()
+    if isinstance(lengths, Tensor):
+        check_tensor(lengths, name)
+        if lengths.device.type == "meta":
+            raise ValueError(f"{name}: expected numbers, got a tensor on device meta")
+        tensor = lengths.detach().cpu()
+    else:
+        try:
+            tensor = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected integers, got {lengths!r}") from error
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(f"{name}: expected a shape of (B,) with B >= 1, got {tuple(tensor.shape)}")
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:

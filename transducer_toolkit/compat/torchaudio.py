@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transducer_toolkit.arguments import check_flag, check_int, check_tensor
 from transducer_toolkit.losses.packed import transducer_loss
 
 
@@ -51,6 +52,9 @@ def rnnt_loss(
         >>> rnnt_loss(torch.zeros(1, 1, 2, 4), torch.tensor([[2]], dtype=torch.int32), one, one)
         tensor(2.7726)
     """
+    check_tensor(logits, "logits")
+    check_int(blank, "blank")
+    check_flag(fused_log_softmax, "fused_log_softmax")
     if logits.dim() != 4:
         raise ValueError(f"logits: expected shape (B, T, U + 1, V), got {tuple(logits.shape)}")
     loss = transducer_loss(

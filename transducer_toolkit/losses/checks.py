@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from transducer_toolkit import native
+from transducer_toolkit.arguments import check_flag, check_int, check_number, check_tensor
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -30,12 +31,6 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
             )
 
 
-def check_tensor(value: object, name: str) -> None:
-    """Raises a TypeError unless `value` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-
-
 def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises a TypeError unless the dtype is one of `dtypes`."""
     if tensor.dtype not in dtypes:
@@ -45,6 +40,7 @@ def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> N
 
 def check_dropped_mass(dropped_mass: float) -> None:
     """Raises a ValueError unless 0 <= dropped_mass < 1."""
+    check_number(dropped_mass, "dropped_mass")
     if not 0 <= dropped_mass < 1:
         raise ValueError(f"dropped_mass: expected 0 <= dropped_mass < 1, got {dropped_mass}")
 
@@ -127,9 +123,8 @@ def check_targets_and_lengths(
 
 
 def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
-    """Raises a TypeError unless blank is an integer, a ValueError unless 0 <= blank < V."""
-    if not isinstance(blank, int) or isinstance(blank, bool):
-        raise TypeError(f"{name}: expected an int, got {type(blank).__name__}")
+    """Raises a TypeError unless blank is an int, a ValueError unless 0 <= blank < V."""
+    check_int(blank, name)
     if not 0 <= blank < vocab_size:
         raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V of logits), got {blank}")
 
@@ -243,7 +238,7 @@ def check_ranges_values(
     real = (frames >= 0) & (frames < logit_lengths.cpu()[:, None])
     start = ranges[:, :, :1].cpu()
     is_run = (ranges.cpu() == start + torch.arange(width)).all(2)
-    fits = (start[:, :, 0] >= 0) & (start[:, :, 0] + width <= max_targets + 1)
+    fits = (start[:, :, 0] >= 0) & (start[:, :, 0] <= max_targets + 1 - width)
     bad = ~(is_run & fits) & real
     if bool(bad.any()):
         b, t = (int(i) for i in bad.nonzero()[0])
@@ -272,10 +267,21 @@ def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str)
             )
 
 
+def check_validate(validate: bool | None) -> None:
+    """Raises a TypeError unless `validate` is a bool or None."""
+    if validate is not None:
+        check_flag(validate, "validate")
+
+
 def check_options(fastemit_lambda: float, delay_penalty: float, clamp: float = 0.0) -> None:
-    """Raises a ValueError for a negative or non-finite weight, or a clamp that is NaN."""
+    """Raises a ValueError for a negative or non-finite weight, or a clamp that is NaN.
+
+    Or a TypeError for what is no number.
+    """
     for name, value in (("fastemit_lambda", fastemit_lambda), ("delay_penalty", delay_penalty)):
+        check_number(value, name)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    check_number(clamp, "clamp")
     if clamp != clamp:  # NaN; torch.compile traces this, but not math.isnan
         raise ValueError("clamp: expected a number, got nan")

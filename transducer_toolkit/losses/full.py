@@ -126,6 +126,7 @@ def joint_loss(
     """:func:`rnnt_loss`; with ranges :func:`~transducer_toolkit.rnnt_loss_pruned`."""
     check_reduction(reduction)
     checks.check_options(fastemit_lambda, delay_penalty)
+    checks.check_flag(return_grad, "return_grad")
     _check_arguments(logits, symbols, ranges, termination_symbol, boundary, rnnt_type)
     whole = boundary_or_everything(boundary, logits.size(0), symbols.size(1), logits.size(1))
     s_begin, t_begin, s_end, t_end = whole.unbind(1)
@@ -179,6 +180,9 @@ def joint_logprobs(
     num_symbols = symbols.size(1)
     whole = boundary_or_everything(boundary, num_utterances, num_symbols, num_frames)
     safe, invalid = checked_symbols(symbols, whole, max_frames=num_frames, vocab_size=vocab_size)
+    if ranges is not None and ranges.device.type == whole.device.type == "cpu":
+        first, end = whole[:, 1], whole[:, 3]
+        checks.check_ranges_values(ranges, end - first, num_symbols, first)
     is_frame = real_frames(whole, num_frames, logits.device)[:, :, None]  # (B, T, 1)
     is_column = real_columns(whole, num_symbols + 1, logits.device)[:, None]  # (B, 1, S + 1)
     next_symbol = torch.nn.functional.pad(safe, (0, 1))[:, None].expand(-1, num_frames, -1)

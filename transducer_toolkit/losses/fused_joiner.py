@@ -112,6 +112,8 @@ def fused_joiner_loss(
     checks.check_options(fastemit_lambda, delay_penalty, clamp)
     _check_arguments(enc, pred, weight, bias, targets, logit_lengths, target_lengths, blank)
     _check_choices(activation, topology, dropped_mass, tile_cells)
+    checks.check_validate(validate)
+    checks.check_flag(return_kept, "return_kept")
     checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
     native.require_supported_device(enc.device)
     checks.refuse_forward_mode(enc, pred, weight, bias)
@@ -151,7 +153,7 @@ def fused_joiner_loss(
         float(delay_penalty),
         float(clamp),
         float(dropped_mass),
-        tile_cells or 0,
+        min(tile_cells or 0, num_rows),
         validate,
         with_grad or return_kept,
     )
@@ -283,5 +285,7 @@ def _check_choices(
     checks.check_choice(activation, "activation", native.ACTIVATIONS)
     checks.check_choice(topology, "topology", native.TOPOLOGIES)
     checks.check_dropped_mass(dropped_mass)
-    if tile_cells is not None and (not isinstance(tile_cells, int) or tile_cells < 1):
-        raise ValueError(f"tile_cells: expected None or an int of at least 1, got {tile_cells}")
+    if tile_cells is not None:
+        checks.check_int(tile_cells, "tile_cells")
+        if tile_cells < 1:
+            raise ValueError(f"tile_cells: expected None or at least 1, got {tile_cells}")

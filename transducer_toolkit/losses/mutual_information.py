@@ -65,6 +65,7 @@ def mutual_information_recursion(
         F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022, eq. 4 and 5.
     """
     topology = _check_arguments(px, py, boundary, "px", "py")
+    checks.check_flag(return_grad, "return_grad")
     boundary = boundary_or_everything(boundary, px.size(0), px.size(1), py.size(2))
     with_uses = return_grad or (torch.is_grad_enabled() and (px.requires_grad or py.requires_grad))
     losses, blank_posteriors, label_posteriors = lattice_losses(

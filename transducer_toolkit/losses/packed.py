@@ -106,6 +106,13 @@ def transducer_loss(
     check_reduction(reduction)
     _check_arguments(logits, targets, logit_lengths, target_lengths, blank)
     checks.check_options(fastemit_lambda, delay_penalty, clamp)
+    for name, flag in (
+        ("from_log_softmax", from_log_softmax),
+        ("one_sym_per_frame", one_sym_per_frame),
+        ("inplace", inplace),
+    ):
+        checks.check_flag(flag, name)
+    checks.check_validate(validate)
     losses = logits_loss(
         logits,
         targets,

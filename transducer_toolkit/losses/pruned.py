@@ -64,8 +64,7 @@ def rnnt_loss_pruned(
     Source:
         F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022, section 3.
     """
-    if ranges is None:
-        raise TypeError("ranges: expected a torch.Tensor, got None; rnnt_loss takes no ranges")
+    _require_ranges(ranges)
     return joint_loss(
         logits, symbols, ranges, termination_symbol, boundary, rnnt_type, delay_penalty, reduction,
         return_grad, fastemit_lambda,
@@ -106,4 +105,10 @@ def get_rnnt_logprobs_pruned(
         >>> px.isfinite().sum().item(), py.isfinite().sum().item()
         (6, 8)
     """
+    _require_ranges(ranges)
     return joint_logprobs(logits, symbols, ranges, termination_symbol, boundary, rnnt_type)
+
+
+def _require_ranges(ranges: object) -> None:
+    if ranges is None:
+        raise TypeError("ranges: expected a torch.Tensor, got None; rnnt_loss takes no ranges")

@@ -241,8 +241,7 @@ def _check_arguments(
     """Raises for everything but boundary values; returns rnnt_type."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    if not isinstance(s_range, int) or isinstance(s_range, bool):
-        raise TypeError(f"s_range: expected an int, got {type(s_range).__name__}")
+    checks.check_int(s_range, "s_range")
     if s_range < 1:
         raise ValueError(f"s_range: expected at least 1, got {s_range}")
     for name, tensor, axes in (

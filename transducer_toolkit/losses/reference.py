@@ -133,14 +133,28 @@ def recursion_loss(
     log_probs: Tensor, targets: Tensor, blank: int, topology: str, delay_penalty: float = 0.0
 ) -> Tensor:
     """The same number by the forward recursion over (t, u); arguments of brute_force_loss."""
-    blank_scores, label_scores = arc_scores(log_probs, targets, blank, topology, delay_penalty)
+    return -path_sum(*arc_scores(log_probs, targets, blank, topology, delay_penalty), topology)
+
+
+def path_sum(blank_scores: Tensor, label_scores: Tensor, topology: str) -> Tensor:
+    """log of the sum over all paths of one utterance; its derivatives are posteriors.
+
+    Args:
+        blank_scores: (T, U + 1), as :func:`arc_scores` gives them.
+        label_scores: (T, U), likewise.
+        topology: see :func:`lattice_paths`.
+
+    Example:
+        >>> path_sum(torch.zeros(3, 3), torch.zeros(3, 2), "regular")  # of 6 paths
+        tensor(1.7918)
+    """
     num_frames, columns = blank_scores.shape
-    zero = log_probs.new_full((), float("-inf"))
+    zero = blank_scores.new_full((), float("-inf"))
     previous: list[Tensor] = []  # alpha(t - 1, u)
     for t in range(num_frames + 1):  # row T holds the final node
         current: list[Tensor] = []
         for u in range(columns):
-            terms = [log_probs.new_zeros(())] if t == u == 0 else []
+            terms = [blank_scores.new_zeros(())] if t == u == 0 else []
             if t > 0:
                 terms.append(previous[u] + blank_scores[t - 1, u])
             if u > 0 and topology == "regular" and t < num_frames:
@@ -152,7 +166,7 @@ def recursion_loss(
             terms = [term for term in terms if term != float("-inf")]
             current.append(torch.logsumexp(torch.stack(terms), 0) if terms else zero)
         previous = current
-    return -previous[-1]
+    return previous[-1]
 
 
 def reference_loss(

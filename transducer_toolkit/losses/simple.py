@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from transducer_toolkit import native
+from transducer_toolkit.losses import checks
 from transducer_toolkit.losses.boundary import boundary_or_everything
-from transducer_toolkit.losses.checks import refuse_forward_mode
 from transducer_toolkit.losses.mutual_information import (
     lattice_losses,
     posteriors_of_symbols_and_frames,
@@ -254,12 +252,12 @@ def _loss(
     return_grad: bool,
 ) -> Tensor | LossAndGrads:
     check_reduction(reduction)
-    if not 0 <= delay_penalty < math.inf:
-        raise ValueError(f"delay_penalty: expected a finite number >= 0, got {delay_penalty}")
+    checks.check_options(0.0, delay_penalty)
+    checks.check_flag(return_grad, "return_grad")
     check_arguments(
         lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale, boundary, rnnt_type
     )
-    refuse_forward_mode(am, lm)
+    checks.refuse_forward_mode(am, lm)
     boundary = boundary_or_everything(boundary, am.size(0), symbols.size(1), am.size(1))
     needs_gradient = torch.is_grad_enabled() and (lm.requires_grad or am.requires_grad)
     blank, label = additive_scores(

@@ -73,8 +73,8 @@ def additive_scores(
         blank = blank + am_only_scale * (am_blank + prior_blank - am_normaliser)
         label = label + am_only_scale * (am_label + prior_label[:, None, :] - am_normaliser)
     assert isinstance(blank, Tensor) and isinstance(label, Tensor)
-    # lm_only alone does not depend on the frame.
-    blank = blank.expand(-1, am.size(1), -1)
+    # lm_only alone does not depend on the frame, nor am_only's blank on the column.
+    blank = blank.expand(-1, am.size(1), lm.size(1))
     label = label.expand(-1, am.size(1), -1)
     if is_invalid is not None:
         label = label.masked_fill(is_invalid[:, None, :], float("nan"))
@@ -108,6 +108,7 @@ def check_arguments(
 ) -> None:
     check_rnnt_type(rnnt_type)
     for name, scale in (("lm_only_scale", lm_only_scale), ("am_only_scale", am_only_scale)):
+        checks.check_number(scale, name)
         if not 0 <= scale <= 1:
             raise ValueError(f"{name}: expected a number from 0 to 1, got {scale}")
     if lm_only_scale + am_only_scale > 1 + 1e-6:
@@ -145,10 +146,7 @@ def check_arguments(
             f"am: expected shape ({num_utterances}, T, V) with T >= 1, B from symbols, "
             f"got {tuple(am.shape)}"
         )
-    if not isinstance(termination_symbol, int):
-        raise TypeError(
-            f"termination_symbol: expected an int, got {type(termination_symbol).__name__}"
-        )
+    checks.check_int(termination_symbol, "termination_symbol")
     if not 0 <= termination_symbol < vocab_size:
         raise ValueError(
             f"termination_symbol: expected 0 <= termination_symbol < {vocab_size} (V of am), "

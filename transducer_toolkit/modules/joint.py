@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transducer_toolkit import native
+from transducer_toolkit.arguments import check_tensor
 from transducer_toolkit.joint_tiles import JointTiles, autocast
 from transducer_toolkit.lattice import LatticeShape
 
@@ -86,6 +87,9 @@ def joiner_logits(
         torch.Size([6, 7])
     """
     _check(enc, pred, shape, activation)
+    check_tensor(weight, "weight")
+    if bias is not None:
+        check_tensor(bias, "bias")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
@@ -137,13 +141,10 @@ def check_activation(activation: str) -> None:
 
 def _check(enc: Tensor, pred: Tensor, shape: LatticeShape, activation: str) -> None:
     check_activation(activation)
-    for name, value, kind in (
-        ("enc", enc, Tensor),
-        ("pred", pred, Tensor),
-        ("shape", shape, LatticeShape),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+    check_tensor(enc, "enc")
+    check_tensor(pred, "pred")
+    if not isinstance(shape, LatticeShape):
+        raise TypeError(f"shape: expected a LatticeShape, got {type(shape).__name__}")
     if enc.dtype not in native.SUPPORTED_DTYPES or enc.dtype != pred.dtype:
         supported = ", ".join(
             str(dtype).removeprefix("torch.") for dtype in native.SUPPORTED_DTYPES

@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: Apache-2.0
+// libFuzzer: every CPU stage on a batch made from raw bytes. csrc/tests/fuzz.sh builds and runs it.
+//
+// Half of the inputs are lengths that fit, the other half what nobody validated: lengths, targets,
+// bands and begins of any value, with rows laid out as native.py lays them out. The sanitizers watch
+// memory (every array has its exact size); Require() watches the contracts: which losses are NaN,
+// what a sum of posteriors is, that every row of a gradient is written, that threads change no bit.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../cell_scores.h"
+#include "../joint_tile.h"
+#include "../lattice.h"
+#include "../log_add.h"
+#include "../logits_grad.h"
+#include "../normaliser_repair.h"
+#include "../occupancy.h"
+
+namespace transducer {
+namespace {
+
+#define REQUIRE(condition) \
+  do {                     \
+    if (!(condition)) {    \
+      std::fprintf(stderr, "%s:%d: required %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();        \
+    }                      \
+  } while (false)
+
+// Numbers from the fuzzer's bytes; zeros when they are used up.
+class Bytes {
+ public:
+  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+
+  template <typename T>
+  T Take() {
+    T value{};
+    const size_t count = std::min(sizeof(T), size_);
+    std::memcpy(&value, data_, count);
+    data_ += count;
+    size_ -= count;
+    return value;
+  }
+  int64_t Below(int64_t limit) { return Take<uint8_t>() % limit; }
+  bool Flip() { return Take<uint8_t>() & 1; }
+
+  // Something near a border of what is legal, or anything at all.
+  int64_t Wild(int64_t limit) {
+    switch (Below(6)) {
+      case 0: return Take<int64_t>();
+      case 1: return Below(3) - 2;
+      case 2: return limit + Below(3) - 1;
+      case 3: return std::numeric_limits<int64_t>::max() - Below(2);
+      default: return Below(limit + 1);
+    }
+  }
+
+  // A logit: most are small, some are any bits of a float32.
+  double Logit() {
+    const uint8_t kind = Take<uint8_t>();
+    if (kind < 240) return (kind - 120) / 8.0;
+    if (kind < 246) return -std::numeric_limits<double>::infinity();
+    return static_cast<double>(Take<float>());
+  }
+
+ private:
+  const uint8_t* data_;
+  size_t size_;
+};
+
+struct Problem {
+  LatticeBatch batch{};
+  std::vector<int64_t> num_frames, num_targets, first_row, targets, band_start, first_frame;
+  int64_t vocab_size = 0, blank = 0;
+  bool from_log_softmax = false;
+  LatticeOptions options;
+  std::vector<double> logits;
+};
+
+int64_t Clamped(int64_t x, int64_t low, int64_t high) { return std::min(std::max(x, low), high); }
+
+Problem MakeProblem(Bytes* bytes) {
+  Problem p;
+  const bool wild = bytes->Flip(), is_padded = bytes->Flip(), has_band = bytes->Flip();
+  const bool has_begins = is_padded && bytes->Flip();
+  const int64_t size = 1 + bytes->Below(3);
+  const int64_t max_frames = 1 + bytes->Below(6), max_targets = bytes->Below(5);
+  const int64_t width = has_band ? 1 + bytes->Below(max_targets + 1) : max_targets + 1;
+  p.vocab_size = 1 + bytes->Below(20);
+  p.blank = bytes->Below(p.vocab_size);
+  p.from_log_softmax = bytes->Flip();
+  p.options.topology = static_cast<Topology>(bytes->Below(4));
+  p.options.delay_penalty = bytes->Below(3) * 0.25;
+  p.options.fastemit_lambda = bytes->Below(3) * 0.5;
+  int64_t rows = 0;
+  for (int64_t b = 0; b < size; ++b) {
+    int64_t frames = wild ? bytes->Wild(max_frames) : 1 + bytes->Below(max_frames);
+    int64_t labels = wild ? bytes->Wild(max_targets) : bytes->Below(max_targets + 1);
+    int64_t begin_frame = 0, begin_label = 0;
+    if (has_begins) {
+      begin_frame = wild ? bytes->Wild(max_frames) : bytes->Below(max_frames - frames + 1);
+      begin_label = wild ? bytes->Wild(max_targets) : bytes->Below(max_targets - labels + 1);
+    }
+    p.num_frames.push_back(frames);
+    p.num_targets.push_back(labels);
+    p.first_frame.push_back(begin_frame);
+    const int64_t stride = is_padded ? width : has_band ? width : Clamped(labels, -1, max_targets) + 1;
+    // Products as native.py forms them; unsigned, for two's complement whatever comes.
+    const uint64_t shift = static_cast<uint64_t>(begin_frame) * static_cast<uint64_t>(stride) +
+                           (has_band ? 0 : static_cast<uint64_t>(begin_label));
+    const int64_t room =
+        is_padded ? max_frames * width : Clamped(frames, 0, max_frames) * stride;
+    p.first_row.push_back(static_cast<int64_t>(static_cast<uint64_t>(rows) + shift));
+    rows += room;
+    for (int64_t t = 0; t < max_frames && has_band; ++t) {
+      const int64_t highest = std::max<int64_t>(0, max_targets + 1 - width);
+      p.band_start.push_back(wild && bytes->Flip() ? bytes->Wild(max_targets)
+                                                   : bytes->Below(highest + 1));
+    }
+    for (int64_t u = 0; u < max_targets; ++u) {
+      const bool is_label = u < labels;
+      p.targets.push_back(wild || !is_label ? bytes->Wild(p.vocab_size)
+                                            : bytes->Below(p.vocab_size));
+    }
+  }
+  p.batch = {size,
+             max_frames,
+             max_targets,
+             rows,
+             is_padded || has_band ? width : 0,
+             is_padded ? max_frames * width : 0,
+             p.num_frames.data(),
+             p.num_targets.data(),
+             p.first_row.data(),
+             p.targets.data(),
+             has_band ? p.band_start.data() : nullptr,
+             has_begins ? p.first_frame.data() : nullptr};
+  for (int64_t i = 0; i < rows * p.vocab_size; ++i) p.logits.push_back(bytes->Logit());
+  return p;
+}
+
+// Everything that the stages give, for one number of threads. `uses` may be asked for or not.
+struct Results {
+  std::vector<Score> normaliser, blank, label, loss, use_blank, use_label, dropped;
+  std::vector<int64_t> kept, num_kept;
+};
+
+template <typename T>
+std::vector<T> Converted(const std::vector<double>& values) {
+  std::vector<T> converted;
+  for (const double value : values) {
+    converted.push_back(FromCompute<T>(static_cast<Compute<T>>(value)));
+  }
+  return converted;
+}
+
+constexpr Score kUnwritten = -12345;
+
+template <typename T>
+Results Forward(const Problem& p, const std::vector<T>& logits, const RowTile& tile, int threads) {
+  const size_t rows = static_cast<size_t>(p.batch.num_rows);
+  const size_t size = static_cast<size_t>(p.batch.num_utterances);
+  Results r;
+  r.normaliser.assign(rows, 0);
+  r.blank.assign(rows, 0);
+  r.label.assign(rows, 0);
+  CellScoresCpu(p.batch, tile, logits.data(), p.vocab_size, p.blank, p.from_log_softmax, threads,
+                r.normaliser.data(), r.blank.data(), r.label.data());
+  r.loss.assign(size, kUnwritten);
+  r.use_blank.assign(rows, 0);
+  r.use_label.assign(rows, 0);
+  LatticeCpu(p.batch, p.options, r.blank.data(), r.label.data(), threads, nullptr, r.loss.data(),
+             r.use_blank.data(), r.use_label.data());
+  std::vector<Score> scratch(rows), loss_alone(size, kUnwritten);
+  LatticeCpu(p.batch, p.options, r.blank.data(), r.label.data(), threads, scratch.data(),
+             loss_alone.data(), nullptr, nullptr);
+  REQUIRE(std::memcmp(loss_alone.data(), r.loss.data(), size * sizeof(Score)) == 0);
+  r.kept.assign(rows, 0);
+  r.num_kept.assign(size, -1);
+  r.dropped.assign(size, -1);
+  const int64_t total = KeptRowsCpu(p.batch, r.use_blank.data(), r.use_label.data(), 1e-3, threads,
+                                    r.kept.data(), r.num_kept.data(), r.dropped.data());
+  REQUIRE(total <= p.batch.num_rows);
+  r.kept.resize(static_cast<size_t>(total));
+  for (size_t i = 0; i < r.kept.size(); ++i) {
+    REQUIRE(r.kept[i] >= 0 && r.kept[i] < p.batch.num_rows);
+    REQUIRE(i == 0 || r.kept[i - 1] < r.kept[i]);
+  }
+  return r;
+}
+
+template <typename A>
+bool SameBits(const std::vector<A>& a, const std::vector<A>& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(A)) == 0);
+}
+
+bool SameBits(const Results& a, const Results& b) {
+  return SameBits(a.normaliser, b.normaliser) && SameBits(a.blank, b.blank) &&
+         SameBits(a.label, b.label) && SameBits(a.loss, b.loss) &&
+         SameBits(a.use_blank, b.use_blank) && SameBits(a.use_label, b.use_label) &&
+         SameBits(a.dropped, b.dropped) && SameBits(a.kept, b.kept) &&
+         SameBits(a.num_kept, b.num_kept);
+}
+
+// The loss by the definition, from the scores of the stage before; NaN as lattice.h has it.
+Score PlainLoss(const Problem& p, const Results& r, int64_t b) {
+  const LatticeBatch& batch = p.batch;
+  const int64_t frames = batch.num_frames[b], labels = batch.num_targets[b];
+  const auto has = [&](int64_t t, int64_t u) {
+    return t < frames && u >= batch.ColumnBegin(b, t) && u < batch.ColumnEnd(b, t);
+  };
+  std::vector<Score> alpha(static_cast<size_t>((frames + 1) * (labels + 2)), kLogZero);
+  const auto at = [&](int64_t t, int64_t u) -> Score& { return alpha[t * (labels + 2) + u]; };
+  const Score middle =
+      0.5 * static_cast<Score>(frames - 1 - (batch.first_frame != nullptr ? batch.first_frame[b] : 0));
+  const Topology topology = p.options.topology;
+  bool has_nan = false;
+  at(0, 0) = has(0, 0) ? 0 : kLogZero;
+  for (int64_t t = 0; t < frames; ++t) {
+    for (int64_t u = 0; u <= labels; ++u) {
+      if (!has(t, u)) continue;
+      const int64_t row = batch.Row(b, t, u);
+      const bool is_last = t + 1 == frames;
+      has_nan |= std::isnan(r.blank[row]) || (u < labels && std::isnan(r.label[row]));
+      if (is_last ? u == labels : has(t + 1, u)) {
+        at(t + 1, u) = LogAdd(at(t + 1, u), at(t, u) + r.blank[row]);
+      }
+      if (u == labels) continue;
+      Score score = r.label[row] + p.options.delay_penalty * (middle - static_cast<Score>(t));
+      if (topology == Topology::kRegular) {
+        if (has(t, u + 1)) at(t, u + 1) = LogAdd(at(t, u + 1), at(t, u) + score);
+        continue;
+      }
+      if (topology == Topology::kConstrained) {
+        score += has(t, u + 1) ? r.blank[batch.Row(b, t, u + 1)] : kLogZero;
+      }
+      const bool may_end = u + 1 == labels && topology != Topology::kOneSymPerFrame;
+      if (is_last ? may_end : has(t + 1, u + 1)) {
+        at(t + 1, u + 1) = LogAdd(at(t + 1, u + 1), at(t, u) + score);
+      }
+    }
+  }
+  return has_nan ? kNaN : -at(frames, labels);
+}
+
+void CheckLosses(const Problem& p, const Results& r) {
+  const LatticeBatch& batch = p.batch;
+  for (int64_t b = 0; b < batch.num_utterances; ++b) {
+    if (!batch.IsValid(b)) {
+      REQUIRE(std::isnan(r.loss[b]));
+      continue;
+    }
+    const Score expected = PlainLoss(p, r, b);
+    if (std::isnan(expected)) {
+      REQUIRE(std::isnan(r.loss[b]));
+      continue;
+    }
+    const Score size = std::abs(expected);
+    Score largest = 0;
+    for (const auto& scores : {r.blank, r.label}) {
+      for (const Score score : scores) {
+        if (std::isfinite(score)) largest = std::max(largest, std::abs(score));
+      }
+    }
+    REQUIRE(expected == r.loss[b] ||
+            std::abs(expected - r.loss[b]) <= 1e-9 * (1 + size + largest));
+    if (!(size < 1e4 && largest < 1e6)) continue;
+    // Every path leaves each frame once; labels are used U times (scaled by fastemit).
+    Score labels = 0;
+    for (int64_t t = 0; t < batch.num_frames[b]; ++t) {
+      for (int64_t u = batch.ColumnBegin(b, t); u < batch.ColumnEnd(b, t); ++u) {
+        const int64_t row = batch.Row(b, t, u);
+        REQUIRE(r.use_blank[row] >= 0 && r.use_label[row] >= 0);
+        labels += r.use_label[row];
+      }
+    }
+    const Score wanted = (1 + p.options.fastemit_lambda) * static_cast<Score>(batch.num_targets[b]);
+    REQUIRE(std::abs(labels - wanted) <= 1e-6 * (1 + wanted));
+  }
+}
+
+template <typename T>
+void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, double clamp,
+              const std::vector<Score>& loss_grad) {
+  const T unwritten = FromCompute<T>(static_cast<Compute<T>>(kUnwritten));
+  std::vector<T> first;
+  for (const int threads : {1, 2}) {
+    std::vector<T> grad(logits.size(), unwritten);
+    LogitsGradCpu(p.batch, {nullptr, 0, p.batch.num_rows}, logits.data(), p.vocab_size, p.blank,
+                  p.from_log_softmax, clamp, r.normaliser.data(), r.use_blank.data(),
+                  r.use_label.data(), loss_grad.data(), threads, grad.data());
+    for (const T g : grad) REQUIRE(std::memcmp(&g, &unwritten, sizeof(T)) != 0);
+    if (threads == 1) first = grad;
+    REQUIRE(SameBits(first, grad));
+  }
+  // A list of rows, in place, gives the same rows.
+  const size_t num_kept = r.kept.size(), vocab = static_cast<size_t>(p.vocab_size);
+  std::vector<T> some(num_kept * vocab);
+  for (size_t i = 0; i < num_kept; ++i) {
+    std::memcpy(some.data() + i * vocab, logits.data() + r.kept[i] * p.vocab_size,
+                vocab * sizeof(T));
+  }
+  LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)}, some.data(),
+                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normaliser.data(),
+                r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, some.data());
+  for (size_t i = 0; i < num_kept; ++i) {
+    REQUIRE(std::memcmp(some.data() + i * vocab, first.data() + r.kept[i] * p.vocab_size,
+                        vocab * sizeof(T)) == 0);
+  }
+}
+
+template <typename T>
+void Join(const Problem& p, Bytes* bytes) {
+  const LatticeBatch& batch = p.batch;
+  const int64_t width = 1 + bytes->Below(9);
+  const auto activation = static_cast<Activation>(bytes->Below(5));
+  std::vector<double> values;
+  const int64_t num_enc = batch.num_utterances * batch.max_frames * width;
+  const int64_t num_pred = batch.num_utterances * (batch.max_targets + 1) * width;
+  for (int64_t i = 0; i < num_enc + num_pred; ++i) values.push_back(bytes->Logit());
+  const auto both = Converted<T>(values);
+  const std::vector<T> enc(both.begin(), both.begin() + num_enc);
+  const std::vector<T> pred(both.begin() + num_enc, both.end());
+  const RowTile tile{nullptr, 0, batch.num_rows};
+  std::vector<T> hidden(static_cast<size_t>(batch.num_rows * width));
+  std::vector<Compute<T>> grads[2][2];
+  for (const int threads : {1, 2}) {
+    auto& grad_enc = grads[threads - 1][0];
+    auto& grad_pred = grads[threads - 1][1];
+    grad_enc.assign(enc.size(), 0);
+    grad_pred.assign(pred.size(), 0);
+    JoinForwardCpu(batch, tile, enc.data(), pred.data(), width, activation, threads, hidden.data());
+    JoinBackwardCpu(batch, tile, hidden.data(), hidden.data(), enc.data(), pred.data(), width,
+                    activation, threads, grad_enc.data(), grad_pred.data());
+  }
+  REQUIRE(SameBits(grads[0][0], grads[1][0]) && SameBits(grads[0][1], grads[1][1]));
+}
+
+template <typename T>
+void Run(const Problem& p, Bytes* bytes) {
+  const auto logits = Converted<T>(p.logits);
+  const RowTile all{nullptr, 0, p.batch.num_rows};
+  const Results one = Forward(p, logits, all, 1);
+  REQUIRE(SameBits(one, Forward(p, logits, all, 2)));
+  CheckLosses(p, one);
+  std::vector<Score> loss_grad;
+  for (int64_t b = 0; b < p.batch.num_utterances; ++b) {
+    loss_grad.push_back(static_cast<Score>(bytes->Below(5)) - 2);
+  }
+  Backward(p, logits, one, static_cast<double>(bytes->Below(3)) * 0.1, loss_grad);
+  Join<T>(p, bytes);
+}
+
+// An additive joiner: any bits in am and lm.
+template <typename T>
+void Repair(Bytes* bytes) {
+  const int64_t size = 1 + bytes->Below(2), frames = 1 + bytes->Below(4);
+  const int64_t columns = 1 + bytes->Below(4), vocab = 1 + bytes->Below(40);
+  std::vector<T> am, lm, product;
+  std::vector<Score> grad;
+  for (int64_t i = 0; i < size * frames * vocab; ++i) am.push_back(static_cast<T>(bytes->Logit()));
+  for (int64_t i = 0; i < size * columns * vocab; ++i) lm.push_back(static_cast<T>(bytes->Logit()));
+  for (int64_t i = 0; i < size * frames * columns; ++i) {
+    product.push_back(static_cast<T>(bytes->Logit()));
+    grad.push_back(bytes->Logit());
+  }
+  const AdditiveCells<T> cells{size,      frames,    columns,        vocab,
+                               am.data(), lm.data(), product.data(), T(0)};
+  std::vector<Score> normaliser[2];
+  std::vector<T> grad_am[2], grad_lm[2];
+  for (const int threads : {1, 2}) {
+    const int i = threads - 1;
+    normaliser[i].assign(product.size(), kUnwritten);
+    RepairNormaliserCpu(cells, threads, normaliser[i].data());
+    grad_am[i].assign(am.size(), 0);
+    grad_lm[i].assign(lm.size(), 0);
+    RepairNormaliserBackwardCpu(cells, normaliser[i].data(), grad.data(), threads,
+                                grad_am[i].data(), grad_lm[i].data());
+  }
+  for (size_t i = 0; i < product.size(); ++i) {
+    REQUIRE((product[i] < 0) == (normaliser[0][i] != kUnwritten));
+  }
+  REQUIRE(SameBits(normaliser[0], normaliser[1]));
+  REQUIRE(SameBits(grad_am[0], grad_am[1]) && SameBits(grad_lm[0], grad_lm[1]));
+}
+
+}  // namespace
+}  // namespace transducer
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  using namespace transducer;
+  Bytes bytes(data, size);
+  const int64_t kind = bytes.Below(6);
+  if (kind == 0) {
+    Repair<float>(&bytes);
+  } else if (kind == 1) {
+    Repair<double>(&bytes);
+  } else {
+    const Problem problem = MakeProblem(&bytes);
+    switch (kind) {
+      case 2: Run<float>(problem, &bytes); break;
+      case 3: Run<double>(problem, &bytes); break;
+      case 4: Run<Half>(problem, &bytes); break;
+      default: Run<BFloat16>(problem, &bytes);
+    }
+  }
+  return 0;
+}

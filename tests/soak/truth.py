@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call of a loss must give: an error, or numbers from the float64 reference.
+
+Written from the docstrings and the table of bad inputs, one function a family; it shares no check
+with the package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.losses.reference import arc_scores, path_sum
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDICES = (torch.int32, torch.int64)
+LARGE = 1e4  # logits beyond it: differences of them have no digits left
+
+
+class Refused(Exception):
+    """The call must raise a ValueError or TypeError."""
+
+
+class Undecided(Exception):
+    """The call may raise one, or give anything."""
+
+
+@dataclass
+class Expected:
+    """A result. Elements where `counts` is False are not compared.
+
+    The error allowed is absolute + relative * abs(value).
+    """
+
+    value: Tensor
+    absolute: float = 0.0
+    relative: float = 0.0
+    counts: Tensor | None = None
+
+
+Results = dict[str, Expected]
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def require(condition: bool) -> None:
+    if not condition:
+        raise Refused
+
+
+def tensor(x: Any, dim: int | tuple[int, ...], dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:
+    require(isinstance(x, Tensor))
+    require(x.layout == torch.strided and not x.is_nested and x.device.type == "cpu")
+    require(x.dtype in dtypes and x.dim() in (dim if isinstance(dim, tuple) else (dim,)))
+    return x.detach()
+
+
+def integer(x: Any, low: int, high: float) -> int:
+    require(type(x) is int and low <= x < high)
+    return int(x)
+
+
+def number(x: Any, low: float, high: float = math.inf) -> float:
+    if not isinstance(x, (int, float)) or isinstance(x, bool):
+        if isinstance(x, (bool, Tensor)) or hasattr(x, "__float__"):
+            raise Undecided
+        raise Refused
+    require(low <= x <= high and math.isfinite(x))
+    if abs(x) > 1e3:
+        raise Undecided
+    return float(x)
+
+
+def flag(x: Any) -> bool:
+    if not isinstance(x, bool):
+        require(isinstance(x, int) or x is None)
+        raise Undecided
+    return x
+
+
+def one_of(x: Any, choices: Sequence[str]) -> str:
+    require(isinstance(x, str) and x in choices)
+    return str(x)
+
+
+# --- one lattice --------------------------------------------------------------------------------
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.scale, None
+
+
+class _GivenGradient(torch.autograd.Function):
+    """A number whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> Any:
+        (grad,) = ctx.saved_tensors
+        return (torch.zeros_like(grad) if weight == 0 else grad * weight), None, None
+
+
+@dataclass
+class Options:
+    """What changes the loss of a lattice or its gradient."""
+
+    blank: int
+    topology: str = "regular"
+    from_log_softmax: bool = False
+    fastemit_lambda: float = 0.0
+    delay_penalty: float = 0.0
+    clamp: float = 0.0
+
+
+@dataclass
+class Solution:
+    """Of one utterance: the loss, differentiable, and the posteriors of its arcs."""
+
+    loss: Tensor
+    label_posterior: Tensor
+    blank_posterior: Tensor
+
+
+def _constant(logits: Tensor, loss: float, grad: float, exists: Tensor) -> Solution:
+    """The same gradient and posterior for every cell."""
+    value = torch.tensor(loss, dtype=torch.float64)
+    cells = torch.where(exists, grad, 0.0).double()
+    grads = torch.where(exists[..., None], torch.full_like(logits, grad), 0.0)
+    return Solution(_GivenGradient.apply(logits, value, grads), cells[:, :-1], cells)
+
+
+def solve(
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    *,
+    exists: Tensor | None = None,
+    begin: int = 0,
+) -> Solution:
+    """The loss of logits (T, U + 1, V) float64; of a band, cells that do not exist are False."""
+    x = logits.detach().requires_grad_()
+    everywhere = torch.ones(x.shape[:2], dtype=torch.bool)
+    exists = everywhere if exists is None else exists
+    log_probs = x
+    if not options.from_log_softmax:
+        rows = x[exists].detach()
+        if rows.isnan().any() or (rows == math.inf).any() or (rows == -math.inf).all(-1).any():
+            return _constant(logits, math.nan, math.nan, exists)
+        log_probs = torch.where(exists[..., None], x, 0.0).log_softmax(-1)
+    log_probs = torch.where(exists[..., None], log_probs, -math.inf)
+    blank, label = arc_scores(
+        log_probs, targets, options.blank, options.topology, options.delay_penalty
+    )
+    picked = torch.cat([blank.detach().flatten(), label.detach().flatten()])
+    if picked.isnan().any() or (picked == math.inf).any():
+        return _constant(logits, math.nan, math.nan, exists)
+    gain = 1 + options.fastemit_lambda
+    loss = -path_sum(blank, _ScaledGradient.apply(label, gain), options.topology)
+    if loss == math.inf:
+        return _constant(logits, math.inf, 0.0, exists)
+    label_grad, blank_grad, grad = (
+        torch.zeros_like(wanted) if part is None else part
+        for wanted, part in zip(
+            (label, blank, x),
+            torch.autograd.grad(loss, (label, blank, x), allow_unused=True),
+            strict=True,
+        )
+    )
+    if options.topology == "constrained":  # without the blank that a label drags along
+        blank_grad = blank_grad.clone()
+        blank_grad[:, 1:] -= label_grad
+    if options.clamp > 0:
+        grad = grad.clamp(-options.clamp, options.clamp)
+    loss = loss.detach() + options.delay_penalty * len(targets) * begin / 2
+    return Solution(_GivenGradient.apply(logits, loss, grad), -label_grad / gain, -blank_grad)
+
+
+def nothing(like: Tensor) -> Tensor:
+    """The NaN loss of an utterance that makes no sense; its gradient is not compared."""
+    return like.sum() * math.nan
+
+
+# --- numbers to compare -------------------------------------------------------------------------
+
+
+def largest(*tensors: Tensor) -> float:
+    """The largest finite magnitude, at least 1."""
+    finite = [x.detach().double().abs()[x.isfinite()] for x in tensors]
+    return max([1.0, *(float(x.max()) for x in finite if x.numel())])
+
+
+def eps_of(dtype: torch.dtype) -> float:
+    """Of the arithmetic: 16-bit logits are computed in float32."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def reduced(losses: Sequence[Tensor], reduction: str) -> Tensor:
+    values = torch.stack(list(losses))
+    return {"none": lambda: values, "mean": values.mean, "sum": values.sum}[reduction]()
+
+
+def loss_results(
+    losses: Sequence[Tensor],
+    reduction: str,
+    weights: Tensor,
+    inputs: dict[str, tuple[Tensor, Tensor]],
+    *,
+    cells: float,
+    eps: float,
+    with_grad: bool = True,
+) -> Results:
+    """The reduced loss and its gradients.
+
+    Args:
+        losses: of each utterance.
+        reduction: as everywhere.
+        weights: (B,), of the losses; the first one if there is one loss.
+        inputs: by name, the argument and its float64 twin that the losses come from.
+        cells: T + U at most, how many terms a path sums up.
+        eps: of the arithmetic.
+        with_grad: gradients too.
+    """
+    loss = reduced(losses, reduction)
+    size = largest(*(x for x, _ in inputs.values()))
+    finite = [abs(float(x)) for x in losses if math.isfinite(x)]
+    results = {"loss": Expected(loss.detach(), 16 * eps * (cells * size + sum(finite)))}
+    if not with_grad or size > LARGE:
+        return results
+    weighted = (loss * (weights[: len(losses)] if reduction == "none" else weights[0])).sum()
+    twins = [twin for _, twin in inputs.values()]
+    grads = torch.autograd.grad(weighted, twins, allow_unused=True, retain_graph=True)
+    is_finite = all(bool(x.isfinite().all()) for x, _ in inputs.values())
+    for (name, (x, twin)), grad in zip(inputs.items(), grads, strict=True):
+        grad = torch.zeros_like(twin) if grad is None else grad
+        fine = torch.finfo(x.dtype).eps if x.element_size() == 2 else 0.0
+        scale = float(weights.abs().max()) * largest(grad) * size
+        error = 256 * eps * scale + (1e-7 if fine else 0.0)
+        counts = None if is_finite else grad.isfinite()
+        results[f"gradient of {name}"] = Expected(grad, error, fine, counts)
+    return results
+
+
+def twin(x: Tensor) -> Tensor:
+    """The same numbers in float64, to differentiate by."""
+    return x.detach().double().clone().requires_grad_()
