@@ -77,6 +77,11 @@ __device__ inline Pack<T> LoadPackInParts(const T* p) {
   return pack;
 }
 
+// A lane asks for so many packs before it uses the first: a row of 512 float32 costs one trip to
+// memory instead of four. The compiler would not do that by itself for the last, incomplete round,
+// nor past a store.
+constexpr int kPacksInFlight = 4;
+
 // on_pack(Pack) for this lane's packs of the row, counted from the row's first element, then
 // on_element(T) for the elements of the last, incomplete one. What a lane gets, and in what order,
 // does not depend on the address: for sums. Only the width of the accesses does.
@@ -87,8 +92,18 @@ __device__ inline void ReadRow(const T* row, int size, int lane, int num_lanes, 
   const int num_packs = size / kPack;
   const auto address = reinterpret_cast<uintptr_t>(row);
   if (address % 16 == 0) {
-#pragma unroll 4
-    for (int i = lane; i < num_packs; i += num_lanes) on_pack(LoadPack(row + i * kPack));
+    for (int first = lane; first < num_packs; first += kPacksInFlight * num_lanes) {
+      Pack<T> packs[kPacksInFlight];
+#pragma unroll
+      for (int k = 0; k < kPacksInFlight; ++k) {
+        const int i = first + k * num_lanes;
+        if (i < num_packs) packs[k] = LoadPack(row + i * kPack);
+      }
+#pragma unroll
+      for (int k = 0; k < kPacksInFlight; ++k) {
+        if (first + k * num_lanes < num_packs) on_pack(packs[k]);
+      }
+    }
   } else if (address % 8 == 0) {
     for (int i = lane; i < num_packs; i += num_lanes) on_pack(LoadPackInParts<8>(row + i * kPack));
   } else {
@@ -114,13 +129,25 @@ struct RowParts {
     num_packs = (size - head) / kPack;
   }
 
-  // on_pack(first element) and on_element(element) for this lane's share of the row.
-  template <typename OnPack, typename OnElement>
-  __device__ void ForEach(int lane, int num_lanes, OnPack on_pack, OnElement on_element) const {
+  // before(k, first element) for up to kPacksInFlight packs of this lane, then on_pack of the same;
+  // and on_element(element) for the rest of its share of the row.
+  template <typename Before, typename OnPack, typename OnElement>
+  __device__ void ForEach(int lane, int num_lanes, Before before, OnPack on_pack,
+                          OnElement on_element) const {
     constexpr int kPack = Pack<T>::kSize;
     if (lane < head) on_element(lane);
-#pragma unroll 4
-    for (int i = lane; i < num_packs; i += num_lanes) on_pack(head + i * kPack);
+    for (int first = lane; first < num_packs; first += kPacksInFlight * num_lanes) {
+#pragma unroll
+      for (int k = 0; k < kPacksInFlight; ++k) {
+        const int i = first + k * num_lanes;
+        if (i < num_packs) before(k, head + i * kPack);
+      }
+#pragma unroll
+      for (int k = 0; k < kPacksInFlight; ++k) {
+        const int i = first + k * num_lanes;
+        if (i < num_packs) on_pack(k, head + i * kPack);
+      }
+    }
     const int tail = head + num_packs * kPack;
     if (lane < size - tail) on_element(tail + lane);
   }
@@ -129,9 +156,9 @@ struct RowParts {
 // A warp takes a few rows in turn: the cell of the second to last costs next to nothing then.
 constexpr int kRowsPerWarp = 4, kRowThreads = 128;
 
-// Of a multiprocessor: leaves 80 registers a thread. Left alone, the compiler spills for one block
+// Of a multiprocessor: leaves 96 registers a thread. Left alone, the compiler spills for one block
 // more.
-constexpr int kRowBlocksAtOnce = 6;
+constexpr int kRowBlocksAtOnce = 5;
 
 inline int64_t RowBlocks(const RowTile& tile) {
   return CeilDivide(CeilDivide(tile.size, kRowsPerWarp), kRowThreads / kWarp);

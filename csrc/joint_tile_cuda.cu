@@ -115,6 +115,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
   }
 }
 
+// A sum asks for so many rows before it adds the first: it waits for memory a quarter as often.
+constexpr int kRowsInFlight = 4;
+
 // What the backward kernels read, for the channels from `channel` on.
 template <typename T, bool kPacked>
 struct BackwardInputs {
@@ -122,12 +125,18 @@ struct BackwardInputs {
   int64_t width;
   Activation activation;
 
-  // sum += d loss / d (enc + pred) of row i of the tile.
-  __device__ void AddRow(const LatticeBatch& batch, int64_t i, int64_t b, int64_t t, int64_t u,
+  struct Row {
+    Channels<T, kPacked> grad, y;
+  };
+  __device__ Row LoadRow(int64_t i, int64_t channel) const {  // of the tile
+    return {Channels<T, kPacked>::Load(grad_hidden + i * width + channel),
+            Channels<T, kPacked>::Load(hidden + i * width + channel)};
+  }
+
+  // sum += d loss / d (enc + pred) of the row, which is of this cell.
+  __device__ void AddRow(const Row& row, const LatticeBatch& batch, int64_t b, int64_t t, int64_t u,
                          int64_t channel, Channels<T, kPacked>* sum) const {
     using Lanes = Channels<T, kPacked>;
-    const Lanes grad = Lanes::Load(grad_hidden + i * width + channel);
-    const Lanes y = Lanes::Load(hidden + i * width + channel);
     Lanes x{};
     if (activation == Activation::kGelu || activation == Activation::kSilu) {
       x = Lanes::Load(enc + (b * batch.max_frames + t) * width + channel);
@@ -137,7 +146,7 @@ struct BackwardInputs {
     }
 #pragma unroll
     for (int k = 0; k < Lanes::kCount; ++k) {
-      sum->values[k] += grad.values[k] * Slope(activation, x.values[k], y.values[k]);
+      sum->values[k] += row.grad.values[k] * Slope(activation, x.values[k], row.y.values[k]);
     }
   }
 
@@ -198,10 +207,21 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   Compute<T>* out = grad_enc + (b * batch.max_frames + t) * inputs.width + task.channel;
   Lanes sum;
   inputs.Read(out, &sum);
-  for (; i < tile.size; ++i) {
-    const int64_t row = tile.Row(i);
-    if (row >= end) break;
-    inputs.AddRow(batch, i, b, t, column + row - begin, task.channel, &sum);
+  for (bool is_done = false; !is_done; i += kRowsInFlight) {
+    int64_t row[kRowsInFlight];
+    typename BackwardInputs<T, kPacked>::Row loaded[kRowsInFlight];
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) row[k] = i + k < tile.size ? tile.Row(i + k) : end;
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      if (row[k] < end) loaded[k] = inputs.LoadRow(i + k, task.channel);
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      if (row[k] >= end) continue;
+      inputs.AddRow(loaded[k], batch, b, t, column + row[k] - begin, task.channel, &sum);
+    }
+    is_done = row[kRowsInFlight - 1] >= end;
   }
   inputs.Write(sum, out);
 }
@@ -244,13 +264,27 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   Lanes sum{};
   if (has_channel) inputs.Read(out, &sum);
   int64_t place = tile.rows != nullptr ? LowerBound(tile, first_row + t * stride) : 0;
-  for (; t < num_frames; ++t) {
-    if (u < batch.ColumnBegin(b, t) || u >= batch.ColumnEnd(b, t)) continue;
-    const int64_t row = batch.Row(b, t, u);
-    int64_t i = row - tile.begin;
-    if (tile.rows != nullptr) i = FindInList(tile, row, &place);
-    if (i < 0 || i >= tile.size || !has_channel) continue;
-    inputs.AddRow(batch, i, b, t, u, task.channel, &sum);
+  for (; t < num_frames; t += kRowsInFlight) {
+    int64_t at[kRowsInFlight];  // place in the tile, or -1
+    typename BackwardInputs<T, kPacked>::Row loaded[kRowsInFlight];
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      at[k] = -1;
+      const int64_t frame = t + k;
+      if (frame >= num_frames) continue;
+      if (u < batch.ColumnBegin(b, frame) || u >= batch.ColumnEnd(b, frame)) continue;
+      const int64_t row = batch.Row(b, frame, u);
+      const int64_t i = tile.rows != nullptr ? FindInList(tile, row, &place) : row - tile.begin;
+      at[k] = i < tile.size && has_channel ? i : -1;
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      if (at[k] >= 0) loaded[k] = inputs.LoadRow(at[k], task.channel);
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      if (at[k] >= 0) inputs.AddRow(loaded[k], batch, b, t + k, u, task.channel, &sum);
+    }
   }
   if (has_channel) inputs.Write(sum, out);
 }

@@ -9,7 +9,7 @@ namespace {
 // What is the same for every row of a call.
 struct GradOptions {
   int size;
-  int64_t blank;
+  int blank;
   bool from_log_softmax;
   Score limit;  // of the magnitude of d loss / d logit
 };
@@ -21,7 +21,7 @@ class CellGradient {
   using C = Compute<T>;
 
   __device__ CellGradient(const GradOptions& options, Score normaliser, Score use_blank,
-                          Score use_label, int64_t target, Score loss_grad)
+                          Score use_label, int target, Score loss_grad)
       : options_(options),
         normaliser_(normaliser),
         use_blank_(use_blank),
@@ -62,7 +62,7 @@ class CellGradient {
  private:
   const GradOptions& options_;
   const Score normaliser_, use_blank_, use_label_, loss_grad_;
-  const int64_t target_;
+  const int target_;
   const C high_, low_, weight_, limit_, scale_;
 };
 
@@ -70,8 +70,8 @@ class CellGradient {
 template <typename T, typename F>
 __device__ void WriteRow(T* row, int size, F f) {
   RowParts<T>(row, size).ForEach(
-      Lane(), kWarp,
-      [&](int first) {
+      Lane(), kWarp, [](int, int) {},
+      [&](int, int first) {
         Pack<T> pack;
 #pragma unroll
         for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = f(first + i);
@@ -88,10 +88,11 @@ __device__ void TransformRow(const T* x, int size, T* grad, F f) {
     for (int v = Lane(); v < size; v += kWarp) grad[v] = f(v, x[v]);
     return;
   }
+  Pack<T> packs[kPacksInFlight];
   RowParts<T>(x, size).ForEach(
-      Lane(), kWarp,
-      [&](int first) {
-        Pack<T> pack = LoadPack(x + first);
+      Lane(), kWarp, [&](int k, int first) { packs[k] = LoadPack(x + first); },
+      [&](int k, int first) {
+        Pack<T>& pack = packs[k];
 #pragma unroll
         for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = f(first + i, pack.values[i]);
         StorePack(grad + first, pack);
@@ -127,7 +128,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
       WriteRow(out, size, [](int) { return FromCompute<T>(kNaNOf<Compute<T>>); });
       continue;
     }
-    const CellGradient<T> gradient(options, normaliser[row], blank_uses, label_uses, target, scale);
+    const CellGradient<T> gradient(options, normaliser[row], blank_uses, label_uses,
+                                   target < 0 ? -1 : static_cast<int>(target), scale);
     const T* x = logits + i * size;
     // No entry can exceed the occupancy times the upstream gradient: do not even read rows that
     // round to zero, but for the two entries with a subtraction.
@@ -150,7 +152,7 @@ void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const T* log
                     const Score* normaliser, const Score* use_blank, const Score* use_label,
                     const Score* loss_grad, void* stream, T* grad) {
   TRANSDUCER_CHECK(vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
-  const GradOptions options{static_cast<int>(vocab_size), blank, from_log_softmax,
+  const GradOptions options{static_cast<int>(vocab_size), static_cast<int>(blank), from_log_softmax,
                             clamp > 0 ? clamp : std::numeric_limits<Score>::infinity()};
   TRANSDUCER_LAUNCH(LogitsGradKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile, logits,
                     options, normaliser, use_blank, use_label, loss_grad, grad);

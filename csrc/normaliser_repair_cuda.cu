@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Few cells need repair: a warp a cell, or a warp a sum, most of which look and go.
+// Few cells need repair: the lanes of a warp look at 32 at once, and work together on those that do.
 #include "device_rows.cuh"
 #include "normaliser_repair.h"
 
@@ -17,13 +17,21 @@ __device__ T ShiftedSum(T am, T lm, Score offset) {
   return static_cast<T>((static_cast<Score>(am) + static_cast<Score>(lm)) - offset);
 }
 
+// f(place) for the places begin ... begin + 31 at which some lane's `is_wanted` is true; all lanes
+// of the warp call it together.
+template <typename F>
+__device__ void ForEachWanted(bool is_wanted, int64_t begin, F f) {
+  unsigned wanted = __ballot_sync(kFullWarp, is_wanted);
+  while (wanted != 0) {
+    f(begin + __ffs(static_cast<int>(wanted)) - 1);
+    wanted &= wanted - 1;
+  }
+}
+
+// logsumexp(am_t + lm_u) of one cell, by a warp.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
-    RepairKernel(AdditiveCells<T> cells, Score* normaliser) {
-  const int64_t cell = GlobalWarp(), frame = cell / cells.num_columns;
-  if (cell >= cells.num_utterances * cells.num_frames * cells.num_columns) return;
-  if (!NeedsRepair(cells, cell)) return;
-  const int64_t b = frame / cells.num_frames;
+__device__ void Repair(const AdditiveCells<T>& cells, int64_t cell, Score* normaliser) {
+  const int64_t frame = cell / cells.num_columns, b = frame / cells.num_frames;
   const T* am = cells.am + frame * cells.vocab_size;
   const T* lm = cells.Lm(b, cell - frame * cells.num_columns);
   T max = -kInfinityOf<T>;
@@ -40,6 +48,15 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
   if (Lane() == 0) normaliser[cell] = offset + log(static_cast<Score>(sum));
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
+    RepairKernel(AdditiveCells<T> cells, Score* normaliser) {
+  const int64_t begin = GlobalWarp() * kWarp, mine = begin + Lane();
+  const bool is_cell = mine < cells.num_utterances * cells.num_frames * cells.num_columns;
+  ForEachWanted(is_cell && NeedsRepair(cells, mine), begin,
+                [&](int64_t cell) { Repair(cells, cell, normaliser); });
+}
+
 // One warp a row of grad_am (kOfFrames: frame t, adds over u) or of grad_lm (symbol u, adds over
 // t), and 32 symbols of the vocabulary.
 template <typename T, bool kOfFrames>
@@ -52,17 +69,29 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
   const int64_t num_rows = kOfFrames ? cells.num_frames : cells.num_columns;
   const int64_t num_terms = kOfFrames ? cells.num_columns : cells.num_frames;
   const int64_t b = row / num_rows, index = row - b * num_rows;
-  if (b >= cells.num_utterances || v >= cells.vocab_size) return;
-  T sum = out[row * cells.vocab_size + v];
-  for (int64_t term = 0; term < num_terms; ++term) {
-    const int64_t t = kOfFrames ? index : term, u = kOfFrames ? term : index;
-    const int64_t cell = cells.Cell(b, t, u);
-    if (!NeedsRepair(cells, cell) || grad[cell] == 0) continue;
-    const T x = ShiftedSum(cells.Am(b, t)[v], cells.Lm(b, u)[v], normaliser[cell]);
-    const T g = static_cast<T>(grad[cell]) * Exp(x);
-    sum += g < kFlushBelow<T> && g > -kFlushBelow<T> ? T(0) : g;
+  if (b >= cells.num_utterances) return;
+  const bool has_symbol = v < cells.vocab_size;  // others still help to look
+  const auto cell_of = [&](int64_t term) {
+    return kOfFrames ? cells.Cell(b, index, term) : cells.Cell(b, term, index);
+  };
+  T sum = 0;
+  bool is_changed = false;
+  for (int64_t begin = 0; begin < num_terms; begin += kWarp) {
+    const int64_t mine = begin + Lane();
+    const bool is_wanted = mine < num_terms && NeedsRepair(cells, cell_of(mine)) &&
+                           grad[cell_of(mine)] != 0;
+    ForEachWanted(is_wanted, begin, [&](int64_t term) {
+      if (!has_symbol) return;
+      if (!is_changed) sum = out[row * cells.vocab_size + v];
+      is_changed = true;
+      const int64_t t = kOfFrames ? index : term, u = kOfFrames ? term : index;
+      const int64_t cell = cell_of(term);
+      const T x = ShiftedSum(cells.Am(b, t)[v], cells.Lm(b, u)[v], normaliser[cell]);
+      const T g = static_cast<T>(grad[cell]) * Exp(x);
+      sum += g < kFlushBelow<T> && g > -kFlushBelow<T> ? T(0) : g;
+    });
   }
-  out[row * cells.vocab_size + v] = sum;
+  if (is_changed) out[row * cells.vocab_size + v] = sum;
 }
 
 }  // namespace
@@ -70,8 +99,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
 template <typename T>
 void RepairNormaliserCuda(const AdditiveCells<T>& cells, void* stream, Score* normaliser) {
   const int64_t num_cells = cells.num_utterances * cells.num_frames * cells.num_columns;
-  TRANSDUCER_LAUNCH(RepairKernel<T>, CeilDivide(num_cells, kRowThreads / kWarp), kRowThreads,
-                    stream, cells, normaliser);
+  TRANSDUCER_LAUNCH(RepairKernel<T>, CeilDivide(num_cells, kRowThreads), kRowThreads, stream, cells,
+                    normaliser);
 }
 
 template <typename T>

@@ -10,17 +10,17 @@ namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 
-// Masses are added as integers, in units of 2^-40 of the bin's power of two and rounded up: integer
-// sums do not depend on their order, and the bound on the dropped mass still holds. 2^22 cells of
+// Masses are added as integers, in units of 2^-32 of the bin's power of two and rounded up: integer
+// sums do not depend on their order, and the bound on the dropped mass still holds. 2^30 cells of
 // one bin fit.
 using Units = unsigned long long;
-constexpr int64_t kUnitBits = 40;
+constexpr int64_t kUnitBits = 32;
 
 __device__ inline int64_t OctaveOf(int64_t bin) { return bin / kBinsPerOctave + kLowestExponent; }
 
 __device__ inline Units ToUnits(Score mass, int64_t bin) {
   const Score units = ceil(mass * PowerOfTwo(kUnitBits - OctaveOf(bin)));
-  constexpr Score kMost = 4398046511104.0;  // 2^42: the last bin has no upper end
+  constexpr Score kMost = 17179869184.0;  // 2^34: the last bin has no upper end
   return static_cast<Units>(units < kMost ? units : kMost);
 }
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import pickle
+
 import pytest
 import torch
 
@@ -74,6 +76,17 @@ def test_absurd_lengths_are_refused():
         LatticeShape.from_lengths([2**62 + 1], [3])
 
 
-def test_travels_in_a_batch():
-    shape = LatticeShape.from_lengths([2, 3], [1, 0])
-    assert shape.to("meta", non_blocking=True) is shape
+def test_travels_in_a_batch_and_is_known_where_it_has_been():
+    shape = LatticeShape.from_lengths([2, 3, 1], [1, 0, 4])
+    meta = torch.device("meta")
+    assert shape.index(meta) is None
+    for arguments, options in (((torch.float32,), {}), ((), {}), (("meta",), {"non_blocking": True})):
+        assert shape.to(*arguments, **options) is shape
+    known = shape.index(meta)
+    assert known is not None and known.device == meta
+    assert shape.to(torch.empty(0, device="meta")).to(device=meta).index(meta) is known
+    index = shape.index(torch.device("cpu"))
+    assert index.tolist() == [[2, 3, 1], [1, 0, 4], [0, 4, 7], [0, 2, 5]]
+    copy = pickle.loads(pickle.dumps(shape))  # to another process: without a device's memory
+    assert copy.index(meta) is None and torch.equal(copy.index(torch.device("cpu")), index)
+    assert (copy.num_cells, copy.max_targets) == (shape.num_cells, shape.max_targets)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from transducer_toolkit import native
 from transducer_toolkit.arguments import check_tensor
 
 
@@ -21,7 +23,8 @@ class LatticeShape:
     (t, u): cell (t, u) of utterance b is row ``cell_offsets[b] + t * (U_b + 1) + u``.
 
     Build it once where the lengths are known on the CPU (in collate): whoever gets it never waits
-    for a device to learn how large its output is.
+    for a device to learn how large its output is. After :meth:`to` a device knows the lengths too,
+    and a loss that gets the shape copies nothing to it.
 
     Example:
         >>> shape = LatticeShape.from_lengths([2, 3], [1, 0])
@@ -39,6 +42,7 @@ class LatticeShape:
     num_frames: int = field(init=False)  # of all utterances
     num_cells: int = field(init=False)
     cell_offsets: Tensor = field(init=False)  # (B + 1,) int64, CPU
+    _indices: dict[torch.device, Tensor] = field(init=False, repr=False)  # index() of each device
 
     def __post_init__(self) -> None:
         frames, targets = self.logit_lengths, self.target_lengths
@@ -52,6 +56,11 @@ class LatticeShape:
             "num_frames": int(frames.sum()),
             "num_cells": int(offsets[-1]),
             "cell_offsets": offsets,
+            "_indices": {
+                torch.device("cpu"): torch.stack(
+                    [frames, targets, offsets[:-1], frames.cumsum(0) - frames]
+                )
+            },
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -86,12 +95,45 @@ class LatticeShape:
             )
         return cls(frames, targets)
 
-    def to(self, *args: object, **kwargs: object) -> LatticeShape:
-        """Itself: the lengths stay on the CPU, so that nobody waits for a device to know a size.
+    def to(self, *args: Any, **kwargs: Any) -> LatticeShape:
+        """Itself, after one copy of the lengths to a device that has none yet.
 
-        Lets a shape travel in a batch that a trainer moves to a device.
+        The copy comes from pinned memory, on the current stream of the device, and is not waited
+        for. The lengths stay on the CPU as well, so that nobody waits for a device to know a size.
+        Needed before a CUDA graph is captured; keep the shape as long as the graph. Takes the
+        arguments of ``Tensor.to``, so that a trainer moves a shape with its batch.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
         """
+        device = kwargs.get("device", args[0] if args else None)
+        if isinstance(device, Tensor):
+            device = device.device
+        if isinstance(device, torch.dtype) or device is None:
+            return self
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device not in self._indices:
+            self._indices[device] = native.upload(self._indices[torch.device("cpu")], device)
         return self
+
+    def index(self, device: torch.device) -> Tensor | None:
+        """Frames, symbols, first cell and first frame of each utterance, as the stages want them.
+
+        Returns:
+            (4, B) int64 on `device`, None if :meth:`to` was not called for it.
+        """
+        return self._indices.get(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        cpu = torch.device("cpu")
+        return {**vars(self), "_indices": {cpu: self._indices[cpu]}}  # no device's memory
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Logit lengths and target lengths, (B,) int64 on the CPU."""
+        return self.logit_lengths, self.target_lengths
 
     def pack(self, padded: Tensor) -> Tensor:
         """Packs a padded tensor; differentiable.

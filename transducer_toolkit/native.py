@@ -149,6 +149,27 @@ def empty(*size: int, like: Tensor) -> Tensor:
     return tensor
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: nothing may be copied from the host or waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor on the CPU that runs behind what the device is still doing.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if is_capturing(device):
+        raise RuntimeError(
+            "a CUDA graph that is being captured cannot copy lengths from the CPU: make a "
+            f"LatticeShape, call its to({str(device)!r}) before, and pass it as shape"
+        )
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _index(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device=device, dtype=torch.int64).contiguous()
 
@@ -168,6 +189,9 @@ class LatticeBatch:
         band_width: R, with band_start.
         begins: (B, 2) integers, symbol and frame at which each lattice begins inside of the
             padded layout; lengths count from there. None: zeros.
+        index: LatticeShape.index(device) of these lengths, if there is one: then nothing is copied
+            from the CPU.
+        skip: (B,) bool on `device`: utterances without cells. Their rows are padding.
     """
 
     def __init__(
@@ -183,12 +207,16 @@ class LatticeBatch:
         band_start: Tensor | None = None,
         band_width: int = 0,
         begins: Tensor | None = None,
+        index: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> None:
         # Lengths on the CPU are worked on there: num_rows is known without waiting for a device.
         on_cpu = logit_lengths.device.type == target_lengths.device.type == "cpu"
-        place = torch.device("cpu") if on_cpu and begins is None else device
-        num_frames = _index(logit_lengths, place)
-        num_targets = _index(target_lengths, place)
+        place = torch.device("cpu") if on_cpu and begins is None and index is None else device
+        if index is None:
+            num_frames, num_targets = (_index(x, place) for x in (logit_lengths, target_lengths))
+        else:
+            num_frames, num_targets, first_cell, frames_before = index.unbind()
         targets = _index(targets, device)
         num_utterances, max_targets = targets.shape
         # The stages read so many elements, whatever the caller forgot to check.
@@ -208,11 +236,15 @@ class LatticeBatch:
         else:
             stride = 0 if band_start is None else band_width
             rows_per_utterance = 0
-            # Clamped: lengths nobody validated must not make the rows of two utterances overlap.
-            columns = stride or (num_targets.clamp(min=-1) + 1)
-            ends = (num_frames.clamp(min=0) * columns).cumsum(0)
-            first_row = torch.cat([ends.new_zeros(1), ends[:-1]])
             total = -1
+            if index is not None:
+                assert num_rows is not None
+                first_row = frames_before * stride if stride else first_cell
+            else:
+                # Clamped: lengths nobody validated must not make the rows of two overlap.
+                columns = stride or (num_targets.clamp(min=-1) + 1)
+                ends = (num_frames.clamp(min=0) * columns).cumsum(0)
+                first_row = torch.cat([ends.new_zeros(1), ends[:-1]])
         first_frame = None
         if band_start is not None:
             band_start = _index(band_start, device)
@@ -227,9 +259,10 @@ class LatticeBatch:
         if num_rows is None:
             num_rows = int(ends[-1]) if total < 0 else total
         if place != device:
-            # One copy, from memory that lets it run behind what the device is still doing.
-            together = torch.stack([num_frames, num_targets, first_row]).pin_memory()
-            num_frames, num_targets, first_row = together.to(device, non_blocking=True).unbind()
+            together = torch.stack([num_frames, num_targets, first_row])
+            num_frames, num_targets, first_row = upload(together, device).unbind()
+        if skip is not None:
+            num_frames = num_frames.masked_fill(skip, -1)  # an invalid length
         self.num_rows = num_rows
         self.num_utterances = num_utterances
         self.max_frames = max_frames

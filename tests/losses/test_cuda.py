@@ -6,7 +6,14 @@ import torch
 
 from tests.backends import Backend
 from tests.losses.helpers import ragged_batch
-from transducer_toolkit import LatticeShape, fused_joiner_loss, join, native, transducer_loss
+from transducer_toolkit import (
+    LatticeShape,
+    fused_joiner_loss,
+    join,
+    joiner_logits,
+    native,
+    transducer_loss,
+)
 
 pytestmark = pytest.mark.skipif(
     Backend("cuda").missing is not None, reason=str(Backend("cuda").missing)
@@ -155,6 +162,61 @@ def test_padded_loss_of_device_lengths_is_captured_whole():
         captured = step()
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(captured, expected, strict=True))
+
+
+def replay(step, inputs):
+    """Outputs of step() captured and replayed with new inputs, and those of plain steps."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for tensor in inputs:
+                tensor.copy_(torch.randn(tensor.shape))
+        graph.replay()
+        yield [tensor.clone() for tensor in captured], step()
+
+
+def test_packed_logits_and_loss_are_captured_whole():
+    shape = LatticeShape.from_lengths(FRAMES, SYMBOLS).to("cuda")
+    sizes = (4, 60, 48), (4, 31, 48), (70, 48), (70,)
+    inputs = [torch.randn(size, device="cuda", requires_grad=True) for size in sizes]
+    targets = torch.randint(1, 70, (4, 30), device="cuda")
+
+    def step():
+        logits = joiner_logits(*inputs, shape)
+        loss = transducer_loss(logits, targets, *shape.lengths, blank=0, shape=shape)
+        return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+    for replayed, expected in replay(step, inputs):
+        assert all(torch.equal(*pair) for pair in zip(replayed, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("band", [False, True])
+def test_fused_loss_is_captured_whole(dtype, band):
+    """A graph visits all cells, a plain step those that count."""
+    shape = LatticeShape.from_lengths(FRAMES, SYMBOLS).to("cuda")
+    sizes = (4, 60, 48), (4, 31, 48), (70, 48), (70,)
+    inputs = [torch.randn(s, device="cuda", dtype=dtype, requires_grad=True) for s in sizes]
+    targets = torch.randint(1, 70, (4, 30), device="cuda")
+    width = 31 if band else 0  # a band that is everything: every utterance has a path
+    ranges = torch.arange(width, device="cuda").expand(4, 60, width).contiguous() if band else None
+    options = {"ranges": ranges, "dropped_mass": 0.0, "tile_cells": 500}
+
+    def step():
+        loss = fused_joiner_loss(*inputs, targets, *shape.lengths, 0, shape=shape, **options)
+        return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+    for replayed, expected in replay(step, inputs):
+        for actual, wanted in zip(replayed, expected, strict=True):
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_invalid_device_lengths_are_nan():

@@ -312,7 +312,7 @@ def test_opcheck(packed):
     logits = batch.packed() if packed else batch.logits
     indices = batch.targets, batch.logit_lengths, batch.target_lengths
     options = False, "regular", 0.0, 0.0, 0.0, True, False, True
-    arguments = (logits, *indices, None, None, batch.blank, *options)
+    arguments = (logits, *indices, None, None, None, batch.blank, *options)
     torch.library.opcheck(torch.ops.transducer_toolkit.transducer_loss, arguments)
 
 

@@ -70,10 +70,8 @@ def test_gradient_is_the_same_on_any_number_of_threads():
 
 def test_join_opcheck_and_second_derivative():
     enc, pred = inputs(3)
-    lengths = SHAPE.logit_lengths, SHAPE.target_lengths
-    torch.library.opcheck(
-        torch.ops.transducer_toolkit.join, (enc, pred, *lengths, SHAPE.num_cells, "tanh")
-    )
+    shape = *SHAPE.lengths, SHAPE.index(enc.device), SHAPE.num_cells
+    torch.library.opcheck(torch.ops.transducer_toolkit.join, (enc, pred, *shape, "tanh"))
     with pytest.raises(RuntimeError, match="gradient of the gradient"):
         (grad,) = torch.autograd.grad(join(enc, pred, SHAPE).sum(), enc, create_graph=True)
         grad.sum().backward()

@@ -15,8 +15,16 @@ from torch.autograd import forward_ad
 
 from transducer_toolkit import native
 from transducer_toolkit.arguments import check_flag, check_int, check_number, check_tensor
+from transducer_toolkit.lattice import LatticeShape
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def may_read(validate: bool | None, *tensors: Tensor | None) -> bool:
+    """Whether to look at values: `validate`, or, where it is None, if all are on the CPU."""
+    if validate is not None:
+        return validate
+    return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
@@ -49,6 +57,19 @@ def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
     """Raises a ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_shape(shape: object, num_utterances: int) -> None:
+    """Raises unless `shape` is None or a LatticeShape of that many utterances."""
+    if shape is None:
+        return
+    if not isinstance(shape, LatticeShape):
+        raise TypeError(f"shape: expected a LatticeShape, got {type(shape).__name__}")
+    if shape.num_utterances != num_utterances:
+        raise ValueError(
+            f"shape: expected {num_utterances} utterances, as many as targets, "
+            f"got {shape.num_utterances}"
+        )
 
 
 def check_joint(enc: Tensor, pred: Tensor) -> None:

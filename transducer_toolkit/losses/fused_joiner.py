@@ -77,7 +77,10 @@ def fused_joiner_loss(
             (benchmarks/README.md). 0 is exact to rounding.
         tile_cells: cells of a tile; None takes what keeps a tile in the processor's cache.
         shape: the lattices, if the caller has them: lengths then stay on the CPU, and
-            torch.compile(fullgraph=True) works. Must hold the same lengths.
+            torch.compile(fullgraph=True) works. Must hold the same lengths. If it has been moved to
+            the device of enc, nothing is copied there, and the loss and its gradient can be
+            captured in a CUDA graph: backward then visits all cells, as nobody can wait for the
+            number of those that count.
         validate: as in :func:`~transducer_toolkit.transducer_loss`, but lengths are checked
             always: they decide how much memory is needed.
         return_kept: also return which part of the cells backward visits.
@@ -118,20 +121,12 @@ def fused_joiner_loss(
     native.require_supported_device(enc.device)
     checks.refuse_forward_mode(enc, pred, weight, bias)
     enc, pred = autocast(enc), autocast(pred)
-    if validate is None:
-        validate = logit_lengths.device.type == target_lengths.device.type == "cpu"
+    checks.check_shape(shape, targets.size(0))
     if shape is None:
         checks.check_lengths_fit(  # before anything is sized by them
             logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
         )
-        shape = LatticeShape.from_lengths(logit_lengths, target_lengths)
-    elif not isinstance(shape, LatticeShape):
-        raise TypeError(f"shape: expected a LatticeShape, got {type(shape).__name__}")
-    elif shape.num_utterances != targets.size(0):
-        raise ValueError(
-            f"shape: expected {targets.size(0)} utterances, as many as targets, "
-            f"got {shape.num_utterances}"
-        )
+        shape = LatticeShape.from_lengths(logit_lengths, target_lengths).to(enc.device)
     with_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (enc, pred, weight, bias)
     )
@@ -145,6 +140,7 @@ def fused_joiner_loss(
         shape.logit_lengths,
         shape.target_lengths,
         None if ranges is None else ranges.contiguous(),
+        shape.index(enc.device),
         num_rows,
         blank,
         activation,

@@ -17,7 +17,9 @@ def _lattice_batch(
     logit_lengths: Tensor,
     target_lengths: Tensor,
     ranges: Tensor | None,
+    index: Tensor | None,
     num_rows: int,
+    skip: Tensor | None = None,
 ) -> native.LatticeBatch:
     return native.LatticeBatch(
         logit_lengths,
@@ -29,6 +31,8 @@ def _lattice_batch(
         device=enc.device,
         band_start=None if ranges is None else ranges[:, :, 0],
         band_width=0 if ranges is None else ranges.size(2),
+        index=index,
+        skip=skip,
     )
 
 
@@ -41,6 +45,7 @@ def _forward(
     logit_lengths: Tensor,
     target_lengths: Tensor,
     ranges: Tensor | None,
+    index: Tensor | None,
     num_rows: int,
     blank: int,
     activation: str,
@@ -50,7 +55,7 @@ def _forward(
     clamp: float,
     dropped_mass: float,
     tile_cells: int,
-    validate: bool,
+    validate: bool | None,
     with_uses: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses (B,); per row normaliser and uses; the rows to visit in backward; their number (B,).
@@ -61,12 +66,13 @@ def _forward(
     checks.check_lengths_fit(
         logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
     )
-    if validate:
+    if validate is not False:
         checks.check_feasible(logit_lengths, target_lengths, topology)
+    if checks.may_read(validate, targets, ranges):
         if ranges is not None:
             checks.check_ranges_values(ranges, logit_lengths, targets.size(1))
         checks.check_labels(targets, target_lengths, blank=blank, vocab_size=weight.size(0))
-    batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, num_rows)
+    batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, index, num_rows)
     scores = native.CellScores(batch, enc.device)
     with torch.autocast(enc.device.type, enabled=False):
         joint = JointTiles(
@@ -102,6 +108,7 @@ def _backward(
     logit_lengths: Tensor,
     target_lengths: Tensor,
     ranges: Tensor | None,
+    index: Tensor | None,
     normaliser: Tensor,
     use_blank: Tensor,
     use_label: Tensor,
@@ -115,13 +122,15 @@ def _backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of enc, pred, weight and bias; empty where not wanted."""
-    batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, normaliser.numel())
     loss_grad = loss_grad.to(native.SCORE_DTYPE).contiguous()
+    # An utterance that the caller masked out may hold NaN, and 0 * NaN is not zero.
+    lattices = targets, logit_lengths, target_lengths, ranges, index, normaliser.numel()
+    batch = _lattice_batch(enc, *lattices, skip=loss_grad == 0)
     scale = None
     if enc.dtype == torch.float16:
         # A loss scale of 65536 would overflow the tiles: it comes back in after the products.
         largest = loss_grad.abs().max()
-        scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+        scale = largest.masked_fill(~((largest > 0) & largest.isfinite()), 1.0)
         loss_grad = loss_grad / scale
         scale = scale.to(torch.float32)
     with torch.autocast(enc.device.type, enabled=False):
@@ -129,11 +138,9 @@ def _backward(
             enc, pred, weight, bias, batch, activation=activation, tile_cells=tile_cells
         )
         joint.start_backward(tuple(wanted))
-        rows = rows[: int(num_kept.sum())]
-        # An utterance that the caller masked out may hold NaN, and 0 * NaN is not zero.
-        if bool(((loss_grad == 0) & (num_kept > 0)).any()):
-            rows = rows[(loss_grad != 0).repeat_interleave(num_kept)]
-        for tile in joint.tiles(rows):
+        # The number of kept rows is waited for; where nobody may wait, all rows are visited.
+        waits = not native.is_capturing(enc.device)
+        for tile in joint.tiles(rows[: int(num_kept.sum())] if waits else None):
             hidden = joint.hidden(tile)
             logits = joint.logits(hidden)
             native.logits_grad(
@@ -155,9 +162,9 @@ def _backward(
 
 _TENSORS = (
     "Tensor enc, Tensor pred, Tensor weight, Tensor? bias, Tensor targets, Tensor logit_lengths, "
-    "Tensor target_lengths, Tensor? ranges"
+    "Tensor target_lengths, Tensor? ranges, Tensor? index"
 )
-_NUM_TENSORS = 8
+_NUM_TENSORS = 9
 
 torch.library.custom_op(
     "transducer_toolkit::fused_joiner_loss",
@@ -165,7 +172,7 @@ torch.library.custom_op(
     mutates_args=(),
     schema=f"({_TENSORS}, SymInt num_rows, int blank, str activation, str topology, "
     "float fastemit_lambda, float delay_penalty, float clamp, float dropped_mass, int tile_cells, "
-    "bool validate, bool with_uses) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool? validate, bool with_uses) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.custom_op(
     "transducer_toolkit::fused_joiner_loss_backward",
@@ -179,7 +186,7 @@ torch.library.custom_op(
 
 @torch.library.register_fake("transducer_toolkit::fused_joiner_loss")
 def _forward_fake(enc, pred, weight, bias, targets, logit_lengths, target_lengths, *options):
-    num_rows, with_uses = options[1], options[-1]
+    num_rows, with_uses = options[2], options[-1]
     losses = enc.new_empty(targets.size(0), dtype=native.compute_dtype(enc.dtype))
     rows = num_rows if with_uses else 0
     per_row = (enc.new_empty(rows, dtype=native.SCORE_DTYPE) for _ in range(3))

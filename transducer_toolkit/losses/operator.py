@@ -45,6 +45,7 @@ def logits_loss(
     blank_may_be_target: bool = False,
     ranges: Tensor | None = None,
     begins: Tensor | None = None,
+    index: Tensor | None = None,
     with_uses: bool = False,
 ) -> LogitsLoss:
     """Transducer losses of any topology and layout; shapes, dtypes and options are checked already.
@@ -62,6 +63,7 @@ def logits_loss(
         ranges: (B, T, R) integers, the symbols of each frame's cells.
         begins: (B, 2) integers, symbol and frame at which each lattice begins; lengths count from
             there. Padded and band layout only.
+        index: LatticeShape.index of the lengths on the device of logits, if there is one.
         with_uses: posteriors are wanted even without a gradient.
 
     Raises:
@@ -70,8 +72,6 @@ def logits_loss(
     """
     native.require_supported_device(logits.device)
     checks.refuse_forward_mode(logits)
-    if validate is None:
-        validate = logit_lengths.device.type == target_lengths.device.type == "cpu"
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     arguments = (
         logits.contiguous(),
@@ -80,6 +80,7 @@ def logits_loss(
         target_lengths,
         None if ranges is None else ranges.contiguous(),
         begins,
+        index,
         blank,
         from_log_softmax,
         topology,
@@ -121,6 +122,7 @@ def _lattice_batch(
     target_lengths: Tensor,
     ranges: Tensor | None,
     begins: Tensor | None,
+    index: Tensor | None,
 ) -> native.LatticeBatch:
     padded = logits.dim() == 4
     return native.LatticeBatch(
@@ -137,6 +139,7 @@ def _lattice_batch(
         band_start=None if ranges is None else ranges[:, :, 0],
         band_width=0 if ranges is None else ranges.size(2),
         begins=begins,
+        index=index,
     )
 
 
@@ -149,7 +152,10 @@ def _validate(
     begins: Tensor | None,
     blank: int | None,
     topology: str,
+    validate: bool | None,
 ) -> None:
+    if not checks.may_read(validate, logit_lengths, target_lengths, begins):
+        return
     max_frames = logits.size(1 if logits.dim() == 4 else 0)
     sizes = {"max_frames": max_frames, "max_targets": targets.size(1)}
     first_symbol = first_frame = None
@@ -158,9 +164,11 @@ def _validate(
     else:
         checks.check_boundary_values(begins, logit_lengths, target_lengths, **sizes)
         first_symbol, first_frame = begins.unbind(1)
+    checks.check_feasible(logit_lengths, target_lengths, topology)
+    if not checks.may_read(validate, targets, ranges):
+        return
     if ranges is not None:
         checks.check_ranges_values(ranges, logit_lengths, targets.size(1), first_frame)
-    checks.check_feasible(logit_lengths, target_lengths, topology)
     checks.check_labels(
         targets,
         target_lengths,
@@ -178,23 +186,23 @@ def _forward(
     target_lengths: Tensor,
     ranges: Tensor | None,
     begins: Tensor | None,
+    index: Tensor | None,
     blank: int,
     from_log_softmax: bool,
     topology: str,
     fastemit_lambda: float,
     delay_penalty: float,
     clamp: float,
-    validate: bool,
+    validate: bool | None,
     blank_may_be_target: bool,
     with_uses: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stages 1 and 2: losses (B,), and what stage 3 needs per row (empty unless with_uses)."""
     indices = targets, logit_lengths, target_lengths, ranges, begins
-    if validate:
-        _validate(logits, *indices, None if blank_may_be_target else blank, topology)
+    _validate(logits, *indices, None if blank_may_be_target else blank, topology, validate)
     if logits.dim() == 2 and logit_lengths.device.type == target_lengths.device.type == "cpu":
         checks.check_packed_rows(logit_lengths, target_lengths, logits.size(0))
-    batch = _lattice_batch(logits, *indices)
+    batch = _lattice_batch(logits, *indices, index)
     scores = native.CellScores(batch, logits.device)
     native.cell_scores(
         logits, batch, batch.all_rows(), scores, blank=blank, from_log_softmax=from_log_softmax
@@ -215,7 +223,7 @@ def _forward(
 
 _INPUTS = (
     "Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, Tensor? ranges, "
-    "Tensor? begins, int blank, bool from_log_softmax"
+    "Tensor? begins, Tensor? index, int blank, bool from_log_softmax"
 )
 
 torch.library.custom_op(
@@ -223,7 +231,7 @@ torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema=f"({_INPUTS}, str topology, float fastemit_lambda, float delay_penalty, float clamp, "
-    "bool validate, bool blank_may_be_target, bool with_uses) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool? validate, bool blank_may_be_target, bool with_uses) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -259,6 +267,7 @@ def _backward(
     target_lengths: Tensor,
     ranges: Tensor | None,
     begins: Tensor | None,
+    index: Tensor | None,
     blank: int,
     from_log_softmax: bool,
     clamp: float,
@@ -268,7 +277,7 @@ def _backward(
     loss_grad: Tensor,
 ) -> Tensor:
     """Stage 3: the gradient of the logits, in their layout."""
-    inputs = logits, targets, logit_lengths, target_lengths, ranges, begins
+    inputs = logits, targets, logit_lengths, target_lengths, ranges, begins, index
     grad = native.empty(*logits.shape, like=logits)
     for_stage_3 = normaliser, use_blank, use_label
     _write_gradient(inputs, blank, from_log_softmax, clamp, for_stage_3, loss_grad, grad)
@@ -289,8 +298,8 @@ def _backward_fake(logits, *arguments):
     return torch.empty_like(logits)
 
 
-_NUM_TENSORS = 6  # of the operator's inputs, the optional ones included
-_CLAMP = 11  # its place among them
+_NUM_TENSORS = 7  # of the operator's inputs, the optional ones included
+_CLAMP = 12  # its place among them
 
 
 def _setup_context(ctx, inputs, output):
@@ -305,7 +314,7 @@ def _differentiate(ctx, loss_grad, *_):
     grad = torch.ops.transducer_toolkit.transducer_loss_backward(
         *inputs, ctx.blank, ctx.from_log_softmax, ctx.clamp, *for_stage_3, loss_grad
     )
-    return grad, *(None for _ in range(14))
+    return grad, *(None for _ in range(15))
 
 
 torch.library.register_autograd(
@@ -351,4 +360,4 @@ class _InplaceLogitsLoss(torch.autograd.Function):
         logits = inputs[0]
         _write_gradient(inputs, *ctx.options, for_stage_3, loss_grad, logits)
         torch.autograd.graph.increment_version(logits)
-        return logits, *(None for _ in range(13))
+        return logits, *(None for _ in range(14))

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transducer_toolkit import native
+from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.losses import checks
 from transducer_toolkit.losses.operator import logits_loss
 from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
@@ -25,6 +26,7 @@ def transducer_loss(
     delay_penalty: float = 0.0,
     clamp: float = 0.0,
     inplace: bool = False,
+    shape: LatticeShape | None = None,
     validate: bool | None = None,
 ) -> Tensor:
     """Negative log-probability of the targets under an RNN-Transducer.
@@ -65,7 +67,10 @@ def transducer_loss(
         inplace: backward writes the gradient over the logits instead of into a new tensor. Eager
             mode only; logits must be neither a leaf nor a view (padded logits straight from
             ``nn.Linear`` are one) nor needed by another backward; a second backward raises.
-        validate: check lengths and labels. None: yes if they can be read without waiting for a
+        shape: the lattices, if the caller has them; must hold the same lengths. If it has been
+            moved to the device of logits, nothing is copied there, and the loss and its gradient
+            can be captured in a CUDA graph.
+        validate: check lengths and labels. None: those that can be read without waiting for a
             device. Unchecked nonsense gives that utterance a NaN loss, never a wild access.
 
     Returns:
@@ -113,11 +118,12 @@ def transducer_loss(
     ):
         checks.check_flag(flag, name)
     checks.check_validate(validate)
+    checks.check_shape(shape, targets.size(0))
+    lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
     losses = logits_loss(
         logits,
         targets,
-        logit_lengths,
-        target_lengths,
+        *lengths,
         blank=blank,
         from_log_softmax=from_log_softmax,
         topology=topology,
@@ -125,6 +131,7 @@ def transducer_loss(
         delay_penalty=delay_penalty,
         clamp=clamp,
         inplace=inplace,
+        index=None if shape is None else shape.index(logits.device),
         validate=validate,
     ).losses
     return reduce_losses(losses, reduction)
@@ -170,9 +177,15 @@ class TransducerLoss(nn.Module):
         }
 
     def forward(
-        self, logits: Tensor, targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        logit_lengths: Tensor,
+        target_lengths: Tensor,
+        shape: LatticeShape | None = None,
     ) -> Tensor:
-        return transducer_loss(logits, targets, logit_lengths, target_lengths, **self.options)
+        lengths = logit_lengths, target_lengths
+        return transducer_loss(logits, targets, *lengths, **self.options, shape=shape)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

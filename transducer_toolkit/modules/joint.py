@@ -42,8 +42,8 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
     return torch.ops.transducer_toolkit.join(
         enc.contiguous(),
         pred.contiguous(),
-        shape.logit_lengths,
-        shape.target_lengths,
+        *shape.lengths,
+        shape.index(enc.device),
         shape.num_cells,
         activation,
     )
@@ -112,8 +112,8 @@ def joiner_logits(
         pred.contiguous(),
         weight,
         bias,
-        shape.logit_lengths,
-        shape.target_lengths,
+        *shape.lengths,
+        shape.index(enc.device),
         shape.num_cells,
         activation,
     )
@@ -171,7 +171,12 @@ def _check(enc: Tensor, pred: Tensor, shape: LatticeShape, activation: str) -> N
 
 
 def _lattice_batch(
-    enc: Tensor, pred: Tensor, logit_lengths: Tensor, target_lengths: Tensor, num_cells: int
+    enc: Tensor,
+    pred: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    index: Tensor | None,
+    num_cells: int,
 ) -> native.LatticeBatch:
     return native.LatticeBatch(
         logit_lengths,
@@ -182,18 +187,19 @@ def _lattice_batch(
         max_frames=enc.size(1),
         padded=False,
         device=enc.device,
+        index=index,
     )
 
 
-def _forward(enc, pred, logit_lengths, target_lengths, num_cells, activation):
-    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, num_cells)
+def _forward(enc, pred, logit_lengths, target_lengths, index, num_cells, activation):
+    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, index, num_cells)
     hidden = enc.new_empty(num_cells, enc.size(-1))
     native.join_forward(enc, pred, batch, batch.all_rows(), activation=activation, out=hidden)
     return hidden
 
 
-def _backward(grad_hidden, hidden, enc, pred, logit_lengths, target_lengths, activation):
-    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, hidden.size(0))
+def _backward(grad_hidden, hidden, enc, pred, logit_lengths, target_lengths, index, activation):
+    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, index, hidden.size(0))
     dtype = native.compute_dtype(enc.dtype)
     grads = torch.zeros_like(enc, dtype=dtype), torch.zeros_like(pred, dtype=dtype)
     native.join_backward(
@@ -214,7 +220,7 @@ torch.library.custom_op(
     "transducer_toolkit::join",
     _forward,
     mutates_args=(),
-    schema="(Tensor enc, Tensor pred, Tensor logit_lengths, Tensor target_lengths, "
+    schema="(Tensor enc, Tensor pred, Tensor logit_lengths, Tensor target_lengths, Tensor? index, "
     "SymInt num_cells, str activation) -> Tensor",
 )
 torch.library.custom_op(
@@ -222,12 +228,12 @@ torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor grad_hidden, Tensor hidden, Tensor enc, Tensor pred, Tensor logit_lengths, "
-    "Tensor target_lengths, str activation) -> (Tensor, Tensor)",
+    "Tensor target_lengths, Tensor? index, str activation) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("transducer_toolkit::join")
-def _forward_fake(enc, pred, logit_lengths, target_lengths, num_cells, activation):
+def _forward_fake(enc, pred, logit_lengths, target_lengths, index, num_cells, activation):
     return enc.new_empty(num_cells, enc.size(-1))
 
 
@@ -237,15 +243,15 @@ def _backward_fake(grad_hidden, hidden, enc, pred, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    enc, pred, logit_lengths, target_lengths, _, ctx.activation = inputs
-    ctx.save_for_backward(output, enc, pred, logit_lengths, target_lengths)
+    *tensors, _, ctx.activation = inputs
+    ctx.save_for_backward(output, *tensors)
 
 
 def _differentiate(ctx, grad_hidden):
     grads = torch.ops.transducer_toolkit.join_backward(
         grad_hidden, *ctx.saved_tensors, ctx.activation
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -264,8 +270,10 @@ torch.library.register_autograd("transducer_toolkit::join_backward", _refuse_sec
 # --- the same with the output layer on top --------------------------------------------------------
 
 
-def _logits_forward(enc, pred, weight, bias, logit_lengths, target_lengths, num_cells, activation):
-    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, num_cells)
+def _logits_forward(
+    enc, pred, weight, bias, logit_lengths, target_lengths, index, num_cells, activation
+):
+    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, index, num_cells)
     logits = native.empty(num_cells, weight.size(0), like=enc)
     with torch.autocast(enc.device.type, enabled=False):
         joint = JointTiles(enc, pred, weight, bias, batch, activation=activation)
@@ -275,10 +283,10 @@ def _logits_forward(enc, pred, weight, bias, logit_lengths, target_lengths, num_
 
 
 def _logits_backward(
-    grad_logits, enc, pred, weight, bias, logit_lengths, target_lengths, activation, wanted
+    grad_logits, enc, pred, weight, bias, logit_lengths, target_lengths, index, activation, wanted
 ):
     grad_logits = grad_logits.contiguous()
-    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, grad_logits.size(0))
+    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, index, grad_logits.size(0))
     with torch.autocast(enc.device.type, enabled=False):
         joint = JointTiles(enc, pred, weight, bias, batch, activation=activation)
         joint.start_backward(tuple(wanted))
@@ -291,7 +299,7 @@ def _logits_backward(
 
 _TENSORS = (
     "Tensor enc, Tensor pred, Tensor weight, Tensor? bias, Tensor logit_lengths, "
-    "Tensor target_lengths"
+    "Tensor target_lengths, Tensor? index"
 )
 torch.library.custom_op(
     "transducer_toolkit::joiner_logits",
@@ -309,7 +317,7 @@ torch.library.custom_op(
 
 
 @torch.library.register_fake("transducer_toolkit::joiner_logits")
-def _logits_fake(enc, pred, weight, bias, logit_lengths, target_lengths, num_cells, activation):
+def _logits_fake(enc, pred, weight, bias, logit_lengths, target_lengths, index, num_cells, _):
     return enc.new_empty(num_cells, weight.size(0))
 
 
@@ -332,7 +340,7 @@ def _logits_differentiate(ctx, grad_logits):
         grad_logits, *ctx.saved_tensors, ctx.activation, wanted
     )
     inputs = (grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
-    return *inputs, None, None, None, None
+    return *inputs, None, None, None, None, None
 
 
 torch.library.register_autograd(
