@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.decode import decode_job, one_frame_at_a_time
 from benchmarks.jobs import Implementation, LossOfLogits, unpruned
 from benchmarks.workloads import Workload
 
@@ -57,5 +58,12 @@ IMPLEMENTATIONS = [
         module="torch",
         distribution="torch",
         jobs=unpruned(make_loss, packed=False),
-    )
+    ),
+    Implementation(
+        "one frame at a time",
+        project="plain_torch",
+        module="torch",
+        distribution="torch",
+        jobs={"decode": lambda workload: decode_job(workload, one_frame_at_a_time)},
+    ),
 ]
