@@ -18,6 +18,7 @@ PROJECTIONS, BUCKETS = 4, 64
 CHUNK_ROWS = 4096
 LOSS_TOLERANCE = 1e-3  # of an utterance's loss
 GRADIENT_TOLERANCE = 1e-2  # L2 norm of the error, relative to that of the gradient
+TOKEN_TOLERANCE = 1e-2  # edits a token of the transcript
 
 
 class Signature:
@@ -69,8 +70,20 @@ def gradient_error(signatures: list[list[float]], reference: list[list[float]]) 
     )
 
 
+def token_error(tokens: list[list[int]], reference: list[list[int]]) -> float:
+    """Edits that turn the reference into these tokens, a token of the reference."""
+    from torchaudio.functional import edit_distance
+
+    edits = sum(edit_distance(*pair) for pair in zip(reference, tokens, strict=True))
+    return edits / max(1, sum(map(len, reference)))
+
+
 def disagreement(result: dict, reference: dict) -> str:
     """What is wrong with `result`; empty if nothing is. Notes the errors in `result`."""
+    if "tokens" in reference:
+        result["token_error"] = token_error(result["tokens"], reference["tokens"])
+        wrong = result["token_error"] > TOKEN_TOLERANCE
+        return f"{result['token_error']:.1%} token errors" if wrong else ""
     result["loss_error"] = loss_error(result["losses"], reference["losses"])
     result["gradient_error"] = gradient_error(result["signatures"], reference["signatures"])
     found = []

@@ -87,7 +87,7 @@ def step_job(workload: Workload, logits_of: LogitsOfInputs, loss: LossOfLogits) 
 
 def padded_logits(enc: Tensor, pred: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, T, U + 1, V): what every project without a packed layout has to make."""
-    return functional.linear(torch.tanh(enc[:, :, None] + pred[:, None]), weight, bias)
+    return functional.linear((enc[:, :, None] + pred[:, None]).tanh_(), weight, bias)
 
 
 def unpruned(
@@ -150,7 +150,7 @@ def pruned_job(
             )
         else:
             am_pruned, lm_pruned = api.do_rnnt_pruning(am=enc, lm=pred, ranges=ranges)
-            logits = functional.linear(torch.tanh(am_pruned + lm_pruned), weight, bias)
+            logits = functional.linear((am_pruned + lm_pruned).tanh_(), weight, bias)
             del am_pruned, lm_pruned
             pruned = api.rnnt_loss_pruned(
                 logits=logits,

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import truth
+from benchmarks import decode, truth
 from benchmarks.agreement import Signature, signature
 from benchmarks.jobs import Implementation, Job
 from benchmarks.peers import Absent, implementations, require_present
-from benchmarks.precision import largest_error
+from benchmarks.precision import largest_error, scaled
 from benchmarks.workloads import Workload
 
 BUDGET_S = 30.0  # a process that has measured for so long stops repeating
@@ -124,16 +124,25 @@ def copy_of_logits(workload: Workload) -> Callable[[Any], None]:
     return lambda _: copy.copy_(logits)
 
 
-def floor(suite: str, workload: Workload) -> Job:
-    """The floor that a suite's times are compared with."""
+def floor(suite: str, workload: Workload, repetitions: int) -> dict[str, Any]:
+    """What a suite's times are compared with, and the bytes of the gradients it must return."""
     if suite == "loss":
-        return Job(copy_of_logits(workload))
-    num_cells = workload.band_cells if suite == "pruned" else workload.shape.num_cells
-    return Job(gemm_unit(workload, num_cells))
+        run, gradients = copy_of_logits(workload), [workload.logits()]
+    elif suite == "decode":
+        run, gradients = gemm_unit(workload, sum(workload.frames)), []
+    else:
+        num_cells = workload.band_cells if suite == "pruned" else workload.shape.num_cells
+        run, gradients = gemm_unit(workload, num_cells), [*workload.joiner_inputs()]
+        if suite == "pruned":
+            gradients += workload.simple_projections()
+    measured, _ = measure(Job(run), repetitions, workload.device)
+    return {**measured, "peak_bytes": sum(gradient.nbytes for gradient in gradients)}
 
 
 def true_outcome(suite: str, workload: Workload) -> dict[str, Any]:
-    """Losses and signatures of the gradients in float64."""
+    """Losses and signatures of the gradients in float64; the transcripts that are to be found."""
+    if suite == "decode":
+        return {"tokens": decode.transcripts(workload)}
     if suite == "loss":
         reference = truth.loss_truth(workload)
         made = Signature(workload.vocab_size)
@@ -146,9 +155,17 @@ def true_outcome(suite: str, workload: Workload) -> dict[str, Any]:
 
 def packed_gradients(workload: Workload, suite: str, gradients: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients in the layout of the truth."""
-    if suite in ("loss", "accuracy") and gradients[0].dim() == 4:
+    if suite == "loss" and gradients[0].dim() == 4:
         return [workload.shape.pack(gradients[0])]
     return list(gradients)
+
+
+def gradient_error_of(implementation: Implementation, workload: Workload) -> float:
+    """The largest error of an entry of the logits' gradient."""
+    job = implementation.jobs["loss"](workload)
+    _, gradients = job.run(job.prepare())
+    (gradient,) = packed_gradients(workload, "loss", gradients)
+    return largest_error(gradient, truth.loss_truth(workload))
 
 
 def version_of(implementation: Implementation) -> str:
@@ -167,18 +184,20 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if name == "truth":
         return true_outcome(suite, workload)
     if name == "floor":
-        return measure(floor(suite, workload), request["repetitions"], workload.device)[0]
+        return floor(suite, workload, request["repetitions"])
     implementation = implementations(tuple(request["extra"]))[name]
     require_present(implementation)
-    job = implementation.jobs["loss" if suite == "accuracy" else suite](workload)
     if suite == "accuracy":
-        _, gradients = job.run(job.prepare())
-        (gradient,) = packed_gradients(workload, suite, gradients)
-        error = largest_error(gradient, truth.loss_truth(workload))
-        return {"error": error, "version": version_of(implementation)}
-    measured, (losses, gradients) = measure(job, request["repetitions"], workload.device)
-    packed = packed_gradients(workload, suite, gradients)
+        errors = [gradient_error_of(implementation, each) for each in scaled(workload)]
+        return {"errors": errors, "version": version_of(implementation)}
+    job = implementation.jobs[suite](workload)
+    measured, outcome = measure(job, request["repetitions"], workload.device)
     measured["version"] = version_of(implementation)
+    if suite == "decode":
+        measured["tokens"] = outcome
+        return measured
+    losses, gradients = outcome
+    packed = packed_gradients(workload, suite, gradients)
     measured["losses"] = losses.reshape(-1).tolist()
     measured["signatures"] = [signature(gradient) for gradient in packed]
     return measured

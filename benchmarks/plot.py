@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One picture of a suite: time against memory, or both against size; all axes logarithmic."""
+"""One picture of a document: time against memory, or both against size; all axes logarithmic."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import labels
+from benchmarks.results import Run
 from benchmarks.session import Row
 
 MIB = 2**20
@@ -14,22 +16,27 @@ OURS, PEER, FLOOR = "tab:blue", "tab:orange", "black"
 MARKERS = "osD^vP*X<>hp"
 
 
-def draw(path: Path, suite: str, rows: list[Row], machine: str) -> None:
-    """Writes the picture of a suite's rows; those without numbers are left out."""
+def draw(path: Path, runs: list[Run]) -> None:
+    """Writes the picture of a document's runs; rows without numbers are left out."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    measured = [row for row in rows if row["status"] == "ok"]
-    drawing = {"scaling": _scaling, "accuracy": _accuracy}.get(suite, _time_against_memory)
+    suite = runs[0]["suite"]
+    measured = [[row for row in run["rows"] if row["status"] == "ok"] for run in runs]
     figure = Figure(layout="constrained")
-    drawing(figure, measured)
+    if suite in ("scaling", "memory"):
+        _scaling(figure, measured[0])
+    elif suite == "accuracy":
+        _accuracy(figure, measured[0])
+    else:
+        _time_against_memory(figure, measured, labels(runs))
     for axes in figure.axes:  # labels between the decades overlap
         low, high = axes.get_xlim()
         if high > 20 * low:
             axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.suptitle(f"{suite}: {machine}", fontsize=6)
+    figure.suptitle(f"{suite}: {runs[0]['machine']}", fontsize=6)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def _mib(row: Row) -> float:
@@ -46,18 +53,29 @@ def _style(names: list[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _time_against_memory(figure: Any, rows: list[Row]) -> None:
-    axes = figure.subplots()
-    style = _style([row["name"] for row in rows])
-    for row in rows:
-        if row["project"] == "floor":
-            axes.axvline(row["seconds"], color=FLOOR, linestyle="--", label=row["name"])
-        else:
-            axes.plot(row["seconds"], _mib(row), linestyle="", label=row["name"],
-                      **style[row["name"]])  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="s, forward and backward", ylabel="peak MiB")
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(fontsize=7)
+def _time_against_memory(figure: Any, runs: list[list[Row]], titles: list[str]) -> None:
+    """A panel for each run: time to the right, memory upwards; the floor is a line in each."""
+    names = list(dict.fromkeys(row["name"] for rows in runs for row in rows))
+    style = _style(names)
+    columns = min(3, len(runs))
+    lines = -(-len(runs) // columns)
+    figure.set_size_inches(max(6.4, 3.6 * columns), max(4.8, 3.2 * lines))
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, rows, title in zip(panels, runs, titles, strict=False):
+        for row in rows:
+            if row["project"] == "floor":
+                axes.axvline(row["seconds"], color=FLOOR, linestyle="--", label=row["name"])
+                if row["peak_bytes"]:
+                    axes.axhline(_mib(row), color=FLOOR, linestyle=":", label="gradients")
+            else:
+                axes.plot(row["seconds"], _mib(row), linestyle="", label=row["name"],
+                          **style[row["name"]])  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel="s", ylabel="peak MiB")
+        axes.set_title(title, fontsize=8)
+        axes.grid(True, which="both", alpha=0.2)
+    for axes in panels[len(runs) :]:
+        axes.remove()
+    panels[0].legend(fontsize=6)
 
 
 def _scaling(figure: Any, rows: list[Row]) -> None:
@@ -73,8 +91,7 @@ def _scaling(figure: Any, rows: list[Row]) -> None:
             is_floor = bool(series) and series[0]["project"] == "floor"
             look = {"color": FLOOR, "linestyle": "--"} if is_floor else style[name]
             panels[0][column].plot(sizes, [row["seconds"] for row in series], label=name, **look)
-            if not is_floor:
-                panels[1][column].plot(sizes, [_mib(row) for row in series], **look)
+            panels[1][column].plot(sizes, [_mib(row) for row in series], **look)
         for axes, label in zip(panels[:, column], ("s", "peak MiB"), strict=True):
             axes.set(xscale="log", yscale="log", xlabel=variable, ylabel=label)
             axes.grid(True, which="both", alpha=0.2)

@@ -16,11 +16,16 @@ SCALES = (1.0, 10.0, 100.0)
 
 
 def precision_workloads(base: Workload, max_frames: int) -> Iterator[Workload]:
-    """One utterance of each size and scale of logits, up to `max_frames` frames."""
+    """One utterance of each size up to `max_frames` frames."""
     for frames, symbols in SIZES:
         if frames <= max_frames:
-            for scale in SCALES:
-                yield replace(base, frames=(frames,), symbols=(symbols,), logits_scale=scale)
+            yield replace(base, frames=(frames,), symbols=(symbols,))
+
+
+def scaled(workload: Workload) -> Iterator[Workload]:
+    """The workload with its logits at each scale."""
+    for scale in SCALES:
+        yield replace(workload, logits_scale=scale)
 
 
 def largest_error(gradient: Tensor, reference: Truth) -> float:

@@ -1,82 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements as Markdown tables and as JSON with what is needed to repeat them."""
+"""Markdown tables and pictures of documents that benchmarks.run has written.
+
+    python -m benchmarks.report benchmarks/results/*.json            # .md and .png beside each
+    python -m benchmarks.report --fill benchmarks/README.md          # its tables anew
+
+In a file to fill, a table stands between `<!-- results/NAME.json -->` and `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import subprocess
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-import transducer_toolkit
-from benchmarks.session import FLOORS, PROJECT_ROOT, Row
+from benchmarks.results import Run, read, workload_of
+from benchmarks.session import FLOORS, Row
 from benchmarks.workloads import Workload
 
 MIB = 2**20
-
-
-def machine_line(threads: int, device: str) -> str:
-    """Processor, threads and versions in one line."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = models[0].split(":")[1].strip() if models else cpu
-    info = transducer_toolkit.build_info()
-    gpu = f"{torch.cuda.get_device_name()}; " if device == "cuda" else ""
-    return (
-        f"{gpu}{cpu}, {threads} thread(s), {info['cpu_path']}; torch {torch.__version__}, "
-        f"transducer_toolkit {info['version']} at {commit()}"
-    )
-
-
-def commit() -> str:
-    """The commit measured, marked if the working tree differs from it."""
-
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(
-                ["git", *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    revision = git("rev-parse", "--short=12", "HEAD")
-    if not revision:
-        return "an unknown commit"
-    return f"{revision}, changed" if git("status", "--porcelain", "-uno") else revision
-
-
-def versions(rows: list[Row]) -> dict[str, str]:
-    """Of Python, torch, ours, and every project that was measured."""
-    found = {row["project"]: row["version"] for row in rows if row.get("version")}
-    return {
-        **found,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ours": transducer_toolkit.__version__,
-    }
-
-
-def write_json(path: Path, options: argparse.Namespace, machine: str, rows: list[Row]) -> None:
-    """Everything that was measured, and how."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = {
-        "machine": machine,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(rows),
-        "options": {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in vars(options).items()
-        },
-        "rows": rows,
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+FRAME_S = 0.04  # an encoder frame after 4x subsampling
+MARKED = re.compile(r"<!-- (results/\S+\.json) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def said(row: Row) -> str:
@@ -90,6 +34,17 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
+def time_and_peak(row: Row) -> str:
+    if row["status"] != "ok":
+        return row["status"]
+    return f"{milliseconds(row['seconds'])} / {row['peak_bytes'] / MIB:.1f}"
+
+
+def _range(row: Row) -> str:
+    spread = f"{milliseconds(row['fastest'])}-{milliseconds(row['slowest'])}"
+    return f"{milliseconds(row['seconds'])} ({spread})"
+
+
 def _ratio(row: Row, other: Row | None) -> str:
     if other is None or other["status"] != "ok":
         return ""
@@ -100,104 +55,231 @@ def _by_name(rows: list[Row], name: str) -> Row | None:
     return next((row for row in rows if row["name"] == name), None)
 
 
-def describe(workload: Workload) -> str:
+def _header(*columns: str) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def describe(workload: Workload, suite: str) -> str:
     """The batch in one line."""
-    logits_mib = workload.shape.num_cells * workload.vocab_size * 4 / MIB
-    return (
+    if suite == "accuracy":
+        return f"largest error of a float32 gradient entry against float64, V {workload.vocab_size}"
+    if suite == "memory":
+        return (
+            f"suite step, one utterance of T {workload.frames[0]}, U {workload.symbols[0]}, "
+            f"D {workload.joiner_dim}; peak MiB beyond inputs and their gradients"
+        )
+    if suite == "scaling":
+        return f"suite step, {workload.lattice} lattice; ms / peak MiB; peaks include gradients"
+    sizes = (
         f"{len(workload.frames)} utterances, T {min(workload.frames)}-{max(workload.frames)}, "
         f"U {min(workload.symbols)}-{max(workload.symbols)}, "
-        f"{workload.shape.num_cells} cells, V {workload.vocab_size}, D {workload.joiner_dim}, "
-        f"{workload.lattice} lattice; packed float32 logits are {logits_mib:.1f} MiB"
+        f"V {workload.vocab_size}, D {workload.joiner_dim}"
+    )
+    if suite == "decode":
+        return f"{sizes}; encoder output given, {FRAME_S * 1e3:.0f} ms a frame"
+    cells = workload.shape.num_cells
+    return (
+        f"{sizes}, {cells} cells, {workload.lattice} lattice; packed float32 logits are "
+        f"{cells * workload.vocab_size * 4 / MIB:.1f} MiB"
     )
 
 
-def suite_table(rows: list[Row], workload: Workload, suite: str) -> str:
+def _suite_table(rows: list[Row], workload: Workload, suite: str) -> list[str]:
     """One row for each implementation; ratios of time to the floor and to a well-known peer."""
     logits_bytes = workload.shape.num_cells * workload.vocab_size * 4
     floor = _by_name(rows, FLOORS[suite])
     peer_name = "fast_rnnt" if suite == "pruned" else "torchaudio"
     peer = _by_name(rows, peer_name)
     lines = [
-        describe(workload),
         f"errors are relative, to {rows[-1]['reference']}",
         "",
-        f"| {suite} | ms (range) | of {FLOORS[suite]} | of {peer_name} | peak MiB "
-        "| of packed logits | loss error | gradient error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        *_header(suite, "ms (range)", f"of {FLOORS[suite]}", f"of {peer_name}", "peak MiB",
+                 "of packed logits", "loss error", "gradient error"),
+    ]  # fmt: skip
     for row in rows:
         if row["status"] != "ok":
-            lines.append(f"| {row['name']} | {said(row)} | | | | | | |")
+            lines.append(_line(row["name"], said(row), *[""] * 6))
             continue
-        errors = (
-            " | "
-            if row["project"] == "floor"
-            else f"{row['loss_error']:.0e} | {row['gradient_error']:.0e}"
-        )
-        spread = f"{milliseconds(row['fastest'])}-{milliseconds(row['slowest'])}"
+        is_floor = row["project"] == "floor"
+        errors = [f"{row[key]:.0e}" for key in ("loss_error", "gradient_error") if not is_floor]
         lines.append(
-            f"| {row['name']} | {milliseconds(row['seconds'])} ({spread}) | {_ratio(row, floor)} "
-            f"| {_ratio(row, peer)} | {row['peak_bytes'] / MIB:.1f} "
-            f"| {row['peak_bytes'] / logits_bytes:.2f} | {errors} |"
+            _line(
+                row["name"],
+                _range(row),
+                _ratio(row, floor),
+                _ratio(row, peer),
+                f"{row['peak_bytes'] / MIB:.1f}",
+                f"{row['peak_bytes'] / logits_bytes:.2f}",
+                *(errors or [""] * 2),
+            )
         )
-    if suite == "loss" and floor is not None and floor["status"] == "ok":
+    if floor is None or floor["status"] != "ok":
+        return lines
+    if suite == "loss":
         gigabytes = 2 * logits_bytes / floor["seconds"] / 1e9
-        lines += ["", f"copy bandwidth {gigabytes:.1f} GB/s, reading and writing"]
-    elif floor is not None and floor["status"] == "ok":
-        cells = workload.band_cells if suite == "pruned" else workload.shape.num_cells
-        flops = 2 * cells * workload.joiner_dim * workload.vocab_size
-        lines += ["", f"GEMM unit: {flops / floor['seconds'] / 1e9:.1f} GFLOP/s"]
-    return "\n".join(lines)
+        return [*lines, "", f"copy bandwidth {gigabytes:.1f} GB/s, reading and writing"]
+    cells = workload.band_cells if suite == "pruned" else workload.shape.num_cells
+    flops = 2 * cells * workload.joiner_dim * workload.vocab_size
+    return [*lines, "", f"GEMM unit: {flops / floor['seconds'] / 1e9:.1f} GFLOP/s"]
 
 
-def scaling_table(rows: list[Row], workload: Workload) -> str:
-    """One row for each size, one column for each implementation: ms and MiB."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    lines = [
-        f"suite step, {workload.lattice} lattice; ms / peak MiB",
-        "",
-        f"| grows | to | {' | '.join(names)} |",
-        "|---|---|" + "---|" * len(names),
-    ]
-    for variable, value in dict.fromkeys((row["variable"], row["value"]) for row in rows):
-        cells = []
-        for name in names:
-            row = next(
-                row
-                for row in rows
-                if (row["variable"], row["value"], row["name"]) == (variable, value, name)
+def _decode_table(rows: list[Row], workload: Workload, suite: str) -> list[str]:
+    """One row for each search, compared with the plain greedy one."""
+    plain = _by_name(rows, "one frame at a time")
+    audio_s = sum(workload.frames) * FRAME_S
+    lines = _header("decode", "ms (range)", "real-time factor", "times as fast", "peak MiB",
+                    "token errors")  # fmt: skip
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append(_line(row["name"], said(row), *[""] * 4))
+            continue
+        lines.append(
+            _line(
+                row["name"],
+                _range(row),
+                f"{row['seconds'] / audio_s:.1e}",
+                _ratio(plain, row) if plain and plain["status"] == "ok" else "",
+                f"{row['peak_bytes'] / MIB:.1f}",
+                f"{row['token_error']:.1%}" if "token_error" in row else "",
             )
-            ok = row["status"] == "ok"
-            cells.append(
-                f"{milliseconds(row['seconds'])} / {row['peak_bytes'] / MIB:.1f}"
-                if ok
-                else row["status"]
-            )
-        lines.append(f"| {variable} | {value} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *reasons(rows)])
+        )
+    return lines
 
 
-def accuracy_table(rows: list[Row], workload: Workload) -> str:
-    """Largest error of a gradient entry, one column for each implementation."""
+def _series_table(
+    rows: list[Row], keys: tuple[str, ...], heads: tuple[str, ...], cell: Callable[[Row], str]
+) -> list[str]:
+    """One row for each size, one column for each implementation."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    lines = [
-        f"largest error of a float32 gradient entry against float64, V {workload.vocab_size}",
-        "",
-        f"| T | U | logits scale | {' | '.join(names)} |",
-        "|---|---|---|" + "---|" * len(names),
-    ]
-    for size in dict.fromkeys((row["T"], row["U"], row["scale"]) for row in rows):
-        of_size = {row["name"]: row for row in rows if (row["T"], row["U"], row["scale"]) == size}
-        cells = [
-            f"{row['error']:.1e}" if row["status"] == "ok" else row["status"]
-            for row in of_size.values()
-        ]
-        lines.append(f"| {size[0]} | {size[1]} | {size[2]:g} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *reasons(rows)])
+    lines = _header(*heads, *names)
+    for size in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        of_size = {
+            row["name"]: cell(row) for row in rows if tuple(row[key] for key in keys) == size
+        }
+        sizes = [f"{part:g}" if isinstance(part, float) else str(part) for part in size]
+        lines.append(_line(*sizes, *[of_size.get(name, "") for name in names]))
+    return [*lines, *reasons(rows)]
+
+
+def _scaling_table(rows: list[Row], workload: Workload, suite: str) -> list[str]:
+    return _series_table(rows, ("variable", "value"), ("grows", "to"), time_and_peak)
+
+
+def _memory_table(rows: list[Row], workload: Workload, suite: str) -> list[str]:
+    floors = {row["value"]: row["peak_bytes"] for row in rows if row["project"] == "floor"}
+
+    def beyond(row: Row) -> str:
+        if row["status"] != "ok":
+            return row["status"]
+        if row["project"] == "floor":
+            return f"{row['peak_bytes'] / MIB:.1f}"
+        return f"{(row['peak_bytes'] - floors[row['value']]) / MIB:.1f}"
+
+    renamed = [{**row, "name": "gradients"} if row["project"] == "floor" else row for row in rows]
+    return _series_table(renamed, ("value",), ("V",), beyond)
+
+
+def _accuracy_table(rows: list[Row], workload: Workload, suite: str) -> list[str]:
+    def error(row: Row) -> str:
+        return f"{row['error']:.1e}" if row["status"] == "ok" else row["status"]
+
+    return _series_table(rows, ("T", "U", "scale"), ("T", "U", "logits scale"), error)
+
+
+TABLES = {
+    "decode": _decode_table,
+    "accuracy": _accuracy_table,
+    "scaling": _scaling_table,
+    "memory": _memory_table,
+}
 
 
 def reasons(rows: list[Row]) -> list[str]:
     """A line for each distinct way in which an implementation gave no number."""
-    return list(
-        dict.fromkeys(f"- {row['name']}: {said(row)}" for row in rows if row["status"] != "ok")
+    lines = dict.fromkeys(f"- {row['name']}: {said(row)}" for row in rows if row["status"] != "ok")
+    return ["", *lines] if lines else []
+
+
+def table(run: Run) -> str:
+    """Where it was measured, the batch, and the table of a run."""
+    workload, suite = workload_of(run), run["suite"]
+    lines = TABLES.get(suite, _suite_table)(run["rows"], workload, suite)
+    head = [run["machine"], describe(workload, suite)]
+    return "\n\n".join(head) + "\n" + "\n".join(["", *lines])
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """What tells the runs of a document apart."""
+    phrases: tuple[Callable[[Run], str], ...] = (
+        lambda run: run["options"]["batch"],
+        lambda run: f"{sum(run['workload']['frames'])} frames",
+        lambda run: f"V {run['options']['vocab_size']}",
+        lambda run: f"D {run['options']['joiner_dim']}",
+        lambda run: run["options"]["lattice"],
+        lambda run: "denormals flushed" if run["options"]["flush_denormal"] else "denormals",
+        lambda run: f"{run['options']['threads']} thread(s)",
     )
+    telling = [say for say in phrases if len({say(run) for run in runs}) > 1]
+    made = [", ".join(say(run) for say in telling) for run in runs]
+    repeated = len(set(made)) < len(made)
+    return [f"{label} #{index + 1}" if repeated else label for index, label in enumerate(made)]
+
+
+def overview(runs: list[Run]) -> str:
+    """All runs of a document side by side: ms / peak MiB of each implementation."""
+    named = [{**row, "run": label} for run, label in zip(runs, labels(runs), strict=True)
+             for row in run["rows"]]  # fmt: skip
+    names = list(dict.fromkeys(row["name"] for row in named))
+    lines = ["ms / peak MiB", "", *_header(runs[0]["suite"], *labels(runs))]
+    for name in names:
+        of_name = {row["run"]: time_and_peak(row) for row in named if row["name"] == name}
+        lines.append(_line(name, *[of_name.get(label, "") for label in labels(runs)]))
+    return "\n".join([*lines, *reasons(named)])
+
+
+def document(runs: list[Run]) -> str:
+    """Markdown of a document: the overview, if there is more than one run, and every table."""
+    if len(runs) == 1:
+        return table(runs[0])
+    parts = [overview(runs)]
+    for run, label in zip(runs, labels(runs), strict=True):
+        parts.append(f"**{label}**\n\n{table(run)}")
+    return "\n\n".join(parts)
+
+
+def fill(text: str, folder: Path) -> str:
+    """Puts tables anew between their marks: the first run's, and all runs side by side."""
+
+    def made(match: re.Match[str]) -> str:
+        runs = read(folder / match[1])
+        parts = [table(runs[0]), *([overview(runs)] if len(runs) > 1 else [])]
+        return f"<!-- {match[1]} -->\n" + "\n\n".join(parts) + "\n<!-- end -->"
+
+    return MARKED.sub(made, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("documents", nargs="*", type=Path, metavar="JSON")
+    parser.add_argument("--fill", type=Path, metavar="MARKDOWN")
+    options = parser.parse_args()
+    for path in options.documents:
+        from benchmarks import plot
+
+        runs = read(path)
+        path.with_suffix(".md").write_text(document(runs) + "\n")
+        plot.draw(path.with_suffix(".png"), runs)
+    if options.fill:
+        options.fill.write_text(fill(options.fill.read_text(), options.fill.parent))
+
+
+if __name__ == "__main__":
+    main()

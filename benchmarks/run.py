@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a suite, every measurement in a fresh process, and prints one Markdown table.
+"""Runs a suite, every measurement in a fresh process, and prints its Markdown table.
 
     python -m benchmarks.run --suite loss                 # logits given
     python -m benchmarks.run --suite step                 # joiner and loss
     python -m benchmarks.run --suite pruned               # smoothed loss, ranges, pruned loss
+    python -m benchmarks.run --suite decode               # searches on given encoder output
     python -m benchmarks.run --suite accuracy             # gradient error against float64
     python -m benchmarks.run --suite scaling              # the step as cells, V, D and T grow
+    python -m benchmarks.run --suite memory               # the step's peak as V grows
 
 Rounds go through all implementations before the next round starts, so that a busy neighbour hits
-everyone. A time is believed after loss and gradients agree with float64; what disagrees, crashes,
-is absent, runs out of memory or of time is a row that says so. benchmarks/README.md has the rest.
+everyone. A time is believed after the results agree with float64; what disagrees, crashes, is
+absent, runs out of memory or of time is a row that says so. benchmarks/README.md has the rest;
+benchmarks.report makes tables and pictures of the JSON files.
 """
 
 from __future__ import annotations
@@ -19,20 +22,33 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import report, results
 from benchmarks.peers import implementations
 from benchmarks.session import Session
 from benchmarks.workloads import (
     LATTICE_SCALES,
+    MEMORY_FACTORS,
     SCALING_FACTORS,
     Workload,
     choose_batch,
+    memory_workloads,
+    scaling_workloads,
     utterance_shapes,
 )
 
-SUITES = ("loss", "step", "pruned", "accuracy", "scaling")
-DEFAULT_FRAMES = {"accuracy": 3000}
-DEFAULT_VOCAB_SIZE = {"accuracy": 16}
+SUITES = ("loss", "step", "pruned", "decode", "accuracy", "scaling", "memory")
+# Where a suite's own default differs from that of the others.
+DEFAULTS = {
+    "accuracy": {"frames": 3000, "vocab_size": 16},
+    "decode": {"frames": 11_000},
+    "memory": {"frames": 343, "factors": MEMORY_FACTORS},
+}
+COMMON_DEFAULTS = {
+    "frames": 1400,
+    "vocab_size": 500,
+    "lattice": "initial",
+    "factors": SCALING_FACTORS,
+}
 GIB = 2**30
 
 
@@ -50,14 +66,16 @@ def parser() -> argparse.ArgumentParser:
     add("--extra", nargs="+", default=[], metavar="MODULE",
         help="modules with IMPLEMENTATIONS of your own, as those in benchmarks/peers")  # fmt: skip
     add("--shapes", type=Path, help=".npy of (N, 2) frames and tokens; default: built-in quantiles")
-    add("--frames", type=int, help="of all utterances of the batch (1400); accuracy: largest T")
+    add("--frames", type=int,
+        help="of all utterances of the batch (1400; decode: 11000); accuracy: largest T (3000); "
+        "memory: T of the one utterance (343)")  # fmt: skip
     add("--batch", choices=("sorted", "unsorted"), default="sorted", help="corpus order")
     add("--vocab-size", type=int, help="500; accuracy: 16")
     add("--joiner-dim", type=int, default=512)
-    add("--lattice", choices=LATTICE_SCALES, default="initial",
+    add("--lattice", choices=LATTICE_SCALES,
         help="weights or logits of an untrained model, or times 12: few paths count")  # fmt: skip
-    add("--factors", type=float, nargs="+", default=SCALING_FACTORS, metavar="X",
-        help="scaling: what --frames, --vocab-size and --joiner-dim are multiplied by")  # fmt: skip
+    add("--factors", type=float, nargs="+", metavar="X",
+        help="scaling: of frames, vocab-size, joiner-dim; memory: of vocab-size")  # fmt: skip
     add("--threads", type=int, default=1)
     add("--flush-denormal", action="store_true", help="torch.set_flush_denormal(True) first")
     add("--rounds", type=int, default=3, help="processes for each implementation")
@@ -65,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=600.0, metavar="S", help="of one process")
     add("--memory-limit", type=float, metavar="GIB", help="of one process; default: 80 %% of free")
     add("--json", type=Path, help="write all measurements here")
+    add("--append", action="store_true", help="add to the runs that the JSON file has")
+    add("--markdown", type=Path, help="write the table here")
     add("--plot", type=Path, help="write the picture here (.png, .svg, .pdf)")
     return made
 
@@ -97,10 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         options_parser.error("--device cuda: torch sees no CUDA device here")
-    if options.frames is None:
-        options.frames = DEFAULT_FRAMES.get(options.suite, 1400)
-    if options.vocab_size is None:
-        options.vocab_size = DEFAULT_VOCAB_SIZE.get(options.suite, 500)
+    if options.append and options.json and options.json.exists():
+        there = results.read(options.json)[0]["suite"]
+        if there != options.suite:
+            options_parser.error(f"--append: {options.json.name} has suite {there}")
+    for name, value in {**COMMON_DEFAULTS, **DEFAULTS.get(options.suite, {})}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     extra = tuple(options.extra)
     limit = options.memory_limit * GIB if options.memory_limit else 0.8 * free_memory_bytes()
     session = Session(
@@ -124,24 +147,28 @@ def main(arguments: list[str] | None = None) -> None:
         lattice=options.lattice,
         device=options.device,
     )
-    machine = report.machine_line(options.threads, options.device)
-    print(machine)
+    machine = results.machine_line(options.threads, options.device)
+    factors = tuple(sorted(options.factors))
     if options.suite == "accuracy":
         rows = list(session.accuracy(workload, options.frames))
-        print(report.accuracy_table(rows, workload))
     elif options.suite == "scaling":
-        factors = tuple(sorted(options.factors))
-        rows = list(session.scaling(workload, options.frames, factors))
-        print(report.scaling_table(rows, workload))
+        rows = list(session.series(scaling_workloads(workload, options.frames, factors)))
+    elif options.suite == "memory":
+        sizes = list(memory_workloads(workload, options.frames, factors))
+        workload = sizes[0][2]
+        rows = list(session.series(sizes))
     else:
         rows = session.rows(options.suite, workload)
-        print(report.suite_table(rows, workload, options.suite))
+    run = results.make_run(options, machine, workload, rows)
+    print(report.table(run))
     if options.json:
-        report.write_json(options.json, options, machine, rows)
+        results.write(options.json, run, append=options.append)
+    if options.markdown:
+        options.markdown.write_text(report.table(run) + "\n")
     if options.plot:
         from benchmarks import plot
 
-        plot.draw(options.plot, options.suite, rows, machine)
+        plot.draw(options.plot, [run])
 
 
 if __name__ == "__main__":

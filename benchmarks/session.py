@@ -9,18 +9,26 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.agreement import disagreement
 from benchmarks.jobs import Implementation
-from benchmarks.precision import precision_workloads
-from benchmarks.workloads import Workload, scaling_workloads
+from benchmarks.precision import SCALES, precision_workloads
+from benchmarks.workloads import Workload
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {"loss": "copy of the logits", "step": "GEMM unit", "pruned": "GEMM unit of the band"}
+FLOORS = {
+    "loss": "copy of the logits",
+    "step": "GEMM unit",
+    "pruned": "GEMM unit of the band",
+    "decode": "GEMM of every frame once",
+}
+
+SLOW_S = 20.0  # of one run
+OUTCOME = ("signatures", "losses", "tokens")  # compared, and not kept
 
 Row = dict[str, Any]
 
@@ -84,27 +92,28 @@ class Session:
             )
         except subprocess.TimeoutExpired:
             return {"status": "timed out", "detail": f"after {self.timeout_s:g} s"}
-        if process.returncode == -signal.SIGKILL:
-            return {"status": "out of memory", "detail": "killed by SIGKILL"}
-        if process.returncode < 0:
-            return {"status": "crashed", "detail": signal.Signals(-process.returncode).name}
-        if process.returncode > 0:
-            last = (process.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-            return {"status": "crashed", "detail": f"exit status {process.returncode}: {last}"}
-        return json.loads(process.stdout.splitlines()[-1])
+        if process.returncode == 0:
+            result = json.loads(process.stdout.splitlines()[-1])
+        else:
+            result = ended_process(process.returncode, process.stderr)
+        if result["status"] == "out of memory" and request["memory_limit_bytes"]:
+            limit_gib = request["memory_limit_bytes"] / 2**30
+            result["detail"] = f"limit {limit_gib:.3g} GiB; {result['detail']}"
+        return result
 
     def rows(self, suite: str, workload: Workload, skip: dict[str, Row] | None = None) -> list[Row]:
         """The floor and every implementation of a suite on one workload.
 
-        The reference is float64 (not in the suite "pruned", nor where memory is too
-        small); else the first implementation that works. A result that disagrees gives no time.
+        The reference is float64, of "decode" the transcripts. In the suite "pruned", and where
+        memory is too small for float64, it is the first implementation that works. A result that
+        disagrees gives no time. What took longer than SLOW_S is measured in the first round only.
         """
         reference = None
         if suite != "pruned":
-            progress("truth in float64")
+            progress("truth")
             truth = self.measure(suite, "truth", workload)
             if truth["status"] == "ok":
-                reference = {**truth, "name": "float64"}
+                reference = {**truth, "name": "the transcripts" if suite == "decode" else "float64"}
             else:
                 progress(f"no truth: {truth['status']}: {truth['detail']}")
         names = [name for name, entry in self.implementations.items() if suite in entry.jobs]
@@ -112,7 +121,7 @@ class Session:
         ended = dict(skip or {})
         for round_index in range(self.rounds):
             for name, measured in results.items():
-                if name in ended:
+                if name in ended or (measured and measured[0]["seconds"] > SLOW_S):
                     continue
                 progress(f"round {round_index + 1}: {name}")
                 result = self.measure(suite, name, workload)
@@ -132,16 +141,16 @@ class Session:
             rows.append(without_outcome(row))
         return rows
 
-    def scaling(self, base: Workload, max_frames: int, factors: tuple[float, ...]) -> Iterator[Row]:
-        """The suite "step" as each of cells, V, D and T grows by `factors`.
+    def series(self, workloads: Iterable[tuple[str, int, Workload]]) -> Iterator[Row]:
+        """The suite "step" on workloads of which one variable grows: (variable, value, workload).
 
-        What is absent, or fails at one size, is not tried at larger ones of the series. The middle
-        is the same in all four series and is measured once.
+        What is absent, or fails at one size, is not tried at larger ones of the series. A workload
+        that is in several series is measured once.
         """
         ended: dict[str, Row] = {}
         done: dict[Workload, list[Row]] = {}
         series = ""
-        for variable, value, workload in scaling_workloads(base, max_frames, factors):
+        for variable, value, workload in workloads:
             if variable != series:
                 series = variable
                 ended = {name: row for name, row in ended.items() if row["status"] == "absent"}
@@ -156,16 +165,33 @@ class Session:
         """The largest gradient error of every implementation that has a suite "loss"."""
         ended: dict[str, Row] = {}
         for workload in precision_workloads(base, max_frames):
+            sizes = {"T": workload.frames[0], "U": workload.symbols[0]}
+            rows = []
             for name, entry in self.implementations.items():
                 if "loss" not in entry.jobs:
                     continue
-                size = workload.frames[0], workload.symbols[0], workload.logits_scale
-                progress(f"T {size[0]}, U {size[1]}, scale {size[2]:g}: {name}")
-                row = ended.get(name) or self.measure("accuracy", name, workload)
-                if row["status"] in ("absent", "timed out"):
-                    ended[name] = row
-                row = {**row, "name": name, "project": entry.project}
-                yield {**row, "T": size[0], "U": size[1], "scale": size[2]}
+                progress(f"T {sizes['T']}, U {sizes['U']}: {name}")
+                result = ended.get(name) or self.measure("accuracy", name, workload)
+                if result["status"] in ("absent", "timed out"):
+                    ended[name] = result
+                errors = result.pop("errors", [None] * len(SCALES))
+                for scale, error in zip(SCALES, errors, strict=True):
+                    row = {**result, "name": name, "project": entry.project, **sizes}
+                    rows.append({**row, "scale": scale, "error": error})
+            # By scale first, as a table is read.
+            yield from sorted(rows, key=lambda row: row["scale"])
+
+
+def ended_process(status: int, stderr: str) -> Row:
+    """The result of a process that gave none."""
+    last = (stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+    if status == -signal.SIGKILL:
+        return {"status": "out of memory", "detail": "killed by SIGKILL"}
+    if "bad_alloc" in stderr:  # not caught by a peer's binding
+        return {"status": "out of memory", "detail": last}
+    if status < 0:
+        return {"status": "crashed", "detail": signal.Signals(-status).name}
+    return {"status": "crashed", "detail": f"exit status {status}: {last}"}
 
 
 def summary(measured: list[Row]) -> Row:
@@ -178,14 +204,17 @@ def summary(measured: list[Row]) -> Row:
         "fastest": min(min(result["all_seconds"]) for result in measured),
         "slowest": max(max(result["all_seconds"]) for result in measured),
         "peak_bytes": statistics.median(result["peak_bytes"] for result in measured),
-        "loss_error": max(result.get("loss_error", 0.0) for result in measured),
-        "gradient_error": max(result.get("gradient_error", 0.0) for result in measured),
+        **{
+            key: max(result[key] for result in measured)
+            for key in ("loss_error", "gradient_error", "token_error")
+            if key in measured[0]
+        },
         "rounds": [without_outcome(result) for result in measured],
     }
 
 
 def without_outcome(row: Row) -> Row:
-    return {key: value for key, value in row.items() if key not in ("signatures", "losses")}
+    return {key: value for key, value in row.items() if key not in OUTCOME}
 
 
 def progress(message: str) -> None:

@@ -22,7 +22,9 @@ TOKENS_PER_FRAME, TOKENS_PER_FRAME_SPREAD = 0.215, 0.04
 # model's lattice, where every path counts, or one like a trained model's, where few do.
 LATTICE_SCALES = {"initial": 1.0, "peaky": 12.0}
 SCALING_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+MEMORY_FACTORS = (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 SCALING_UTTERANCES = 4
+BEAM = 4  # hypotheses of the beam searches
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,22 @@ def choose_batch(shapes: np.ndarray, *, max_frames: int, batch: str) -> np.ndarr
     return shapes[order[: max(1, int(within.sum()))]]
 
 
+def memory_workloads(
+    base: Workload, max_frames: int, factors: tuple[float, ...]
+) -> Iterator[tuple[str, int, Workload]]:
+    """("V", V, workload): one utterance of `max_frames` frames while the vocabulary grows."""
+    symbols = max(1, round(max_frames * TOKENS_PER_FRAME))
+    for factor in factors:
+        vocab_size = max(2, round(base.vocab_size * factor))
+        yield (
+            "V",
+            vocab_size,
+            replace(base, frames=(max_frames,), symbols=(symbols,), vocab_size=vocab_size),
+        )
+
+
 def scaling_workloads(
-    base: Workload, max_frames: int, factors: tuple[float, ...] = SCALING_FACTORS
+    base: Workload, max_frames: int, factors: tuple[float, ...]
 ) -> Iterator[tuple[str, int, Workload]]:
     """(variable, its value, workload): one of cells, V, D and T grows, the others stay.
 

@@ -10,6 +10,7 @@ from benchmarks.peers import (
     k2_names,
     optimized_transducer,
     ours,
+    plain_torch,
     torchaudio,
     warp_rnnt,
     warp_transducer,
@@ -17,6 +18,7 @@ from benchmarks.peers import (
 )
 
 ADAPTERS = (
+    plain_torch,
     torchaudio,
     k2_names,
     optimized_transducer,

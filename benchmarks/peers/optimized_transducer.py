@@ -27,7 +27,9 @@ def make_logits(workload: Workload) -> LogitsOfInputs:
             (enc[b, :frames, None] + pred[b, None, : symbols + 1]).reshape(-1, enc.size(2))
             for b, (frames, symbols) in enumerate(lengths)
         ]
-        return functional.linear(torch.tanh(torch.cat(sums)), weight, bias)
+        hidden = torch.cat(sums).tanh_()
+        del sums
+        return functional.linear(hidden, weight, bias)
 
     return logits_of
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transducer_toolkit: packed, in place, tiled logits, fused, pruned."""
+"""transducer_toolkit: packed, in place, tiled logits, fused, pruned; greedy and beam search."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.decode import MAX_SYMBOLS_PER_FRAME, SearchInputs, decode_job
 from benchmarks.jobs import (
     Implementation,
     Job,
@@ -16,7 +17,7 @@ from benchmarks.jobs import (
     unpruned,
 )
 from benchmarks.peers.k2_names import PRUNED_FUNCTIONS
-from benchmarks.workloads import Workload
+from benchmarks.workloads import BEAM, Workload
 
 
 def make_loss(workload: Workload, *, inplace: bool) -> LossOfLogits:
@@ -73,11 +74,31 @@ def make_fused_pruned(workload: Workload) -> Job:
     return pruned_job(workload, transducer_toolkit, transducer_toolkit.fused_joiner_loss)
 
 
-def _entry(name: str, needs: tuple[str, ...], **jobs: object) -> Implementation:
+def greedy(inputs: SearchInputs) -> list[list[int]]:
+    from transducer_toolkit.decoding import greedy_search
+
+    found = greedy_search(*inputs, max_symbols_per_frame=MAX_SYMBOLS_PER_FRAME)
+    return [hypothesis.tokens for hypothesis in found]
+
+
+def make_modified_beam(workload: Workload) -> Job:
+    from transducer_toolkit import decoding
+
+    def search(inputs: SearchInputs) -> list[list[int]]:
+        predictor, joiner, *encoded = inputs
+        found = decoding.ModifiedBeamSearch(predictor, joiner, beam=BEAM)(*encoded)
+        return [hypothesis.tokens for hypothesis in found]
+
+    return decode_job(workload, search)
+
+
+def _entry(
+    name: str, needs: tuple[str, ...], module: str = "transducer_toolkit", **jobs: object
+) -> Implementation:
     return Implementation(
         f"ours: {name}",
         project="ours",
-        module="transducer_toolkit",
+        module=module,
         needs=needs,
         distribution="transducer_toolkit",
         jobs=jobs,  # type: ignore[arg-type]
@@ -108,4 +129,16 @@ IMPLEMENTATIONS = [
     _entry("fused", ("fused_joiner_loss",), step=fused_step),
     _entry("pruned", PRUNED_FUNCTIONS, pruned=make_pruned),
     _entry("fused, pruned", (*PRUNED_FUNCTIONS, "fused_joiner_loss"), pruned=make_fused_pruned),
+    _entry(
+        "greedy, batched",
+        ("greedy_search",),
+        module="transducer_toolkit.decoding",
+        decode=lambda workload: decode_job(workload, greedy),
+    ),
+    _entry(
+        f"modified beam {BEAM}, batched",
+        ("ModifiedBeamSearch",),
+        module="transducer_toolkit.decoding",
+        decode=make_modified_beam,
+    ),
 ]
