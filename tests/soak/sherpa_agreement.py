@@ -60,7 +60,9 @@ def main() -> int:
 
     regular = [recognizer.transcribe([waveform])[0] for waveform in waveforms]
     print(f"ours, {recognizer.max_symbols_per_frame:2d} symbols a frame: WER {wer(regular):.4f}")
-    recognizer.max_symbols_per_frame = 1
+    recognizer = Recognizer(
+        recognizer.model, recognizer.tokenizer, recognizer.fbank, max_symbols_per_frame=1
+    )
     ours = [recognizer.transcribe([waveform])[0] for waveform in waveforms]
     print(f"ours,  1 symbol a frame:   WER {wer(ours):.4f}")
     failed = False
