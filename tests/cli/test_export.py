@@ -22,8 +22,10 @@ def test_writes_what_sherpa_reads(checkpoint, tones, tmp_path, capsys):
     assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 7
     assert "several symbols on one frame" in captured.err
-    recognizer = Recognizer.from_checkpoint(checkpoint)
-    recognizer.max_symbols_per_frame = 1
+    trained = Recognizer.from_checkpoint(checkpoint)
+    recognizer = Recognizer(
+        trained.model, trained.tokenizer, trained.fbank, max_symbols_per_frame=1
+    )
     waveform = read_audio(tones / "test-0.wav")
     for suffix in ("", ".int8"):
         client = sherpa_onnx.OfflineRecognizer.from_transducer(

@@ -54,9 +54,11 @@ ENCODERS = {
 @pytest.mark.parametrize("topology", ["regular", "modified"])
 def test_pieces_give_what_the_whole_gives(name, predictor, topology):
     recognizer = random_recognizer(
-        ENCODERS[name](), predictor, max_symbols_per_frame=3, topology=topology
+        ENCODERS[name](),
+        predictor,
+        max_symbols_per_frame=3 if topology == "regular" else 1,
+        topology=topology,
     )
-    recognizer.max_symbols_per_frame = 3 if topology == "regular" else 1
     stream, choices = StreamingRecognizer(recognizer), random.Random(0)
     num_tokens = 0
     for num_samples in (100, 250, 2000, 16000, 40000):  # one after the other, without a new start
