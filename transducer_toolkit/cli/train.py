@@ -62,9 +62,10 @@ def train(cfg: DictConfig) -> float | None:
         start_from(module, cfg.init_from)
 
     clock = StepClock()
+    averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
     trainer = instantiate(
         cfg.trainer,
-        callbacks=[clock, *instantiate(cfg.callbacks, _convert_="all").values()],
+        callbacks=[clock, *averaging, *instantiate(cfg.callbacks, _convert_="all").values()],
         logger=list(instantiate(cfg.logger, _convert_="all").values()),
         _convert_="all",
     )
