@@ -6,6 +6,7 @@ from functools import partial
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins import MixedPrecision
 
 from transducer_toolkit.data.dataset import Batch
@@ -151,6 +152,18 @@ def test_gradient_scaling_of_float16():
     )
     expected = large_steps(make_module(dtype=torch.float32), steps, clip=0.01)
     assert_same(actual, expected, tolerance=1e-6)
+
+
+def test_a_step_whose_gradients_were_dropped_is_skipped():
+    accumulate, batches, _ = CASES["several steps"]
+
+    def drop_first(trainer, module, optimizer):
+        if trainer.global_step == 0:
+            optimizer.zero_grad(set_to_none=True)
+
+    callback = LambdaCallback(on_before_optimizer_step=drop_first)
+    actual = fit(make_module(), [batches], accumulate, callbacks=[callback])
+    assert_same(actual, large_steps(make_module(), [[2, 3], [4, 5]]))
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")

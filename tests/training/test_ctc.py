@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import itertools
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from transducer_toolkit import LatticeShape
+from transducer_toolkit.data.dataset import Batch
+from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.modules import (
+    AdditiveJoiner,
+    ConvLstmEncoder,
+    Joiner,
+    StatelessPredictor,
+    Transducer,
+)
+from transducer_toolkit.training import stages
 from transducer_toolkit.training.ctc import CtcLoss
+from transducer_toolkit.training.lightning_module import TransducerModule
+
+TOKENIZER = CharTokenizer.from_texts(["ab c"])
 
 
 def collapse(path, blank):
@@ -94,3 +110,61 @@ def test_mixed_precision_sums_in_float32(dtype):
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         CtcLoss(6, 4, **options)
+
+
+STAGES = {
+    "packed": stages.PackedLoss(),
+    "full": stages.FullLoss(),
+    "fused": stages.FusedLoss(),
+    "simple": stages.SimpleLoss(),
+    "smoothed": stages.SmoothedLoss(),
+    "pruned": stages.PrunedLoss(prune_range=2),
+    "fused_pruned": stages.FusedPrunedLoss(prune_range=2),
+    "torchaudio": stages.TorchaudioLoss(),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_it_is_added_to_every_loss_stage(name):
+    stage = copy.deepcopy(STAGES[name])
+    vocab_size = TOKENIZER.vocab_size
+    joiner = AdditiveJoiner if stage.joiner_target else partial(Joiner, joiner_dim=8)
+    model = Transducer.build(
+        ConvLstmEncoder(num_features=20, conv_channels=2, hidden_dim=8, dropout=0.0),
+        partial(StatelessPredictor, embedding_dim=4),
+        joiner,
+        vocab_size=vocab_size,
+        blank=TOKENIZER.blank,
+    )
+    module = TransducerModule(model, TOKENIZER, loss=stage, ctc=CtcLoss(8, vocab_size, weight=0.25))
+    module._trainer = SimpleNamespace(
+        strategy=SimpleNamespace(reduce=lambda frames, reduce_op: frames),
+        accumulate_grad_batches=1,
+    )
+    logged = {}
+    module.log = lambda name, value, **options: logged.update({name: float(value)})
+    batch = Batch(
+        utterance_ids=["a", "b"],
+        texts=["", ""],
+        features=torch.randn(2, 40, 20),
+        feature_lengths=torch.tensor([40, 23]),
+        targets=torch.randint(1, vocab_size, (2, 3)),
+        target_lengths=torch.tensor([3, 1]),
+    )
+    total = module.training_step(batch, 0)
+    module.zero_grad()
+    total.backward()
+    together = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    output, shape, encoder_out = module.compute_losses(batch)
+    ctc = module.ctc(encoder_out, batch.targets, shape).sum() / shape.num_frames
+    transducer = output.losses.sum() / shape.num_frames
+    assert logged["train/loss"] == pytest.approx(float(transducer))
+    assert logged["train/ctc"] == pytest.approx(float(ctc))
+    assert float(total) == pytest.approx(float(transducer) + 0.25 * float(ctc))
+    module.zero_grad()
+    transducer.backward(retain_graph=True)
+    (0.25 * ctc).backward()
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(together[name], parameter.grad)
+    assert together["ctc.output.weight"].abs().sum() > 0

@@ -68,9 +68,10 @@ def train(cfg: DictConfig) -> float | None:
         logger.info("going on from %s", ckpt_path)
         resume.keep_metrics(Path(cfg.run_dir))
     clock = StepClock()
+    averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
     trainer = instantiate(
         cfg.trainer,
-        callbacks=[clock, *instantiate(cfg.callbacks, _convert_="all").values()],
+        callbacks=[clock, *averaging, *instantiate(cfg.callbacks, _convert_="all").values()],
         logger=list(instantiate(cfg.logger, _convert_="all").values()),
         _convert_="all",
     )

@@ -60,5 +60,6 @@ class FrameWeights:
         if num_batches > 1 and self._first is not None and self._sum is not None:
             factor = num_batches * self._first / self._sum
             grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            torch._foreach_mul_(grads, factor)
+            if grads:  # a skipped step may have dropped them all
+                torch._foreach_mul_(grads, factor)
         self._first = self._sum = None

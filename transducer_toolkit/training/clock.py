@@ -18,7 +18,8 @@ class StepClock(Callback):
     """Measure wall time and memory of training steps, without validation and start-up.
 
     Attributes:
-        seconds_per_step: mean so far, data loading included; 0 before the second step.
+        seconds_per_step: mean so far, data loading included; 0 before the second step. With
+            accumulated batches, of as many as make a whole step.
         training_s: wall time from the start of the training to its end, validation included.
         loss_part: part of the steps' time that joiner and loss take, forward and backward. On a
             CPU; a GPU works behind the clock's back, and this says nothing.
@@ -27,13 +28,14 @@ class StepClock(Callback):
             does not tell.
     """
 
-    # The first steps pay for allocations and worker start-up.
-    NUM_IGNORED_STEPS = 5
+    # The first batches pay for allocations and worker start-up.
+    NUM_IGNORED_BATCHES = 5
 
     def __init__(self) -> None:
         self.training_s = 0.0
         self._sum_s = 0.0
-        self._num_steps = 0
+        self._num_batches = 0
+        self._batches_per_step = 1
         self._num_seen = 0
         self._last: float | None = None
         self._start = 0.0
@@ -46,7 +48,7 @@ class StepClock(Callback):
 
     @property
     def seconds_per_step(self) -> float:
-        return self._sum_s / max(1, self._num_steps)
+        return self._batches_per_step * self._sum_s / max(1, self._num_batches)
 
     @property
     def loss_part(self) -> float:
@@ -59,6 +61,7 @@ class StepClock(Callback):
                 loss.register_forward_pre_hook(self._before_loss),
                 loss.register_forward_hook(self._after_loss),
             ]
+        self._batches_per_step = trainer.accumulate_grad_batches
         self._memory_before = memory.reset_peak(pl_module.device)
         self._start = time.perf_counter()
 
@@ -103,9 +106,9 @@ class StepClock(Callback):
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         self._num_seen += 1
-        if self._last is not None and self._num_seen > self.NUM_IGNORED_STEPS:
+        if self._last is not None and self._num_seen > self.NUM_IGNORED_BATCHES:
             self._sum_s += now - self._last
             self._loss_s += self._loss_of_step_s
-            self._num_steps += 1
+            self._num_batches += 1
         self._loss_of_step_s = 0.0
         self._last = now

@@ -157,7 +157,8 @@ def constant(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0) -
 
 def _between(start: float, end: float, progress: float) -> float:
     """From ``start`` to ``end`` along half a cosine, ``progress`` in [0, 1]."""
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    part = (1 + math.cos(math.pi * progress)) / 2
+    return part * start + (1 - part) * end  # exact at both ends
 
 
 def _check_ranges(
