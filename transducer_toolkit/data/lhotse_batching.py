@@ -118,14 +118,16 @@ def duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
     first = list(islice(cuts, 10_000))
     if num_buckets < 2 or len(first) < 2 * num_buckets:
         return []
-    return estimate_duration_buckets(first, num_buckets)
+    # Plain numbers: they are part of checkpoints, which hold nothing else.
+    return [float(duration_s) for duration_s in estimate_duration_buckets(first, num_buckets)]
 
 
 class CutBatchSampler(Sampler[list[CutIndex]]):
     """Batches of cuts of similar length by lhotse's ``DynamicBucketingSampler``.
 
     The manifest is read anew, a line at a time, in every epoch. Each epoch's batches are a function
-    of ``(seed, epoch)``; ranks take disjoint ones, equally many. It offers what
+    of ``(seed, epoch)``; ranks take disjoint ones, equally many (where an epoch ends with fewer cuts
+    than ranks, lhotse repeats some of them, under another id). It offers what
     :class:`~transducer_toolkit.data.loader.ResumableLoader` needs to go on within an epoch: cuts
     that are skipped are not read.
 
