@@ -126,8 +126,8 @@ class CutBatchSampler(Sampler[list[CutIndex]]):
     """Batches of cuts of similar length by lhotse's ``DynamicBucketingSampler``.
 
     The manifest is read anew, a line at a time, in every epoch. Each epoch's batches are a function
-    of ``(seed, epoch)``; ranks take disjoint ones, equally many (where an epoch ends with fewer cuts
-    than ranks, lhotse repeats some of them, under another id). It offers what
+    of ``(seed, epoch)``; ranks take disjoint ones, equally many. (Where an epoch ends with fewer
+    cuts than ranks, lhotse repeats some of them, under another id.) It offers what
     :class:`~transducer_toolkit.data.loader.ResumableLoader` needs to go on within an epoch: cuts
     that are skipped are not read.
 
