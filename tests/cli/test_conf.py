@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every YAML that ships is composed and instantiated."""
 
+import importlib
+import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from transducer_toolkit.cli import run_folder
+from transducer_toolkit.cli.hints import _keys, find_hints
 
 run_folder.register()
 CONF = files("transducer_toolkit.conf")
@@ -46,7 +50,8 @@ def composed(config_name, *overrides):
 
 def test_the_groups_are_those_of_the_documentation():
     expected = {"data", "model", "loss", "optimizer", "scheduler", "trainer", "logger"}
-    assert set(GROUPS) == expected | {"averaging", "callbacks", "experiment", "hydra"}
+    groups = {"averaging", "callbacks", "cluster", "experiment", "hydra"}
+    assert set(GROUPS) == expected | groups
     assert [path.name for path in CONF.iterdir() if path.name.endswith(".yaml")]
 
 
@@ -56,7 +61,7 @@ def test_every_option_instantiates(group, option, tmp_path):
     cfg = composed("train", *overrides, *NEEDED.get(group, {}).get(option, []))
     OmegaConf.resolve(cfg.hydra.run)
     assert cfg.hydra.run.dir.startswith("outputs/")
-    if group not in ("experiment", "hydra"):
+    if group not in ("cluster", "experiment", "hydra"):
         group = PACKAGES.get(group, group)
         made = instantiate(cfg[group], **LATER_ARGUMENTS.get(group, {}), _convert_="all")
         assert made is not None
@@ -109,10 +114,86 @@ def test_top_level_configs_compose(config_name, tmp_path):
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
-@pytest.mark.parametrize("option", GROUPS["experiment"])
-def test_experiments_show_their_command(option):
-    text = (CONF / "experiment" / f"{option}.yaml").read_text()
-    assert f"# transducer-train experiment={option}" in text.splitlines()[:2]
+@pytest.mark.parametrize(
+    ("group", "option"), [choice for choice in CHOICES if choice[0] in ("cluster", "experiment")]
+)
+def test_experiments_and_clusters_show_their_command(group, option):
+    first = (CONF / group / f"{option}.yaml").read_text().splitlines()[:2]
+    commands = [line for line in first if line.startswith("# transducer-train ")]
+    assert len(commands) == 1
+    overrides = commands[0].split()[2:]
+    assert f"{group}={option}" in overrides
+    composed("train", *(text.split(",")[0] for text in overrides if text != "--multirun"))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_names_what_there_is(command, capsys, monkeypatch):
+    main = importlib.import_module(f"transducer_toolkit.cli.{command}").main
+    monkeypatch.setattr(sys, "argv", [f"transducer-{command}", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    out = capsys.readouterr().out
+    assert out.startswith(f"transducer-{command}: ")
+    groups = re.findall(r"^\s*(\w+): \w+(?:, \w+)*$", out, re.MULTILINE)
+    assert set(groups) == set(GROUPS) - {"hydra"}
+    # Its examples are commands that work.
+    examples = re.findall(rf"(?:transducer-{command}|cli.train) (.*)$", out, re.MULTILINE)
+    for example in examples:
+        if "[" not in example and "..." not in example and "\\" not in example:
+            words = re.split(r"\s{2,}", example)[0].split()
+            overrides = (word.split(",")[0] for word in words if not word.startswith("--"))
+            composed(command, *overrides)
+    assert len(examples) >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["optimzer.lr=1"], "optimzer.lr: did you mean optimizer.lr?"),
+        (["trainer.max_epoch=1"], "trainer.max_epoch: did you mean trainer.max_epochs?"),
+        (["max_epochs=1"], "max_epochs: did you mean trainer.max_epochs?"),
+        (["loss=pruned", "loss.prune_rnge=3"], "loss.prune_rnge: did you mean loss.prune_range?"),
+        (["--multirun", "loss=packed,fusd"], "loss=fusd: did you mean loss=fused?"),
+        (["modle=x"], "modle: did you mean model?"),
+        (["~experimnt"], "experimnt: did you mean experiment?"),
+        (
+            ["hydra/launcher=submitit_locl"],
+            "hydra/launcher=submitit_locl: did you mean hydra/launcher=submitit_local?",
+        ),
+    ],
+)
+def test_a_misspelt_override_names_the_nearest(arguments, hint):
+    assert find_hints("train", arguments) == [hint]
+
+
+def test_no_hints_without_a_mistake():
+    right = ["loss=packed", "seed=1", "+trainer.max_steps=3", "~experiment", "loss.clamp=1.0"]
+    assert find_hints("train", right) == []
+    assert find_hints("train", ["xyzzy=1", "[="]) == find_hints("train", ["xyzzy=1"]) == []
+
+
+def test_hints_follow_hydras_message(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["transducer-train", "trainer.max_epoch=1"])
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module("transducer_toolkit.cli.train").main()
+    lines = capsys.readouterr().err.splitlines()
+    assert error.value.code == 1
+    assert lines[0] == "Could not override 'trainer.max_epoch'."
+    assert lines[-1] == "trainer.max_epoch: did you mean trainer.max_epochs?"
+
+
+def test_slurm_asks_for_one_task_a_gpu():
+    cfg = composed("train", "cluster=slurm", "trainer.num_nodes=4", "trainer.devices=8")
+    launcher = cfg.hydra.launcher
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (4, 8, 8)
+    assert launcher._target_.endswith("SlurmLauncher") and cfg.trainer.strategy == "ddp"
+
+
+def test_the_sweep_is_optunas():
+    sweeper = composed("train", "experiment=digits_sweep").hydra.sweeper
+    assert sweeper._target_.endswith("OptunaSweeper") and sweeper.direction == "minimize"
+    assert set(sweeper.params) <= set(_keys(composed("train", "experiment=digits_sweep")))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+EXPECTED_FILES = [
+    "checkpoints/best.ckpt",
+    "checkpoints/last.ckpt",
+    "pictures/learning_curves.png",
+    "pictures/utterance.png",
+    "metrics/metrics.csv",
+    "results.json",
+    "train.log",
+    ".hydra/config.yaml",
+]
 STEPS = 50
 WEIGHTS = "+callbacks.record._target_=tests.training.ddp.RecordWeights"
 
@@ -22,13 +32,12 @@ def options(train_overrides):
         *train_overrides,
         "trainer.max_epochs=-1",
         f"+trainer.max_steps={STEPS}",
-        "+trainer.limit_val_batches=0",
+        "+trainer.check_val_every_n_epoch=12",
         "+trainer.precision=64-true",
         "loss.dropped_mass=0",
         "model.encoder.dropout=0",
         "data.max_utterances=4",
         "data.spec_augment=null",
-        "test=false",
         WEIGHTS,
     ]
 
@@ -88,7 +97,7 @@ def one_process(tmp_path_factory, console, options):
 
     folder = tmp_path_factory.mktemp("one")
     data = "data._target_=tests.training.ddp.JoinedRanksDataModule"
-    console(main, folder, *options, data, f"+callbacks.record.path={folder}/one")
+    console(main, folder, *options, data, "test=false", f"+callbacks.record.path={folder}/one")
     return torch.load(folder / "one.pt"), json.loads((folder / "one.0.json").read_text())
 
 
@@ -106,6 +115,11 @@ def test_the_same_training_as_one_process(tmp_path, options, one_process, launch
     for name, weight in expected["weights"].items():
         assert weight.dtype == torch.float64
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-9, atol=1e-9)
-    # One run folder, of both.
+    # One run folder, of both, with everything.
     (run_dir,) = (tmp_path / "outputs" / "transducer").iterdir()
-    assert (run_dir / "results.json").exists()
+    for name in EXPECTED_FILES:
+        assert (run_dir / name).stat().st_size > 0, name
+    assert json.loads((run_dir / "results.json").read_text())["optimizer_steps"] == STEPS
+    # Every test utterance once, decoded by one process or the other.
+    ids = [row.split("\t")[0] for row in (run_dir / "transcripts" / "tones.tsv").open()]
+    assert ids == ["id", *(f"test-{index}" for index in range(6))]

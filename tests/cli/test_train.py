@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import csv
 import json
-import os
 import subprocess
 import sys
 
@@ -168,20 +167,6 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, console, train_ov
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYDRA_FULL_ERROR", "0")
         console(main, tmp_path, *train_overrides, "optimizer.lr=1e30", "optimizer.fused=false")
-
-
-def test_two_processes_share_the_run_and_the_data(tmp_path, train_overrides, trained):
-    command = [sys.executable, "-m", "transducer_toolkit.cli.train", *train_overrides]
-    command += ["trainer=ddp", "trainer.devices=2", "name=ddp"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
-    (run_dir,) = (tmp_path / "outputs" / "ddp").iterdir()
-    for name in EXPECTED_FILES:
-        assert (run_dir / name).stat().st_size > 0, name
-    # Every test utterance once, decoded by one process or the other.
-    ids = [row.split("\t")[0] for row in (run_dir / "transcripts" / "tones.tsv").open()]
-    assert ids == ["id", *(f"test-{index}" for index in range(6))]
-    assert json.loads((run_dir / "results.json").read_text())["optimizer_steps"] == 4
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy(tmp_path):

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import logging
 import types
 
@@ -145,3 +146,48 @@ def test_missing_manifest(noise_corpus, tmp_path):
     corpus = manifest_corpus(noise_corpus, val=tmp_path / "none.jsonl")
     with pytest.raises(FileNotFoundError, match=r"no manifest at .*none\.jsonl"):
         data_module(noise_corpus, corpus=corpus).prepare_data()
+
+
+def test_utterances_that_are_too_long_are_dropped_and_counted(noise_corpus, tmp_path, caplog):
+    rows = read_manifest(noise_corpus / "train.jsonl")
+    day = dataclasses.replace(rows[0], id="day", duration_s=36_000.0)  # nobody reads its audio
+    write_manifest(tmp_path / "train.jsonl", [*rows, day])
+    corpus = manifest_corpus(noise_corpus, train=tmp_path / "train.jsonl")
+    data = data_module(noise_corpus, corpus=corpus, max_duration_s=30.0)
+    with caplog.at_level(logging.WARNING):
+        data.setup()
+    assert ids_of(data.train_dataloader()) == sorted(row.id for row in rows)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "dropped 1 of 13 utterances longer than 30 s, the longest is day with 36000 s" in message
+
+
+def test_a_loader_goes_on_where_a_checkpoint_stands(noise_corpus, caplog):
+    def loader(**options):
+        data = data_module(noise_corpus, **{"max_utterances": 2, **options})
+        data.setup()
+        return data.train_dataloader()
+
+    def ids(batches):
+        return [batch.utterance_ids for batch in batches]
+
+    whole = loader()
+    whole.batch_sampler.set_epoch(3)
+    expected = ids(whole)
+    stopped = loader(num_workers=1)  # reads ahead
+    stopped.batch_sampler.set_epoch(3)
+    iterator = iter(stopped)
+    begun = ids(next(iterator) for _ in range(2))
+    state = stopped.state_dict()
+    resumed = loader()
+    resumed.load_state_dict(state)
+    iterator = iter(resumed)  # before the epoch is known, as Lightning does
+    resumed.batch_sampler.set_epoch(3)
+    assert begun + ids(iterator) == expected and len(resumed) == len(expected)
+    resumed.batch_sampler.set_epoch(4)
+    assert len(ids(resumed)) == len(expected)  # once only
+    other_epoch = loader()
+    other_epoch.load_state_dict(state)
+    assert len(ids(other_epoch)) == len(expected)
+    assert not caplog.records
+    loader(max_cells=400).load_state_dict(state)
+    assert "(max_cells 500 -> 400): the rest of epoch 3 repeats" in caplog.records[0].getMessage()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from transducer_toolkit.data.audio import read_audio
@@ -109,3 +111,55 @@ def test_errors(utterances, tokenizer):
     dataset = SpeechDataset(utterances, CharTokenizer.from_texts(["xyz"]), Fbank())
     with pytest.raises(ValueError, match="utterance 'train-0': character"):
         dataset[0]
+
+
+@pytest.fixture
+def faulty(utterances, tmp_path):
+    """Utterances that cannot be read, each in its way, by name."""
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "noise.wav").write_bytes(bytes(range(256)) * 40)
+    with open(utterances[0].audio, "rb") as file:
+        (tmp_path / "header.wav").write_bytes(file.read(44))
+    samples = np.zeros(8000, dtype=np.float32)
+    samples[4000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", samples, 16000, subtype="FLOAT")
+    names = ["absent", "empty", "noise", "header", "nan"]
+    return {
+        name: dataclasses.replace(utterances[0], id=name, audio=str(tmp_path / f"{name}.wav"))
+        for name in names
+    }
+
+
+REASONS = {
+    "absent": "no audio file at",
+    "empty": "cannot be read as audio",
+    "noise": "cannot be read as audio",
+    "header": "holds no samples",
+    "nan": "holds samples that are NaN",
+}
+
+
+def test_bad_audio_is_named_or_left_out(utterances, tokenizer, faulty):
+    rows = [utterances[1], *faulty.values(), utterances[2]]
+    keys = [EpochIndex(0, position) for position in range(len(rows))]
+    refusing = SpeechDataset(rows, tokenizer, Fbank())
+    for position, (name, reason) in enumerate(REASONS.items(), start=1):
+        with pytest.raises(ValueError, match=f"^utterance '{name}': .*{reason}"):
+            refusing.__getitems__(keys[position:])
+    skipping = SpeechDataset(rows, tokenizer, Fbank(), on_bad_audio="skip")
+    batch = collate(skipping.__getitems__(keys))
+    assert batch.utterance_ids == [utterances[1].id, utterances[2].id]
+    assert batch.unreadable.keys() == REASONS.keys()
+    assert all(REASONS[name] in why and name in why for name, why in batch.unreadable.items())
+    # A batch is never empty: the next that can be read joins it.
+    batch = collate(skipping.__getitems__(keys[3:5]))
+    assert batch.utterance_ids == [utterances[2].id]
+    assert list(batch.unreadable) == ["noise", "header", "nan"]
+
+
+def test_a_corpus_without_any_readable_audio_is_refused(tokenizer, faulty):
+    dataset = SpeechDataset([*faulty.values()], tokenizer, Fbank(), on_bad_audio="skip")
+    with pytest.raises(ValueError, match="none of 5 utterances can be read, the last: .*"):
+        dataset.__getitems__([EpochIndex(0, 0)])
+    with pytest.raises(ValueError, match="on_bad_audio must be 'raise' or 'skip', got 'ignore'"):
+        SpeechDataset([], tokenizer, Fbank(), on_bad_audio="ignore")

@@ -178,6 +178,27 @@ def test_infeasible_cuts_are_left_out(cuts, caplog):
     assert caplog.text.count("too short") == 1
 
 
+def test_long_cuts_are_left_out(cuts):
+    loader = data_module(cuts, max_duration_s=0.5).train_dataloader()
+    lengths = torch.cat([batch.feature_lengths for batch in loader])
+    assert 0 < len(lengths) < NUM_CUTS and int(lengths.max()) <= 50
+
+
+def test_bad_audio_is_named_or_left_out(cuts):
+    bad = [cut.with_id("bad") if cut.id == "c1" else cut for cut in
+           CutSet.from_file(cuts / "train.jsonl.gz").subset(first=4)]  # fmt: skip
+    bad[1].recording.sources[0].source = str(cuts / "none.wav")
+    CutSet.from_cuts(bad).to_file(cuts / "bad.jsonl.gz")
+    with pytest.raises(ValueError, match="cut 'bad': "):
+        list(data_module(cuts, "bad.jsonl.gz").train_dataloader())
+    data = data_module(cuts, "bad.jsonl.gz", on_bad_audio="skip")
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.utterance_ids) == ["c0", "c2", "c3"] and list(batch.unreadable) == ["bad"]
+    data = data_module(cuts, "bad.jsonl.gz", on_bad_audio="skip", max_utterances=1)
+    with pytest.raises(ValueError, match="none of the 1 cuts of a batch can be read"):
+        list(data.train_dataloader())
+
+
 def test_durations_that_part_the_cuts(cuts):
     train = CutSet.from_file(cuts / "train.jsonl.gz")
     bins = duration_bins(train, 4)

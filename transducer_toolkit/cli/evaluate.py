@@ -8,11 +8,12 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from transducer_toolkit.cli import run_folder
+from transducer_toolkit.cli import hints, run_folder
 
 run_folder.register()
 
 
+@hints.nearest_keys("evaluate")
 @hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Entry point."""

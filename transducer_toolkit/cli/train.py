@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from transducer_toolkit.cli import resume, run_folder
+from transducer_toolkit.cli import hints, resume, run_folder
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 run_folder.register()
 
 
+@hints.nearest_keys("train")
 @hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Entry point; returns the best validation WER, for Hydra's sweepers."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -156,6 +156,28 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
             "shuffle": self.shuffle,
             "seed": self.seed,
             "world_size": self.world_size,
+        }
+
+    def num_cells(self, position: int) -> int:
+        """Lattice cells of an utterance."""
+        return int(self._cells[position])
+
+    def largest(self, epoch: int) -> dict[str, list[EpochIndex]]:
+        """This process's batches of an epoch that need most memory, by what they have most of."""
+        batches = self._batches_of_all_ranks(epoch)[self.rank :: self.world_size]
+        measures: dict[str, Callable[[list[int]], int]] = {
+            "most cells": lambda batch: int(self._cells[batch].sum()),
+            "most padded frames": lambda batch: len(batch) * int(self._frames[batch].max()),
+            "most utterances": len,
+        }
+        found: dict[str, list[int]] = {}
+        for what, measure in measures.items():
+            batch = max(batches, key=measure)
+            if batch not in found.values():
+                found[what] = batch
+        return {
+            what: [EpochIndex(epoch, position) for position in batch]
+            for what, batch in found.items()
         }
 
     def set_epoch(self, epoch: int) -> None:

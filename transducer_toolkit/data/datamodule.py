@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class TransducerDataModule(lightning.LightningDataModule):
         subsampling: input frames per encoder frame.
         topology: decides which utterances are feasible, see :func:`is_feasible`.
         num_workers: processes per loader that read and augment; 0 reads in the training process.
+        on_bad_audio: ``"raise"`` ends the training at audio that cannot be read, ``"skip"`` leaves
+            it out, and :class:`~transducer_toolkit.training.unreadable.CountUnreadable` counts;
+            validation and test always raise.
+        max_duration_s: longer utterances are dropped from training and validation, and counted.
         pin_memory: page-lock batches, for faster copies to a GPU; None does so where CUDA is.
         seed: of shuffling and augmentation.
 
@@ -73,6 +78,8 @@ class TransducerDataModule(lightning.LightningDataModule):
         subsampling: int = 4,
         topology: str = "regular",
         num_workers: int = 0,
+        on_bad_audio: str = "raise",
+        max_duration_s: float | None = None,
         pin_memory: bool | None = None,
         seed: int = 0,
     ) -> None:
@@ -91,6 +98,8 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.subsampling = subsampling
         self.topology = topology
         self.num_workers = num_workers
+        self.on_bad_audio = on_bad_audio
+        self.max_duration_s = max_duration_s
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = seed
         self._utterances: dict[str, list[Utterance]] = {}
@@ -157,6 +166,7 @@ class TransducerDataModule(lightning.LightningDataModule):
             waveform_perturbation=self.waveform_perturbation if training else None,
             spec_augment=self.spec_augment if training else None,
             seed=self.seed,
+            on_bad_audio=self.on_bad_audio if training else "raise",
         )
 
     def _loader(self, name: str, *, training: bool = False) -> ResumableLoader:
@@ -193,7 +203,8 @@ class TransducerDataModule(lightning.LightningDataModule):
         speed = 1.0 if perturbation is None else perturbation.max_speed
         kept: list[Utterance] = []
         dropped: list[Utterance] = []
-        for utterance in read_manifest(path):
+        utterances = self._not_too_long(name, read_manifest(path))
+        for utterance in utterances:
             num_frames = -(-self._num_frames(utterance, speed=speed) // self.subsampling)
             num_targets = len(self._encode(utterance))
             feasible = is_feasible(num_frames, num_targets, topology=self.topology)
@@ -209,6 +220,22 @@ class TransducerDataModule(lightning.LightningDataModule):
                 ", ".join(utterance.id for utterance in dropped[:3]),
             )
         return _not_empty(name, path, kept)
+
+    def _not_too_long(self, name: str, utterances: list[Utterance]) -> list[Utterance]:
+        limit_s = math.inf if self.max_duration_s is None else self.max_duration_s
+        kept = [utterance for utterance in utterances if utterance.duration_s <= limit_s]
+        if len(kept) < len(utterances):
+            longest = max(utterances, key=lambda utterance: utterance.duration_s)
+            logger.warning(
+                "%s: dropped %d of %d utterances longer than %g s, the longest is %s with %.0f s",
+                name,
+                len(utterances) - len(kept),
+                len(utterances),
+                limit_s,
+                longest.id,
+                longest.duration_s,
+            )
+        return kept
 
     def _encode(self, utterance: Utterance) -> list[int]:
         assert self.tokenizer is not None  # setup made it

@@ -34,6 +34,14 @@ class Example:
     targets: Tensor
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of an example: an utterance that cannot be read, and why."""
+
+    utterance_id: str
+    reason: str
+
+
 @dataclass  # not frozen: Lightning's true half and double precision convert batches in place
 class Batch:
     """Padded utterances; the lengths stay on the CPU, where the lattice's shape is computed.
@@ -47,6 +55,7 @@ class Batch:
         target_lengths: int64 ``(B,)``, CPU.
         word_starts_s: where each word of each text starts, seconds, as the manifest has it (a
             speed perturbation does not move it); None for an utterance without.
+        unreadable: why utterances were left out, by id; see :class:`SpeechDataset`.
     """
 
     utterance_ids: list[str]
@@ -56,6 +65,7 @@ class Batch:
     targets: Tensor
     target_lengths: Tensor
     word_starts_s: list[Sequence[float] | None] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.utterance_ids)
@@ -88,10 +98,14 @@ class SpeechDataset(Dataset[Example]):
         waveform_perturbation: applied to the waveform, or None.
         spec_augment: applied to the features, or None.
         seed: of the augmentation, which is a function of seed, epoch and utterance id alone.
+        on_bad_audio: ``"raise"``, or ``"skip"``: a batch is made of the utterances that can be
+            read, and says which cannot. One that has none gets the next of the manifest that can
+            be read: in a group of processes, none may miss a step.
 
     Raises:
-        ValueError: (on access) unreadable or too short audio, or a text with characters that the
-            tokenizer lacks; the utterance is named.
+        ValueError: unknown ``on_bad_audio``; (on access) audio that is missing, unreadable, too
+            short or not finite, or a text with characters that the tokenizer lacks; the utterance
+            is named.
 
     Example:
         >>> dataset = SpeechDataset(read_manifest("train.jsonl"), tokenizer, Fbank())
@@ -109,13 +123,17 @@ class SpeechDataset(Dataset[Example]):
         waveform_perturbation: WaveformPerturbation | None = None,
         spec_augment: SpecAugment | None = None,
         seed: int = 0,
+        on_bad_audio: str = "raise",
     ) -> None:
+        if on_bad_audio not in ("raise", "skip"):
+            raise ValueError(f"on_bad_audio must be 'raise' or 'skip', got {on_bad_audio!r}")
         self.utterances = list(utterances)
         self.tokenizer = tokenizer
         self.fbank = fbank
         self.waveform_perturbation = waveform_perturbation
         self.spec_augment = spec_augment
         self.seed = seed
+        self.on_bad_audio = on_bad_audio
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -125,8 +143,27 @@ class SpeechDataset(Dataset[Example]):
         utterance = self.utterances[position]
         try:
             return self._read(utterance, epoch)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"utterance {utterance.id!r}: {error}") from error
+
+    def __getitems__(self, keys: Sequence[EpochIndex]) -> list[Example | Unreadable]:
+        """Read the utterances of a batch; DataLoader calls this."""
+        if self.on_bad_audio == "raise":
+            return [self[key] for key in keys]
+        examples: list[Example | Unreadable] = [self._try(key) for key in keys]
+        position = keys[-1].position
+        for _ in range(len(self)):
+            if any(isinstance(example, Example) for example in examples):
+                return examples
+            position = (position + 1) % len(self)
+            examples.append(self._try(EpochIndex(keys[-1].epoch, position)))
+        raise ValueError(f"none of {len(self)} utterances can be read, the last: {examples[-1]}")
+
+    def _try(self, key: EpochIndex) -> Example | Unreadable:
+        try:
+            return self[key]
+        except ValueError as error:
+            return Unreadable(self.utterances[key.position].id, str(error))
 
     def _read(self, utterance: Utterance, epoch: int) -> Example:
         waveform = read_audio(
@@ -149,6 +186,8 @@ class SpeechDataset(Dataset[Example]):
             rng = keyed_generator(self.seed, epoch, utterance.id, "waveform")
             waveform = self.waveform_perturbation(waveform, rng)
         features = self.fbank(waveform)
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(f"{utterance.audio} holds samples that are NaN, infinite or huge")
         if self.spec_augment is not None:
             rng = keyed_generator(self.seed, epoch, utterance.id, "features")
             features = self.spec_augment(features, rng)
@@ -156,12 +195,13 @@ class SpeechDataset(Dataset[Example]):
         return Example(utterance, features, targets)
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(items: Sequence[Example | Unreadable]) -> Batch:
     """Pad examples into one batch.
 
     Raises:
         ValueError: there are no examples.
     """
+    examples = [item for item in items if isinstance(item, Example)]
     if not examples:
         raise ValueError("examples must not be empty")
     features = [example.features for example in examples]
@@ -174,4 +214,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         targets=pad_sequence(targets, batch_first=True, padding_value=TARGET_PADDING),
         target_lengths=torch.tensor([len(t) for t in targets], dtype=torch.int64),
         word_starts_s=[example.utterance.word_starts_s for example in examples],
+        unreadable={
+            item.utterance_id: item.reason for item in items if isinstance(item, Unreadable)
+        },
     )

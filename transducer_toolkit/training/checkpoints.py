@@ -166,7 +166,7 @@ class LastCheckpoint(Checkpoint):
         return received, bool(due)
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         trainer.save_checkpoint(self.path)
         self._saved_at_s, self._saved_at_step = time.monotonic(), trainer.global_step

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a misspelt override may have meant."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_MODULE = "transducer_toolkit.conf"
+
+
+def nearest_keys(config_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a ``hydra.main`` function: when it fails over an unknown key, name the nearest.
+
+    Args:
+        config_name: the primary config.
+    """
+
+    def decorate(main: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(main)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return main(*args, **kwargs)
+            except SystemExit as end:
+                if end.code == 1:  # Hydra has said what is wrong
+                    for hint in find_hints(config_name, sys.argv[1:]):
+                        print(hint, file=sys.stderr)
+                raise
+
+        return wrapper
+
+    return decorate
+
+
+def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
+    """Compare overrides with the keys, groups and options that there are.
+
+    Args:
+        config_name: the primary config.
+        arguments: of the command line.
+
+    Returns:
+        A sentence for each override that names nothing; none if there is no such override, or if
+        nothing is near it.
+
+    Example:
+        >>> find_hints("train", ["optimzer.lr=1e-3", "loss=packd", "lr=1"])
+        ['loss=packd: did you mean loss=packed?', 'optimzer.lr: did you mean optimizer.lr?', \
+'lr: did you mean optimizer.lr?']
+    """
+    texts = [
+        text for text in arguments if not text.startswith("-") and ("=" in text or "~" in text)
+    ]
+    try:
+        overrides = OverridesParser.create().parse_overrides(texts)
+        GlobalHydra.instance().clear()
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            return _compare(config_name, overrides)
+    except (HydraException, OmegaConfBaseException):
+        return []  # it is something else that is wrong
+
+
+def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
+    loader = GlobalHydra.instance().config_loader()
+    groups = {group: _options(loader, group) for group in _groups(loader)}
+    hints, chosen, others = [], [], []
+    for override in overrides:
+        name, values = override.key_or_group, _values(override)
+        if name not in groups:
+            others.append(override)
+            continue
+        for value in values:
+            if value in groups[name]:
+                chosen.append(f"{name}={value}")
+            elif near := _most_like(value, {option: option for option in groups[name]}):
+                hints.append(_hint(f"{name}={value}", [f"{name}={option}" for option in near]))
+    cfg = compose(config_name, overrides=chosen, return_hydra_config=True)
+    keys = [key for key in dict.fromkeys([*_keys(cfg), *groups]) if not key.endswith("_")]
+    for override in others:
+        name = override.key_or_group
+        # What is added (+, ++) may be anything.
+        if name not in keys and not override.is_add() and not override.is_force_add():
+            near = _nearest(name, keys)
+            if near:
+                hints.append(_hint(name, near))
+    return hints
+
+
+def _nearest(name: str, keys: Sequence[str]) -> list[str]:
+    """Keys that end in ``name``, else those spelt most like it, as a whole or in their end."""
+    same_leaf = [key for key in keys if key.endswith("." + name)]
+    if same_leaf:
+        return sorted(same_leaf, key=len)[:3]
+    leaf = name.rpartition(".")[2]
+    return _most_like(name, {key: key for key in keys}) or _most_like(
+        leaf, {key.rpartition(".")[2]: key for key in reversed(keys)}
+    )
+
+
+def _most_like(name: str, key_of: Mapping[str, str]) -> list[str]:
+    found = difflib.get_close_matches(name, key_of, n=3, cutoff=0.75)
+    likeness = [difflib.SequenceMatcher(None, text, name).ratio() for text in found]
+    return [key_of[text] for text, ratio in zip(found, likeness, strict=True)
+            if ratio > likeness[0] - 0.05]  # fmt: skip
+
+
+def _hint(what: str, near: Sequence[str]) -> str:
+    return f"{what}: did you mean {' or '.join(near)}?"
+
+
+def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
+    for name in loader.list_groups(parent):
+        group = f"{parent}/{name}" if parent else name
+        yield group
+        yield from _groups(loader, group)
+
+
+def _options(loader: ConfigLoader, group: str) -> list[str]:
+    return loader.get_group_options(group, ObjectType.CONFIG)
+
+
+def _values(override: Override) -> list[str]:
+    """The options an override names: of a sweep several, of a deletion none."""
+    text = (override.input_line or "").partition("=")[2]
+    return [value.strip() for value in text.split(",") if value.strip() not in ("", "null")]
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in map(str, cfg):
+        yield f"{prefix}{name}"
+        child = cfg._get_node(name)
+        if isinstance(child, DictConfig) and not OmegaConf.is_missing(cfg, name):
+            if child._is_none() or child._is_interpolation():
+                continue
+            yield from _keys(child, f"{prefix}{name}.")
