@@ -41,7 +41,7 @@ class LhotseDataModule(TransducerDataModule):
     only, an epoch being ``steps_per_epoch`` batches. Validation and test sets go either way.
 
     Each cut has one supervision. Cuts longer than ``max_duration_s``, or without a path through
-    their lattice, are left out of training and validation, the first of the latter named in the log.
+    their lattice, are left out of training and validation; the first of the latter is logged.
 
     Args:
         corpus: whose manifests are manifests of cuts, or folders of shards, such as
@@ -108,7 +108,7 @@ class LhotseDataModule(TransducerDataModule):
         constraint = LatticeConstraint(
             sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances
         )
-        keep = _Feasible(sizes, name, self.max_duration_s) if name in ("train", "val") else None
+        keep = _Feasible(sizes, name, self.max_duration_s)
         bins = duration_bins(_open_texts(path), self.num_buckets)
         trainer = self.trainer
         rank = 0 if trainer is None else trainer.global_rank
@@ -138,7 +138,7 @@ class LhotseDataModule(TransducerDataModule):
             )
         cuts = CutSet.from_shar(in_dir=path) if path.is_dir() else load_manifest_lazy(path)
         sampler = CutBatchSampler(
-            cuts if keep is None else cuts.filter(keep),
+            cuts.filter(keep) if name in ("train", "val") else cuts,  # a test set stays whole
             constraint,
             bins=bins,
             buffer_size=self.buffer_size,
