@@ -21,7 +21,7 @@ run_folder.register()
 CONF = files("transducer_toolkit.conf")
 GROUPS = {
     group.name: sorted(
-        path.name.removesuffix(".yaml") for path in group.iterdir() if path.is_file()
+        path.name.removesuffix(".yaml") for path in group.iterdir() if path.name.endswith(".yaml")
     )
     for group in CONF.iterdir()
     if group.is_dir() and not group.name.startswith("_")

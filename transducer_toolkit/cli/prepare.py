@@ -33,6 +33,9 @@ def prepare(cfg: DictConfig) -> None:
     manifests = corpus.manifests()
     print(f"{'set':16s} {'utterances':>10s} {'minutes':>9s} {'words':>9s}  manifest")
     for name, path in {"train": manifests.train, "val": manifests.val, **manifests.test}.items():
+        if path.suffix != ".jsonl":  # Lhotse's cuts or shards
+            print(f"{name:16s} {'-':>10s} {'-':>9s} {'-':>9s}  {path}")
+            continue
         utterances = read_manifest(path)
         minutes = sum(utterance.duration_s for utterance in utterances) / 60
         words = sum(len(utterance.text.split()) for utterance in utterances)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lhotse import CutSet
+from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler, make_worker_init_fn
 from lhotse.dataset.sampling.base import SamplingConstraint
@@ -18,7 +19,7 @@ from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from transducer_toolkit.data.audio import resample
-from transducer_toolkit.data.dataset import Batch, Example, SpeechDataset, collate
+from transducer_toolkit.data.dataset import Batch, Example, SpeechDataset, Unreadable, collate
 from transducer_toolkit.data.manifest import Utterance
 
 __all__ = [
@@ -118,14 +119,16 @@ def duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
     first = list(islice(cuts, 10_000))
     if num_buckets < 2 or len(first) < 2 * num_buckets:
         return []
-    return estimate_duration_buckets(first, num_buckets)
+    # Plain numbers: they are part of checkpoints, which hold nothing else.
+    return [float(duration_s) for duration_s in estimate_duration_buckets(first, num_buckets)]
 
 
 class CutBatchSampler(Sampler[list[CutIndex]]):
     """Batches of cuts of similar length by lhotse's ``DynamicBucketingSampler``.
 
     The manifest is read anew, a line at a time, in every epoch. Each epoch's batches are a function
-    of ``(seed, epoch)``; ranks take disjoint ones, equally many. It offers what
+    of ``(seed, epoch)``; ranks take disjoint ones, equally many. (Where an epoch ends with fewer
+    cuts than ranks, lhotse repeats some of them, under another id.) It offers what
     :class:`~transducer_toolkit.data.loader.ResumableLoader` needs to go on within an epoch: cuts
     that are skipped are not read.
 
@@ -216,8 +219,9 @@ class CutDataset(Dataset[Example]):
         speech: how waveform and text become an example.
 
     Raises:
-        ValueError: (on access) a cut without exactly one supervision, or whose text the tokenizer
-            cannot encode; the cut is named.
+        ValueError: (on access) a cut without exactly one supervision, whose audio cannot be read,
+            or whose text the tokenizer cannot encode; the cut is named. Also a batch of cuts none
+            of which can be read.
 
     Example:
         >>> dataset = CutDataset(SpeechDataset([], tokenizer, Fbank()))  # doctest: +SKIP
@@ -237,12 +241,26 @@ class CutDataset(Dataset[Example]):
             text=cut_text(cut),
             speaker=cut.supervisions[0].speaker,
         )
-        waveform = torch.from_numpy(cut.load_audio()).mean(dim=0)  # (channels, samples) -> mono
-        waveform = resample(waveform, cut.sampling_rate, self.speech.fbank.sample_rate)
         try:
+            waveform = torch.from_numpy(cut.load_audio()).mean(dim=0)  # (channels, samples)
+            waveform = resample(waveform, cut.sampling_rate, self.speech.fbank.sample_rate)
             return self.speech.example(utterance, waveform, epoch)
-        except ValueError as error:
+        except (ValueError, OSError, AudioLoadingError) as error:
             raise ValueError(f"cut {cut.id!r}: {error}") from error
+
+    def __getitems__(self, indices: Sequence[CutIndex]) -> list[Example | Unreadable]:
+        """Read the cuts of a batch, bad ones as the ``on_bad_audio`` of ``speech`` says."""
+        if self.speech.on_bad_audio == "raise":
+            return [self[index] for index in indices]
+        items: list[Example | Unreadable] = []
+        for index in indices:
+            try:
+                items.append(self[index])
+            except ValueError as error:
+                items.append(Unreadable(index.cut.id, str(error)))
+        if all(isinstance(item, Unreadable) for item in items):
+            raise ValueError(f"none of the {len(items)} cuts of a batch can be read: {items[-1]}")
+        return items
 
 
 class ShardBatches(IterableDataset[Batch]):
@@ -294,7 +312,7 @@ class ShardBatches(IterableDataset[Batch]):
             empty = True
             for batch in sampler:
                 empty = False
-                yield collate([self.dataset[CutIndex(number, cut)] for cut in batch])
+                yield collate(self.dataset.__getitems__([CutIndex(number, cut) for cut in batch]))
             if empty:
                 raise ValueError(
                     "a data worker has no shard of its own: make at least as many shards as there "

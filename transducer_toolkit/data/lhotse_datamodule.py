@@ -40,8 +40,8 @@ class LhotseDataModule(TransducerDataModule):
     whole shards, each by one worker of one process, in a new order in each pass: sequential reads
     only, an epoch being ``steps_per_epoch`` batches. Validation and test sets go either way.
 
-    Each cut has one supervision. Cuts without a path through their lattice are left out of training
-    and validation, the first of them named in the log.
+    Each cut has one supervision. Cuts longer than ``max_duration_s``, or without a path through
+    their lattice, are left out of training and validation; the first of the latter is logged.
 
     Args:
         corpus: whose manifests are manifests of cuts, or folders of shards, such as
@@ -98,6 +98,7 @@ class LhotseDataModule(TransducerDataModule):
             waveform_perturbation=self.waveform_perturbation if training else None,
             spec_augment=self.spec_augment if training else None,
             seed=self.seed,
+            on_bad_audio=self.on_bad_audio if training else "raise",
         )
 
     def _loader(self, name: str, *, training: bool = False) -> Any:
@@ -107,7 +108,7 @@ class LhotseDataModule(TransducerDataModule):
         constraint = LatticeConstraint(
             sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances
         )
-        keep = _Feasible(sizes, name) if name in ("train", "val") else None
+        keep = _Feasible(sizes, name, self.max_duration_s)
         bins = duration_bins(_open_texts(path), self.num_buckets)
         trainer = self.trainer
         rank = 0 if trainer is None else trainer.global_rank
@@ -137,7 +138,7 @@ class LhotseDataModule(TransducerDataModule):
             )
         cuts = CutSet.from_shar(in_dir=path) if path.is_dir() else load_manifest_lazy(path)
         sampler = CutBatchSampler(
-            cuts if keep is None else cuts.filter(keep),
+            cuts.filter(keep) if name in ("train", "val") else cuts,  # a test set stays whole
             constraint,
             bins=bins,
             buffer_size=self.buffer_size,
@@ -203,15 +204,18 @@ class _LatticeSizes:
 
 
 class _Feasible:
-    """Whether a cut keeps a path through its lattice, even at the highest speed of training."""
+    """Whether a cut is not too long, and keeps a path even at the highest speed of training."""
 
-    def __init__(self, sizes: _LatticeSizes, name: str) -> None:
+    def __init__(self, sizes: _LatticeSizes, name: str, max_duration_s: float | None) -> None:
         self.sizes = sizes
         self.name = name
+        self.max_duration_s = max_duration_s
         self._said = False
 
     def __call__(self, cut: Cut) -> bool:
         sizes = self.sizes
+        if self.max_duration_s is not None and cut.duration > self.max_duration_s:
+            return False
         num_frames = sizes.num_frames(cut, speed=sizes.max_speed)
         feasible = is_feasible(num_frames, sizes.num_targets(cut), topology=sizes.topology)
         if not feasible and not self._said:

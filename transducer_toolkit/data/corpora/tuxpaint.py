@@ -128,7 +128,7 @@ class TuxPaintCorpus(PreparedCorpus):
             waveform = read_audio(source)
             soundfile.write(audio, waveform.clamp(-1.0, 1.0).numpy(), SAMPLE_RATE)
             name = split_of(f"{language} {text}")
-            rows = {"train": train, "val": val}.get(name, test[language])
+            rows = test[language] if name == "test" else val if name == "val" else train
             rows.append(
                 Utterance(
                     id=id_,
