@@ -159,7 +159,7 @@ def test_bad_audio_is_named_or_left_out(utterances, tokenizer, faulty):
 
 def test_a_corpus_without_any_readable_audio_is_refused(tokenizer, faulty):
     dataset = SpeechDataset([*faulty.values()], tokenizer, Fbank(), on_bad_audio="skip")
-    with pytest.raises(ValueError, match="none of 5 utterances can be read, the last: .*"):
+    with pytest.raises(ValueError, match=r"none of 5 utterances can be read, the last: .*"):
         dataset.__getitems__([EpochIndex(0, 0)])
     with pytest.raises(ValueError, match="on_bad_audio must be 'raise' or 'skip', got 'ignore'"):
         SpeechDataset([], tokenizer, Fbank(), on_bad_audio="ignore")
