@@ -179,6 +179,24 @@ def rank_killed(work: Path, overrides: list[str]) -> float:
     return elapsed_s
 
 
+def group_stopped(work: Path, overrides: list[str]) -> None:
+    """SIGTERM to one process of a group: all save the same step and end, and all go on."""
+    folder = work / "group"
+    folder.mkdir()
+    more = [*overrides, "trainer=ddp", "trainer.devices=2"]
+    stop = ["+callbacks.record.kill_after=3", "+callbacks.record.signal_name=SIGTERM"]
+    for rank, done in ((1, 3), (0, 6)):
+        pid = start(folder, [*more, *stop, f"+callbacks.record.rank={rank}"])
+        status = wait(pid, 600)
+        check(status == 143, f"exit status {status} after SIGTERM to process {rank}", folder)
+        rows = [recorded(folder / "batches", rank) for rank in (0, 1)]
+        check([len(part) for part in rows] == [done, done], f"steps {rows}", folder)
+    check(wait(start(folder, more), 600) == 0, "the group did not go on", folder)
+    steps = [row[:2] for row in recorded(folder / "batches")]
+    expected = [[epoch, index] for epoch in range(EPOCHS) for index in range(BATCHES // 2)]
+    check(steps == expected, f"steps {steps}", folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
@@ -209,6 +227,8 @@ def main() -> None:
         disk_full(work, plain)
         print("disk full: named, nothing half-written, resumed once there was room")
         if not args.no_group:
+            group_stopped(work, plain)
+            print("SIGTERM to one process of two: both saved, ended, and went on, twice")
             print(f"a process of a group killed: the other ended {rank_killed(work, plain):.0f} s "
                   "later")  # fmt: skip
 

@@ -94,7 +94,6 @@ def train(tmp_path, *, validate=True, stop=None, trainer_options=None, **options
         max_epochs=2,
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -249,7 +249,9 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         """Bring ``batches`` to their final number, in place."""
         if len(batches) < self._num_batches:  # halve those with most utterances
             # The path of halvings decides among equals, and keeps the order.
-            heap = [(-len(batch), (index,), batch) for index, batch in enumerate(batches)]
+            heap: list[tuple[int, tuple[int, ...], list[int]]] = [
+                (-len(batch), (index,), batch) for index, batch in enumerate(batches)
+            ]
             heapq.heapify(heap)
             while len(heap) < self._num_batches:
                 _, path, batch = heap[0]
