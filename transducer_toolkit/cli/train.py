@@ -80,8 +80,8 @@ def train(cfg: DictConfig) -> float | None:
 
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
     checkpoints = _best_checkpoints(trainer)
-    best_wer = checkpoints.best_model_score if checkpoints is not None else None
-    best_wer = None if best_wer is None else float(best_wer)
+    score = checkpoints.best_model_score if checkpoints is not None else None
+    best_wer = None if score is None else float(score)
     if cfg.test:
         best_path = checkpoints.best_model_path if checkpoints is not None else ""
         trainer.test(module, datamodule=datamodule, ckpt_path=best_path or None, verbose=False)
