@@ -33,10 +33,9 @@ def word_starts(text):
     return [LETTER_S * first for first in letters][:-1]
 
 
-@pytest.fixture(scope="session")
-def tones(tmp_path_factory):
-    """Overrides that train a tiny model on tones."""
-    folder = tmp_path_factory.mktemp("tones")
+def write_tones(folder):
+    """Make the corpus: audio and ``train.jsonl``, ``val.jsonl``, ``test.jsonl`` in ``folder``."""
+    folder.mkdir(exist_ok=True)
     rng, choices = np.random.default_rng(0), random.Random(0)
     for name, size in {"train": 32, "val": 5, "test": 6}.items():
         rows = []
@@ -58,6 +57,13 @@ def tones(tmp_path_factory):
                 )
             )
         write_manifest(folder / f"{name}.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory):
+    """Folder of the corpus."""
+    folder = tmp_path_factory.mktemp("tones")
+    write_tones(folder)
     return folder
 
 

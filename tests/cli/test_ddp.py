@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def start(folder, *command, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -85,10 +87,15 @@ def two_nodes(folder, options):
     return [start(folder, *torchrun, f"--node-rank={node}", *train) for node in (0, 1)]
 
 
-def finish(processes, timeout_s=240):
-    for process in processes:
-        out, _ = process.communicate(timeout=timeout_s)
-        assert process.returncode == 0, out
+def finish(processes, timeout_s=600):
+    try:
+        for process in processes:
+            out, _ = process.communicate(timeout=timeout_s)
+            assert process.returncode == 0, out
+    finally:
+        for process in processes:
+            if process.poll() is None:  # its group: the processes it has started too
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def run(folder, *overrides):
     }
     command = [sys.executable, "-m", "transducer_toolkit.cli.train", *map(str, overrides)]
     return subprocess.run(
-        command, cwd=folder, env=environment, timeout=300, capture_output=True, text=True
+        command, cwd=folder, env=environment, timeout=600, capture_output=True, text=True
     )
 
 

@@ -113,7 +113,7 @@ def test_batches_waste_little_padding_and_steps_are_even_over_ranks():
     padded = sum(max(frames[i] for i in batch) * len(batch) for own in ranks for batch in own)
     assert real / padded > 0.9
     for step in zip(*ranks, strict=True):
-        sizes = [cells(frames, targets, batch) for batch in step]
+        sizes = [len(batch) * max(frames[i] for i in batch) for batch in step]  # padded frames
         assert min(sizes) > 0.8 * max(sizes) or max(sizes) < 30_000
 
 
@@ -158,3 +158,20 @@ def test_errors(options, message):
 def test_bad_lengths(frames, targets, message):
     with pytest.raises(ValueError, match=message):
         LatticeBatchSampler(frames, targets, max_cells=100)
+
+
+def test_the_largest_of_an_epoch():
+    frames, targets = corpus(300)
+    sampler = LatticeBatchSampler(frames, targets, max_cells=20_000, max_utterances=12)
+    found = sampler.largest(2)
+    sampler.set_epoch(2)
+    batches = list(sampler)
+    assert all(batch in batches for batch in found.values())
+    positions = [[key.position for key in batch] for batch in batches]
+    most_cells = [key.position for key in found["most cells"]]
+    largest = max(cells(frames, targets, batch) for batch in positions)
+    assert cells(frames, targets, most_cells) == largest
+    assert sum(map(sampler.num_cells, most_cells)) == largest
+    padded = max(len(batch) * max(frames[i] for i in batch) for batch in positions)
+    assert padded in [len(b) * max(frames[k.position] for k in b) for b in found.values()]
+    assert max(map(len, found.values())) == max(map(len, batches))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -86,3 +87,19 @@ def test_default_folder(monkeypatch, tmp_path):
 def test_fingerprint_sees_every_value():
     keys = [{"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, [{"a": 1}], {"a": 1.5}]
     assert len({fingerprint(key) for key in keys}) == len(keys)
+
+
+def test_a_full_disk_leaves_nothing_and_can_be_repeated(tmp_path):
+    def build(folder):
+        for name in ("a", "b"):
+            (folder / name).write_bytes(bytes(10**5))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # of each file, bytes
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            build_once(tmp_path / "corpus", build)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+    assert len(list(build_once(tmp_path / "corpus", build).iterdir())) == 2

@@ -25,6 +25,8 @@ def quiet_lightning() -> None:
     logging.getLogger(lightning.__name__).handlers.clear()
     # Raised by Lightning's own use of torch; nothing that a user can mend.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    # A run that goes on in its folder: the metrics were put aside, the checkpoints are meant.
+    warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty")
 
 
 def print_word_errors(

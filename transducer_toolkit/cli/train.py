@@ -16,6 +16,7 @@ from transducer_toolkit.cli import hints, resume, run_folder
 
 if TYPE_CHECKING:
     from lightning import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from transducer_toolkit.data.datamodule import TransducerDataModule
     from transducer_toolkit.training.lightning_module import TransducerModule
@@ -80,9 +81,9 @@ def train(cfg: DictConfig) -> float | None:
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
-    checkpoints = trainer.checkpoint_callback
-    best_wer = checkpoints.best_model_score if checkpoints is not None else None
-    best_wer = None if best_wer is None else float(best_wer)
+    checkpoints = _best_checkpoints(trainer)
+    score = checkpoints.best_model_score if checkpoints is not None else None
+    best_wer = None if score is None else float(score)
     if cfg.test:
         best_path = checkpoints.best_model_path if checkpoints is not None else ""
         trainer.test(module, datamodule=datamodule, ckpt_path=best_path or None, verbose=False)
@@ -201,6 +202,14 @@ def _refuse_processes_in_sweep(trainer: Trainer) -> None:
         )
 
 
+def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the best checkpoint, if there is one."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    found = (it for it in trainer.checkpoint_callbacks if isinstance(it, ModelCheckpoint))
+    return next(found, None)
+
+
 def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) -> None:
     """Print where everything is and what it gave; keep the same in results.json."""
     from transducer_toolkit.cli.output import print_word_errors, write_transcripts
@@ -220,7 +229,7 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
         f"{report['optimizer_steps']} steps in {report['training_s']:.0f} s, "
         f"{1000 * report['seconds_per_step']:.0f} ms a step"
     )
-    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    checkpoint = getattr(_best_checkpoints(trainer), "best_model_path", "")
     found = {
         "checkpoint": Path(checkpoint) if checkpoint else None,
         "pictures": run_dir / "pictures",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -164,10 +165,10 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
 
     def largest(self, epoch: int) -> dict[str, list[EpochIndex]]:
         """This process's batches of an epoch that need most memory, by what they have most of."""
-        batches = self._batches_of_all_ranks(epoch)[self.rank :: self.world_size]
+        batches = self.batches_of_all_ranks(epoch)[self.rank :: self.world_size]
         measures: dict[str, Callable[[list[int]], int]] = {
             "most cells": lambda batch: int(self._cells[batch].sum()),
-            "most padded frames": lambda batch: len(batch) * int(self._frames[batch].max()),
+            "most padded frames": self._padded_frames,
             "most utterances": len,
         }
         found: dict[str, list[int]] = {}
@@ -189,12 +190,12 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
         epoch = self.epoch
-        batches = self._batches_of_all_ranks(epoch)[self.rank :: self.world_size]
+        batches = self.batches_of_all_ranks(epoch)[self.rank :: self.world_size]
         for batch in batches[self.start :]:
             yield [EpochIndex(epoch, position) for position in batch]
 
-    def _batches_of_all_ranks(self, epoch: int) -> list[list[int]]:
-        """Step ``s`` of rank ``r`` is number ``s * world_size + r``."""
+    def batches_of_all_ranks(self, epoch: int) -> list[list[int]]:
+        """Return positions: the batch of step ``s`` and rank ``r`` is ``s * world_size + r``."""
         for attempt in range(3):
             batches = self._draw(epoch=epoch, attempt=attempt)
             if len(batches) <= self._num_batches:
@@ -202,13 +203,18 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         else:  # too many each time: what defined the number has the right one
             batches = self._draw(epoch=0, attempt=0)
         self._split_or_join(batches)
-        if self.world_size > 1:  # the batches of one step should take equally long on all ranks
-            batches.sort(key=lambda batch: int(self._cells[batch].sum()), reverse=True)
+        if self.world_size > 1:
+            # The batches of one step should take equally long on all ranks. Most are filled up with
+            # cells, and differ in what the encoder has to do.
+            batches.sort(key=self._padded_frames, reverse=True)
         if self.shuffle:
             steps = np.reshape(np.arange(len(batches)), (-1, self.world_size))
             steps = keyed_generator(self.seed, epoch, "steps").permutation(steps)
             batches = [batches[number] for number in steps.ravel()]
         return batches
+
+    def _padded_frames(self, batch: list[int]) -> int:
+        return len(batch) * int(self._frames[batch].max())
 
     def _draw(self, *, epoch: int, attempt: int) -> list[list[int]]:
         """Batches within both bounds, as many as it takes."""
@@ -241,10 +247,18 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
 
     def _split_or_join(self, batches: list[list[int]]) -> None:
         """Bring ``batches`` to their final number, in place."""
-        while len(batches) < self._num_batches:  # halve the one with most utterances
-            largest = max(range(len(batches)), key=lambda i: len(batches[i]))
-            batch = batches[largest]
-            batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        if len(batches) < self._num_batches:  # halve those with most utterances
+            # The path of halvings decides among equals, and keeps the order.
+            heap: list[tuple[int, tuple[int, ...], list[int]]] = [
+                (-len(batch), (index,), batch) for index, batch in enumerate(batches)
+            ]
+            heapq.heapify(heap)
+            while len(heap) < self._num_batches:
+                _, path, batch = heap[0]
+                middle = len(batch) // 2
+                heapq.heapreplace(heap, (-middle, (*path, 0), batch[:middle]))
+                heapq.heappush(heap, (middle - len(batch), (*path, 1), batch[middle:]))
+            batches[:] = [batch for _, _, batch in sorted(heap, key=lambda entry: entry[1])]
         while len(batches) > self._num_batches:  # only when all are single utterances
             batches.sort(key=lambda batch: int(self._cells[batch].sum()), reverse=True)
             batches[-2:] = [batches[-2] + batches[-1]]

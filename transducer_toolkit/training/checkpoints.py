@@ -113,6 +113,8 @@ class LastCheckpoint(Checkpoint):
         # own talk to the other processes, or save, in the middle of a step.
         signals = [signal.SIGTERM]
         environment = _cluster_environment(trainer)
+        if environment is None and SLURMEnvironment.detect():  # one device
+            environment = SLURMEnvironment()
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             signals.append(environment.requeue_signal or signal.SIGUSR1)
         if callable(signal.getsignal(signal.SIGUSR2)):

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from transducer_toolkit.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
+
+
+@pytest.fixture
+def full_disk():
+    """Call it: from then on, no file may grow beyond 64 KiB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk):
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1, "w": torch.zeros(10)}, path)
+    full_disk()
+    large = {"step": 2, "w": torch.zeros(10**5)}
+    with pytest.raises(OSError, match=r"checkpoint of 0\.4 MiB not written; the file before") as e:
+        io.save_checkpoint(large, path)
+    assert e.value.filename == str(path)
+    assert io.load_checkpoint(path, weights_only=True)["step"] == 1
+    with pytest.raises(OSError, match=r"checkpoint of 0\.4 MiB not written: ") as e:
+        io.save_checkpoint(large, path.with_name("other.ckpt"))
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path):
+    path = tmp_path / "last.ckpt"
+    (tmp_path / ".last.ckpt.partial").write_bytes(b"half")
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, str(path))
+    assert AtomicCheckpointIO().load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class Line(LightningModule):
+    """One weight, 6 batches an epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return (self.weight - batch).square().sum()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Send(Callback):
+    """A signal to this process, at the end of a batch."""
+
+    def __init__(self, name, after):
+        self.signal = getattr(signal, name)
+        self.after = after
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.after:
+            os.kill(os.getpid(), self.signal)
+
+
+class Saves(LastCheckpoint):
+    """Also remembers the steps it saved."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.steps = []
+
+    def _save(self, trainer):
+        super()._save(trainer)
+        self.steps.append(trainer.global_step)
+
+
+def train(tmp_path, *, validate=True, stop=None, trainer_options=None, **options):
+    """Steps that were saved; ``stop``: the signal to send after how many batches."""
+    saves = Saves(str(tmp_path / "last.ckpt"), **options)
+    callbacks = [saves]
+    if stop is not None:
+        callbacks.insert(0, Send(*stop))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **(trainer_options or {}),
+    )
+    data = DataLoader(torch.ones(6, 1))
+    trainer.fit(Line(), data, data if validate else None)
+    return saves.steps
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, [6, 12]),
+        ({"validate": False}, [6, 12]),
+        ({"every_n_steps": 2}, [2, 4, 6, 8, 10, 12]),
+        ({"every_n_steps": 4}, [4, 6, 10, 12]),
+        ({"every_minutes": 1e-9}, list(range(1, 13))),
+        # Every batch, but none in mid-accumulation.
+        (
+            {"every_n_steps": 1, "trainer_options": {"accumulate_grad_batches": 2}},
+            [1, 2, 3, 4, 5, 6],
+        ),
+        # Where a validation follows, after that.
+        ({"every_minutes": 60, "trainer_options": {"val_check_interval": 3}}, [3, 6, 9, 12]),
+        ({"every_n_steps": 1, "trainer_options": {"fast_dev_run": True}}, None),
+    ],
+)
+def test_when_it_is_written(tmp_path, options, steps):
+    found = train(tmp_path, **options)
+    if steps is None:
+        assert not (tmp_path / "last.ckpt").exists()
+        return
+    assert found == steps
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == steps[-1]
+
+
+def test_intervals_are_positive():
+    with pytest.raises(ValueError, match="every_minutes must be positive or None, got 0"):
+        LastCheckpoint("x", every_minutes=0)
+    with pytest.raises(ValueError, match="every_n_steps must be positive or None, got -1"):
+        LastCheckpoint("x", every_n_steps=-1)
+
+
+def test_sigterm_ends_after_a_saved_step_and_handlers_return(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path, stop=("SIGTERM", 4))
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_sigterm_before_a_validation_waits_for_it(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=("SIGTERM", 6))
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    validated = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    assert checkpoint["global_step"] == 6 and validated["current"]["completed"] == 6
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_slurms_warning_requeues_the_job(tmp_path, monkeypatch, array):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    variables = {"JOB_ID": "77", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    if array:
+        variables |= {"ARRAY_JOB_ID": "70", "ARRAY_TASK_ID": "5"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path, stop=("SIGUSR1", 4), trainer_options={"devices": 1})
+    assert end.value.code == 143
+    job = "70_5" if array else "77"
+    assert (tmp_path / "called").read_text() == f"requeue {job}\n"
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_the_handler_of_a_launcher_is_called_after_the_checkpoint(tmp_path):
+    saved = []
+
+    def requeue(number, frame):
+        saved.append(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
+        raise SystemExit(7)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit) as end:
+            train(tmp_path, stop=("SIGUSR2", 4))
+        assert end.value.code == 7 and saved == [4]
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, before)
