@@ -209,8 +209,8 @@ class LatticeBatch:
             stride = 0 if band_start is None else band_width
             rows_per_utterance = 0
             # Clamped: lengths nobody validated must not make the rows of two utterances overlap.
-            columns = stride or (num_targets.clamp(min=-1) + 1)
-            ends = (num_frames.clamp(min=0) * columns).cumsum(0)
+            columns = stride or (num_targets.clamp(-1, max_targets) + 1)
+            ends = (num_frames.clamp(0, max_frames) * columns).cumsum(0)
             first_row = torch.cat([ends.new_zeros(1), ends[:-1]])
             total = -1
         first_frame = None
@@ -218,6 +218,10 @@ class LatticeBatch:
             band_start = _index(band_start, device)
         if begins is not None:
             first_symbol, first_frame = (_index(part, device) for part in begins.unbind(1))
+            # What leaves the rows of its utterance gets a length that no stage accepts.
+            is_inside = (first_symbol >= 0) & (first_symbol <= max_targets - num_targets)
+            is_inside &= (first_frame >= 0) & (first_frame <= max_frames - num_frames)
+            num_frames = torch.where(is_inside, num_frames, -1)
             targets = _shift(targets, first_symbol)
             first_row = first_row + first_frame * stride
             if band_start is None:

@@ -103,6 +103,9 @@ Problem MakeProblem(Bytes* bytes) {
     if (has_begins) {
       begin_frame = wild ? bytes->Wild(max_frames) : bytes->Below(max_frames - frames + 1);
       begin_label = wild ? bytes->Wild(max_targets) : bytes->Below(max_targets - labels + 1);
+      const bool fits = frames >= 0 && labels >= 0 && begin_frame >= 0 && begin_label >= 0 &&
+                        begin_frame <= max_frames - frames && begin_label <= max_targets - labels;
+      if (!fits) frames = -1;
     }
     p.num_frames.push_back(frames);
     p.num_targets.push_back(labels);

@@ -126,10 +126,8 @@ def transducer_loss(a: dict[str, Any], weights: Tensor) -> Results:
             losses.append(nothing(same[b] if padded else same[row : row + cells[b]]))
         else:
             t, u = frames[b], symbols[b]
-            if padded:
-                x = same[b, :t, : u + 1]
-            else:
-                x = same[row : row + cells[b]].view(t, u + 1, -1)
+            packed = None if padded else same[row : row + cells[b]].view(t, u + 1, -1)
+            x = same[b, :t, : u + 1] if packed is None else packed
             losses.append(solve(x, targets[b, :u], options).loss)
         row += cells[b]
     return loss_results(
@@ -204,9 +202,13 @@ def _k2_common(a: dict[str, Any], vocab: int, max_frames: int, is_loss: bool = T
 def _posteriors(solutions: list[Solution], rows: list, shapes: tuple, eps: float) -> Results:
     px, py = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
     for b, (s_begin, t_begin, s_end, t_end) in enumerate(rows):
+        if solutions[b].loss.isnan():  # nothing is said of the padding
+            px[b], py[b] = math.nan, math.nan
+            continue
         px[b, s_begin:s_end, t_begin:t_end] = solutions[b].label_posterior.T
         py[b, s_begin : s_end + 1, t_begin:t_end] = solutions[b].blank_posterior.T
-    return {name: Expected(x, eps) for name, x in (("px_grad", px), ("py_grad", py))}
+    named = {"px_grad": px, "py_grad": py}
+    return {name: Expected(x, eps, 0.0, ~x.isnan()) for name, x in named.items()}
 
 
 def _k2_loss(
@@ -376,7 +378,7 @@ def _log_probs_results(
 
 
 def get_rnnt_logprobs(a: dict[str, Any], weights: Tensor) -> Results:
-    log_probs, symbols, options, rows, inputs = _additive(a, False)
+    log_probs, symbols, options, rows, _ = _additive(a, False)
     error = 64 * eps_of(a["am"].dtype) * largest(a["am"], a["lm"])
     common = symbols, options, rows
     return _log_probs_results(log_probs, [None] * len(rows), common, a["am"].size(1), error)
@@ -389,7 +391,8 @@ def get_rnnt_logprobs_joint(a: dict[str, Any], weights: Tensor) -> Results:
     if "ranges" in a:
         band = tensor(a["ranges"], 3, INDICES)
         require(tuple(band.shape) == (num_utterances, num_frames, columns) and columns > 0)
-    symbols, options, rows = common = _k2_common(a, vocab, num_frames, False)
+    common = _k2_common(a, vocab, num_frames, False)
+    symbols, _, rows = common
     require(num_utterances == len(symbols) and num_frames > 0)
     require(band is not None or columns == symbols.size(1) + 1)
     if largest(logits) > LARGE:
@@ -483,9 +486,6 @@ def _joint(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _output(a: dict[str, Any], enc: Tensor, dtypes: tuple) -> tuple[Tensor, Tensor | None]:
-    for name in ("weight", "bias"):
-        if getattr(a[name], "dtype", None) == torch.float8_e4m3fn:
-            raise Undecided
     weight = tensor(a["weight"], 2, dtypes)
     bias = None if a["bias"] is None else tensor(a["bias"], 1, dtypes)
     require(weight.size(1) == enc.size(2))
