@@ -10,29 +10,39 @@ import torch
 import transducer_toolkit as tt
 
 SETUP = """
-import os, sys, threading, time
+import os, threading, time
 import torch
 import transducer_toolkit as tt
+from transducer_toolkit import native
 
 torch.set_num_threads(2)
 torch.manual_seed(0)
-logits = torch.randn(4, 60, 21, 50, requires_grad=True)
-targets = torch.randint(1, 50, (4, 20))
-lengths = torch.tensor([60, 50, 40, 30]), torch.tensor([20, 15, 10, 5])
+x = torch.randn(3 * 40 * 11, 300)
+batch = native.LatticeBatch(
+    *(torch.tensor([n] * 3) for n in (40, 10)), torch.ones(3, 10, dtype=torch.int64),
+    max_frames=40, padded=True, device=x.device,
+)
+expected, again = (native.CellScores(batch, x.device) for _ in range(2))
 
-def loss():
-    return tt.transducer_loss(logits, targets, *lengths, blank=0)
+def score(out):
+    native.cell_scores(x, batch, batch.all_rows(), out, blank=0)
 
-def forever():
+def score_forever(out):
     while True:
-        loss()
+        score(out)
+
+score(expected)
+# Nothing but a stage, with the pool's help: what torch does in a fork, or at exit, is torch's own.
+for _ in range(3):
+    out = native.CellScores(batch, x.device)
+    threading.Thread(target=score_forever, args=(out,), daemon=True).start()
 """
 
 
 def run(code):
-    """A Python program, which must end by itself within a minute."""
+    """A Python program, which must end by itself."""
     return subprocess.run(
-        [sys.executable, "-c", SETUP + code], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SETUP + code], capture_output=True, text=True, timeout=300
     )
 
 
@@ -79,19 +89,16 @@ def test_every_loss_from_many_threads():
     assert not wrong
 
 
-def test_fork_while_other_threads_are_in_a_call():
-    """A child has neither the pool's threads nor the call that had borrowed them."""
+def test_fork_while_other_threads_are_in_a_stage():
+    """A child has neither the pool's threads nor the calls that had borrowed them."""
     result = run(
         """
-expected = float(loss())
-for _ in range(3):
-    threading.Thread(target=forever, daemon=True).start()
 for _ in range(6):
     time.sleep(0.02)
     child = os.fork()
     if child == 0:
-        with torch.no_grad():
-            os._exit(0 if float(loss()) == expected else 3)
+        score(again)
+        os._exit(0 if again.normaliser.tolist() == expected.normaliser.tolist() else 3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 os._exit(0)
 """
@@ -101,25 +108,5 @@ os._exit(0)
 
 def test_exit_while_daemon_threads_are_in_a_stage():
     """torch's own operators abort the process then; a stage waits for the end."""
-    result = run(
-        """
-from transducer_toolkit import native
-
-x = torch.randn(4 * 60 * 21, 500)
-shape = tt.LatticeShape.from_lengths([60] * 4, [20] * 4)
-batch = native.LatticeBatch(
-    shape.logit_lengths, shape.target_lengths, targets,
-    max_frames=60, padded=True, device=x.device,
-)
-scores = native.CellScores(batch, x.device)
-
-def score_forever():
-    while True:
-        native.cell_scores(x, batch, batch.all_rows(), scores, blank=0)
-
-for _ in range(2):
-    threading.Thread(target=score_forever, daemon=True).start()
-time.sleep(0.3)
-"""
-    )
+    result = run("time.sleep(0.3)")
     assert result.returncode == 0, (result.returncode, result.stderr)
