@@ -263,9 +263,9 @@ class LatticeBatch:
 
 
 def _shift(rows: Tensor, begins: Tensor) -> Tensor:
-    """Each row (B, N) moved left by its own number of places; the last element fills up."""
+    """Each row (B, N) moved left by its own number of places; the elements at the ends fill up."""
     places = torch.arange(rows.size(1), device=rows.device) + begins[:, None]
-    return rows.gather(1, places.clamp(max=rows.size(1) - 1)) if rows.size(1) else rows
+    return rows.gather(1, places.clamp(0, rows.size(1) - 1)) if rows.size(1) else rows
 
 
 class RowTile:
