@@ -76,7 +76,7 @@ def test_types_are_named(changes, message):
 def test_types_are_named_elsewhere():
     enc = torch.zeros(1, 1, 3)
     for tile_cells in (True, 2.0):
-        with pytest.raises(TypeError, match="tile_cells: expected an int"):
+        with pytest.raises(ValueError, match="tile_cells: expected None or an int of at least 1"):
             tt.fused_joiner_loss(
                 *(enc, torch.zeros(1, 2, 3), torch.zeros(5, 3), None),
                 *(LABEL, ONE, ONE, 0),
