@@ -45,8 +45,11 @@ struct LatticeBatch {
   TRANSDUCER_HD int64_t Stride(int64_t b) const {
     return row_stride != 0 ? row_stride : num_targets[b] + 1;
   }
+  // A start that leaves no cell is one just outside, whatever it was: no sum with it wraps round.
   TRANSDUCER_HD int64_t BandStart(int64_t b, int64_t t) const {
-    return band_start != nullptr ? band_start[b * max_frames + t] : 0;
+    if (band_start == nullptr) return 0;
+    const int64_t start = band_start[b * max_frames + t], highest = max_targets + 1;
+    return start < -row_stride ? -row_stride : start > highest ? highest : start;
   }
   // The cells of frame t are u = ColumnBegin ... ColumnEnd - 1; none if a start is nonsense.
   TRANSDUCER_HD int64_t ColumnBegin(int64_t b, int64_t t) const {
@@ -69,9 +72,12 @@ struct LatticeBatch {
     const int64_t frames = num_frames[b], labels = num_targets[b];
     if (frames < 1 || frames > max_frames || labels < 0 || labels > max_targets) return false;
     if (row_stride != 0 && band_start == nullptr && labels + 1 > row_stride) return false;
-    const int64_t last = first_row[b] + frames * Stride(b) -
-                         (row_stride != 0 && band_start == nullptr ? row_stride - labels : 1);
-    return first_row[b] >= 0 && last < num_rows;
+    // No sum with first_row, which may be anything: it could wrap round.
+    const int64_t begin = b * rows_per_utterance, first = first_row[b];
+    const int64_t end = rows_per_utterance != 0 ? begin + rows_per_utterance : num_rows;
+    if (first < begin || first >= end) return false;
+    const int64_t unused = row_stride != 0 && band_start == nullptr ? row_stride - 1 - labels : 0;
+    return frames * Stride(b) - unused <= end - first;
   }
 
   // The utterance that a row belongs to, be it a cell or padding.
@@ -93,8 +99,8 @@ struct LatticeBatch {
   // utterance that is not valid, every row is padding.
   TRANSDUCER_HD bool CellOf(int64_t row, Cell* cell) const {
     const int64_t b = cell->b = UtteranceOf(row);
+    if (!IsValid(b) || row < first_row[b]) return false;
     const int64_t offset = row - first_row[b];
-    if (!IsValid(b) || offset < 0) return false;
     const int64_t stride = Stride(b);
     cell->t = offset / stride;
     if (cell->t >= num_frames[b]) return false;

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native core from Python: threads, fork, CUDA in the binary."""
 
+import math
 import multiprocessing
 import threading
 
@@ -68,6 +69,69 @@ def test_no_subnormal_gradients():
     grad = _loss_and_grad(batch)[1].abs()
     assert ((grad == 0) | (grad >= torch.finfo(torch.float32).tiny)).all()
     assert (grad == 0).any() and (grad > 0).any()
+
+
+def losses_of_ones(batch):
+    """Stage 2 on scores of log(1)."""
+    scores = torch.zeros(batch.num_rows, dtype=native.SCORE_DTYPE)
+    options = {"delay_penalty": 0.0, "fastemit_lambda": 0.0, "with_uses": True}
+    return native.lattice(scores, scores, batch, topology="regular", **options)
+
+
+@pytest.mark.parametrize("begin", [(0, 2), (1, 0), (0, -1), (-1, 0), (0, 2**62), (-(2**63), 0)])
+def test_a_lattice_that_leaves_its_utterances_rows_is_nan(begin):
+    """What a boundary on a device, which nobody has validated, may ask for."""
+    batch = native.LatticeBatch(
+        *(torch.tensor(values) for values in ([3, 3], [1, 1], [[1], [1]])),
+        max_frames=3,
+        padded=True,
+        device=torch.device("cpu"),
+        begins=torch.tensor([begin, (0, 0)]),
+    )
+    losses, use_blank, _ = losses_of_ones(batch)
+    assert losses[0].isnan() and float(losses[1]) == pytest.approx(-math.log(3))
+    assert use_blank[6:].sum() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("first_row", [-1, 1, 5, 6, 12, 2**63 - 1, -(2**63)])
+def test_rows_that_belong_to_another_utterance_are_not_read(first_row):
+    """The stages themselves, whatever native.py may let through."""
+    tensors = [torch.tensor(values) for values in ([3, 3], [1, 1], [first_row, 6], [1, 1])]
+    batch = native.LatticeBatch(
+        *(torch.tensor(values) for values in ([3, 3], [1, 1], [[1], [1]])),
+        max_frames=3,
+        padded=True,
+        device=torch.device("cpu"),
+    )
+    names = "num_frames", "num_targets", "first_row", "targets"
+    batch.native = native._C.LatticeBatch(
+        num_utterances=2,
+        max_frames=3,
+        max_targets=1,
+        num_rows=12,
+        row_stride=2,
+        rows_per_utterance=6,
+        band_start=0,
+        first_frame=0,
+        **{name: x.data_ptr() for name, x in zip(names, tensors, strict=True)},
+    )
+    losses, use_blank, _ = losses_of_ones(batch)
+    assert losses[0].isnan() and float(losses[1]) == pytest.approx(-math.log(3))
+    assert use_blank[6:].sum() == pytest.approx(3.0) and not use_blank[:6].any()
+
+
+def test_lengths_that_wrap_round_leave_the_others_alone():
+    """2**62 frames of 4 cells are no rows modulo 2**64: nobody may lie on the first utterance."""
+    batch = native.LatticeBatch(
+        *(torch.tensor(values) for values in ([2, 2, 2], [1, 2**62 - 1, 1], [[1], [1], [1]])),
+        max_frames=2,
+        padded=False,
+        num_rows=12,
+        device=torch.device("cpu"),
+    )
+    losses, use_blank, _ = losses_of_ones(batch)
+    assert losses[1].isnan() and losses[[0, 2]].isfinite().all()
+    assert use_blank[:4].sum() == pytest.approx(2.0)
 
 
 without_cuda = pytest.mark.skipif(

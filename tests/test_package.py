@@ -101,7 +101,7 @@ def test_says_what_it_is():
 def test_missing_binary_is_explained(tmp_path):
     copy = tmp_path / "transducer_toolkit"
     copy.mkdir()
-    for name in ("__init__.py", "_version.py", "lattice.py", "native.py"):
+    for name in ("__init__.py", "_version.py", "arguments.py", "lattice.py", "native.py"):
         (copy / name).write_text((PACKAGE_DIR / name).read_text())
     (copy / "losses").mkdir()
     for path in (PACKAGE_DIR / "losses").glob("*.py"):

@@ -242,14 +242,18 @@ class LatticeBatch:
                 first_row = frames_before * stride if stride else first_cell
             else:
                 # Clamped: lengths nobody validated must not make the rows of two overlap.
-                columns = stride or (num_targets.clamp(min=-1) + 1)
-                ends = (num_frames.clamp(min=0) * columns).cumsum(0)
+                columns = stride or (num_targets.clamp(-1, max_targets) + 1)
+                ends = (num_frames.clamp(0, max_frames) * columns).cumsum(0)
                 first_row = torch.cat([ends.new_zeros(1), ends[:-1]])
         first_frame = None
         if band_start is not None:
             band_start = _index(band_start, device)
         if begins is not None:
             first_symbol, first_frame = (_index(part, device) for part in begins.unbind(1))
+            # What leaves the rows of its utterance gets a length that no stage accepts.
+            is_inside = (first_symbol >= 0) & (first_symbol <= max_targets - num_targets)
+            is_inside &= (first_frame >= 0) & (first_frame <= max_frames - num_frames)
+            num_frames = torch.where(is_inside, num_frames, -1)
             targets = _shift(targets, first_symbol)
             first_row = first_row + first_frame * stride
             if band_start is None:
@@ -292,9 +296,9 @@ class LatticeBatch:
 
 
 def _shift(rows: Tensor, begins: Tensor) -> Tensor:
-    """Each row (B, N) moved left by its own number of places; the last element fills up."""
+    """Each row (B, N) moved left by its own number of places; the elements at the ends fill up."""
     places = torch.arange(rows.size(1), device=rows.device) + begins[:, None]
-    return rows.gather(1, places.clamp(max=rows.size(1) - 1)) if rows.size(1) else rows
+    return rows.gather(1, places.clamp(0, rows.size(1) - 1)) if rows.size(1) else rows
 
 
 class RowTile:

@@ -2,8 +2,7 @@
 // libFuzzer: every CPU stage on a batch made from raw bytes. csrc/tests/fuzz.sh builds and runs it.
 //
 // Half of the inputs are lengths that fit, the other half what nobody validated: lengths, targets,
-// bands and begins of any value, with rows laid out as native.py lays them out. The sanitizers watch
-// memory (every array has its exact size); Require() watches the contracts: which losses are NaN,
+// bands and begins of any value, with rows laid out as native.py does. The sanitizers watch memory (every array has its exact size); Require() watches the contracts: which losses are NaN,
 // what a sum of posteriors is, that every row of a gradient is written, that threads change no bit.
 #include <cstdio>
 #include <cstdlib>
@@ -103,11 +102,15 @@ Problem MakeProblem(Bytes* bytes) {
     if (has_begins) {
       begin_frame = wild ? bytes->Wild(max_frames) : bytes->Below(max_frames - frames + 1);
       begin_label = wild ? bytes->Wild(max_targets) : bytes->Below(max_targets - labels + 1);
+      const bool fits = frames >= 0 && labels >= 0 && begin_frame >= 0 && begin_label >= 0 &&
+                        begin_frame <= max_frames - frames && begin_label <= max_targets - labels;
+      if (!fits) frames = -1;
     }
     p.num_frames.push_back(frames);
     p.num_targets.push_back(labels);
     p.first_frame.push_back(begin_frame);
-    const int64_t stride = is_padded ? width : has_band ? width : Clamped(labels, -1, max_targets) + 1;
+    const int64_t stride =
+        is_padded || has_band ? width : Clamped(labels, -1, max_targets) + 1;
     // Products as native.py forms them; unsigned, for two's complement whatever comes.
     const uint64_t shift = static_cast<uint64_t>(begin_frame) * static_cast<uint64_t>(stride) +
                            (has_band ? 0 : static_cast<uint64_t>(begin_label));
@@ -215,8 +218,8 @@ Score PlainLoss(const Problem& p, const Results& r, int64_t b) {
   };
   std::vector<Score> alpha(static_cast<size_t>((frames + 1) * (labels + 2)), kLogZero);
   const auto at = [&](int64_t t, int64_t u) -> Score& { return alpha[t * (labels + 2) + u]; };
-  const Score middle =
-      0.5 * static_cast<Score>(frames - 1 - (batch.first_frame != nullptr ? batch.first_frame[b] : 0));
+  const int64_t first_frame = batch.first_frame != nullptr ? batch.first_frame[b] : 0;
+  const Score middle = 0.5 * static_cast<Score>(frames - 1 - first_frame);
   const Topology topology = p.options.topology;
   bool has_nan = false;
   at(0, 0) = has(0, 0) ? 0 : kLogZero;

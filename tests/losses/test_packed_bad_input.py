@@ -47,6 +47,11 @@ CASES = [
         ValueError,
         "logits: expected 18 rows, .* got 17",
     ),
+    (
+        {"logits": lambda x: x.new_zeros(19, 5)},
+        ValueError,
+        "logits: expected 18 rows, .* got 19",
+    ),
     ({"targets": lambda x: x.float()}, TypeError, "targets: expected dtype int32, int64"),
     ({"targets": lambda x: x[0]}, ValueError, r"targets: expected shape \(B, U\), got \(2,\)"),
     ({"targets": lambda x: x[:0]}, ValueError, "got B = 0"),

@@ -101,7 +101,7 @@ def test_joiner_trains_every_parameter():
     ("change", "error", "message"),
     [
         ({"activation": "elu"}, ValueError, "activation: expected one of .* got 'elu'"),
-        ({"enc": [1.0]}, TypeError, "enc: expected a Tensor, got list"),
+        ({"enc": [1.0]}, TypeError, "enc: expected a torch.Tensor, got list"),
         ({"enc": torch.zeros(3, 3, 6)}, ValueError, r"enc: expected shape \(3, >= 4, D\)"),
         ({"pred": torch.zeros(2, 4, 6)}, ValueError, r"pred: expected shape \(3, >= 4, D\)"),
         ({"pred": torch.zeros(3, 4, 5)}, ValueError, "pred: expected width 6, that of enc, got 5"),

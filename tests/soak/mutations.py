@@ -23,7 +23,6 @@ DTYPES = (
     torch.float32,
     torch.float64,
     torch.complex64,
-    torch.float8_e4m3fn,
 )
 FLOAT_VALUES = (float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 1e-40, 0.0, 60.0)
 INDEX_VALUES = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 5, 10**8, 2**31, 2**62, 2**63 - 1)

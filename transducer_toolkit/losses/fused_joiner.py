@@ -281,7 +281,6 @@ def _check_choices(
     checks.check_choice(activation, "activation", native.ACTIVATIONS)
     checks.check_choice(topology, "topology", native.TOPOLOGIES)
     checks.check_dropped_mass(dropped_mass)
-    if tile_cells is not None:
-        checks.check_int(tile_cells, "tile_cells")
-        if tile_cells < 1:
-            raise ValueError(f"tile_cells: expected None or at least 1, got {tile_cells}")
+    is_int = isinstance(tile_cells, int) and not isinstance(tile_cells, bool)
+    if tile_cells is not None and (not is_int or tile_cells < 1):
+        raise ValueError(f"tile_cells: expected None or an int of at least 1, got {tile_cells}")

@@ -90,7 +90,8 @@ def get_rnnt_prune_ranges(
     # A window wider than all columns from s_begin to s_end starts before s_begin.
     first = torch.minimum(s_begin, padding)
     last = torch.minimum(padding, first + step * (t_end - t_begin - 1))
-    mass = _window_mass(px_grad, py_grad, width).nan_to_num()  # no window of a NaN is better
+    # No window of a NaN is better; and sums over frames stay numbers.
+    mass = _window_mass(px_grad, py_grad, width).nan_to_num().clamp(-1e30, 1e30)
     find = _greedy_starts if method == "greedy" else _optimal_starts
     starts = find(mass, t_begin, t_end, first, last, step)
     is_frame = real_frames(boundary, num_frames, px_grad.device)

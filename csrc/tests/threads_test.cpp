@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every CPU stage from several threads at once, each asking for helpers: the same bits as alone.
+// Under the thread sanitizer this is where a race between rows or utterances would show.
+#include <thread>
+#include <vector>
+
+#include "../cell_scores.h"
+#include "../joint_tile.h"
+#include "../lattice.h"
+#include "../logits_grad.h"
+#include "../normaliser_repair.h"
+#include "../occupancy.h"
+#include "batch_fixture.h"
+#include "expect.h"
+
+namespace transducer {
+namespace {
+
+constexpr int64_t kVocab = 19, kWidth = 300;
+
+// All that the stages write, one after the other.
+struct Outputs {
+  std::vector<Score> scores;
+  std::vector<float> values;
+  std::vector<int64_t> kept;
+
+  template <typename T>
+  void Add(const std::vector<T>& part) {
+    if constexpr (std::is_same_v<T, Score>) {
+      scores.insert(scores.end(), part.begin(), part.end());
+    } else {
+      values.insert(values.end(), part.begin(), part.end());
+    }
+  }
+  bool operator==(const Outputs& other) const {
+    return scores == other.scores && values == other.values && kept == other.kept;
+  }
+};
+
+Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_threads) {
+  const LatticeBatch& batch = fixture.batch;
+  const RowTile tile = fixture.AllRows();
+  const int64_t rows = batch.num_rows, size = batch.num_utterances;
+  Outputs outputs;
+
+  const auto enc = RandomVector<float>(size * batch.max_frames * kWidth, 1, 1);
+  const auto pred = RandomVector<float>(size * (batch.max_targets + 1) * kWidth, 1, 2);
+  std::vector<float> hidden(rows * kWidth), grad_enc(enc.size()), grad_pred(pred.size());
+  JoinForwardCpu(batch, tile, enc.data(), pred.data(), kWidth, Activation::kTanh, num_threads,
+                 hidden.data());
+  JoinBackwardCpu(batch, tile, hidden.data(), hidden.data(), enc.data(), pred.data(), kWidth,
+                  Activation::kTanh, num_threads, grad_enc.data(), grad_pred.data());
+
+  const auto logits = RandomVector<float>(rows * kVocab, 3, 3);
+  std::vector<float> grad(logits.size());
+  std::vector<Score> normaliser(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
+  std::vector<Score> loss(size), loss_alone(size), scratch(rows), dropped(size);
+  const std::vector<Score> loss_grad(size, 1);
+  const LatticeOptions options{topology, 0.1, 0.2, true};
+  CellScoresCpu(batch, tile, logits.data(), kVocab, 0, false, num_threads, normaliser.data(),
+                blank.data(), label.data());
+  LatticeCpu(batch, options, blank.data(), label.data(), num_threads, nullptr, loss.data(),
+             use_blank.data(), use_label.data());
+  LatticeCpu(batch, options, blank.data(), label.data(), num_threads, scratch.data(),
+             loss_alone.data(), nullptr, nullptr);
+  LogitsGradCpu(batch, tile, logits.data(), kVocab, 0, false, 0.0, normaliser.data(),
+                use_blank.data(), use_label.data(), loss_grad.data(), num_threads, grad.data());
+  std::vector<int64_t> num_kept(size);
+  outputs.kept.resize(rows);
+  outputs.kept.resize(KeptRowsCpu(batch, use_blank.data(), use_label.data(), 1e-2, num_threads,
+                                  outputs.kept.data(), num_kept.data(), dropped.data()));
+
+  const auto am = RandomVector<float>(2 * 9 * kWidth, 90, 4);
+  const auto lm = RandomVector<float>(2 * 5 * kWidth, 90, 5);
+  const std::vector<float> product(2 * 9 * 5, 0);  // every cell underflowed
+  const AdditiveCells<float> cells{2, 9, 5, kWidth, am.data(), lm.data(), product.data(), 1e-20f};
+  std::vector<Score> repaired(product.size());
+  const std::vector<Score> ones(product.size(), 1);
+  std::vector<float> grad_am(am.size()), grad_lm(lm.size());
+  RepairNormaliserCpu(cells, num_threads, repaired.data());
+  RepairNormaliserBackwardCpu(cells, repaired.data(), ones.data(), num_threads, grad_am.data(),
+                              grad_lm.data());
+
+  outputs.kept.insert(outputs.kept.end(), num_kept.begin(), num_kept.end());
+  for (const auto& part : {normaliser, blank, label, loss, loss_alone, use_blank, use_label,
+                           dropped, repaired}) {
+    outputs.Add(part);
+  }
+  for (const auto& part : {hidden, grad_enc, grad_pred, grad, grad_am, grad_lm}) outputs.Add(part);
+  return outputs;
+}
+
+void TestManyCallers(Topology topology, Layout layout) {
+  const BatchFixture fixture({13, 9, 1, 11, 6}, {5, 7, 1, 0, 4}, layout, kVocab, 7);
+  const Outputs expected = RunStages(fixture, topology, 1);
+  EXPECT_TRUE(RunStages(fixture, topology, 3) == expected);
+  constexpr int kCallers = 4;
+  std::vector<int> same(kCallers, 0);
+  std::vector<std::thread> callers;
+  for (int i = 0; i < kCallers; ++i) {
+    callers.emplace_back([&, i] {
+      for (int k = 0; k < 3; ++k) same[i] += RunStages(fixture, topology, 1 + k) == expected;
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  for (const int count : same) EXPECT_TRUE(count == 3);
+}
+
+}  // namespace
+}  // namespace transducer
+
+int main() {
+  using transducer::Topology;
+  for (const auto topology : {Topology::kRegular, Topology::kModified, Topology::kConstrained,
+                              Topology::kOneSymPerFrame}) {
+    for (const auto layout : transducer::kLayouts) transducer::TestManyCallers(topology, layout);
+  }
+  return expect::Finish();
+}

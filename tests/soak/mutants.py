@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts known defects into the losses, one at a time, and says whether the suite notices.
+
+    python -m tests.soak.mutants [NAME ...] [--list] [--no-baseline]
+
+Each mutant is an edit of one line in a copy of the tree, built again where it is native (CPU only),
+against the tests named beside it, which `make test` runs too; the first that fails kills it. A
+mutant that survives is a test that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One defect: in `file` the text `old`, which is there once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+PACKED = "tests/losses/test_packed.py"
+BAD_INPUT = "tests/losses/test_packed_bad_input.py"
+FULL = "tests/losses/test_full_and_pruned.py"
+PRUNING = "tests/losses/test_pruning.py"
+SIMPLE = "tests/losses/test_simple.py"
+NORMALISER = "tests/losses/test_simple_normaliser.py"
+RECURSION = "tests/losses/test_mutual_information.py"
+FUSED = "tests/losses/test_fused_joiner.py"
+JOINER = "tests/modules/test_joiner.py"
+NATIVE = "tests/test_native.py"
+_LOSSES = "transducer_toolkit/losses/"
+
+MUTANTS = [
+    # --- stage 1 ---
+    Mutant(
+        "a label score at the blank's place",
+        "csrc/cell_scores_cpu.cpp",
+        "in_vocab ? Pick(x, target, max, log_sum)",
+        "in_vocab ? Pick(x, blank, max, log_sum)",
+        (PACKED,),
+    ),
+    Mutant(
+        "target = V is read",
+        "csrc/cell_scores_cpu.cpp",
+        "target >= 0 && target < vocab_size",
+        "target >= 0 && target <= vocab_size",
+        (BAD_INPUT,),
+    ),
+    Mutant(
+        "+inf is a score",
+        "csrc/cell_scores_cpu.cpp",
+        "return score == -kLogZero ? kNaN : score;",
+        "return score;",
+        (PACKED + "::test_one_bad_utterance_leaves_the_others_alone",),
+    ),
+    Mutant(
+        "the first vector of a row is not in the sum",
+        "csrc/row_kernels.inl",
+        "for (i = 0; i < whole; i += kLanes) total = total +",
+        "for (i = kLanes; i < whole; i += kLanes) total = total +",
+        (PACKED,),
+    ),
+    Mutant(
+        "the normaliser's low part is lost",
+        "csrc/row_kernels.inl",
+        "v = weight * Simd<C>::Exp((v - high) - low);",
+        "v = weight * Simd<C>::Exp(v - high);",
+        (PACKED + "::test_float32_gradient_is_within_1e_5_of_float64",),
+    ),
+    # --- stage 2 ---
+    Mutant(
+        "one_sym_per_frame may end with a label",
+        "csrc/lattice_cpu.cpp",
+        "if constexpr (kTopology == Topology::kOneSymPerFrame) return kLogZero;",
+        "if constexpr (false) return kLogZero;",
+        (PACKED + "::test_float32_gradient_is_within_1e_5_of_float64",),
+    ),
+    Mutant(
+        "constrained forgets the forced blank",
+        "csrc/lattice_cpu.cpp",
+        "score += here.Has(u + 1) ? blank_[here.offset + u + 1] : kLogZero;",
+        "score += here.Has(u + 1) ? 0 : kLogZero;",
+        (FULL,),
+    ),
+    Mutant(
+        "the forced blank is not a use",
+        "csrc/lattice_cpu.cpp",
+        "beta[cell] = post_blank + forced_blank;",
+        "beta[cell] = post_blank;",
+        (FULL,),
+    ),
+    Mutant(
+        "fastemit scales blanks",
+        "csrc/lattice_cpu.cpp",
+        "const Score post_blank = Posterior(",
+        "const Score post_blank = label_gain * Posterior(",
+        (PACKED + "::test_fastemit_scales_label_arcs_only",),
+    ),
+    Mutant(
+        "delay penalty from the wrong middle",
+        "csrc/lattice_cpu.cpp",
+        "static_cast<Score>(frames_ - 1 - first_frame_)",
+        "static_cast<Score>(frames_ - first_frame_)",
+        (PACKED + "::test_any_batch_equals_oracle",),
+    ),
+    Mutant(
+        "delay penalty ignores where the lattice begins",
+        "csrc/lattice_cpu.cpp",
+        "static_cast<Score>(frames_ - 1 - first_frame_)",
+        "static_cast<Score>(frames_ - 1)",
+        (FULL,),
+    ),
+    Mutant(
+        "a NaN no path uses is not seen",
+        "csrc/lattice_cpu.cpp",
+        "has_nan |= std::isnan(blank_[cell]);",
+        "has_nan |= false;",
+        (PACKED + "::test_one_bad_utterance_leaves_the_others_alone",),
+    ),
+    Mutant(
+        "log-add in float32",
+        "csrc/fast_log_add.h",
+        "return high + softplus(high - low);",
+        "return static_cast<float>(high + softplus(high - low));",
+        (PACKED,),
+    ),
+    Mutant(
+        "a band one column short",
+        "csrc/lattice_batch.h",
+        "return start + row_stride;",
+        "return start + row_stride - 1;",
+        (FULL,),
+    ),
+    Mutant(
+        "lengths beyond the tensor are valid",
+        "csrc/lattice_batch.h",
+        "frames < 1 || frames > max_frames || labels < 0",
+        "frames < 1 || labels < 0",
+        (BAD_INPUT, NATIVE),
+    ),
+    Mutant(
+        "rows of another utterance are valid",
+        "csrc/lattice_batch.h",
+        "if (first < begin || first >= end) return false;",
+        "if (first < 0) return false;",
+        (NATIVE,),
+    ),
+    Mutant(
+        "kept rows: NaN is dropped",
+        "csrc/occupancy_cpu.cpp",
+        "if (!(occupancy < lowest || occupancy == 0)) *out++ = row;",
+        "if (occupancy >= lowest && occupancy > 0) *out++ = row;",
+        (FUSED,),
+    ),
+    Mutant(
+        "kept rows: twice the dropped mass",
+        "csrc/occupancy_cpu.cpp",
+        "*dropped + mass[bin] <= limit",
+        "*dropped + mass[bin] <= 2 * limit",
+        (FUSED,),
+    ),
+    # --- stage 3 and the joiner ---
+    Mutant(
+        "blank as a label is subtracted once",
+        "csrc/logits_grad_cpu.cpp",
+        "if (v == target) g -= use_label;",
+        "else if (v == target) g -= use_label;",
+        (FULL,),
+    ),
+    Mutant(
+        "clamp after the upstream gradient",
+        "csrc/logits_grad_cpu.cpp",
+        "g = loss_grad * std::min(std::max(g, -context.limit), context.limit);",
+        "g = std::min(std::max(loss_grad * g, -context.limit), context.limit);",
+        (PACKED + "::test_clamp_comes_before_the_upstream_gradient",),
+    ),
+    Mutant(
+        "subnormal gradients are written",
+        "csrc/logits_grad_cpu.cpp",
+        "return std::abs(g) < kFlushBelow<T> ? T{} :",
+        "return std::abs(g) < 0 ? T{} :",
+        (NATIVE + "::test_no_subnormal_gradients",),
+    ),
+    Mutant(
+        "padding keeps what the memory held",
+        "csrc/joint_tile_cpu.cpp",
+        "std::fill_n(out, width, T{});",
+        "if (width < 0) std::fill_n(out, width, T{});",
+        (JOINER,),
+    ),
+    Mutant(
+        "relu's derivative at a negative sum",
+        "csrc/row_kernels.inl",
+        "return y > C(0) ? Vec<C>{} + C(1) : Vec<C>{};",
+        "return Vec<C>{} + C(1);",
+        (JOINER,),
+    ),
+    Mutant(
+        "repair: the row's maximum twice",
+        "csrc/normaliser_repair_cpu.cpp",
+        "offset + (static_cast<Score>(max) + std::log(static_cast<Score>(sum)));",
+        "offset + std::log(static_cast<Score>(sum));",
+        (NORMALISER,),
+    ),
+    # --- Python ---
+    Mutant(
+        "packed lengths are not compared with the rows",
+        _LOSSES + "checks.py",
+        "if cells != num_rows:",
+        "if cells > num_rows:",
+        (BAD_INPUT,),
+    ),
+    Mutant(
+        "a window may start beyond the last symbol",
+        _LOSSES + "checks.py",
+        "(start[:, :, 0] <= max_targets + 1 - width)",
+        "(start[:, :, 0] <= max_targets + 2 - width)",
+        (FULL,),
+    ),
+    Mutant(
+        "inplace: backward twice",
+        _LOSSES + "operator.py",
+        "ctx.is_consumed = True",
+        "ctx.is_consumed = False",
+        (PACKED + "::test_inplace_under_saved_tensor_hooks_and_without_gradient",),
+    ),
+    Mutant(
+        "pruning steps over too many symbols",
+        _LOSSES + "pruning.py",
+        'step = width - 1 if rnnt_type == "regular" else 1',
+        "step = width - 1",
+        (PRUNING,),
+    ),
+    Mutant(
+        "smoothing averages the padding in",
+        _LOSSES + "simple_scores.py",
+        "log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(",
+        "log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(False & ",
+        (SIMPLE,),
+    ),
+    Mutant(
+        "repair threshold of zero",
+        _LOSSES + "simple_normaliser.py",
+        "return scores.size(-1) * limits.tiny / limits.eps",
+        "return 0.0 * scores.size(-1) * limits.tiny / limits.eps",
+        (NORMALISER, SIMPLE),
+    ),
+    Mutant(
+        "the recursion shifts back the wrong way",
+        _LOSSES + "mutual_information.py",
+        "_shift(posterior, -t_begin, -s_begin)",
+        "_shift(posterior, t_begin, s_begin)",
+        (RECURSION,),
+    ),
+    Mutant(
+        "an utterance masked out by 0 poisons the weights",
+        _LOSSES + "fused_operator.py",
+        "rows = rows[(loss_grad != 0).repeat_interleave(num_kept)]",
+        "rows = rows[:]",
+        (FUSED,),
+    ),
+    Mutant(
+        "the gradient of a fused loss forgets its scale",
+        "transducer_toolkit/joint_tiles.py",
+        "(grad if scale is None else grad * scale)",
+        "grad",
+        (FUSED,),
+    ),
+    Mutant(
+        "lengths wrap round in a packed batch",
+        "transducer_toolkit/native.py",
+        "columns = stride or (num_targets.clamp(-1, max_targets) + 1)",
+        "columns = stride or (num_targets + 1)",
+        (BAD_INPUT, NATIVE),
+    ),
+]
+
+
+def _run(command: list[str | Path], folder: Path, **environment: str) -> tuple[int, str]:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    return result.returncode, result.stdout
+
+
+def build(tree: Path, folder: Path) -> str | None:
+    """Builds _C of the tree into it; what the compiler said if it does not build."""
+    import pybind11
+
+    tools = Path(sys.executable).parent
+    if not (folder / "build.ninja").exists():
+        options = {
+            "TRANSDUCER_PYTHON": "ON",
+            "TRANSDUCER_CUDA": "OFF",
+            "CMAKE_CXX_FLAGS_RELEASE": "-O1",
+            "CMAKE_MAKE_PROGRAM": tools / "ninja",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        command: list[str | Path] = [tools / "cmake", "-S", tree, "-B", folder, "-G", "Ninja"]
+        _run([*command, *(f"-D{name}={value}" for name, value in options.items())], tree)
+    code, output = _run([tools / "cmake", "--build", folder, "--parallel", "1"], tree)
+    if code:
+        return output
+    for module in folder.glob("_C.*.so"):
+        fresh = tree / "transducer_toolkit" / (module.name + ".new")
+        shutil.copy(module, fresh)
+        fresh.replace(fresh.with_suffix(""))
+    return None
+
+
+def killer(tree: Path, tests: tuple[str, ...]) -> str | None:
+    """The test that fails first, or None."""
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+    ]
+    # Emulated CUDA kernels and torch.compile do not see what changes here, and take long.
+    command += ["-k", "not emulated and not graph and not opcheck", "--hypothesis-seed=1", *tests]
+    try:
+        code, output = _run(command, tree, PYTHONPATH=str(tree), OMP_NUM_THREADS="1")
+    except subprocess.TimeoutExpired:
+        return "a test that does not end"
+    if code in (0, 5):  # 5: no test ran
+        return None
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0] if failed else f"a crash (exit {code})"
+
+
+def check(mutants: list[Mutant], *, baseline: bool = True) -> list[Mutant]:
+    """Tries each; prints a line of a table for each; returns those that survive.
+
+    With `baseline` the unchanged tree must pass the tests first.
+    """
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree, build_folder = Path(folder) / "tree", Path(folder) / "build"
+        ignored = shutil.ignore_patterns(
+            "build", ".*", "outputs", "multirun", "__pycache__", "conf"
+        )
+        shutil.copytree(ROOT, tree, ignore=ignored)
+        shutil.copytree(ROOT / "conf", tree / "conf")
+        shutil.copytree(ROOT / "conf", tree / "transducer_toolkit" / "conf")
+        if any(mutant.file.startswith("csrc") for mutant in mutants):
+            problem = build(tree, build_folder)
+            if problem:
+                raise RuntimeError(f"the unchanged tree does not build:\n{problem}")
+        clean = {path: path.read_bytes() for path in (tree / "transducer_toolkit").glob("_C.*.so")}
+        tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+        if baseline and (failing := killer(tree, tests)) is not None:
+            raise RuntimeError(f"the unchanged tree fails {failing}")
+        for mutant in mutants:
+            source = tree / mutant.file
+            text = source.read_text()
+            if text.count(mutant.old) != 1:
+                raise RuntimeError(f"{mutant.name}: {mutant.old!r} is not once in {mutant.file}")
+            begin = time.monotonic()
+            source.write_text(text.replace(mutant.old, mutant.new))
+            is_native = mutant.file.startswith("csrc")
+            if is_native and build(tree, build_folder):
+                found: str | None = "does not compile: a mutant that is none"
+                survivors.append(mutant)
+            else:
+                found = killer(tree, mutant.tests)
+                if found is None:
+                    survivors.append(mutant)
+            source.write_text(text)
+            for path, module in clean.items():
+                path.unlink()
+                path.write_bytes(module)
+            seconds = time.monotonic() - begin
+            file = mutant.file.split("/")[-1]
+            row = mutant.name, file, found or "SURVIVES", f"{seconds:.0f} s"
+            print("| " + " | ".join(row) + " |", flush=True)
+    return survivors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parts of names; default: all")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--no-baseline", action="store_true", help="the tests are known to pass")
+    options = parser.parse_args()
+    names = options.names or [""]
+    chosen = [mutant for mutant in MUTANTS if any(name in mutant.name for name in names)]
+    if options.list:
+        print(*(f"{mutant.file}: {mutant.name}" for mutant in chosen), sep="\n")
+        return
+    survivors = check(chosen, baseline=not options.no_baseline)
+    print(f"{len(chosen)} mutants, {len(chosen) - len(survivors)} killed")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
