@@ -77,10 +77,11 @@ __device__ inline Pack<T> LoadPackInParts(const T* p) {
   return pack;
 }
 
-// A lane asks for so many packs before it uses the first: a row of 512 float32 costs one trip to
-// memory instead of four. The compiler would not do that by itself for the last, incomplete round,
-// nor past a store.
-constexpr int kPacksInFlight = 4;
+// A lane asks for so many packs before it uses the first: a row of 512 elements costs one trip to
+// memory instead of four or two. The compiler would not do that by itself for the last, incomplete
+// round, nor past a store. More than 16 elements do not fit in the registers.
+template <typename T>
+constexpr int kPacksInFlight = sizeof(T) == 2 ? 2 : 4;
 
 // on_pack(Pack) for this lane's packs of the row, counted from the row's first element, then
 // on_element(T) for the elements of the last, incomplete one. What a lane gets, and in what order,
@@ -92,15 +93,15 @@ __device__ inline void ReadRow(const T* row, int size, int lane, int num_lanes, 
   const int num_packs = size / kPack;
   const auto address = reinterpret_cast<uintptr_t>(row);
   if (address % 16 == 0) {
-    for (int first = lane; first < num_packs; first += kPacksInFlight * num_lanes) {
-      Pack<T> packs[kPacksInFlight];
+    for (int first = lane; first < num_packs; first += kPacksInFlight<T> * num_lanes) {
+      Pack<T> packs[kPacksInFlight<T>];
 #pragma unroll
-      for (int k = 0; k < kPacksInFlight; ++k) {
+      for (int k = 0; k < kPacksInFlight<T>; ++k) {
         const int i = first + k * num_lanes;
         if (i < num_packs) packs[k] = LoadPack(row + i * kPack);
       }
 #pragma unroll
-      for (int k = 0; k < kPacksInFlight; ++k) {
+      for (int k = 0; k < kPacksInFlight<T>; ++k) {
         if (first + k * num_lanes < num_packs) on_pack(packs[k]);
       }
     }
@@ -136,14 +137,14 @@ struct RowParts {
                           OnElement on_element) const {
     constexpr int kPack = Pack<T>::kSize;
     if (lane < head) on_element(lane);
-    for (int first = lane; first < num_packs; first += kPacksInFlight * num_lanes) {
+    for (int first = lane; first < num_packs; first += kPacksInFlight<T> * num_lanes) {
 #pragma unroll
-      for (int k = 0; k < kPacksInFlight; ++k) {
+      for (int k = 0; k < kPacksInFlight<T>; ++k) {
         const int i = first + k * num_lanes;
         if (i < num_packs) before(k, head + i * kPack);
       }
 #pragma unroll
-      for (int k = 0; k < kPacksInFlight; ++k) {
+      for (int k = 0; k < kPacksInFlight<T>; ++k) {
         const int i = first + k * num_lanes;
         if (i < num_packs) on_pack(k, head + i * kPack);
       }

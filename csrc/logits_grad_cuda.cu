@@ -88,7 +88,7 @@ __device__ void TransformRow(const T* x, int size, T* grad, F f) {
     for (int v = Lane(); v < size; v += kWarp) grad[v] = f(v, x[v]);
     return;
   }
-  Pack<T> packs[kPacksInFlight];
+  Pack<T> packs[kPacksInFlight<T>];
   RowParts<T>(x, size).ForEach(
       Lane(), kWarp, [&](int k, int first) { packs[k] = LoadPack(x + first); },
       [&](int k, int first) {

@@ -27,11 +27,12 @@ from tests.backends import emulated_module
 from transducer_toolkit import native
 
 CUDA = torch.device("cuda", 0)
-BOOL = torch.bool
+BOOL, IS_CUDA = torch.bool, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 aten = torch.ops.aten
 # Their result, or its size, is a matter of values: a device must have finished before.
 WAITING = {"item", "tolist", "__int__", "__float__", "__bool__", "__index__", "equal", "nonzero"}
 WAITING |= {"masked_select", "argwhere", "unique", "is_nonzero"}
+SIZED_BY_VALUES = {aten._local_scalar_dense, aten.repeat_interleave, aten.nonzero}
 
 
 @dataclass
@@ -73,7 +74,7 @@ class PretendTensor(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # noqa: ANN
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         note_traffic(func, args, kwargs)
         target = kwargs.get("device")
@@ -101,9 +102,7 @@ def note_traffic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         _traffic.add(f"device to host: {name}")
     elif packet is aten.copy_ and of_host:
         _traffic.add(f"copy between host and device: {name}")
-    elif packet is aten._local_scalar_dense:
-        _traffic.add(f"waits: {name}")
-    elif packet is aten.repeat_interleave and kwargs.get("output_size") is None:
+    elif packet in SIZED_BY_VALUES and kwargs.get("output_size") is None:
         _traffic.add(f"waits: {name}")
     elif packet in (aten.index, aten.index_put, aten.index_put_) and any(
         leaf.dtype == torch.bool for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)
@@ -118,7 +117,7 @@ def note_traffic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 class _OnCuda(TorchFunctionMode):
     """New tensors on CUDA, and addresses."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         ours = OPDEFS.get(getattr(func, "_qualified_op_name", ""))
@@ -130,6 +129,8 @@ class _OnCuda(TorchFunctionMode):
             return args[0].host.data_ptr()
         if name == "pin_memory":
             return args[0]
+        if name == "__get__" and isinstance(args[0], PretendTensor) and func == IS_CUDA:
+            return True
         if isinstance(args[0] if args else None, PretendTensor):
             host = args[0].host
             if name in WAITING:

@@ -80,7 +80,11 @@ def test_travels_in_a_batch_and_is_known_where_it_has_been():
     shape = LatticeShape.from_lengths([2, 3, 1], [1, 0, 4])
     meta = torch.device("meta")
     assert shape.index(meta) is None
-    for arguments, options in (((torch.float32,), {}), ((), {}), (("meta",), {"non_blocking": True})):
+    for arguments, options in (
+        ((torch.float32,), {}),
+        ((), {}),
+        (("meta",), {"non_blocking": True}),
+    ):
         assert shape.to(*arguments, **options) is shape
     known = shape.index(meta)
     assert known is not None and known.device == meta

@@ -222,7 +222,8 @@ def test_opcheck_and_second_derivative():
     case = Case()
     arguments = (
         case.enc, case.pred, case.weight, case.bias, case.targets, *case.lengths, None,
-        case.shape.index(case.enc.device), case.shape.num_cells, case.blank, "tanh", "regular", 0.0, 0.0, 0.0, 0.0, 0, True, True,
+        case.shape.index(case.enc.device), case.shape.num_cells,
+        case.blank, "tanh", "regular", 0.0, 0.0, 0.0, 0.0, 0, True, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.transducer_toolkit.fused_joiner_loss, arguments)
     with pytest.raises(RuntimeError, match="gradient of the gradient"):

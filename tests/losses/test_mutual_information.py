@@ -179,7 +179,7 @@ def test_opcheck(open_end, topology):
         py.transpose(1, 2),
         px.transpose(1, 2),
         torch.tensor([[0, 0, 2, 3], [1, 1, 2, 3]]),
-        *(topology, open_end, True),
+        *(topology, open_end, True, True),
     )
     torch.library.opcheck(torch.ops.transducer_toolkit.lattice_losses, arguments)
 

@@ -8,6 +8,7 @@ from tests.losses.helpers import ragged_batch
 from tests.pretend_cuda import CUDA, gradients, pretend_cuda, to_cuda, to_host
 from transducer_toolkit import LatticeShape, fused_joiner_loss, joiner_logits, transducer_loss
 from transducer_toolkit.losses import fused_operator, operator
+from transducer_toolkit.losses.pick import pick_rows
 from transducer_toolkit.modules import joint
 
 FRAMES, SYMBOLS = [6, 4, 1], [3, 0, 2]
@@ -130,6 +131,14 @@ def test_packed_logits_with_a_shape_are_captured():
     torch.testing.assert_close(to_host(actual), logits)
     for grad, exact in zip(grads, wanted, strict=True):
         torch.testing.assert_close(to_host(grad), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_picked_alike_on_a_device():
+    rows, index = torch.randn(2, 4, 3), torch.tensor([[3, 3, 0], [1, 2, 1]])
+    with pretend_cuda() as traffic:
+        there = pick_rows(to_cuda(rows), to_cuda(index))
+        assert traffic.events == []
+    assert torch.equal(to_host(there), pick_rows(rows, index))
 
 
 def test_without_a_shape_on_the_device_a_capture_says_what_to_do():

@@ -75,6 +75,7 @@ def mutual_information_recursion(
         topology=topology,
         open_end=True,
         with_posteriors=with_uses,
+        exact=px.dtype == torch.float64,
     )
     scores = -losses.to(px.dtype)
     if not return_grad:
@@ -145,6 +146,7 @@ def joint_mutual_information_recursion(
             topology=topology,
             open_end=True,
             with_posteriors=True,
+            exact=px[0].dtype == torch.float64,
         )
     terms = _expectation(label_posteriors.transpose(1, 2), all_px) + _expectation(
         blank_posteriors.transpose(1, 2), all_py
@@ -213,6 +215,7 @@ def lattice_losses(
     topology: str,
     open_end: bool,
     with_posteriors: bool,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 2 on dense scores; differentiable.
 
@@ -224,13 +227,14 @@ def lattice_losses(
         open_end: the path ends in frame t_end, which has label scores only, instead of with the
             arc that leaves frame t_end - 1.
         with_posteriors: needed for any gradient.
+        exact: the scores come of float64 numbers (native.lattice).
 
     Returns:
         Losses (B,), posteriors shaped like blank and like label, float64. The posteriors are not
         differentiable; without `with_posteriors` they have no elements.
     """
     losses, blank_posteriors, label_posteriors = torch.ops.transducer_toolkit.lattice_losses(
-        blank, label, boundary, topology, open_end, with_posteriors
+        blank, label, boundary, topology, open_end, with_posteriors, exact
     )
     return losses, blank_posteriors.detach(), label_posteriors.detach()
 
@@ -257,6 +261,7 @@ def _forward(
     topology: str,
     open_end: bool,
     with_posteriors: bool,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_utterances, num_frames, num_columns = blank.shape
     if boundary.device.type == "cpu":
@@ -300,6 +305,7 @@ def _forward(
         delay_penalty=0.0,
         fastemit_lambda=0.0,
         with_uses=with_posteriors,
+        exact=exact,
     )
     # +inf is no score: its utterance is NaN, and says so.
     is_bad = losses == float("-inf")
@@ -326,12 +332,12 @@ torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor blank, Tensor label, Tensor boundary, str topology, bool open_end, "
-    "bool with_posteriors) -> (Tensor, Tensor, Tensor)",
+    "bool with_posteriors, bool exact) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("transducer_toolkit::lattice_losses")
-def _forward_fake(blank, label, boundary, topology, open_end, with_posteriors):
+def _forward_fake(blank, label, boundary, topology, open_end, with_posteriors, exact):
     return (
         blank.new_empty(blank.size(0), dtype=native.SCORE_DTYPE),
         blank.new_empty(blank.shape if with_posteriors else 0, dtype=native.SCORE_DTYPE),
@@ -372,7 +378,7 @@ def _differentiate(ctx, loss_grad, *_):
             posteriors, (like_blank, like_label), ctx.needs_input_grad[:2], strict=True
         )
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 def _refuse_second_derivative(ctx, grad):

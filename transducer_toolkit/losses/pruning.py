@@ -17,6 +17,7 @@ from transducer_toolkit.losses.boundary import (
     real_columns,
     real_frames,
 )
+from transducer_toolkit.losses.pick import pick_rows
 
 METHODS = ("greedy", "optimal")
 # float32 posteriors make windows that hold all of the mass unequal in the seventh digit; a start
@@ -137,8 +138,7 @@ def do_rnnt_pruning(
         boundary = boundary_or_everything(boundary, num_utterances, lm.size(1) - 1, num_frames)
         am = am.masked_fill(~real_frames(boundary, num_frames, am.device)[:, :, None], 0)
         lm = lm.masked_fill(~real_columns(boundary, lm.size(1), lm.device)[:, :, None], 0)
-    index = ranges.to(torch.int64).reshape(num_utterances, num_frames * width, 1)
-    lm_pruned = lm.gather(1, index.expand(-1, -1, lm.size(2)))
+    lm_pruned = pick_rows(lm, ranges.to(torch.int64).reshape(num_utterances, num_frames * width))
     lm_pruned = lm_pruned.reshape(num_utterances, num_frames, width, lm.size(2))
     if boundary is not None:
         is_frame = real_frames(boundary, num_frames, lm.device)

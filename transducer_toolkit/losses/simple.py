@@ -274,6 +274,7 @@ def _loss(
         topology="modified" if rnnt_type == "constrained" else rnnt_type,
         open_end=False,
         with_posteriors=return_grad or needs_gradient,
+        exact=am.dtype == torch.float64,
     )
     dtype = native.compute_dtype(am.dtype)
     loss = reduce_losses(losses.to(dtype), reduction)

@@ -15,6 +15,7 @@ from transducer_toolkit.losses.boundary import (
     real_columns,
     real_frames,
 )
+from transducer_toolkit.losses.pick import pick_rows
 from transducer_toolkit.losses.simple_normaliser import simple_normaliser
 
 
@@ -49,7 +50,7 @@ def additive_scores(
     lm_blank = lm[:, None, :, termination_symbol].to(score)  # (B, 1, S + 1)
     lm_label = lm[:, :-1].gather(2, symbols[:, :, None]).transpose(1, 2).to(score)  # (B, 1, S)
     am_blank = am[:, :, termination_symbol, None].to(score)  # (B, T, 1)
-    am_label = am.gather(2, symbols[:, None, :].expand(-1, am.size(1), -1)).to(score)  # (B, T, S)
+    am_label = pick_rows(am.transpose(1, 2), symbols).transpose(1, 2).to(score)  # (B, T, S)
 
     blank: Tensor | float = 0.0
     label: Tensor | float = 0.0

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other projects' CUDA losses: fetched where there is a network, built where there is a GPU.
+
+    python benchmarks/gpu/peers.py fetch                    # sdists from PyPI into .peers
+    python benchmarks/gpu/peers.py build --target DIR       # those there are; says which are not
+
+Building needs nvcc, cmake, make, pybind11, and a torch that sees the GPU. The patches change how
+the sources are built (C++17, the installed pybind11, the GPU at hand), not what they compute.
+optimized_transducer's CUDA sources want moderngpu, which is not on PyPI: it is not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.install_peers import PYBIND11_CMAKE, TORCH_CMAKE, NotBuilt, pip
+
+SOURCES = {
+    "fast_rnnt": "fast_rnnt==1.3",
+    "warp_rnnt": "warp_rnnt==0.7.0",
+    "warprnnt_numba": "warprnnt_numba==0.4.1",
+}
+# warp_rnnt's setup.py refuses to say even its name where torch sees no GPU.
+STAND_IN_FOR_TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: True)
+"""
+STAND_IN_FOR_EXTENSIONS = """
+import setuptools.command.build_ext
+CUDAExtension = CppExtension = lambda *args, **kwargs: setuptools.Extension("unused", [])
+BuildExtension = setuptools.command.build_ext.build_ext
+"""
+WITH_CUDA_CMAKE = """
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+include_directories(SYSTEM ${CUDAToolkit_INCLUDE_DIRS})
+list(APPEND TORCH_LIBRARIES
+  ${TORCH_DIR}/lib/libtorch_cuda.so ${TORCH_DIR}/lib/libc10_cuda.so CUDA::cudart)
+"""
+
+
+def fetch(requirement: str, folder: Path) -> None:
+    """The source distribution, as a file."""
+    with tempfile.TemporaryDirectory() as stand_in:
+        utilities = Path(stand_in) / "torch" / "utils"
+        utilities.mkdir(parents=True)
+        (utilities.parent / "__init__.py").write_text(STAND_IN_FOR_TORCH)
+        (utilities / "__init__.py").write_text("")
+        (utilities / "cpp_extension.py").write_text(STAND_IN_FOR_EXTENSIONS)
+        download = ("download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:")
+        pip(*download, "--dest", str(folder), requirement, environment={"PYTHONPATH": stand_in})
+
+
+def patch_cuda(folder: Path, architecture: str) -> None:
+    """C++17, the installed pybind11, torch's libraries by name, and one architecture."""
+    listing = folder / "CMakeLists.txt"
+    text, changes = re.subn(r"(?<=set\(CMAKE_CXX_STANDARD )14", "17", listing.read_text())
+    text, more = re.subn(
+        r"(?<=_COMPUTE_ARCH_CANDIDATES) [\d ]+(?=\))", f" {architecture}", text, count=1
+    )
+    if not (changes and more):
+        raise NotBuilt("its CMakeLists.txt does not name C++14 and architectures: another version?")
+    listing.write_text(text)
+    (folder / "cmake" / "pybind11.cmake").write_text(PYBIND11_CMAKE)
+    (folder / "cmake" / "torch.cmake").write_text(TORCH_CMAKE + WITH_CUDA_CMAKE)
+
+
+def build(name: str, sources: Path, target: Path, jobs: int) -> str:
+    """Builds and installs one; returns what to say of it."""
+    archives = sorted(sources.glob(f"{name}-*.tar.gz"))
+    if not archives:
+        raise NotBuilt(f"no source distribution in {sources}")
+    environment = {"MAX_JOBS": str(jobs)}
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(archives[-1]) as opened:
+            opened.extractall(folder, filter="data")
+        source = Path(folder) / archives[-1].name.removesuffix(".tar.gz")
+        if (source / "CMakeLists.txt").exists():
+            import pybind11
+            import torch
+
+            architecture = "{}{}".format(*torch.cuda.get_device_capability())
+            patch_cuda(source, architecture)
+            environment["FT_MAKE_ARGS"] = f"-j{jobs}"
+            environment["FT_CMAKE_ARGS"] = " ".join(
+                [
+                    "-DCMAKE_BUILD_TYPE=Release -DFT_BUILD_TESTS=OFF -DFT_WITH_CUDA=ON",
+                    f"-DCMAKE_CUDA_ARCHITECTURES={architecture}",
+                    f"-DPYTHON_EXECUTABLE={sys.executable} -DPython_EXECUTABLE={sys.executable}",
+                    f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                ]
+            )
+        install = ("install", "--no-deps", "--no-index", "--no-build-isolation", "--upgrade")
+        pip(*install, "--target", str(target), str(source), environment=environment)
+    return f"{archives[-1].name}: built"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("fetch", "build"))
+    parser.add_argument("--sources", type=Path, default=Path(".peers"))
+    parser.add_argument("--target", type=Path, default=Path("build/gpu_peers"))
+    parser.add_argument("--jobs", type=int, default=8, help="compilers at once")
+    options = parser.parse_args(arguments)
+    for name, requirement in SOURCES.items():
+        try:
+            if options.action == "fetch":
+                fetch(requirement, options.sources)
+                said = "fetched"
+            else:
+                options.target.mkdir(parents=True, exist_ok=True)
+                said = build(name, options.sources, options.target.resolve(), options.jobs)
+            print(f"{name}: {said}", flush=True)
+        except NotBuilt as error:
+            print(f"{name}: {str(error).splitlines()[0]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
