@@ -38,15 +38,15 @@ run pruned --peers all --repetitions 5
 run decode --peers all
 run step --peers "${FAST[@]}" --threads 2
 run loss --peers "${FAST[@]}" --threads 2 --repetitions 3
+run memory --peers torchaudio optimized_transducer --repetitions 1
+run scaling --peers torchaudio fast_rnnt optimized_transducer --frames 200 --repetitions 1 \
+  --series V --factors 1 10 64
 run step --peers "${FAST[@]}" --flush-denormal
 run step --peers "${FAST[@]}" --batch unsorted --frames 5000 --threads 2 --repetitions 1 \
   --memory-limit 4
 run scaling --peers torchaudio fast_rnnt optimized_transducer --frames 200 --repetitions 1 \
-  --series V --factors 1 10 64
-run scaling --peers torchaudio fast_rnnt optimized_transducer --frames 200 --repetitions 1 \
   --series cells D T --factors 1 4 16
-run memory --peers torchaudio optimized_transducer --repetitions 1
-run accuracy --peers all --timeout 100
+run accuracy --peers all --timeout 60  # no time is measured: any machine will do
 
 if compgen -G "$FRESH/*.json" >/dev/null; then
   mv "$FRESH"/*.json "$RESULTS"

@@ -252,7 +252,7 @@ def document(runs: list[Run]) -> str:
 
 
 def fill(text: str, folder: Path) -> str:
-    """Puts tables anew between their marks: the first run's, and all runs side by side.
+    """Puts tables anew between their marks: the first run's, and all runs side by side; pictures.
 
     A mark whose document is not in `folder` keeps what it has.
     """
@@ -262,6 +262,9 @@ def fill(text: str, folder: Path) -> str:
             return match[0]
         runs = merged(read(folder / match[1]))
         parts = [table(runs[0]), *([overview(runs)] if len(runs) > 1 else [])]
+        picture = Path(match[1]).with_suffix(".png")
+        if (folder / picture).exists():
+            parts.append(f"![{runs[0]['suite']}]({picture.as_posix()})")
         return f"<!-- {match[1]} -->\n" + "\n\n".join(parts) + "\n<!-- end -->"
 
     return MARKED.sub(made, text)
