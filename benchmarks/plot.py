@@ -19,7 +19,7 @@ MARKERS = "osD^vP*X<>hp"
 def draw(path: Path, runs: list[Run]) -> None:
     """Writes the picture of a document's runs; rows without numbers are left out."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     suite = runs[0]["suite"]
     measured = [[row for row in run["rows"] if row["status"] == "ok"] for run in runs]
@@ -30,10 +30,13 @@ def draw(path: Path, runs: list[Run]) -> None:
         _accuracy(figure, measured[0])
     else:
         _time_against_memory(figure, measured, labels(runs))
-    for axes in figure.axes:  # labels between the decades overlap
+    for axes in figure.axes:
         low, high = axes.get_xlim()
-        if high > 20 * low:
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=7, ncols=4, loc="outside lower center")
     figure.suptitle(f"{suite}: {runs[0]['machine']}", fontsize=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -75,7 +78,6 @@ def _time_against_memory(figure: Any, runs: list[list[Row]], titles: list[str]) 
         axes.grid(True, which="both", alpha=0.2)
     for axes in panels[len(runs) :]:
         axes.remove()
-    panels[0].legend(fontsize=6)
 
 
 def _scaling(figure: Any, rows: list[Row]) -> None:
@@ -91,11 +93,11 @@ def _scaling(figure: Any, rows: list[Row]) -> None:
             is_floor = bool(series) and series[0]["project"] == "floor"
             look = {"color": FLOOR, "linestyle": "--"} if is_floor else style[name]
             panels[0][column].plot(sizes, [row["seconds"] for row in series], label=name, **look)
-            panels[1][column].plot(sizes, [_mib(row) for row in series], **look)
+            if any(row["peak_bytes"] for row in series):
+                panels[1][column].plot(sizes, [_mib(row) for row in series], **look)
         for axes, label in zip(panels[:, column], ("s", "peak MiB"), strict=True):
             axes.set(xscale="log", yscale="log", xlabel=variable, ylabel=label)
             axes.grid(True, which="both", alpha=0.2)
-    panels[0][0].legend(fontsize=6)
 
 
 def _accuracy(figure: Any, rows: list[Row]) -> None:
@@ -113,4 +115,3 @@ def _accuracy(figure: Any, rows: list[Row]) -> None:
         axes.set(xscale="log", yscale="log", xlabel="cells", ylabel="largest gradient error",
                  title=f"logits x {scale:g}")  # fmt: skip
         axes.grid(True, which="both", alpha=0.2)
-    panels[0].legend(fontsize=6)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.results import Run, read, workload_of
+from benchmarks.results import Run, merged, read, workload_of
 from benchmarks.session import FLOORS, Row
 from benchmarks.workloads import Workload
 
@@ -252,11 +252,19 @@ def document(runs: list[Run]) -> str:
 
 
 def fill(text: str, folder: Path) -> str:
-    """Puts tables anew between their marks: the first run's, and all runs side by side."""
+    """Puts tables anew between their marks: the first run's, and all runs side by side; pictures.
+
+    A mark whose document is not in `folder` keeps what it has.
+    """
 
     def made(match: re.Match[str]) -> str:
-        runs = read(folder / match[1])
+        if not (folder / match[1]).exists():
+            return match[0]
+        runs = merged(read(folder / match[1]))
         parts = [table(runs[0]), *([overview(runs)] if len(runs) > 1 else [])]
+        picture = Path(match[1]).with_suffix(".png")
+        if (folder / picture).exists():
+            parts.append(f"![{runs[0]['suite']}]({picture.as_posix()})")
         return f"<!-- {match[1]} -->\n" + "\n\n".join(parts) + "\n<!-- end -->"
 
     return MARKED.sub(made, text)
@@ -274,7 +282,7 @@ def main() -> None:
     for path in options.documents:
         from benchmarks import plot
 
-        runs = read(path)
+        runs = merged(read(path))
         path.with_suffix(".md").write_text(document(runs) + "\n")
         plot.draw(path.with_suffix(".png"), runs)
     if options.fill:

@@ -70,13 +70,15 @@ def versions(rows: list[Row]) -> dict[str, str]:
     }
 
 
-def make_run(options: argparse.Namespace, machine: str, workload: Workload, rows: list[Row]) -> Run:
+def make_run(
+    options: argparse.Namespace, machine: str, commit: str, workload: Workload, rows: list[Row]
+) -> Run:
     """Everything that was measured, and how."""
     kept = {key: value for key, value in vars(options).items() if key not in PLACES}
     return {
         "suite": options.suite,
         "machine": machine,
-        "commit": commit(),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(rows),
         "options": {
@@ -97,6 +99,13 @@ def write(path: Path, run: Run, *, append: bool) -> None:
 def read(path: Path) -> list[Run]:
     """The runs of a document."""
     return json.loads(path.read_text())["runs"]
+
+
+def merged(runs: list[Run]) -> list[Run]:
+    """Runs whose rows belong in one table, such as two series of sizes, as one."""
+    if "variable" not in runs[0]["rows"][0]:
+        return runs
+    return [{**runs[0], "rows": [row for run in runs for row in run["rows"]]}]
 
 
 def workload_of(run: Run) -> Workload:

@@ -29,6 +29,7 @@ from benchmarks.workloads import (
     LATTICE_SCALES,
     MEMORY_FACTORS,
     SCALING_FACTORS,
+    SERIES,
     Workload,
     choose_batch,
     memory_workloads,
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
         help="weights or logits of an untrained model, or times 12: few paths count")  # fmt: skip
     add("--factors", type=float, nargs="+", metavar="X",
         help="scaling: of frames, vocab-size, joiner-dim; memory: of vocab-size")  # fmt: skip
+    add("--series", nargs="+", choices=SERIES, default=SERIES, help="scaling: what grows")
     add("--threads", type=int, default=1)
     add("--flush-denormal", action="store_true", help="torch.set_flush_denormal(True) first")
     add("--rounds", type=int, default=3, help="processes for each implementation")
@@ -147,19 +149,20 @@ def main(arguments: list[str] | None = None) -> None:
         lattice=options.lattice,
         device=options.device,
     )
-    machine = results.machine_line(options.threads, options.device)
+    machine, commit = results.machine_line(options.threads, options.device), results.commit()
     factors = tuple(sorted(options.factors))
     if options.suite == "accuracy":
         rows = list(session.accuracy(workload, options.frames))
     elif options.suite == "scaling":
-        rows = list(session.series(scaling_workloads(workload, options.frames, factors)))
-    elif options.suite == "memory":
-        sizes = list(memory_workloads(workload, options.frames, factors))
-        workload = sizes[0][2]
+        sizes = scaling_workloads(workload, options.frames, factors, options.series)
         rows = list(session.series(sizes))
+    elif options.suite == "memory":
+        growing = list(memory_workloads(workload, options.frames, factors))
+        workload = growing[0][2]
+        rows = list(session.series(growing))
     else:
         rows = session.rows(options.suite, workload)
-    run = results.make_run(options, machine, workload, rows)
+    run = results.make_run(options, machine, commit, workload, rows)
     print(report.table(run))
     if options.json:
         results.write(options.json, run, append=options.append)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ LATTICE_SCALES = {"initial": 1.0, "peaky": 12.0}
 SCALING_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 MEMORY_FACTORS = (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 SCALING_UTTERANCES = 4
+SERIES = ("cells", "V", "D", "T")  # what grows, T at fixed U
 BEAM = 4  # hypotheses of the beam searches
 
 
@@ -128,9 +129,12 @@ def memory_workloads(
 
 
 def scaling_workloads(
-    base: Workload, max_frames: int, factors: tuple[float, ...]
+    base: Workload,
+    max_frames: int,
+    factors: tuple[float, ...],
+    series: Sequence[str] = SERIES,
 ) -> Iterator[tuple[str, int, Workload]]:
-    """(variable, its value, workload): one of cells, V, D and T grows, the others stay.
+    """(variable, its value, workload): one of the variables in `series` grows, the others stay.
 
     At factor 1, each series is at four utterances of equal length, `max_frames` frames in all, with
     V and D as in `base`. Cells grow by adding utterances; T grows at fixed U.
@@ -138,20 +142,26 @@ def scaling_workloads(
     frames = max(4, max_frames // SCALING_UTTERANCES)
     symbols = max(1, round(frames * TOKENS_PER_FRAME))
 
-    def workload(utterances: float = 1, length: float = 1, **sizes: int) -> Workload:
-        count = max(1, round(SCALING_UTTERANCES * utterances))
-        lengths = (max(1, round(frames * length)),) * count
-        return replace(base, frames=lengths, symbols=(symbols,) * count, **sizes)
+    def grown(variable: str, factor: float) -> tuple[int, Workload]:
+        def times(variable_of_size: str, size: int, least: int = 1) -> int:
+            return max(least, round(size * factor)) if variable == variable_of_size else size
 
-    for factor in factors:
-        more_cells = workload(utterances=factor)
-        yield "cells", more_cells.shape.num_cells, more_cells
-    for factor in factors:
-        vocab_size = max(2, round(base.vocab_size * factor))
-        yield "V", vocab_size, workload(vocab_size=vocab_size)
-    for factor in factors:
-        joiner_dim = max(1, round(base.joiner_dim * factor))
-        yield "D", joiner_dim, workload(joiner_dim=joiner_dim)
-    for factor in factors:
-        longer = workload(length=factor)
-        yield "T", longer.frames[0], longer
+        lengths = (times("T", frames),) * times("cells", SCALING_UTTERANCES)
+        workload = replace(
+            base,
+            frames=lengths,
+            symbols=(symbols,) * len(lengths),
+            vocab_size=times("V", base.vocab_size, least=2),
+            joiner_dim=times("D", base.joiner_dim),
+        )
+        values = {
+            "cells": workload.shape.num_cells,
+            "V": workload.vocab_size,
+            "D": workload.joiner_dim,
+            "T": lengths[0],
+        }
+        return values[variable], workload
+
+    for variable in series:
+        for factor in factors:
+            yield variable, *grown(variable, factor)

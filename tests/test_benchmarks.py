@@ -2,6 +2,7 @@
 """The benchmarks measure what they say, and say so when they cannot."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -15,12 +16,12 @@ import pytest
 import torch
 
 import transducer_toolkit
-from benchmarks import install_peers, report, run
+from benchmarks import decode, install_peers, report, run
 from benchmarks.agreement import disagreement, gradient_error, signature
 from benchmarks.jobs import Job
 from benchmarks.measure import answer, measure
 from benchmarks.peers import Absent, implementations, require_present
-from benchmarks.session import Session
+from benchmarks.session import Session, ended_process
 from benchmarks.truth import cell_coordinates, loss_truth, step_truth
 from benchmarks.workloads import Workload, choose_batch, scaling_workloads, utterance_shapes
 from transducer_toolkit.losses.reference import reference_loss
@@ -213,7 +214,7 @@ def test_a_process_that_hangs_is_ended():
         ("leave", "crashed", "exit status 3"),
         ("fail", "failed", "ValueError: blank: expected 0 | 1"),
         ("exhaust memory", "out of memory", "allocate"),
-        ("exceed the limit", "out of memory", "allocate"),
+        ("exceed the limit", "out of memory", "limit 2 GiB; RuntimeError"),
         ("not installed", "absent", "No module named 'no_such_project'"),
         ("too old", "absent", "torch has no no_such_loss"),
     ],
@@ -341,6 +342,30 @@ def test_batches_keep_to_their_frames():
     for batch in (neighbours, strangers):
         assert 9_000 < batch[:, 0].sum() <= 10_000
     assert len(choose_batch(shapes, max_frames=1, batch="sorted")) == 1
+
+
+def test_every_search_has_to_find_the_transcript():
+    workload = Workload(frames=(60, 40), symbols=(12, 9), vocab_size=50, joiner_dim=256)
+    spoken = decode.transcripts(workload)
+    assert [len(tokens) for tokens in spoken] == [12, 9]
+    assert all(a != b for tokens in spoken for a, b in itertools.pairwise(tokens))
+    found = ask("decode", "one frame at a time", workload)
+    assert found["tokens"] == ask("decode", "truth", workload)["tokens"] == spoken
+    missed = {"tokens": [spoken[0][:-1], spoken[1]]}
+    assert disagreement(missed, {"tokens": spoken}) == "4.8% token errors"
+
+
+@pytest.mark.parametrize(
+    ("status", "stderr", "expected"),
+    [
+        (-9, "", {"status": "out of memory", "detail": "killed by SIGKILL"}),
+        (-6, "std::bad_alloc\n", {"status": "out of memory", "detail": "std::bad_alloc"}),
+        (-11, "", {"status": "crashed", "detail": "SIGSEGV"}),
+        (3, "", {"status": "crashed", "detail": "exit status 3: nothing on stderr"}),
+    ],
+)
+def test_a_process_that_ends_early_says_why(status, stderr, expected):
+    assert ended_process(status, stderr) == expected
 
 
 def test_scaling_changes_one_thing_at_a_time():

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Every table and picture of benchmarks/README.md for the CPU, about 25 minutes on two quiet cores:
+#
+#     make bench SUITES=                    # installs the peers, once
+#     benchmarks/full_run.sh --peers-dir build/peers --shapes shapes.npy
+#
+# Arguments are passed to every run; PYTHON is the interpreter. What has not begun after MINUTES is
+# skipped and said, and the documents that are there stay as they were.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+MINUTES=${MINUTES:-25}
+RESULTS=benchmarks/results
+FRESH=$(mktemp -d)
+trap 'rm -rf "$FRESH"' EXIT
+COMMON=("$@")
+# One that needs a minute for a batch is in one table only.
+FAST=(torchaudio fast_rnnt optimized_transducer warp-transducer plain_torch)
+
+# run SUITE OPTION...: one more run of the suite's document
+run() {
+  local suite=$1
+  shift
+  if ((SECONDS >= 60 * MINUTES)); then
+    echo "== skipped, $((SECONDS / 60)) minutes have passed: $suite $*"
+    return
+  fi
+  echo "== $((SECONDS / 60)):$(printf %02d $((SECONDS % 60))) $suite $*"
+  "$PYTHON" -m benchmarks.run --suite "$suite" --rounds 1 --repetitions 2 "${COMMON[@]}" "$@" \
+    --json "$FRESH/cpu_$suite.json" --append 2>"$FRESH/progress" ||
+    { tail -n 3 "$FRESH/progress"; echo "== failed: $suite $*"; }
+}
+
+run step --peers "${FAST[@]}"
+run loss --peers all --repetitions 3
+run step --peers "${FAST[@]}" --lattice peaky
+run pruned --peers all --repetitions 5
+run decode --peers all
+run step --peers "${FAST[@]}" --threads 2
+run loss --peers "${FAST[@]}" --threads 2 --repetitions 3
+run memory --peers torchaudio optimized_transducer --repetitions 1
+run scaling --peers torchaudio fast_rnnt optimized_transducer --frames 200 --repetitions 1 \
+  --series V --factors 1 10 64
+run step --peers "${FAST[@]}" --flush-denormal
+run step --peers "${FAST[@]}" --batch unsorted --frames 5000 --threads 2 --repetitions 1 \
+  --memory-limit 4
+run scaling --peers torchaudio fast_rnnt optimized_transducer --frames 200 --repetitions 1 \
+  --series cells D T --factors 1 4 16
+run accuracy --peers all --timeout 60  # no time is measured: any machine will do
+
+if compgen -G "$FRESH/*.json" >/dev/null; then
+  mv "$FRESH"/*.json "$RESULTS"
+fi
+"$PYTHON" -m benchmarks.report "$RESULTS"/cpu_*.json --fill benchmarks/README.md
+echo "== $((SECONDS / 60)) minutes"
