@@ -86,18 +86,21 @@ def test_no_word_is_lost_or_doubled(tmp_path, seed):
 def test_the_joint_is_the_common_word_nearest_to_the_cut():
     earlier = [word("one", 1.0), word("two", 2.0), word("two", 2.4), word("x", 3.0)]
     later = [word("y", 1.0), word("two", 2.04), word("two", 2.44), word("three", 3.04)]
-    assert texts(join_words(earlier, later, cut_s=2.5)) == ["one", "two", "two", "three"]
-    assert texts(join_words(earlier, later, cut_s=2.0)) == ["one", "two", "two", "three"]
+    assert texts(join_words(earlier, later, cut_s=2.5, reach_s=1)) == ["one", "two", "two", "three"]
+    assert texts(join_words(earlier, later, cut_s=2.0, reach_s=1)) == ["one", "two", "two", "three"]
 
 
 def test_without_a_common_word_the_cut_lies_in_no_word():
     earlier, later = [word("one", 1.0), word("too", 2.0)], [word("two", 2.1), word("three", 3.0)]
-    assert texts(join_words(earlier, later, cut_s=2.28)) == ["one", "too", "three"]
-    assert texts(join_words(earlier, later, cut_s=2.02)) == ["one", "two", "three"]
-    assert texts(join_words(earlier, later, cut_s=2.6)) == ["one", "too", "three"]
+    assert texts(join_words(earlier, later, cut_s=2.28, reach_s=1)) == ["one", "too", "three"]
+    assert texts(join_words(earlier, later, cut_s=2.02, reach_s=1)) == ["one", "two", "three"]
+    assert texts(join_words(earlier, later, cut_s=2.6, reach_s=1)) == ["one", "too", "three"]
     # Words that are far apart are not the same, though their texts are.
-    assert texts(join_words([word("one", 1.0)], [word("one", 3.0)], cut_s=2.0)) == ["one", "one"]
-    assert join_words([], [], cut_s=2.0) == []
+    assert texts(join_words([word("one", 1.0)], [word("one", 3.0)], cut_s=2.0, reach_s=1)) == [
+        "one",
+        "one",
+    ]
+    assert join_words([], [], cut_s=2.0, reach_s=1) == []
 
 
 def test_bad_options_are_named(tmp_path):

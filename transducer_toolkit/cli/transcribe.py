@@ -113,15 +113,15 @@ def _open_output(
     args: argparse.Namespace, files: dict[str, Path], stack: ExitStack
 ) -> Callable[[str, str], Any]:
     """What is called with path and transcript of each file: writes to where --output says."""
-    if args.output is None:
-        return lambda path, text: print(text, end="", flush=True)
-    folder = Path(args.output)
-    if not (folder.is_dir() or args.output.endswith(os.sep)):
+    folder = Path(args.output or "")
+    if args.output is None or not (folder.is_dir() or args.output.endswith(os.sep)):
         if args.format == "srt" and len(files) > 1:
             raise ValueError(
-                f"SRT files hold one recording each: with {len(files)} of them --output must be a "
-                f"folder, such as {args.output}{os.sep}"
+                f"an SRT file holds one recording: with {len(files)} of them --output must be a "
+                f"folder, such as subtitles{os.sep}"
             )
+        if args.output is None:
+            return lambda path, text: print(text, end="", flush=True)
         file = stack.enter_context(folder.open("w", encoding="utf-8"))
         return lambda path, text: file.write(text)
 

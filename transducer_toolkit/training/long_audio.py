@@ -85,7 +85,8 @@ def transcribe_file(
             if window.start_s > 0:
                 # The window before ends with the overlap; words before it have no part in this.
                 tail = bisect_left(words, window.start_s, key=lambda word: word.start_s)
-                later = join_words(words[tail:], later, cut_s=window.start_s + overlap_s / 2)
+                middle_s = window.start_s + overlap_s / 2
+                later = join_words(words[tail:], later, cut_s=middle_s, reach_s=overlap_s / 4)
                 del words[tail:]
             words += later
             duration_s = window.start_s + len(window.waveform) / sample_rate
@@ -95,34 +96,41 @@ def transcribe_file(
 
 
 def join_words(
-    earlier: Sequence[RecognizedWord], later: Sequence[RecognizedWord], *, cut_s: float
+    earlier: Sequence[RecognizedWord],
+    later: Sequence[RecognizedWord],
+    *,
+    cut_s: float,
+    reach_s: float,
 ) -> list[RecognizedWord]:
     """Join the words of two windows that overlap, none lost and none doubled.
 
-    Where both windows have a word of the same text, which start at most 0.1 s apart, the one
-    nearest to ``cut_s`` is the joint: the earlier window gives the words up to it, the later one
-    those behind it. Without such a word (silence, or two opinions) the words are cut at the time
-    nearest to ``cut_s`` that lies in no word of either window.
+    Where both windows have a word of the same text, which start at most 0.1 s apart and within
+    ``reach_s`` of ``cut_s``, the one nearest to ``cut_s`` is the joint: the earlier window gives
+    the words up to it, the later one those behind it. Without such a word (a pause, or two
+    opinions) the words are cut at the time nearest to ``cut_s`` that lies in no word of either
+    window.
 
     Args:
         earlier: words of the earlier window, and of those before it.
         later: words of the later window, times on the same clock.
         cut_s: middle of the overlap, seconds.
+        reach_s: how far from the middle both windows are trusted, seconds.
 
     Example:
         >>> def word(text, start_s):
         ...     return RecognizedWord(text, start_s, start_s + 0.2, 1.0)
         >>> earlier = [word("one", 0.0), word("two", 1.0), word("three", 2.0), word("t", 2.8)]
         >>> later = [word("wo", 1.04), word("three", 2.04), word("ten", 2.8)]
-        >>> [word.word for word in join_words(earlier, later, cut_s=2.0)]
+        >>> [word.word for word in join_words(earlier, later, cut_s=2.0, reach_s=1.0)]
         ['one', 'two', 'three', 'ten']
     """
-    shared = [
-        (abs(one.start_s + other.start_s - 2 * cut_s), i, j)
-        for i, one in enumerate(earlier)
-        for j, other in enumerate(later)
-        if one.word == other.word and abs(one.start_s - other.start_s) <= SAME_WORD_S
-    ]
+    shared = []
+    for i, one in enumerate(earlier):
+        for j, other in enumerate(later):
+            distance_s = abs((one.start_s + other.start_s) / 2 - cut_s)
+            close = abs(one.start_s - other.start_s) <= SAME_WORD_S
+            if one.word == other.word and close and distance_s <= reach_s:
+                shared.append((distance_s, i, j))
     if shared:
         _, i, j = min(shared)
         return [*earlier[: i + 1], *later[j + 1 :]]
