@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
+import json
+import sys
+
 import pytest
 import soundfile
 import torch
@@ -34,6 +38,7 @@ def test_goes_on_after_a_bad_file(checkpoint, tones, tmp_path, capsys):
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 1
     assert "missing.wav" in captured.err and "cannot be read as audio" in captured.err
+    assert "1 of 3 files" in captured.err
 
 
 def test_says_what_is_wrong_with_a_checkpoint(tones, tmp_path, capsys):
@@ -56,3 +61,94 @@ def test_help(capsys):
         main(["--help"])
     assert exit_info.value.code == 0
     assert "--checkpoint" in capsys.readouterr().out
+
+
+@pytest.fixture
+def transcribe(checkpoint, capsys):
+    """Run the command; returns exit status, standard output, standard error."""
+
+    def run(*arguments):
+        status = main(["--checkpoint", str(checkpoint), *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_folders_formats_and_output(transcribe, tones, tmp_path):
+    folder = tmp_path / "recordings" / "deep"
+    folder.mkdir(parents=True)
+    (folder.parent / "readme.txt").write_text("no audio")
+    for index in range(2):
+        (folder / f"{index}.WAV").write_bytes((tones / f"test-{index}.wav").read_bytes())
+    status, out, err = transcribe(folder.parent, "--format", "json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [row["audio"] for row in rows] == [
+        str(folder / "0.WAV"),
+        str(folder / "1.WAV"),
+    ]
+    for row in rows:
+        assert row["text"] == " ".join(word["word"] for word in row["words"])
+        assert all(0 <= word["confidence"] <= 1 for word in row["words"])
+    assert "2 of 2 files" in err and "real-time factor" in err
+
+    # One file for each recording in a folder, or one for all of them.
+    assert transcribe(folder.parent, "--format", "srt", "--output", f"{tmp_path}/srt/")[0] == 0
+    assert (tmp_path / "srt" / "deep" / "1.srt").exists()
+    status, out, _ = transcribe(folder.parent, "--format", "ctm", "--output", tmp_path / "all.ctm")
+    num_words = sum(len(row["words"]) for row in rows)
+    assert (status, out) == (0, "")
+    assert len((tmp_path / "all.ctm").read_text().splitlines()) == num_words > 0
+
+
+def test_search_and_windows_are_options(transcribe, tones):
+    wave = tones / "test-0.wav"
+    status, greedy, _ = transcribe(wave, "--max-symbols-per-frame", 1)
+    assert status == 0
+    assert transcribe(wave, "--search", "modified_beam", "--beam", 1)[1] == greedy
+    assert transcribe(wave, "--window-s", 1, "--overlap-s", 0.5)[0] == 0
+
+
+def test_output_that_cannot_be_is_refused(transcribe, tones, tmp_path):
+    waves = [tones / "test-0.wav", tones / "test-1.wav"]
+    status, _, err = transcribe(*waves, "--format", "srt", "--output", tmp_path / "all.srt")
+    assert status == 1 and "must be a folder" in err
+    assert transcribe(*waves, "--format", "srt")[0] == 1
+    (tmp_path / "test-0.flac").write_bytes(b"")
+    status, _, err = transcribe(waves[0], tmp_path / "test-0.flac", "--output", f"{tmp_path}/o/")
+    assert status == 1 and "would both be written to" in err
+    (tmp_path / "none").mkdir()
+    status, _, err = transcribe(tmp_path / "none")
+    assert status == 1 and "no audio files in the folder" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beam", "3"], "--beam is an option of --search modified_beam"),
+        (["--search", "modified_beam", "--beam", "0"], "--beam must be at least 1, got 0"),
+        (
+            ["--search", "modified_beam", "--max-symbols-per-frame", "2"],
+            "option of --search greedy",
+        ),
+        (["--window-s", "10", "--overlap-s", "6"], "--overlap-s at most half of it, got 10 and 6"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "best.ckpt", "a.wav", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_terminal_gets_a_progress_bar_on_standard_error(checkpoint, tones, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    wave = str(tones / "test-0.wav")
+    assert main(["--checkpoint", str(checkpoint), wave, wave + ".none"]) == 1
+    shown = sys.stderr.getvalue()
+    assert "━" in shown and "noaudiofileat" in "".join(shown.split())  # long lines are wrapped
+    assert capsys.readouterr().out.startswith(wave + "\t")

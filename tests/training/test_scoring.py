@@ -4,12 +4,15 @@ import torch
 import torch.multiprocessing
 
 from transducer_toolkit.training.scoring import (
+    CharacterErrors,
     SymbolDelay,
     Transcript,
     WordErrors,
+    count_character_errors,
     count_word_errors,
     gather_transcripts,
     measure_symbol_delay,
+    real_time_factor,
     symbol_delays_ms,
 )
 
@@ -31,6 +34,28 @@ def test_count_word_errors(pairs, expected):
 def test_wer():
     assert WordErrors(1, 2, 3, 12, 4).wer == 0.5
     assert WordErrors(0, 0, 0, 0, 0).wer == 0.0
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([("one two", "one  two ")], CharacterErrors(0, 0, 0, 7, 1)),
+        ([("one two", "onetwo"), ("a", "b")], CharacterErrors(1, 1, 0, 8, 2)),
+        ([("", "ab"), ("", "")], CharacterErrors(0, 0, 2, 0, 2)),
+        ([], CharacterErrors(0, 0, 0, 0, 0)),
+    ],
+)
+def test_count_character_errors(pairs, expected):
+    found = count_character_errors(Transcript(str(i), *pair) for i, pair in enumerate(pairs))
+    assert found == expected
+    errors = expected.substitutions + expected.deletions + expected.insertions
+    assert found.cer == errors / max(1, expected.num_characters)
+
+
+def test_real_time_factor():
+    rows = [Transcript("a", "", "", None, 3.0, 0.5), Transcript("b", "", "", None, 1.0, 0.5)]
+    assert real_time_factor(rows) == 0.25
+    assert real_time_factor([Transcript("a", "", "")]) is None
 
 
 def test_symbol_delays():

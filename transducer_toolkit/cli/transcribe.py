@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transducer-transcribe --checkpoint PATH FILE...``: audio files to text."""
+"""``transducer-transcribe --checkpoint PATH FILE...``: audio files and folders to text."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transducer_toolkit.cli.transcript_formats import FORMATS, SUFFIXES
 
 if TYPE_CHECKING:
-    from transducer_toolkit.training.recognizer import Recognizer
+    from transducer_toolkit.decoding import Search
+
+AUDIO_SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
+    *(".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; prints ``file<TAB>text`` for each file.
+    """Entry point; writes what was recognised in each file.
 
     Args:
         argv: arguments, those of the command line by default.
@@ -21,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 if a file could not be read (the others are still transcribed).
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _check(parser, args)
     # Late imports: --help stays quick.
     import torch
 
@@ -29,57 +43,226 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    try:
-        recognizer = Recognizer.from_checkpoint(
-            args.checkpoint,
-            device=args.device,
-            trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package),
-        )
-    except (OSError, ValueError) as error:
-        print(f"transducer-transcribe: {error}", file=sys.stderr)
-        return 1
+    num_failed, duration_s = 0, 0.0
+    with ExitStack() as stack:
+        try:
+            files = find_audio(args.files)
+            write = _open_output(args, files, stack)
+            recognizer = Recognizer.from_checkpoint(
+                args.checkpoint,
+                device=args.device,
+                trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package),
+                search=_search(args),
+            )
+        except (OSError, ValueError) as error:
+            print(f"transducer-transcribe: {error}", file=sys.stderr)
+            return 1
 
-    status = 0
-    for path, text, problem in transcribe_files(recognizer, args.files):
-        if problem is None:
-            print(f"{path}\t{text}", flush=True)
-        else:
-            print(f"transducer-transcribe: {path}: {problem}", file=sys.stderr)
-            status = 1
-    return status
+        started_s = time.perf_counter()
+        progress = stack.enter_context(_progress_bar(list(files)))
+        for path in files:
+            try:
+                found = recognizer.transcribe_file(
+                    path,
+                    window_s=args.window_s,
+                    overlap_s=args.overlap_s,
+                    on_progress=partial(progress, path),
+                )
+            except (OSError, ValueError) as error:
+                # A library's message may have many lines, and need not name the file.
+                problem = str(error).partition("\n")[0]
+                print(f"transducer-transcribe: {path}: {problem}", file=sys.stderr)
+                num_failed += 1
+                continue
+            write(path, FORMATS[args.format](path, found))
+            duration_s += found.duration_s
+        took_s = time.perf_counter() - started_s
+    summary = f"{len(files) - num_failed} of {len(files)} files, {duration_s:.1f} s of audio"
+    if duration_s > 0:
+        summary += f" in {took_s:.1f} s, real-time factor {took_s / duration_s:.4f}"
+    print(summary, file=sys.stderr)
+    return 1 if num_failed else 0
 
 
-def transcribe_files(
-    recognizer: Recognizer, paths: Sequence[str]
-) -> Iterator[tuple[str, str, Exception | None]]:
-    """Transcribe files one after the other.
+def find_audio(paths: Sequence[str]) -> dict[str, Path]:
+    """List audio files, those of folders and of all folders below them included.
 
     Args:
-        recognizer: a trained recognizer.
-        paths: audio files that soundfile reads; any sample rate, any number of channels.
+        paths: files, taken whatever their name, and folders, of which files with the name of an
+            audio file are taken.
 
-    Yields:
-        Path, text, and what went wrong or None.
+    Returns:
+        By path of the file, its name relative to the folder it was found in.
+
+    Raises:
+        FileNotFoundError: a folder holds no audio files.
     """
-    from transducer_toolkit.data.audio import read_audio
+    found: dict[str, Path] = {}
+    for path in paths:
+        if not os.path.isdir(path):
+            found[path] = Path(Path(path).name)
+            continue
+        inside = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+        if not inside:
+            raise FileNotFoundError(f"no audio files in the folder {path}")
+        found |= {str(p): p.relative_to(path) for p in inside if p.is_file()}
+    return found
 
+
+def _open_output(
+    args: argparse.Namespace, files: dict[str, Path], stack: ExitStack
+) -> Callable[[str, str], Any]:
+    """What is called with path and transcript of each file: writes to where --output says."""
+    folder = Path(args.output or "")
+    if args.output is None or not (folder.is_dir() or args.output.endswith(os.sep)):
+        if args.format == "srt" and len(files) > 1:
+            raise ValueError(
+                f"an SRT file holds one recording: with {len(files)} of them --output must be a "
+                f"folder, such as subtitles{os.sep}"
+            )
+        if args.output is None:
+            return lambda path, text: print(text, end="", flush=True)
+        file = stack.enter_context(folder.open("w", encoding="utf-8"))
+        return lambda path, text: file.write(text)
+
+    targets = {
+        path: folder / name.with_suffix(SUFFIXES[args.format]) for path, name in files.items()
+    }
+    of_target: dict[Path, str] = {}
+    for path, target in targets.items():
+        if of_target.setdefault(target, path) != path:
+            raise ValueError(f"{of_target[target]} and {path} would both be written to {target}")
+
+    def write(path: str, text: str) -> None:
+        targets[path].parent.mkdir(parents=True, exist_ok=True)
+        targets[path].write_text(text, encoding="utf-8")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return write
+
+
+@contextmanager
+def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error, if that is a terminal; called with a path and its seconds done."""
+    if not sys.stderr.isatty():
+        yield lambda path, done_s: None
+        return
+    import soundfile
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    durations_s = {}
     for path in paths:
         try:
-            waveform = read_audio(path, sample_rate=recognizer.fbank.sample_rate)
-            yield path, recognizer.transcribe([waveform])[0], None
-        except (OSError, ValueError) as error:
-            yield path, "", error
+            durations_s[path] = soundfile.info(path).duration
+        except (soundfile.LibsndfileError, TypeError):
+            durations_s[path] = 0.0  # it will be complained about in its turn
+    progress = Progress(
+        *(
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        ),
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),  # lines above the bar; a pipe gets them itself
+        transient=True,
+    )
+    done: dict[str, float] = {}
+
+    def update(path: str, done_s: float) -> None:
+        done[path] = done_s
+        progress.update(task, completed=sum(done.values()), description=path)
+
+    with progress:
+        task = progress.add_task("", total=sum(durations_s.values()))
+        yield update
+
+
+def _search(args: argparse.Namespace) -> Callable[..., Search] | None:
+    from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
+
+    if args.search == "modified_beam":
+        return partial(ModifiedBeamSearch, beam=args.beam or 4)
+    if args.max_symbols_per_frame is not None:
+        return partial(GreedySearch, max_symbols_per_frame=args.max_symbols_per_frame)
+    return None  # as trained
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage message if the arguments do not fit each other."""
+    if args.beam is not None and args.search != "modified_beam":
+        parser.error("--beam is an option of --search modified_beam")
+    if args.max_symbols_per_frame is not None and args.search != "greedy":
+        parser.error("--max-symbols-per-frame is an option of --search greedy")
+    for name in ("beam", "max_symbols_per_frame"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 <= 2 * args.overlap_s <= args.window_s or args.window_s < 1:
+        parser.error(
+            "--window-s must be at least 1 and --overlap-s at most half of it, got "
+            f"{args.window_s:g} and {args.overlap_s:g}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
+    from transducer_toolkit.training.long_audio import OVERLAP_S, WINDOW_S
+
     parser = argparse.ArgumentParser(
         prog="transducer-transcribe",
-        description="Transcribe audio files (wav, flac, ogg, mp3, opus; any sample rate) with a "
-        "checkpoint of transducer-train. Prints one line a file: its path, a tab, the text.",
+        description="Transcribe audio files (wav, flac, ogg, mp3, opus and others; any sample "
+        "rate, any length) with a checkpoint of transducer-train. Prints one line a file: its "
+        "path, a tab, the text. A file that cannot be read is named and left out; the exit status "
+        "is then 1.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio file")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="audio file, or folder to be searched for some"
+    )
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="checkpoint of transducer-train"
+    )
+    parser.add_argument(
+        "--format",
+        choices=tuple(FORMATS),
+        default="text",
+        help="text, JSON lines with word times and confidences, SRT subtitles, or CTM",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        help="write there rather than to standard output: to one file, or, if PATH is a folder or "
+        f"ends in {os.sep}, to one file for each audio file",
+    )
+    parser.add_argument(
+        "--search", choices=("greedy", "modified_beam"), default="greedy", help="default: greedy"
+    )
+    parser.add_argument("--beam", type=int, metavar="K", help="of the modified beam search: 4")
+    parser.add_argument(
+        "--max-symbols-per-frame",
+        type=int,
+        metavar="N",
+        help="of the greedy search (default: as in training)",
+    )
+    parser.add_argument(
+        "--window-s",
+        type=float,
+        default=WINDOW_S,
+        metavar="S",
+        help="longer files are recognised in windows of so many seconds (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--overlap-s",
+        type=float,
+        default=OVERLAP_S,
+        metavar="S",
+        help="which overlap by so many (default: %(default)g)",
     )
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")

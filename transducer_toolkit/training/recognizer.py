@@ -21,6 +21,7 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import Tokenizer, tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, check_topology
 from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.training.long_audio import Transcription, transcribe_file
 from transducer_toolkit.training.words import RecognizedWord, encoder_frame_s, recognized_words
 
 CHECKPOINT_KEY = "recognizer"
@@ -186,6 +187,15 @@ class Recognizer:
     def transcribe(self, waveforms: Sequence[Tensor]) -> list[str]:
         """Recognise a batch of waveforms as text; see :meth:`recognize`."""
         return [self.tokenizer.decode(h.tokens) for h in self.recognize(waveforms)]
+
+    def transcribe_file(self, path: str | os.PathLike[str], **options: Any) -> Transcription:
+        """Transcribe an audio file of any length in bounded memory.
+
+        Args:
+            path: any format that soundfile reads, any sample rate, any number of channels.
+            options: of :func:`~transducer_toolkit.training.long_audio.transcribe_file`.
+        """
+        return transcribe_file(self, path, **options)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

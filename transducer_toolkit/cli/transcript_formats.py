@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transcriptions as text, JSON lines, SRT subtitles and NIST's CTM."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transducer_toolkit.training.long_audio import Transcription
+    from transducer_toolkit.training.words import RecognizedWord
+
+CAPTION_LINE_LENGTH = 42  # characters; two lines a caption
+CAPTION_S = 6.0  # at most
+CAPTION_PAUSE_S = 1.0  # without a word for so long, a caption ends
+CAPTION_SHOWN_S = 1.0  # at least, unless the next one follows
+
+
+def to_text(path: str, found: Transcription) -> str:
+    """One line: path, a tab, the text."""
+    return f"{path}\t{found.text}\n"
+
+
+def to_json(path: str, found: Transcription) -> str:
+    """One line: a JSON object with path, duration, text, and words with times and confidences."""
+    value: dict[str, Any] = {
+        "audio": path,
+        "duration_s": round(found.duration_s, 3),
+        "text": found.text,
+        "words": [
+            {
+                "word": word.word,
+                "start_s": round(word.start_s, 3),
+                "end_s": round(word.end_s, 3),
+                "confidence": round(word.confidence, 4),
+            }
+            for word in found.words
+        ],
+    }
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def to_ctm(path: str, found: Transcription) -> str:
+    """A line ``path 1 start duration word confidence`` a word, seconds; no white space in the path.
+
+    Example:
+        >>> from transducer_toolkit.training.long_audio import Transcription
+        >>> from transducer_toolkit.training.words import RecognizedWord
+        >>> words = [RecognizedWord("three", 0.2, 0.48, 0.9)]
+        >>> to_ctm("my talk.wav", Transcription("three", words, 1.0))
+        'my_talk.wav 1 0.200 0.280 three 0.9000\\n'
+    """
+    name = re.sub(r"\s", "_", path)
+    return "".join(
+        f"{name} 1 {word.start_s:.3f} {word.end_s - word.start_s:.3f} "
+        f"{word.word} {word.confidence:.4f}\n"
+        for word in found.words
+    )
+
+
+def to_srt(path: str, found: Transcription) -> str:
+    """Numbered captions of at most two lines and six seconds; a pause ends a caption."""
+    captions = _captions(found.words)
+    blocks = []
+    for number, words in enumerate(captions, start=1):
+        start_s = words[0].start_s
+        end_s = max(words[-1].end_s, start_s + CAPTION_SHOWN_S)
+        if number < len(captions):
+            end_s = min(end_s, captions[number][0].start_s)
+        text = textwrap.fill(_text(words), CAPTION_LINE_LENGTH)
+        blocks.append(f"{number}\n{_timestamp(start_s)} --> {_timestamp(end_s)}\n{text}\n\n")
+    return "".join(blocks)
+
+
+FORMATS = {"text": to_text, "json": to_json, "srt": to_srt, "ctm": to_ctm}
+SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "ctm": ".ctm"}
+
+
+def _captions(words: Sequence[RecognizedWord]) -> list[list[RecognizedWord]]:
+    captions: list[list[RecognizedWord]] = []
+    for word in words:
+        if captions:
+            longer = [*captions[-1], word]
+            if (
+                word.start_s - captions[-1][-1].end_s < CAPTION_PAUSE_S
+                and word.end_s - longer[0].start_s <= CAPTION_S
+                and len(textwrap.wrap(_text(longer), CAPTION_LINE_LENGTH)) <= 2
+            ):
+                captions[-1] = longer
+                continue
+        captions.append([word])
+    return captions
+
+
+def _text(words: Sequence[RecognizedWord]) -> str:
+    return " ".join(word.word for word in words)
+
+
+def _timestamp(time_s: float) -> str:
+    """Hours, minutes, seconds and milliseconds.
+
+    Example:
+        >>> _timestamp(3723.0456)
+        '01:02:03,046'
+    """
+    milliseconds = round(1000 * time_s)
+    seconds, milliseconds = divmod(milliseconds, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02d}:{minutes:02d}:{seconds:02d},{milliseconds:03d}"

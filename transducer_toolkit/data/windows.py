@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long audio files in overlapping windows, read once and never held as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from transducer_toolkit.data.audio import SAMPLE_RATE, resample
+
+__all__ = ["AudioWindow", "read_windows"]
+
+
+COMPLETE = 0.99  # part of the announced samples that must be there: some headers estimate
+
+
+class AudioWindow(NamedTuple):
+    """A part of an audio file: where it starts, seconds, and float32 ``(num_samples,)``."""
+
+    start_s: float
+    waveform: Tensor
+
+
+def read_windows(
+    path: str | os.PathLike[str],
+    *,
+    window_s: float,
+    overlap_s: float,
+    sample_rate: int = SAMPLE_RATE,
+) -> Iterator[AudioWindow]:
+    """Read an audio file as mono in windows of which each overlaps the next.
+
+    Args:
+        path: any format that soundfile reads; several channels are averaged.
+        window_s: length of each window but the last, which is longer than the overlap, seconds.
+        overlap_s: what a window has in common with the next, at most half of it, seconds.
+        sample_rate: of the windows, Hz; the file is resampled, window by window, when it has
+            another one.
+
+    Yields:
+        The windows in order; a file no longer than one is a single window.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not audio, breaks off, holds no samples or holds NaN or infinity,
+            or the lengths do not fit each other.
+
+    Example:
+        >>> windows = read_windows("talk.flac", window_s=30, overlap_s=4)  # doctest: +SKIP
+        >>> [window.start_s for window in windows]  # doctest: +SKIP
+        [0.0, 26.0, 52.0]
+    """
+    if not 0 <= 2 * overlap_s <= window_s or window_s <= 0:
+        raise ValueError(
+            "window_s must be positive and overlap_s at most half of it, got "
+            f"window_s={window_s}, overlap_s={overlap_s}"
+        )
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no audio file at {os.fspath(path)}")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            overlap = round(overlap_s * rate)
+            hop = round(window_s * rate) - overlap
+            start, samples = 0, _read_mono(file, hop + overlap)
+            while len(samples):
+                added = _read_mono(file, hop)
+                waveform = resample(torch.from_numpy(samples), rate, sample_rate)
+                if not bool(waveform.isfinite().all()):
+                    raise ValueError(f"{os.fspath(path)} holds NaN or infinity")
+                yield AudioWindow(start / rate, waveform)
+                if not len(added):
+                    break
+                start, samples = start + hop, np.concatenate([samples[hop:], added])
+            else:
+                raise ValueError(f"{os.fspath(path)} holds no samples")
+            if file.seekable() and file.tell() < COMPLETE * file.frames:
+                raise ValueError(
+                    f"{os.fspath(path)} breaks off: it has {file.tell()} of {file.frames} samples"
+                )
+    except (soundfile.LibsndfileError, TypeError) as error:  # the latter for headerless *.raw
+        raise ValueError(f"{os.fspath(path)} cannot be read as audio: {error}") from error
+
+
+def _read_mono(file: soundfile.SoundFile, num_samples: int) -> np.ndarray:
+    samples = file.read(num_samples, dtype="float32", always_2d=True)
+    return np.ascontiguousarray(samples.mean(axis=1, dtype=np.float32))
