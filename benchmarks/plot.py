@@ -84,7 +84,7 @@ def _scaling(figure: Any, rows: list[Row]) -> None:
     variables = list(dict.fromkeys(row["variable"] for row in rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     style = _style(names)
-    figure.set_size_inches(3.2 * len(variables), 7)
+    figure.set_size_inches(max(6.4, 3.2 * len(variables)), 7)
     panels = figure.subplots(2, len(variables), squeeze=False)
     for column, variable in enumerate(variables):
         for name in names:
