@@ -27,6 +27,7 @@ from tests.cli.conftest import write_tones
 from tests.training.recorder import recorded
 from transducer_toolkit.training.checkpoints import AtomicCheckpointIO
 
+ROOT = Path(__file__).parents[2]
 EPOCHS, BATCHES = 4, 4
 OPTIONS = [
     "~experiment",
@@ -47,10 +48,13 @@ OPTIONS = [
 ]
 
 
-def start(folder: Path, overrides: list[str], *, max_file_bytes: int | None = None) -> int:
-    """Fork a training, its output in ``folder/output``; returns the process id.
+def start(
+    folder: Path, overrides: list[str], *, max_file_bytes: int | None = None, fresh: bool = False
+) -> int:
+    """Start a training, its output in ``folder/output``; returns the process id.
 
-    A fork of this process, which has imported everything: a start costs a second less of torch.
+    A fork of this process, which has imported everything, or a fresh one: what starts further
+    processes by its command line needs its own.
     """
     import transducer_toolkit.cli.train
     import transducer_toolkit.training.lightning_module
@@ -65,7 +69,12 @@ def start(folder: Path, overrides: list[str], *, max_file_bytes: int | None = No
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ["TRANSDUCER_TOOLKIT_RUN_ID"] = "run"
-        sys.argv = ["transducer-train", *overrides, f"+callbacks.record.path={folder}/batches"]
+        os.environ["PYTHONPATH"] = str(ROOT)
+        overrides = [*overrides, f"+callbacks.record.path={folder}/batches"]
+        if fresh:
+            command = [sys.executable, "-m", "transducer_toolkit.cli.train", *overrides]
+            os.execv(sys.executable, command)
+        sys.argv = ["transducer-train", *overrides]
         if max_file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
         try:
@@ -90,6 +99,7 @@ def wait(pid: int, timeout_s: float) -> int | None:
 
 def kill(pid: int) -> None:
     """End a training and what it has started."""
+    os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -165,7 +175,7 @@ def rank_killed(work: Path, overrides: list[str]) -> float:
     folder.mkdir()
     more = ["trainer=ddp", "trainer.devices=2", "trainer.max_epochs=100000"]
     more += ["+callbacks.record.kill_after=3", "+callbacks.record.rank=1"]
-    pid = start(folder, overrides + more)
+    pid = start(folder, overrides + more, fresh=True)
     path = Path(f"{folder}/batches.1")
     while not (path.exists() and len(recorded(folder / "batches", 1)) >= 3):
         check(wait(pid, 0.1) is None, "the group ended before the kill", folder)
@@ -186,12 +196,12 @@ def group_stopped(work: Path, overrides: list[str]) -> None:
     more = [*overrides, "trainer=ddp", "trainer.devices=2"]
     stop = ["+callbacks.record.kill_after=3", "+callbacks.record.signal_name=SIGTERM"]
     for rank, done in ((1, 3), (0, 6)):
-        pid = start(folder, [*more, *stop, f"+callbacks.record.rank={rank}"])
+        pid = start(folder, [*more, *stop, f"+callbacks.record.rank={rank}"], fresh=True)
         status = wait(pid, 600)
         check(status == 143, f"exit status {status} after SIGTERM to process {rank}", folder)
         rows = [recorded(folder / "batches", rank) for rank in (0, 1)]
         check([len(part) for part in rows] == [done, done], f"steps {rows}", folder)
-    check(wait(start(folder, more), 600) == 0, "the group did not go on", folder)
+    check(wait(start(folder, more, fresh=True), 600) == 0, "the group did not go on", folder)
     steps = [row[:2] for row in recorded(folder / "batches")]
     expected = [[epoch, index] for epoch in range(EPOCHS) for index in range(BATCHES // 2)]
     check(steps == expected, f"steps {steps}", folder)
