@@ -57,7 +57,13 @@ __device__ inline Pack<T> LoadPack(const T* p) {
 }
 template <typename T>
 __device__ inline void StorePack(T* p, const Pack<T>& pack) {
+#ifdef TRANSDUCER_EMULATION
   *reinterpret_cast<Pack<T>*>(p) = pack;
+#else
+  uint4 bits;  // the compiler takes a struct apart, and stores element by element
+  memcpy(&bits, &pack, sizeof(bits));
+  __stwb(reinterpret_cast<uint4*>(p), bits);
+#endif
 }
 
 // The same by accesses of kBytes, for an address that is a multiple of no more.
@@ -93,6 +99,7 @@ __device__ inline void ReadRow(const T* row, int size, int lane, int num_lanes, 
   const int num_packs = size / kPack;
   const auto address = reinterpret_cast<uintptr_t>(row);
   if (address % 16 == 0) {
+#pragma unroll 1
     for (int first = lane; first < num_packs; first += kPacksInFlight<T> * num_lanes) {
       Pack<T> packs[kPacksInFlight<T>];
 #pragma unroll
@@ -137,6 +144,7 @@ struct RowParts {
                           OnElement on_element) const {
     constexpr int kPack = Pack<T>::kSize;
     if (lane < head) on_element(lane);
+#pragma unroll 1
     for (int first = lane; first < num_packs; first += kPacksInFlight<T> * num_lanes) {
 #pragma unroll
       for (int k = 0; k < kPacksInFlight<T>; ++k) {

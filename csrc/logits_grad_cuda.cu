@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 3: one warp a row; the logits are read once, 16 bytes a lane.
+// Stage 3: one warp a row; the logits are read once, 16 bytes a lane. No branch on the symbol stands
+// in the way of 16-byte stores: the two symbols that differ come last.
 #include "device_rows.cuh"
 #include "logits_grad.h"
 
@@ -35,14 +36,14 @@ class CellGradient {
         limit_(static_cast<C>(options.limit)),
         scale_(static_cast<C>(loss_grad)) {}
 
-  __device__ T At(int v, T x) const {
-    if (v == options_.blank || v == target_) return WithSubtraction(v, x);
+  // Where nothing is subtracted.
+  __device__ T At(T x) const {
     C g = weight_ * Exp((ToCompute(x) - high_) - low_);
     g = scale_ * (g > limit_ ? limit_ : g);
     return g < kFlushBelow<T> && g > -kFlushBelow<T> ? T{} : FromCompute<T>(g);
   }
 
-  // The entries where posteriors are subtracted: in float64, but for the exponential itself, which
+  // The two entries where posteriors are subtracted: in float64, but for the exponential itself, which
   // is float32's unless the logits are float64. (float64 exponentials, one a row, would outweigh
   // the rest of the row on a GPU with few float64 units.)
   __device__ T WithSubtraction(int v, T x) const {
@@ -66,42 +67,43 @@ class CellGradient {
   const C high_, low_, weight_, limit_, scale_;
 };
 
-// row[v] = f(v) for this lane's share of the row.
-template <typename T, typename F>
-__device__ void WriteRow(T* row, int size, F f) {
+// row[v] = value for this lane's share of the row.
+template <typename T>
+__device__ void FillRow(T* row, int size, T value) {
   RowParts<T>(row, size).ForEach(
       Lane(), kWarp, [](int, int) {},
       [&](int, int first) {
         Pack<T> pack;
 #pragma unroll
-        for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = f(first + i);
+        for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = value;
         StorePack(row + first, pack);
       },
-      [&](int v) { row[v] = f(v); });
+      [&](int v) { row[v] = value; });
 }
 
-// grad[v] = f(v, x[v]); grad may be x: an entry is read and written by the same lane.
+// grad[v] = f(x[v]); grad may be x: an entry is read and written by the same lane.
 template <typename T, typename F>
 __device__ void TransformRow(const T* x, int size, T* grad, F f) {
   const auto from = reinterpret_cast<uintptr_t>(x), to = reinterpret_cast<uintptr_t>(grad);
   if (from % sizeof(Pack<T>) != to % sizeof(Pack<T>)) {
-    for (int v = Lane(); v < size; v += kWarp) grad[v] = f(v, x[v]);
+    for (int v = Lane(); v < size; v += kWarp) grad[v] = f(x[v]);
     return;
   }
   Pack<T> packs[kPacksInFlight<T>];
   RowParts<T>(x, size).ForEach(
       Lane(), kWarp, [&](int k, int first) { packs[k] = LoadPack(x + first); },
       [&](int k, int first) {
-        Pack<T>& pack = packs[k];
+        Pack<T> pack;
 #pragma unroll
-        for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = f(first + i, pack.values[i]);
+        for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = f(packs[k].values[i]);
         StorePack(grad + first, pack);
       },
-      [&](int v) { grad[v] = f(v, x[v]); });
+      [&](int v) { grad[v] = f(x[v]); });
 }
 
+// One block less at once than the other row kernels: with its packs a lane needs 100 registers.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     LogitsGradKernel(LatticeBatch batch, RowTile tile, const T* logits, GradOptions options,
                      const Score* normaliser, const Score* use_blank, const Score* use_label,
                      const Score* loss_grad, T* grad) {
@@ -118,29 +120,33 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     const Score label_uses = is_cell ? use_label[row] : 0;
     const Score occupancy = blank_uses + label_uses;
     if (scale == 0 || (!is_cell && batch.IsValid(cell.b))) {
-      WriteRow(out, size, [](int) { return T{}; });
+      FillRow(out, size, T{});
       continue;
     }
     const bool has_label = is_cell && cell.u < batch.num_targets[cell.b];
     const int64_t target = has_label ? batch.Target(cell.b, cell.u) : int64_t{-1};
     // A target beyond the vocabulary was NaN in stage 1; here it is one that has changed since.
     if (!is_cell || occupancy != occupancy || target >= size) {
-      WriteRow(out, size, [](int) { return FromCompute<T>(kNaNOf<Compute<T>>); });
+      FillRow(out, size, FromCompute<T>(kNaNOf<Compute<T>>));
       continue;
     }
     const CellGradient<T> gradient(options, normaliser[row], blank_uses, label_uses,
                                    target < 0 ? -1 : static_cast<int>(target), scale);
     const T* x = logits + i * size;
+    // Two lanes see to the two entries with a subtraction, and keep them from the others' packs.
+    const int mine = Lane() == 0 ? options.blank : Lane() == 1 ? static_cast<int>(target) : -1;
+    const T subtracted = mine >= 0 ? gradient.WithSubtraction(mine, x[mine]) : T{};
+    __syncwarp();  // out may be x: what they need of it has been read
     // No entry can exceed the occupancy times the upstream gradient: do not even read rows that
-    // round to zero, but for the two entries with a subtraction.
+    // round to zero.
     const Score bound = occupancy * (scale < 0 ? -scale : scale);
     if (options.from_log_softmax || bound < kFlushBelow<T>) {
-      WriteRow(out, size, [&](int v) {
-        return v == options.blank || v == target ? gradient.WithSubtraction(v, x[v]) : T{};
-      });
-      continue;
+      FillRow(out, size, T{});
+    } else {
+      TransformRow(x, size, out, [&](T value) { return gradient.At(value); });
     }
-    TransformRow(x, size, out, [&](int v, T value) { return gradient.At(v, value); });
+    __syncwarp();  // the row has been written
+    if (mine >= 0) out[mine] = subtracted;
   }
 }
 

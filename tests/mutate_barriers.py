@@ -61,6 +61,11 @@ def run_everything() -> list[torch.Tensor]:
             )
     case = make_case("packed", (90, 5, 60), (20, 3, 30))
     batch = case.batch()
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(batch.num_rows, 7).to(dtype)
+        arguments = logits.double().logsumexp(-1), *random_uses(batch), torch.ones(3).double()
+        native.logits_grad(logits, batch, batch.all_rows(), *arguments, blank=6, out=logits)
+        results.append(logits.float())
     for dropped_mass in (1e-6, 1e-2):
         results += kept_rows(random_uses(batch), batch, dropped_mass)
     return results

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One call on a GPU, at most 8 minutes: losses, steps and single stages; the table comes last.
 
-    source benchmarks/gpu/build.sh && python3 benchmarks/gpu/benchmark.py [--seconds 400]
-    python3 -m benchmarks.gpu.benchmark --device cpu --frames 500    # a dry run, its times mean nothing
+    bash benchmarks/gpu/bench.sh    # builds, builds the peers, and calls this
+    python3 -m benchmarks.gpu.benchmark --device cpu --frames 500    # dry: its times mean nothing
 
 LibriSpeech's shapes, V = 500, D = 512: 30 utterances unsorted; 10,000 frames of a sorted corpus.
 Ratios are to torchaudio (with TF32 for bfloat16, which it does not know), and to the roofline: for

@@ -138,6 +138,7 @@ class TransducerModule(LightningModule):
             batch.features, batch.feature_lengths, batch.targets
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
+        shape.to(encoder_out.device)  # one copy for everybody behind
         output = self.loss(
             LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
         )

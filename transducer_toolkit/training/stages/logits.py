@@ -62,6 +62,7 @@ class PackedLoss(LossStage):
             fastemit_lambda=self.fastemit_lambda,
             delay_penalty=self.delay_penalty,
             clamp=self.clamp,
+            index=shape.index(batch.encoder_out.device),
         ).losses
         return StageOutput(losses, {})
 
