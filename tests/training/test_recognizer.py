@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
 import pytest
+import soundfile
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
 from transducer_toolkit.training.recognizer import Recognizer, recognizer_recipe
 
 MODEL = {
@@ -111,3 +115,30 @@ def test_own_classes_are_accepted_when_trusted(checkpoint):
 def test_no_waveforms_is_an_error(checkpoint):
     with pytest.raises(ValueError, match="at least one waveform"):
         Recognizer.from_checkpoint(checkpoint()[0]).recognize([])
+
+
+def test_words_and_files(checkpoint, tmp_path):
+    recognizer = Recognizer.from_checkpoint(checkpoint()[0])
+    waveform = torch.rand(24000, generator=torch.Generator().manual_seed(0)) - 0.5
+    soundfile.write(tmp_path / "a.wav", waveform.numpy(), 16000, subtype="FLOAT")
+    (text,), (words,) = recognizer.transcribe([waveform]), recognizer.recognize_words([waveform])
+    assert [word.word for word in words] == text.split()
+    assert all(0 <= word.start_s < word.end_s <= 1.52 for word in words)
+    found = recognizer.transcribe_file(tmp_path / "a.wav")
+    assert (found.text, found.words, found.duration_s) == (text, words, 1.5)
+
+
+def test_the_search_is_an_option_and_follows_the_topology(checkpoint):
+    path, _ = checkpoint()
+    waveform = torch.rand(24000, generator=torch.Generator().manual_seed(0)) - 0.5
+    beam = Recognizer.from_checkpoint(path, search=partial(ModifiedBeamSearch, beam=1))
+    one_a_frame = Recognizer.from_checkpoint(
+        path, search=partial(GreedySearch, max_symbols_per_frame=1)
+    )
+    assert beam.transcribe([waveform]) == one_a_frame.transcribe([waveform])
+    saved = torch.load(path, weights_only=True)
+    saved["recognizer"]["topology"] = "constrained"
+    torch.save(saved, path)
+    assert Recognizer.from_checkpoint(path).search.max_symbols_per_frame == 1
+    constrained = Recognizer.from_checkpoint(path, search=ModifiedBeamSearch)
+    assert constrained.search.topology == "constrained"

@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except (OSError, ValueError) as error:
                 # A library's message may have many lines, and need not name the file.
                 problem = str(error).partition("\n")[0]
-                print(f"transducer-transcribe: {path}: {problem}", file=sys.stderr)
+                named = problem if path in problem else f"{path}: {problem}"
+                print(f"transducer-transcribe: {named}", file=sys.stderr)
                 num_failed += 1
                 continue
             write(path, FORMATS[args.format](path, found))
