@@ -6,9 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include <chrono>
 #include <cstdint>
-#include <thread>
 #include <type_traits>
 
 #include "cell_scores.h"
@@ -22,30 +20,6 @@
 namespace transducer {
 
 using Address = std::uintptr_t;
-
-// Releases the GIL for its lifetime. If the interpreter is on its way out when a stage returns, the
-// thread waits for the end instead of asking for the GIL: Python would unwind it with pthread_exit,
-// through frames of C++ that may not be unwound, and the process would abort.
-class WithoutGil {
- public:
-  WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() {
-    while (IsFinalizing()) std::this_thread::sleep_for(std::chrono::hours(1));
-    PyEval_RestoreThread(state_);
-  }
-  WithoutGil(const WithoutGil&) = delete;
-
- private:
-  static bool IsFinalizing() {
-#if PY_VERSION_HEX >= 0x030D0000
-    return Py_IsFinalizing() != 0;
-#else
-    return _Py_IsFinalizing() != 0;
-#endif
-  }
-
-  PyThreadState* state_;
-};
 
 template <typename T>
 T* As(Address address) {
@@ -217,7 +191,7 @@ template <typename Backend>
 void BindStages(pybind11::module_& m) {
   using pybind11::arg;
   const pybind11::kw_only named;
-  const auto no_gil = pybind11::call_guard<WithoutGil>();
+  const auto no_gil = pybind11::call_guard<pybind11::gil_scoped_release>();
   const auto queue = arg(Backend::kQueueName);
   m.def("cell_scores", &CellScores<Backend>, no_gil, arg("batch"), arg("tile"), named, arg("dtype"),
         arg("logits"), arg("vocab_size"), arg("blank"), arg("from_log_softmax"), queue,
@@ -259,7 +233,7 @@ inline void BindCudaStages(pybind11::module_& m) {
                      As<void>(stream), As<Score>(scratch), As<int64_t>(kept_rows),
                      As<int64_t>(num_kept), As<Score>(dropped));
       },
-      pybind11::call_guard<WithoutGil>(), arg("batch"), pybind11::kw_only(),
+      pybind11::call_guard<pybind11::gil_scoped_release>(), arg("batch"), pybind11::kw_only(),
       arg("use_blank"), arg("use_label"), arg("dropped_mass"), arg("stream"), arg("scratch"),
       arg("kept_rows"), arg("num_kept"), arg("dropped"));
 }

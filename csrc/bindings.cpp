@@ -94,7 +94,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::module_ cpu = m.def_submodule("cpu");
   BindStages<CpuBackend>(cpu);
-  cpu.def("kept_rows", &KeptRows, py::call_guard<WithoutGil>(), py::arg("batch"),
+  cpu.def("kept_rows", &KeptRows, py::call_guard<py::gil_scoped_release>(), py::arg("batch"),
           py::kw_only(), py::arg("use_blank"), py::arg("use_label"), py::arg("dropped_mass"),
           py::arg("num_threads"), py::arg("kept_rows"), py::arg("num_kept"), py::arg("dropped"));
   cpu.def(

@@ -42,7 +42,8 @@ from tests.soak.mutations import mutate
 from tests.soak.truth import Expected, Refused, Results, Undecided
 from transducer_toolkit import LatticeShape
 
-TIMEOUT_S = 60
+TIMEOUT_S = 240  # of one case, on a machine with other jobs
+START_TIMEOUT_S = 1800  # until torch is imported
 MEMORY_BYTES = 24 * 2**30  # of addresses: torch alone takes 8
 # What may come out besides ValueError and TypeError.
 DOCUMENTED = re.compile(r"no transducer stage for device type|inplace=True allows one backward")
@@ -249,6 +250,7 @@ def work(functions: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(2)  # the pool takes part
     warnings.simplefilter("ignore")
+    print("ready", flush=True)
     for line in sys.stdin:
         seed, keep = json.loads(line)
         case = make_case(seed, functions, None if keep is None else set(keep))
@@ -262,32 +264,38 @@ class Worker:
     def __init__(self, functions: list[str]) -> None:
         self.functions = functions
         self.process: subprocess.Popen[str] | None = None
-        self.num_deaths = 0
 
     def run(self, seed: int, keep: list[int] | None = None) -> tuple[str, int, Any]:
         """Name of the case, number of its mutations, and None or (kind, details)."""
         if self.process is None:
             command = [sys.executable, "-m", "tests.soak.fuzz_inputs", "--work", *self.functions]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self.process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+            self.process = subprocess.Popen(
+                command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            if self._answer(START_TIMEOUT_S) != "ready\n":
+                raise RuntimeError("a worker does not start")
         process = self.process
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
         process.stdin.write(json.dumps([seed, keep]) + "\n")
         process.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            answered = bool(selector.select(TIMEOUT_S))
-        line = process.stdout.readline() if answered else ""
+        line = self._answer(TIMEOUT_S)
         if line:
             return tuple(json.loads(line))  # type: ignore[return-value]
-        if not answered:
+        if line is None:
             process.kill()
         code = process.wait()
-        self.process, self.num_deaths = None, self.num_deaths + 1
-        kind = "a crash" if answered else "a hang"
+        self.process = None
+        kind = "a hang" if line is None else "a crash"
         signal_name = signal.Signals(-code).name if code < 0 else f"exit {code}"
         case = make_case(seed, self.functions, None if keep is None else set(keep))
         return case.name(), len(case.spoilt), (kind, signal_name)
+
+    def _answer(self, timeout_s: float) -> str | None:
+        """The next line; "" if the process has died, None if it says nothing."""
+        assert self.process is not None and self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            return self.process.stdout.readline() if selector.select(timeout_s) else None
 
     def close(self) -> None:
         if self.process is not None and self.process.stdin is not None:
