@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := build/peers
 RESULTS := build/benchmarks
 WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile  # empty: one process
-SUITES ?= loss step pruned accuracy scaling
+SUITES ?= loss step pruned decode memory scaling accuracy
 # What the compiled module or the installed metadata depends on: Python files are used in place.
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
            $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
@@ -42,10 +42,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every barrier of the kernels is needed, and missed when it is gone; no kernel spills anywhere.
+# Every barrier of the kernels is needed, and missed when it is gone; no kernel spills anywhere;
+# seeded defects are caught by the tests; fuzz; killed trainings. Hours.
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.mutate_barriers
 	$(BIN)/python csrc/kernel_report.py
+	$(BIN)/python -m tests.soak.mutants
+	$(BIN)/python -m tests.soak.fuzz_inputs --cases 20000
+	$(BIN)/python -m tests.soak.fuzz_numerics --cases 400
+	$(BIN)/python -m tests.soak.fuzz_numerics --cases 40 --large
+	$(BIN)/python -m tests.soak.kill_and_resume --kills 20
+	csrc/tests/fuzz.sh build/fuzz -max_total_time=900
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info transducer_toolkit/_C.*.so

@@ -20,7 +20,9 @@ class SmoothedLoss(LossStage):
         blank: id of blank.
         rnnt_type: "regular", "modified" or "constrained".
         lm_only_scale: weight of the predictor's own log-probabilities.
-        am_only_scale: weight of the encoder's own.
+        am_only_scale: weight of the encoder's own. Made for the windows of pruned training; a model
+            that is to be decoded wants 0. On the digits recipe 0.1 spread the symbols over so many
+            frames that a greedy search lost half of them (58 % WER, 5 % without).
         delay_penalty: penalty per frame of delay, 0 is off.
 
     Example:
@@ -42,7 +44,7 @@ class SmoothedLoss(LossStage):
         blank: int = 0,
         rnnt_type: str = "regular",
         lm_only_scale: float = 0.1,
-        am_only_scale: float = 0.1,
+        am_only_scale: float = 0.0,
         delay_penalty: float = 0.0,
     ) -> None:
         super().__init__()
