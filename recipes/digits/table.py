@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of a multirun as a Markdown table: python recipes/digits/table.py MULTIRUN_FOLDER
+
+One row for each set of overrides without the seed: word error rates in per cent as median over the
+seeds and, of the test set named `test`, all of them; symbol delay in ms (mean over the words of `test`);
+milliseconds a step and the part of it that joiner and loss take (medians).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results of the finished runs in a multirun's folder, by overrides without the seed."""
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(folder.glob("*/results.json"), key=lambda path: int(path.parent.name)):
+        lines = (path.parent / ".hydra" / "overrides.yaml").read_text().splitlines()
+        overrides = [line.removeprefix("- ") for line in lines]
+        kept = (line for line in overrides if not re.match(r"seed=|\[\]", line))
+        runs[" ".join(kept) or "default"].append(json.loads(path.read_text()))
+    return runs
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """The rows, best median first."""
+    sets = list(next(iter(runs.values()))[0]["test_wer"])
+    others = [name for name in sets if name != "test"]
+    head = ["", "`test`, median", "each seed", *(f"`{name}`" for name in others)]
+    head += ["delay, ms", "ms a step", "loss, of a step"]
+    rows = []
+    for overrides, results in runs.items():
+        wers = {name: [100 * run["test_wer"][name] for run in results] for name in sets}
+        delays = [run["symbol_delay_ms"]["test"]["mean"] for run in results]
+        cells = [f"`{overrides}`", f"{median(wers['test']):.2f}"]
+        cells += [", ".join(f"{wer:.2f}" for wer in wers["test"])]
+        cells += [f"{median(wers[name]):.1f}" for name in others]
+        cells += [f"{median(delays):.0f}"]
+        cells += [f"{1000 * median(run['seconds_per_step'] for run in results):.0f}"]
+        cells += [f"{100 * median(run['loss_part_of_step'] for run in results):.0f} %"]
+        rows.append((median(wers["test"]), cells))
+    lines = [head, ["---"] * len(head), *(cells for _, cells in sorted(rows))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="of the multirun, with a folder for each run")
+    folder = parser.parse_args().folder
+    runs = read_runs(folder)
+    if not runs:
+        raise SystemExit(f"no finished runs in {folder}")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
