@@ -2,8 +2,8 @@
 """Results of a multirun as a Markdown table: python recipes/digits/table.py MULTIRUN_FOLDER
 
 One row for each set of overrides without the seed: word error rates in per cent as median over the
-seeds and, of the test set named `test`, all of them; symbol delay in ms (mean over the words of `test`);
-milliseconds a step and the part of it that joiner and loss take (medians).
+seeds and, of the test set named `test`, all of them; symbol delay in ms (mean over the words of
+`test`); milliseconds a step and the part of it that joiner and loss take (medians).
 """
 
 from __future__ import annotations
