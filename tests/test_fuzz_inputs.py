@@ -23,7 +23,7 @@ def test_spoilt_calls_in_a_process_that_may_die():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_has_valid_and_spoilt_calls(name):
     """Valid calls succeed and are right; others are spoilt."""
-    cases = [make_case(seed, [name]) for seed in range(12)]
+    cases = [make_case(seed, [name]) for seed in range(40)]
     assert all(case.function == name for case in cases)
     assert any(not case.spoilt for case in cases) and any(case.spoilt for case in cases)
     assert all(finding_of(case) is None for case in cases if not case.spoilt)

@@ -147,7 +147,7 @@ def test_native_stages_with_ctest(developer_build):
         TOOLS / "ctest", "--test-dir", developer_build, "--output-on-failure", cwd=developer_build
     )
     assert result.returncode == 0, result.stdout
-    assert re.search(r"100% tests passed.* out of [5-9]", result.stdout), result.stdout
+    assert re.search(r"100% tests passed.* out of [1-9]\d*", result.stdout), result.stdout
 
 
 def test_instruction_counts(developer_build):

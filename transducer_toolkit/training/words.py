@@ -85,6 +85,7 @@ def recognized_words(
         frame_s: duration of an encoder frame, seconds.
 
     Example:
+        >>> from transducer_toolkit.data.tokenizer import CharTokenizer
         >>> tokenizer = CharTokenizer(["<blk>", "\u2581", "a", "b"])
         >>> hypothesis = Hypothesis([2, 3, 1, 2], [5, 6, 8, 9], [-0.1, -0.2, 0.0, 0.0])
         >>> words = recognized_words(hypothesis, tokenizer, frame_s=0.04)
