@@ -137,6 +137,8 @@ class GreedySearch:
         lengths = encoder_lengths.to(device)
         rows = torch.arange(batch_size, device=device)
         ahead = torch.arange(FRAMES_AHEAD, device=device)
+        sooner = FRAMES_AHEAD - ahead  # the largest of what is left is the first
+        projected = self.joiner.project_encoder(encoder_out)  # once: windows overlap
 
         predictor_out, predictor_state = state.predictor_out, state.predictor_state
         frame = torch.zeros_like(lengths)  # where each utterance stands in the chunk
@@ -145,11 +147,12 @@ class GreedySearch:
 
         while bool((frame < lengths).any()):
             frames = frame.unsqueeze(1) + ahead  # (B, FRAMES_AHEAD)
-            window = encoder_out[rows.unsqueeze(1), frames.clamp(max=max_frames - 1)]
-            logits = self.joiner.step(window, predictor_out.unsqueeze(1))
+            window = projected[rows.unsqueeze(1), frames.clamp(max=max_frames - 1)]
+            logits = self.joiner.step_projected(window, predictor_out.unsqueeze(1))
             best = logits.argmax(-1)
             is_label = (best != blank) & (frames < lengths.unsqueeze(1))
-            emits, skipped = is_label.any(1), is_label.int().argmax(1)
+            left, skipped = (is_label * sooner).max(1)
+            emits = left > 0
             tokens = torch.where(emits, best[rows, skipped], blank)
             emitted_at = frame + skipped
             # Of the largest entry: its log-probability is its distance to the normaliser.

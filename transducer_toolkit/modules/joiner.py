@@ -79,7 +79,15 @@ class Joiner(nn.Module):
 
     def step(self, encoder_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """(..., E), (..., P), broadcast against each other -> logits (..., V); for decoding."""
-        hidden = self.encoder_projection(encoder_frames) + self.predictor_projection(predictor_out)
+        return self.step_projected(self.project_encoder(encoder_frames), predictor_out)
+
+    def project_encoder(self, encoder_out: Tensor) -> Tensor:
+        """(..., E) -> (..., D): what of a step depends on the frame alone."""
+        return self.encoder_projection(encoder_out)
+
+    def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
+        """As :meth:`step`, of frames that :meth:`project_encoder` has seen."""
+        hidden = projected_frames + self.predictor_projection(predictor_out)
         return self.output(apply_activation(hidden, self.activation))
 
     def extra_repr(self) -> str:
@@ -127,4 +135,12 @@ class AdditiveJoiner(nn.Module):
 
     def step(self, encoder_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """(..., E), (..., P), broadcast against each other -> logits (..., V); for decoding."""
-        return self.am(encoder_frames) + self.lm(predictor_out)
+        return self.step_projected(self.project_encoder(encoder_frames), predictor_out)
+
+    def project_encoder(self, encoder_out: Tensor) -> Tensor:
+        """(..., E) -> am (..., V): what of a step depends on the frame alone."""
+        return self.am(encoder_out)
+
+    def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
+        """As :meth:`step`, of frames that :meth:`project_encoder` has seen."""
+        return projected_frames + self.lm(predictor_out)
