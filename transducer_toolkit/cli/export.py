@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if recognizer.max_symbols_per_frame > 1:
         print(
             "note: this model was trained to emit several symbols on one frame; sherpa-onnx takes "
-            "one at most. Compare `transducer-evaluate max_symbols_per_frame=1`; "
+            "one at most. Compare `transducer-evaluate search.max_symbols_per_frame=1`; "
             "loss.rnnt_type=modified trains for it.",
             file=sys.stderr,
         )
