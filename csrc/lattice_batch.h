@@ -7,7 +7,7 @@ namespace transducer {
 
 // One cell (t, u) of the lattice of utterance b.
 struct Cell {
-  int64_t b, t, u;
+  int64_t b = 0, t = 0, u = 0;  // where CellOf finds none, an address made of them is still sane
 };
 
 // The lattices of a batch, and which row of a logits-like tensor each of their cells is.
