@@ -158,9 +158,12 @@ class TransducerDataModule(lightning.LightningDataModule):
         """Return the dataset "train", "val" or "test/<name>"; ``training`` augments it."""
         if name not in self._utterances:
             raise ValueError(f"no set {name!r} is set up, only {sorted(self._utterances)}")
+        return self._speech(self._utterances[name], training=training)
+
+    def _speech(self, utterances: list[Utterance], *, training: bool) -> SpeechDataset:
         assert self.tokenizer is not None  # setup made it
         return SpeechDataset(
-            self._utterances[name],
+            utterances,
             self.tokenizer,
             self.fbank,
             waveform_perturbation=self.waveform_perturbation if training else None,

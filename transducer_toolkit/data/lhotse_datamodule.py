@@ -14,7 +14,7 @@ from lhotse.cut import Cut
 
 from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.datamodule import TransducerDataModule, _init_worker
-from transducer_toolkit.data.dataset import SpeechDataset, collate
+from transducer_toolkit.data.dataset import collate
 from transducer_toolkit.data.lhotse_batching import (
     CutBatchSampler,
     CutDataset,
@@ -89,21 +89,9 @@ class LhotseDataModule(TransducerDataModule):
         sets = {"train": manifests.train, "val": manifests.val}
         return sets[name] if name in sets else manifests.test[name.removeprefix("test/")]
 
-    def _speech(self, *, training: bool) -> SpeechDataset:
-        assert self.tokenizer is not None  # setup made it
-        return SpeechDataset(
-            [],
-            self.tokenizer,
-            self.fbank,
-            waveform_perturbation=self.waveform_perturbation if training else None,
-            spec_augment=self.spec_augment if training else None,
-            seed=self.seed,
-            on_bad_audio=self.on_bad_audio if training else "raise",
-        )
-
     def _loader(self, name: str, *, training: bool = False) -> Any:
         path = self._path(name)
-        dataset = CutDataset(self._speech(training=training))
+        dataset = CutDataset(self._speech([], training=training))
         sizes = _LatticeSizes(self, name)
         constraint = LatticeConstraint(
             sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances
