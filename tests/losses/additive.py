@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,9 @@ class AdditiveBatch:
     ) -> Tensor:
         """Losses (B,) from the definition, by logits of all cells and the reference lattice."""
         parts = [self.cut(b) for b in range(len(self.symbols))]
-        contexts = torch.cat([lm.softmax(-1) for lm, _, _ in parts])
-        unigram = contexts.mean(0).log()
+        # Not softmax().mean().log(): that is log(0) where a symbol is 745 nats below another.
+        contexts = torch.cat([lm.log_softmax(-1) for lm, _, _ in parts])
+        unigram = contexts.logsumexp(0) - math.log(len(contexts))
         losses = []
         for b, (lm, am, symbols) in enumerate(parts):
             log_probs = (1 - lm_only_scale - am_only_scale) * (am[:, None] + lm).log_softmax(-1)
