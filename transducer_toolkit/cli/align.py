@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transducer_toolkit.cli.arguments import add_trust_package
+
 if TYPE_CHECKING:
     from transducer_toolkit.data.manifest import Utterance
     from transducer_toolkit.training.aligner import AlignedUtterance
@@ -255,13 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")
-    parser.add_argument(
-        "--trust-package",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="also instantiate model classes of this Python package; may be repeated",
-    )
+    add_trust_package(parser)
     return parser
 
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transducer_toolkit.cli.arguments import add_trust_package
+
 NEEDED_PACKAGES = ("onnx", "onnxruntime")
 
 
@@ -89,13 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with --streaming: encoder frames of 40 ms that an LSTM encoder takes at once "
         "(default: 4; an Emformer has its segments)",
     )
-    parser.add_argument(
-        "--trust-package",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="also instantiate model classes of this Python package; may be repeated",
-    )
+    add_trust_package(parser)
     return parser
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transducer_toolkit.cli.arguments import add_trust_package
 from transducer_toolkit.cli.transcript_formats import FORMATS, SUFFIXES
 
 if TYPE_CHECKING:
@@ -267,13 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")
-    parser.add_argument(
-        "--trust-package",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="also instantiate model classes of this Python package; may be repeated",
-    )
+    add_trust_package(parser)
     return parser
 
 
