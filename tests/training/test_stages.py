@@ -130,13 +130,33 @@ def test_schedule_of_the_pruned_stage(batch):
     scales = []
     for step, num_steps in ((0, 1000), (100, 1000), (200, 1000), (900, 1000), (1000, 10**6)):
         stage.set_progress(step, num_steps)
-        scales.append((stage.simple_scale, stage.pruned_scale))
+        scales.append(stage.scales())
     assert scales == [(1.0, 0.1), (0.75, 0.55), (0.5, 1.0), (0.5, 1.0), (0.75, 0.55)]
     with pytest.raises(ValueError, match=r"needs its simple_joiner: pass one, or call bind"):
         stages.PrunedLoss()(batch)
     additive = batch._replace(joiner=AdditiveJoiner(8, 6, 7))
     with pytest.raises(TypeError, match="PrunedLoss works inside of the joiner and needs a Joiner"):
         stage(additive)
+
+
+@pytest.mark.parametrize(
+    "kind", ["PackedLoss", "FullLoss", "FusedLoss", "PrunedLoss", "FusedPrunedLoss", "SimpleLoss"]
+)
+def test_delay_penalty_begins_after_the_warm_up(batch, kind):
+    def make(**options):
+        if "Pruned" in kind:
+            torch.manual_seed(0)
+            options["simple_joiner"] = AdditiveJoiner(8, 6, 7)
+        return getattr(stages, kind)(**options)
+
+    torch.manual_seed(0)
+    joiner = AdditiveJoiner(8, 6, 7) if kind == "SimpleLoss" else batch.joiner
+    inputs = batch._replace(joiner=joiner)
+    plain, delayed = make(), make(delay_penalty=0.3)
+    for step, is_penalised in ((0, False), (199, False), (200, True), (1000, True)):
+        plain.set_progress(step, 1000)
+        delayed.set_progress(step, 1000)
+        assert torch.equal(plain(inputs).losses, delayed(inputs).losses) is not is_penalised
 
 
 def test_padding_never_matters(batch):

@@ -10,8 +10,9 @@ from torch import Tensor
 def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
     """``out[b, i] = rows[b, index[b, i]]``; an index may come several times.
 
-    On CUDA the backward of ``gather`` adds with atomics, in whatever order they arrive; that of
-    indexing sorts first.
+    On CUDA the backwards of ``gather`` and ``index_select`` add with atomics, in whatever order
+    they arrive; that of indexing sorts first. On the CPU ``index_select`` copies whole rows, where
+    there are such: several times as fast as ``gather``.
 
     Args:
         rows: (B, N, D).
@@ -27,4 +28,8 @@ def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
     if rows.is_cuda:
         utterances = torch.arange(rows.size(0), device=rows.device)[:, None]
         return rows[utterances, index]
+    if rows.is_contiguous():
+        first = torch.arange(rows.size(0), device=rows.device)[:, None] * rows.size(1)
+        picked = rows.flatten(0, 1).index_select(0, (first + index).flatten())
+        return picked.view(*index.shape, rows.size(2))
     return rows.gather(1, index[:, :, None].expand(-1, -1, rows.size(2)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from transducer_toolkit import native
 
@@ -37,10 +36,15 @@ def simple_normaliser(lm: Tensor, am: Tensor) -> Tensor:
     return normaliser
 
 
+def _flush(values: Tensor) -> Tensor:
+    """Subnormals become zero, in place; NaN stays."""
+    return torch.ops.aten.hardshrink.out(values, torch.finfo(values.dtype).tiny, out=values)
+
+
 def _probabilities(scores: Tensor) -> Tensor:
     """exp(scores - max), subnormals as zero: they would slow the product down many times."""
     probabilities = (scores - scores.amax(-1, keepdim=True)).exp_()
-    return functional.hardshrink(probabilities, torch.finfo(scores.dtype).tiny)
+    return _flush(probabilities)
 
 
 def _threshold(scores: Tensor) -> float:
@@ -92,11 +96,9 @@ def _backward(
     )
     # Nothing asked for (a NaN loss that was masked out): zero, not 0 * NaN.
     is_idle = (grad == 0).all(-1, keepdim=True).all(-2, keepdim=True)
-    tiny = torch.finfo(am.dtype).tiny
     scale = scale.to(am.dtype)
     grad_lm, grad_am = (
-        functional.hardshrink(x.mul_(scale), tiny).masked_fill_(is_idle, 0.0)
-        for x in (grad_lm, grad_am)
+        _flush(x.mul_(scale)).masked_fill_(is_idle, 0.0) for x in (grad_lm, grad_am)
     )
     return grad_lm, grad_am
 

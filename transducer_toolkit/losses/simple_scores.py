@@ -52,24 +52,31 @@ def additive_scores(
     am_blank = am[:, :, termination_symbol, None].to(score)  # (B, T, 1)
     am_label = pick_rows(am.transpose(1, 2), symbols).transpose(1, 2).to(score)  # (B, T, S)
 
-    blank: Tensor | float = 0.0
-    label: Tensor | float = 0.0
+    contexts = []  # every row that am is added to, for one normaliser of all
     combined_scale = 1.0 - lm_only_scale - am_only_scale
-    # A scale of zero leaves its term out: 0 * -inf would be NaN.
     if combined_scale > 0:
-        normaliser = simple_normaliser(lm, am)  # (B, T, S + 1)
-        blank = blank + combined_scale * (am_blank + lm_blank - normaliser)
-        label = label + combined_scale * (am_label + lm_label - normaliser[:, :, :-1])
+        contexts.append(lm)
     if lm_only_scale > 0 or am_only_scale > 0:
         # (B, 1, S + 1): every maximum is 0 here, so nothing underflows that matters.
         lm_normaliser = simple_normaliser(lm, am.new_zeros(am.size(0), 1, am.size(2)))
+    if am_only_scale > 0:
+        unigram = _log_mean_softmax(lm, lm_normaliser.transpose(1, 2), is_context)  # (V,)
+        contexts.append(unigram.expand(am.size(0), 1, -1))
+
+    blank: Tensor | float = 0.0
+    label: Tensor | float = 0.0
+    # A scale of zero leaves its term out: 0 * -inf would be NaN.
+    if contexts:
+        normaliser = simple_normaliser(torch.cat(contexts, 1), am)  # (B, T, S + 1, 1 or S + 2)
+    if combined_scale > 0:
+        combined = normaliser[:, :, : lm.size(1)]
+        blank = blank + combined_scale * (am_blank + lm_blank - combined)
+        label = label + combined_scale * (am_label + lm_label - combined[:, :, :-1])
     if lm_only_scale > 0:
         blank = blank + lm_only_scale * (lm_blank - lm_normaliser)
         label = label + lm_only_scale * (lm_label - lm_normaliser[:, :, :-1])
     if am_only_scale > 0:
-        unigram = _log_mean_softmax(lm, lm_normaliser.transpose(1, 2), is_context)  # (V,)
-        rows = unigram.expand(am.size(0), 1, -1)
-        am_normaliser = simple_normaliser(rows, am)  # (B, T, 1)
+        am_normaliser = normaliser[:, :, -1:]
         prior_blank, prior_label = unigram[termination_symbol].to(score), unigram[symbols].to(score)
         blank = blank + am_only_scale * (am_blank + prior_blank - am_normaliser)
         label = label + am_only_scale * (am_label + prior_label[:, None, :] - am_normaliser)

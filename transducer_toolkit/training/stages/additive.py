@@ -23,7 +23,7 @@ class SmoothedLoss(LossStage):
         am_only_scale: weight of the encoder's own. Made for the windows of pruned training; a model
             that is to be decoded wants 0. On the digits recipe 0.1 spread the symbols over so many
             frames that a greedy search lost half of them (58 % WER, 5 % without).
-        delay_penalty: penalty per frame of delay, 0 is off.
+        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
 
     Example:
         >>> import torch
@@ -71,7 +71,7 @@ class SmoothedLoss(LossStage):
             am_only_scale=self.am_only_scale,
             boundary=batch.boundary,
             rnnt_type=self.topology,
-            delay_penalty=self.delay_penalty,
+            delay_penalty=self.current_delay_penalty,
             reduction="none",
         )
         assert isinstance(losses, Tensor)  # no return_grad
@@ -84,7 +84,7 @@ class SimpleLoss(SmoothedLoss):
     Args:
         blank: id of blank.
         rnnt_type: "regular", "modified" or "constrained".
-        delay_penalty: penalty per frame of delay, 0 is off.
+        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
 
     Example:
         >>> stage = SimpleLoss(rnnt_type="constrained")

@@ -13,6 +13,10 @@ from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner, is_plain_linear
 from transducer_toolkit.modules.transducer import Transducer
 
+# icefall's: a band, or a wish for early symbols, means nothing before a model has learnt a bit.
+MAX_WARMUP_STEPS = 2000
+WARMUP_PART = 0.2
+
 
 class LossInput(NamedTuple):
     """A batch between the model and its loss.
@@ -54,15 +58,28 @@ class StageOutput(NamedTuple):
 class LossStage(nn.Module, ABC):
     """What every loss stage offers. It may own parameters; they are trained with the model.
 
+    The warm-up of a stage is the first ``min(2000, 20 %)`` of all steps. A stage that was never
+    told where the training stands is past it.
+
     Attributes:
         topology: of the lattice, one of :data:`~transducer_toolkit.decoding.TOPOLOGIES`.
             Checkpoints carry it: a model is aligned and decoded as it was trained.
         joiner_target: dotted path of the joiner class that this stage trains in place of the
             model's, or None: any.
+        delay_penalty: penalty per frame of delay, applied after the warm-up: from the first step
+            on, it would pull symbols forward that have not found their place yet.
+        warmup_done: part of the warm-up that is over, from 0 to 1.
     """
 
     topology: str = "regular"
     joiner_target: str | None = None
+    delay_penalty: float = 0.0
+    warmup_done: float = 1.0
+
+    @property
+    def current_delay_penalty(self) -> float:
+        """``delay_penalty`` after the warm-up, 0 before its end."""
+        return self.delay_penalty if self.warmup_done >= 1.0 else 0.0
 
     @abstractmethod
     def forward(self, batch: LossInput) -> StageOutput:
@@ -72,12 +89,13 @@ class LossStage(nn.Module, ABC):
         """Make what depends on the model's sizes; called once, before training."""
 
     def set_progress(self, step: int, num_steps: int) -> None:
-        """Tell a stage with a schedule where the training stands; called before each step.
+        """Tell the stage where the training stands; called before each step.
 
         Args:
             step: optimizer steps done.
             num_steps: of the whole training.
         """
+        self.warmup_done = min(1.0, step / max(1.0, min(MAX_WARMUP_STEPS, WARMUP_PART * num_steps)))
 
 
 def require_joiner(joiner: nn.Module, stage: LossStage) -> Joiner:

@@ -24,7 +24,7 @@ class FusedLoss(LossStage):
         blank: id of blank.
         rnnt_type: "regular", "modified", "constrained" or "one_sym_per_frame".
         fastemit_lambda: weight of FastEmit, 0 is off.
-        delay_penalty: penalty per frame of delay, 0 is off.
+        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
         clamp: bound on the gradient of each logit, 0 is off.
         dropped_mass: bound of the occupancy filter, 0 is exact.
 
@@ -55,9 +55,9 @@ class FusedLoss(LossStage):
         checks.check_dropped_mass(dropped_mass)
         self.blank = blank
         self.topology = rnnt_type
+        self.delay_penalty = delay_penalty
         self.options: dict[str, Any] = {
             "fastemit_lambda": fastemit_lambda,
-            "delay_penalty": delay_penalty,
             "clamp": clamp,
             "dropped_mass": dropped_mass,
         }
@@ -78,6 +78,7 @@ class FusedLoss(LossStage):
             reduction="none",
             shape=batch.shape,
             return_kept=True,
+            delay_penalty=self.current_delay_penalty,
             **self.options,
         )
         return StageOutput(losses, {"kept": kept})

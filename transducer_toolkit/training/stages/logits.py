@@ -18,7 +18,7 @@ class PackedLoss(LossStage):
         blank: id of blank.
         rnnt_type: "regular", "modified", "constrained" or "one_sym_per_frame".
         fastemit_lambda: weight of FastEmit, 0 is off.
-        delay_penalty: penalty per frame of delay, 0 is off.
+        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
         clamp: bound on the gradient of each logit, 0 is off.
 
     Example:
@@ -60,7 +60,7 @@ class PackedLoss(LossStage):
             blank=self.blank,
             topology=self.topology,
             fastemit_lambda=self.fastemit_lambda,
-            delay_penalty=self.delay_penalty,
+            delay_penalty=self.current_delay_penalty,
             clamp=self.clamp,
             index=shape.index(batch.encoder_out.device),
         ).losses
@@ -77,7 +77,7 @@ class FullLoss(LossStage):
         blank: id of blank.
         rnnt_type: "regular", "modified" or "constrained".
         fastemit_lambda: weight of FastEmit, 0 is off.
-        delay_penalty: penalty per frame of delay, 0 is off.
+        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
 
     Example:
         >>> stage = FullLoss(blank=0, rnnt_type="modified")
@@ -106,7 +106,7 @@ class FullLoss(LossStage):
             self.blank,
             batch.boundary,
             self.topology,
-            self.delay_penalty,
+            self.current_delay_penalty,
             "none",
             fastemit_lambda=self.fastemit_lambda,
         )

@@ -27,9 +27,6 @@ from transducer_toolkit.training.stages.base import (
     require_plain_output,
 )
 
-# icefall's schedule: the band means nothing before the simple joiner has learnt something.
-MAX_WARMUP_STEPS = 2000
-WARMUP_PART = 0.2
 SIMPLE_SCALES = (1.0, 0.5)  # at the beginning and at the end of the warm-up
 PRUNED_SCALES = (0.1, 1.0)
 
@@ -37,8 +34,8 @@ PRUNED_SCALES = (0.1, 1.0)
 class PrunedLoss(LossStage):
     """Smoothed loss -> ranges -> joiner and loss on ``prune_range`` symbols of each frame.
 
-    ``losses = simple_scale * smoothed + pruned_scale * pruned``; over the warm-up, the first
-    ``min(2000, 20 %)`` of all steps, the scales go from 1.0 to 0.5 and from 0.1 to 1.0. Logs both
+    ``losses = simple_scale * smoothed + pruned_scale * pruned``; over the warm-up
+    (:class:`LossStage`) the scales go from 1.0 to 0.5 and from 0.1 to 1.0. Logs both
     losses per frame.
 
     Args:
@@ -48,7 +45,7 @@ class PrunedLoss(LossStage):
         lm_only_scale: of the smoothed loss.
         am_only_scale: of the smoothed loss.
         fastemit_lambda: weight of FastEmit in the pruned loss, 0 is off.
-        delay_penalty: penalty per frame of delay, in both losses, 0 is off.
+        delay_penalty: penalty per frame of delay after the warm-up, in both losses, 0 is off.
         method: how ranges are found, "greedy" or "optimal".
         simple_joiner: the additive joiner of the smoothed loss; None: :meth:`bind` makes one, which
             must come before a state dict is loaded.
@@ -97,7 +94,6 @@ class PrunedLoss(LossStage):
         self.delay_penalty = delay_penalty
         self.method = method
         self.simple_joiner = simple_joiner
-        self.simple_scale, self.pruned_scale = SIMPLE_SCALES[1], PRUNED_SCALES[1]
 
     def bind(self, model: Transducer) -> None:
         if self.simple_joiner is None:
@@ -105,12 +101,13 @@ class PrunedLoss(LossStage):
                 model.encoder.output_dim, model.predictor.output_dim, model.vocab_size
             ).to(next(model.parameters()))
 
-    def set_progress(self, step: int, num_steps: int) -> None:
-        warmup_steps = max(1.0, min(MAX_WARMUP_STEPS, WARMUP_PART * num_steps))
-        done = min(1.0, step / warmup_steps)
-        self.simple_scale, self.pruned_scale = (
-            first + done * (last - first) for first, last in (SIMPLE_SCALES, PRUNED_SCALES)
+    def scales(self) -> tuple[float, float]:
+        """Weights of the smoothed and of the pruned loss."""
+        simple, pruned = (
+            first + self.warmup_done * (last - first)
+            for first, last in (SIMPLE_SCALES, PRUNED_SCALES)
         )
+        return simple, pruned
 
     def forward(self, batch: LossInput) -> StageOutput:
         joiner = require_joiner(batch.joiner, self)
@@ -128,7 +125,7 @@ class PrunedLoss(LossStage):
             am_only_scale=self.am_only_scale,
             boundary=batch.boundary,
             rnnt_type=self.topology,
-            delay_penalty=self.delay_penalty,
+            delay_penalty=self.current_delay_penalty,
             reduction="none",
             return_grad=True,
         )
@@ -143,9 +140,10 @@ class PrunedLoss(LossStage):
         pruned, metrics = self.pruned_losses(joiner, batch, ranges)
         metrics["simple_loss"] = per_frame(simple, batch.shape)
         metrics["pruned_loss"] = per_frame(pruned, batch.shape)
-        metrics["simple_scale"] = simple.new_tensor(self.simple_scale)
-        metrics["pruned_scale"] = simple.new_tensor(self.pruned_scale)
-        return StageOutput(self.simple_scale * simple + self.pruned_scale * pruned, metrics)
+        simple_scale, pruned_scale = self.scales()
+        metrics["simple_scale"] = simple.new_tensor(simple_scale)
+        metrics["pruned_scale"] = simple.new_tensor(pruned_scale)
+        return StageOutput(simple_scale * simple + pruned_scale * pruned, metrics)
 
     def pruned_losses(
         self, joiner: Joiner, batch: LossInput, ranges: Tensor
@@ -164,7 +162,7 @@ class PrunedLoss(LossStage):
             self.blank,
             batch.boundary,
             self.topology,
-            self.delay_penalty,
+            self.current_delay_penalty,
             "none",
             fastemit_lambda=self.fastemit_lambda,
         )
@@ -209,7 +207,7 @@ class FusedPrunedLoss(PrunedLoss):
             topology=self.topology,
             reduction="none",
             fastemit_lambda=self.fastemit_lambda,
-            delay_penalty=self.delay_penalty,
+            delay_penalty=self.current_delay_penalty,
             dropped_mass=self.dropped_mass,
             shape=batch.shape,
             return_kept=True,
