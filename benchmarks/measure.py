@@ -33,10 +33,12 @@ GEMM_TILE_CELLS = 4096
 class HostMemory:
     """Time and resident memory of this process."""
 
+    def empty(self) -> None:
+        """Give back what malloc keeps for later: it would hide as much of what comes."""
+        ctypes.CDLL(None).malloc_trim(0)
+
     def start(self) -> None:
         gc.collect()
-        # What malloc keeps for later would hide as much of what comes.
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now the present
         self.before = self._status("VmRSS")
         self.start_s = time.perf_counter()
@@ -56,6 +58,9 @@ class HostMemory:
 class DeviceMemory:
     """Time by events, and memory by torch's allocator."""
 
+    def empty(self) -> None:
+        """Nothing to do: the allocator counts what is in use, not what it keeps."""
+
     def start(self) -> None:
         gc.collect()
         torch.cuda.synchronize()
@@ -72,32 +77,36 @@ class DeviceMemory:
 
 
 def measure(job: Job, repetitions: int, device: str) -> tuple[dict[str, Any], Any]:
-    """Seconds and peak bytes of each run after a warm-up, and what the last run returned."""
+    """Seconds and peak bytes of a job, and what its last run returned.
+
+    The first run warms up threads, caches and compilers of the libraries. The second is measured for
+    memory, with an empty heap; it must ask the system for every page again, so its time does not
+    count. The others are timed in the state that a training is in.
+    """
     meter = DeviceMemory() if device == "cuda" else HostMemory()
     seconds: list[float] = []
-    peaks: list[int] = []
     begun_s = time.perf_counter()
-    warm_up: dict[str, float] = {}
-    while len(seconds) < repetitions:
+
+    def run() -> tuple[float, int, Any]:
         prepared = job.prepare()
-        result = None
         meter.start()
         result = job.run(prepared)
-        elapsed_s, peak_bytes = meter.stop()
-        del prepared
-        if not warm_up:  # threads, caches and compilers of the libraries
-            warm_up = {"seconds": elapsed_s, "peak_bytes": peak_bytes}
-            continue
+        return *meter.stop(), result
+
+    warm_up = run()[:2]
+    meter.empty()
+    _, peak_bytes, result = run()
+    while len(seconds) < repetitions:
+        del result
+        elapsed_s, _, result = run()
         seconds.append(elapsed_s)
-        peaks.append(peak_bytes)
         if time.perf_counter() - begun_s > BUDGET_S:
             break
     measured = {
         "seconds": statistics.median(seconds),
-        "peak_bytes": statistics.median(peaks),
+        "peak_bytes": peak_bytes,
         "all_seconds": seconds,
-        "all_peak_bytes": peaks,
-        "warm_up": warm_up,
+        "warm_up": {"seconds": warm_up[0], "peak_bytes": warm_up[1]},
     }
     return measured, result
 

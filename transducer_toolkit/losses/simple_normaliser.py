@@ -97,9 +97,10 @@ def _backward(
     # Nothing asked for (a NaN loss that was masked out): zero, not 0 * NaN.
     is_idle = (grad == 0).all(-1, keepdim=True).all(-2, keepdim=True)
     scale = scale.to(am.dtype)
-    grad_lm, grad_am = (
-        _flush(x.mul_(scale)).masked_fill_(is_idle, 0.0) for x in (grad_lm, grad_am)
-    )
+    grad_lm, grad_am = (_flush(x.mul_(scale)) for x in (grad_lm, grad_am))
+    if not is_idle.is_cpu or bool(is_idle.any()):  # only on the CPU is looking free
+        grad_lm.masked_fill_(is_idle, 0.0)
+        grad_am.masked_fill_(is_idle, 0.0)
     return grad_lm, grad_am
 
 
