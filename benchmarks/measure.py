@@ -79,9 +79,9 @@ class DeviceMemory:
 def measure(job: Job, repetitions: int, device: str) -> tuple[dict[str, Any], Any]:
     """Seconds and peak bytes of a job, and what its last run returned.
 
-    The first run warms up threads, caches and compilers of the libraries. The second is measured for
-    memory, with an empty heap; it must ask the system for every page again, so its time does not
-    count. The others are timed in the state that a training is in.
+    The first run warms up threads, caches and compilers of the libraries. The second is measured
+    for memory, with an empty heap; it must ask the system for every page again, so its time does
+    not count. The others are timed in the state that a training is in.
     """
     meter = DeviceMemory() if device == "cuda" else HostMemory()
     seconds: list[float] = []

@@ -42,8 +42,8 @@ def additive_scores(
     is_context = real_columns(boundary, lm.size(1), lm.device)  # (B, S + 1)
     is_frame = real_frames(boundary, am.size(1), am.device)  # (B, T)
     dtype = native.compute_dtype(am.dtype)
-    lm = lm.to(dtype).masked_fill(~is_context[:, :, None], 0.0)
-    am = am.to(dtype).masked_fill(~is_frame[:, :, None], 0.0)
+    lm = _zero_padding(lm.to(dtype), is_context)
+    am = _zero_padding(am.to(dtype), is_frame)
 
     # What blank and labels pick from lm (B, S + 1 or S, broadcast over T), and from am (B, T, ...).
     score = native.SCORE_DTYPE
@@ -52,43 +52,64 @@ def additive_scores(
     am_blank = am[:, :, termination_symbol, None].to(score)  # (B, T, 1)
     am_label = pick_rows(am.transpose(1, 2), symbols).transpose(1, 2).to(score)  # (B, T, S)
 
+    # Terms are summed by shape, the smaller first: few of them vary with both t and u.
+    per_frame: list[Tensor] = []  # (B, T, 1), of blanks
+    per_context: list[Tensor] = []  # (B, 1, S + 1)
+    label_per_frame: list[Tensor] = []  # (B, T, 1)
+    label_per_context: list[Tensor] = []  # (B, 1, S)
     contexts = []  # every row that am is added to, for one normaliser of all
     combined_scale = 1.0 - lm_only_scale - am_only_scale
+    # A scale of zero leaves its term out: 0 * -inf would be NaN.
     if combined_scale > 0:
         contexts.append(lm)
+        per_frame.append(combined_scale * am_blank)
+        per_context.append(combined_scale * lm_blank)
+        label_per_context.append(combined_scale * lm_label)
     if lm_only_scale > 0 or am_only_scale > 0:
         # (B, 1, S + 1): every maximum is 0 here, so nothing underflows that matters.
         lm_normaliser = simple_normaliser(lm, am.new_zeros(am.size(0), 1, am.size(2)))
+    if lm_only_scale > 0:
+        per_context.append(lm_only_scale * (lm_blank - lm_normaliser))
+        label_per_context.append(lm_only_scale * (lm_label - lm_normaliser[:, :, :-1]))
     if am_only_scale > 0:
         unigram = _log_mean_softmax(lm, lm_normaliser.transpose(1, 2), is_context)  # (V,)
         contexts.append(unigram.expand(am.size(0), 1, -1))
-
-    blank: Tensor | float = 0.0
-    label: Tensor | float = 0.0
-    # A scale of zero leaves its term out: 0 * -inf would be NaN.
     if contexts:
         normaliser = simple_normaliser(torch.cat(contexts, 1), am)  # (B, T, S + 1, 1 or S + 2)
-    if combined_scale > 0:
-        combined = normaliser[:, :, : lm.size(1)]
-        blank = blank + combined_scale * (am_blank + lm_blank - combined)
-        label = label + combined_scale * (am_label + lm_label - combined[:, :, :-1])
-    if lm_only_scale > 0:
-        blank = blank + lm_only_scale * (lm_blank - lm_normaliser)
-        label = label + lm_only_scale * (lm_label - lm_normaliser[:, :, :-1])
     if am_only_scale > 0:
         am_normaliser = normaliser[:, :, -1:]
         prior_blank, prior_label = unigram[termination_symbol].to(score), unigram[symbols].to(score)
-        blank = blank + am_only_scale * (am_blank + prior_blank - am_normaliser)
-        label = label + am_only_scale * (am_label + prior_label[:, None, :] - am_normaliser)
-    assert isinstance(blank, Tensor) and isinstance(label, Tensor)
-    # lm_only alone does not depend on the frame, nor am_only's blank on the column.
-    blank = blank.expand(-1, am.size(1), lm.size(1))
-    label = label.expand(-1, am.size(1), -1)
+        per_frame.append(am_only_scale * (am_blank + prior_blank - am_normaliser))
+        label_per_frame.append(-am_only_scale * am_normaliser)
+        label_per_context.append(am_only_scale * prior_label[:, None, :])
+
+    blank = _sum_terms(per_frame, per_context, (am.size(0), am.size(1), lm.size(1)))
+    label = _sum_terms(label_per_frame, label_per_context, am_label.shape)
+    if contexts:
+        label = torch.add(label, am_label, alpha=combined_scale + am_only_scale)
+    if combined_scale > 0:
+        blank = torch.sub(blank, normaliser[:, :, : lm.size(1)], alpha=combined_scale)
+        label = torch.sub(label, normaliser[:, :, : lm.size(1) - 1], alpha=combined_scale)
     if is_invalid is not None:
         label = label.masked_fill(is_invalid[:, None, :], float("nan"))
     if rnnt_type == "constrained":
         label = label + blank[:, :, 1:]
     return blank, label
+
+
+def _zero_padding(rows: Tensor, is_real: Tensor) -> Tensor:
+    """(B, N, V), zero where is_real (B, N) is not; where looking is free, no copy if all are."""
+    if is_real.is_cpu and not torch.compiler.is_compiling() and bool(is_real.all()):
+        return rows
+    return rows.masked_fill(~is_real[:, :, None], 0.0)
+
+
+def _sum_terms(
+    per_frame: list[Tensor], per_context: list[Tensor], shape: tuple[int, ...]
+) -> Tensor:
+    """The sum, broadcast to `shape`; each list is added up before it is broadcast."""
+    sums = [sum(terms[1:], terms[0]) for terms in (per_frame, per_context) if terms]
+    return sum(sums[1:], sums[0]).expand(shape)
 
 
 def _log_mean_softmax(lm: Tensor, normaliser: Tensor, is_context: Tensor) -> Tensor:
