@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table and picture of benchmarks/README.md for the CPU, about 25 minutes on two quiet cores:
+# Every table and picture of benchmarks/README.md for the CPU, about 40 minutes on two quiet cores:
 #
 #     make bench SUITES=                    # installs the peers, once
 #     benchmarks/full_run.sh --peers-dir build/peers --shapes shapes.npy
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-MINUTES=${MINUTES:-25}
+MINUTES=${MINUTES:-40}
 RESULTS=benchmarks/results
 FRESH=$(mktemp -d)
 trap 'rm -rf "$FRESH"' EXIT
@@ -34,7 +34,8 @@ run() {
 run step --peers "${FAST[@]}"
 run loss --peers all --repetitions 3
 run step --peers "${FAST[@]}" --lattice peaky
-run pruned --peers all --repetitions 5
+run pruned --peers all --rounds 5 --repetitions 7
+run pruned --peers all --rounds 5 --repetitions 7 --lattice peaky
 run decode --peers all
 run step --peers "${FAST[@]}" --threads 2
 run loss --peers "${FAST[@]}" --threads 2 --repetitions 3
@@ -44,8 +45,8 @@ run scaling --peers torchaudio fast_rnnt optimized_transducer --frames 200 --rep
 run step --peers "${FAST[@]}" --flush-denormal
 run step --peers "${FAST[@]}" --batch unsorted --frames 5000 --threads 2 --repetitions 1 \
   --memory-limit 4
-run scaling --peers torchaudio fast_rnnt optimized_transducer --frames 200 --repetitions 1 \
-  --series cells D T --factors 1 4 16
+run scaling --peers torchaudio optimized_transducer --frames 100 --repetitions 1 \
+  --series cells D T --factors 1 4 16 64
 run accuracy --peers "${FAST[@]}" --timeout 300  # no time is measured: any machine will do
 
 if compgen -G "$FRESH/*.json" >/dev/null; then
