@@ -23,6 +23,7 @@ TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 128 * 2**20}
 # A product on the CPU copies its right-hand side into the order it likes. So the weight goes in by
 # panels of at most this size, or that copy would be as large as the weight. A GPU makes none.
 PANEL_BYTES = {"cpu": 2 * 2**20}
+MIN_PANEL_ROWS = 256  # narrower products are slow: at D = 8192 panels of 2 MiB took 40 % more time
 
 
 def automatic_tile_cells(enc: Tensor, vocab_size: int) -> int:
@@ -33,13 +34,13 @@ def automatic_tile_cells(enc: Tensor, vocab_size: int) -> int:
 
 
 def _panels(weight: Tensor) -> list[slice]:
-    """Cut the rows of a weight into equal panels of at most PANEL_BYTES."""
+    """Cut the rows of a weight into equal panels of PANEL_BYTES or MIN_PANEL_ROWS, the larger."""
     vocab_size, width = weight.shape
     panel_bytes = PANEL_BYTES.get(weight.device.type)
     count = 1
     if panel_bytes is not None:
-        count = max(1, -(-vocab_size * width * weight.element_size() // panel_bytes))
-    count = min(count, vocab_size)
+        rows = max(MIN_PANEL_ROWS, panel_bytes // max(1, width * weight.element_size()))
+        count = max(1, -(-vocab_size // rows))
     edges = [index * vocab_size // count for index in range(count + 1)]
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
