@@ -170,7 +170,7 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_at_s, self._saved_at_step = time.monotonic(), trainer.global_step
 
     def _stop(self, trainer: Trainer, number: int) -> None:
