@@ -13,5 +13,7 @@ def add_trust_package(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="also instantiate model classes of this Python package; may be repeated",
+        help="also instantiate what the checkpoint names of this Python package, if its model is not "
+        "of this toolkit; that runs the package's code with the checkpoint's arguments; may be "
+        "repeated",
     )
