@@ -58,7 +58,7 @@ def test_all_has_every_extra_but_the_developers():
 
 def test_the_readme_lists_the_extras():
     (paragraph,) = re.findall(r"\*\*Which extras are there\?\*\*(.*?)\n\n", README, flags=re.S)
-    assert sorted(re.findall(r"`(\w+)` \(", paragraph)) == sorted(EXTRAS)
+    assert sorted(re.findall(r"`(\w+)`\s\(", paragraph)) == sorted(EXTRAS)
 
 
 def test_every_extra_that_is_named_exists():

@@ -2,7 +2,9 @@
 """A manifest of cuts is data: no shell, no network, unless the user says so."""
 
 import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -88,16 +90,31 @@ def test_a_command_hidden_in_a_transform(folder):
     with pytest.raises(ValueError, match="is of type 'command'"):
         batches(path)
     assert not Path("exploded").exists()
-    assert batches(path, audio_sources=["file", "command"])
+    with pytest.raises(ValueError, match="declared samples"):  # as c0 is longer, but it has run
+        batches(path, audio_sources=["file", "command"])
     assert Path("exploded").exists()
 
 
-def test_a_command_in_a_shard(folder):
-    for path in (folder / "shar").glob("cuts.*.jsonl.gz"):
-        rewrite(path, reverberate(source("command", COMMAND)))
+def test_a_command_in_an_archive(folder):
+    """What an archive says of a recording replaces what the manifest beside it says."""
+    change = reverberate(source("command", "touch exploded; cat c0.wav"))
+    for path in (folder / "shar").glob("recording.*.tar"):
+        with tarfile.open(path) as old:
+            members = [(member, old.extractfile(member).read()) for member in old]
+        with tarfile.open(path, "w") as new:
+            for member, content in members:
+                if member.name.endswith(".json"):
+                    row = {"recording": json.loads(content)}
+                    change(row)
+                    content = json.dumps(row["recording"]).encode()
+                    member.size = len(content)
+                new.addfile(member, io.BytesIO(content))
     with pytest.raises(ValueError, match="is of type 'command'"):
         batches(folder / "shar")
     assert not Path("exploded").exists()
+    with pytest.raises(ValueError, match="declared samples"):
+        batches(folder / "shar", audio_sources=["memory", "command"])
+    assert Path("exploded").exists()
 
 
 def test_a_command_in_a_track(folder):
