@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import soundfile
 import torch
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -41,8 +42,17 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
-def blocks(path, language=r"\w*"):
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), flags=re.M | re.S)
+def fenced(text):
+    """Blocks and prose of a page: pairs of language, or None for prose, and text."""
+    parts = re.split(r"^```(.*)$\n?", text, flags=re.M)
+    # Prose, then language, block, "" of the closing fence, prose, and so on.
+    assert len(parts) % 4 == 1 and not any(parts[3::4]), "a fence is open"
+    yield from ((None, prose) for prose in parts[::4])
+    yield from zip(parts[1::4], parts[2::4], strict=True)
+
+
+def blocks(path, language):
+    return [text for found, text in fenced(path.read_text()) if found == language]
 
 
 # --- Python ---------------------------------------------------------------------------------------
@@ -107,8 +117,9 @@ def with_a_graph(folder):
         given = {name: to_cuda(torch.randn(size)) for name, size in sizes.items()}
         given |= {"logit_lengths": lengths, "target_lengths": target_lengths, "graph": None}
         given["targets"] = to_cuda(torch.randint(1, 9, (2, 3)))
-        with mock.patch.object(torch.cuda, "graph", lambda graph: traffic.capture()):
-            yield given | vars(importlib.import_module("transducer_toolkit"))
+        graph = {"graph": lambda graph: traffic.capture(), "current_device": lambda: 0}
+        with mock.patch.multiple(torch.cuda, **graph):
+            yield given | {"torch": torch} | vars(importlib.import_module("transducer_toolkit"))
             assert torch.Tensor.backward.call_count == 1 and given["enc"].device == CUDA
 
 
@@ -136,14 +147,15 @@ def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
 
 def code_of(path):
     """Pieces of a page that are code: lines of blocks that are not Python, and inline spans."""
-    text = path.read_text().replace("\\\n", " ")
-    lines = []
-    for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```$", text, flags=re.M | re.S):
-        found = block.splitlines()
-        # What follows a command with "$" is its output.
-        lines += [x for x in found if x.startswith("$ ")] if found[0].startswith("$ ") else found
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    return lines, [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    lines, spans = [], []
+    for language, text in fenced(path.read_text().replace("\\\n", " ")):
+        if language is None:
+            spans += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+        elif language != "python":
+            found = text.splitlines()
+            # What follows a command with "$" is its output.
+            lines += [x for x in found if x.startswith("$ ")] if text.startswith("$ ") else found
+    return lines, spans
 
 
 def code_of_yaml(path):
@@ -189,7 +201,8 @@ def compose_like_hydra(config_name, words):
     for flag in FLAGS_WITH_VALUE:
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
-    texts = [word for word in words if word not in FLAGS]
+    # "data=OPTION": any of them.
+    texts = [w for w in words if w not in FLAGS and not re.fullmatch(r"[a-z_/]+=[A-Z]+", w)]
     overrides = OverridesParser.create().parse_overrides(texts)
     with initialize_config_module("transducer_toolkit.conf", version_base="1.3"):
         firsts = [
@@ -224,14 +237,10 @@ def test_all_commands_are_found():
     scripts = re.findall(r"^transducer-(\w+) =", (ROOT / "pyproject.toml").read_text(), flags=re.M)
     assert {command.values[0] for command in COMMANDS} == set(scripts)
     for path in PAGES:
-        in_blocks = [
-            line
-            for block in blocks(path)
-            for line in block.replace("\\\n", " ").splitlines()
-            if "transducer-" in line and not line.startswith(("#", "pip "))
-        ]
+        lines = [line.partition("#")[0] for line in code_of(path)[0]]
+        expected = [x for x in lines if re.search(r"transducer-[a-z]|toolkit\.cli\.", x)]
         found = [c for c in COMMANDS if c.id.startswith(f"{name_of(path)}:") and c.values[2]]
-        assert len(found) >= len([x for x in in_blocks if "transducer-" in x.split("#")[0]])
+        assert len(found) == len(expected)
     assert len(COMMANDS) > 70
     assert command_of("srun $(which transducer-train) seed=1,2 'x.y=[a,b]'  # why") == (
         "train",
@@ -253,6 +262,11 @@ def known_keys():
     keys = set()
     for group, options in groups.items():
         if group.startswith("hydra"):
+            continue
+        if "/" in group:  # of a part of an option
+            for option in options:
+                text = (conf / group / f"{option}.yaml").read_text()
+                keys |= {f"{group.replace('/', '.')}.{name}" for name in yaml.safe_load(text)}
             continue
         config_name = "evaluate" if group == "search" else "train"
         for option in options:
