@@ -295,7 +295,9 @@ def test_keys_and_options_in_prose_exist():
         if key in groups and equals:
             checked += 1
             options = re.findall(r"^[a-z_]+$", value)  # not N, nor two of them, nor nothing
-            unknown += [(page, f"{key}={option}") for option in options if option not in groups[key]]
+            unknown += [
+                (page, f"{key}={option}") for option in options if option not in groups[key]
+            ]
         elif "." in key and key.partition(".")[0] in first_parts and (equals or not value):
             checked += 1
             if key not in keys:

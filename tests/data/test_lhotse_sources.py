@@ -135,12 +135,16 @@ def test_skipping_bad_audio_does_not_run_it(folder):
 
 @pytest.mark.parametrize(
     ("type_", "text"),
-    [("url", "http://127.0.0.1:9/a.wav"), ("file", "http://127.0.0.1:9/a.wav"), ("file", "pipe:ls")],
+    [
+        ("url", "http://127.0.0.1:9/a.wav"),
+        ("file", "http://127.0.0.1:9/a.wav"),
+        ("file", "pipe:ls"),
+    ],
 )
 def test_nothing_is_fetched(folder, type_, text):
     path = folder / "train.jsonl.gz"
     rewrite(path, set_source(type_, text))
-    with pytest.raises(ValueError, match="is of type 'url'|no audio file at"):
+    with pytest.raises(ValueError, match=r"is of type 'url'|no audio file at"):
         batches(path)
 
 

@@ -102,9 +102,7 @@ class LhotseDataModule(TransducerDataModule):
 
     def _loader(self, name: str, *, training: bool = False) -> Any:
         path = self._path(name)
-        dataset = CutDataset(
-            self._speech([], training=training), audio_sources=self.audio_sources
-        )
+        dataset = CutDataset(self._speech([], training=training), audio_sources=self.audio_sources)
         sizes = _LatticeSizes(self, name)
         constraint = LatticeConstraint(
             sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances
