@@ -52,6 +52,9 @@ def test_errors(tmp_path, ramp):
     (tmp_path / "text.wav").write_text("not audio")
     with pytest.raises(ValueError, match=r"text\.wav cannot be read as audio"):
         read_audio(tmp_path / "text.wav")
+    (tmp_path / "headerless.raw").write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match=r"headerless\.raw cannot be read as audio"):
+        read_audio(tmp_path / "headerless.raw")
     with pytest.raises(ValueError, match=r"holds no samples at offset_s=7\.0"):
         read_audio(ramp, offset_s=7.0)
     for options in ({"offset_s": -1.0}, {"duration_s": 0.0}):

@@ -96,6 +96,22 @@ def test_bad_fields_are_named(changes, error, message):
         utterance(**changes)
 
 
+@pytest.mark.parametrize("audio", ["../a.wav", "b/../../a.wav", "..", "b/../../../etc/passwd"])
+def test_a_relative_path_stays_in_the_folder(tmp_path, audio):
+    path = tmp_path / "m.jsonl"
+    row = {"id": "a", "audio": audio, "duration_s": 1, "text": ""}
+    path.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 1: audio '.*' lies outside of"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("audio", ["b/../a.wav", "..a.wav", "./a.wav", "/elsewhere/../a.wav"])
+def test_dots_are_not_refused_as_such(tmp_path, audio):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"id": "a", "audio": audio, "duration_s": 1, "text": ""}))
+    assert read_manifest(path)[0].audio == str(tmp_path / audio)
+
+
 def test_missing_manifest(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_manifest(tmp_path / "none.jsonl")

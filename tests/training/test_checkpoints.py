@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
+import http.server
 import os
+import pickle
 import resource
 import signal
+import threading
 
 import pytest
 import torch
@@ -40,6 +44,41 @@ def test_what_a_killed_process_left_is_written_over(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"step": 1}, str(path))
     assert AtomicCheckpointIO().load_checkpoint(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class Bomb:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_loading_runs_no_code_whoever_asks_and_wherever_it_lies(tmp_path):
+    """Lightning would unpickle anything that comes over HTTP."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    torch.save({"step": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.ckpt")
+    torch.save({"step": 3}, tmp_path / "good.ckpt")
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for place in (tmp_path, f"http://127.0.0.1:{server.server_port}"):
+            for weights_only in (None, True, False):
+                with pytest.raises(ValueError, match=r"bomb\.ckpt is not a checkpoint of"):
+                    AtomicCheckpointIO().load_checkpoint(
+                        f"{place}/bomb.ckpt", weights_only=weights_only
+                    )
+            assert AtomicCheckpointIO().load_checkpoint(f"{place}/good.ckpt") == {"step": 3}
+            with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+                AtomicCheckpointIO().load_checkpoint(f"{place}/none.ckpt")
+        server.shutdown()
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "exploded")))
+    assert (tmp_path / "exploded").exists()  # it would
 
 
 class Line(LightningModule):

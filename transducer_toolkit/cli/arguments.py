@@ -13,5 +13,6 @@ def add_trust_package(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="also instantiate model classes of this Python package; may be repeated",
+        help="also instantiate what the checkpoint names of this Python package, for models of "
+        "your own: it runs the package's code with the checkpoint's arguments; may be repeated",
     )

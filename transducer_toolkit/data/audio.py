@@ -54,7 +54,7 @@ def read_audio(
             file.seek(min(round(offset_s * file_rate), file.frames))
             count = -1 if duration_s is None else round(duration_s * file_rate)
             samples = file.read(count, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, such as .raw
         raise ValueError(f"{os.fspath(path)} cannot be read as audio: {error}") from error
     if len(samples) == 0:
         raise ValueError(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from transducer_toolkit.data.audio import resample
 from transducer_toolkit.data.dataset import Batch, Example, SpeechDataset, Unreadable, collate
+from transducer_toolkit.data.lhotse_sources import LOCAL_SOURCES, check_audio_sources
 from transducer_toolkit.data.manifest import Utterance
 
 __all__ = [
@@ -217,11 +218,13 @@ class CutDataset(Dataset[Example]):
 
     Args:
         speech: how waveform and text become an example.
+        audio_sources: types of audio source that cuts may have, see
+            :func:`~transducer_toolkit.data.lhotse_sources.check_audio_sources`.
 
     Raises:
-        ValueError: (on access) a cut without exactly one supervision, whose audio cannot be read,
-            or whose text the tokenizer cannot encode; the cut is named. Also a batch of cuts none
-            of which can be read.
+        ValueError: (on access) a cut without exactly one supervision, whose audio cannot be read or
+            is of another source, or whose text the tokenizer cannot encode; the cut is named. Also
+            a batch of cuts none of which can be read.
 
     Example:
         >>> dataset = CutDataset(SpeechDataset([], tokenizer, Fbank()))  # doctest: +SKIP
@@ -229,8 +232,11 @@ class CutDataset(Dataset[Example]):
         torch.Size([214, 80])
     """
 
-    def __init__(self, speech: SpeechDataset) -> None:
+    def __init__(
+        self, speech: SpeechDataset, *, audio_sources: Sequence[str] = LOCAL_SOURCES
+    ) -> None:
         self.speech = speech
+        self.audio_sources = tuple(audio_sources)
 
     def __getitem__(self, index: CutIndex) -> Example:
         epoch, cut = index
@@ -242,6 +248,7 @@ class CutDataset(Dataset[Example]):
             speaker=cut.supervisions[0].speaker,
         )
         try:
+            check_audio_sources(cut, self.audio_sources)
             waveform = torch.from_numpy(cut.load_audio()).mean(dim=0)  # (channels, samples)
             waveform = resample(waveform, cut.sampling_rate, self.speech.fbank.sample_rate)
             return self.speech.example(utterance, waveform, epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transducer_toolkit.data.lhotse_batching import (
     cut_text,
     duration_bins,
 )
+from transducer_toolkit.data.lhotse_sources import LOCAL_SOURCES, SOURCE_TYPES
 from transducer_toolkit.data.loader import ResumableLoader
 
 __all__ = ["LhotseDataModule"]
@@ -50,10 +52,14 @@ class LhotseDataModule(TransducerDataModule):
         buffer_size: cuts that are held and shuffled together; of shards, with their audio and in
             each worker.
         steps_per_epoch: batches of an epoch of each process; needed for shards, and only there.
+        audio_sources: types of audio source that cuts may have, of "file", "memory", "url" and
+            "command". A url is fetched and a command is run by a shell: allow them only to
+            manifests that you trust.
         options: those of :class:`TransducerDataModule`.
 
     Raises:
-        ValueError: shards without ``steps_per_epoch``, or that without shards.
+        ValueError: shards without ``steps_per_epoch``, or that without shards; an unknown type of
+            audio source.
 
     Example:
         >>> corpus = ManifestCorpus(train="shar/train", val="dev.jsonl.gz")  # doctest: +SKIP
@@ -66,9 +72,14 @@ class LhotseDataModule(TransducerDataModule):
         num_buckets: int = 30,
         buffer_size: int = 20_000,
         steps_per_epoch: int | None = None,
+        audio_sources: Sequence[str] = LOCAL_SOURCES,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        unknown = sorted(set(audio_sources) - set(SOURCE_TYPES))
+        if unknown:
+            raise ValueError(f"audio_sources must be some of {SOURCE_TYPES}, got {unknown}")
+        self.audio_sources = tuple(audio_sources)
         self.num_buckets = num_buckets
         self.buffer_size = buffer_size
         self.steps_per_epoch = steps_per_epoch
@@ -91,7 +102,7 @@ class LhotseDataModule(TransducerDataModule):
 
     def _loader(self, name: str, *, training: bool = False) -> Any:
         path = self._path(name)
-        dataset = CutDataset(self._speech([], training=training))
+        dataset = CutDataset(self._speech([], training=training), audio_sources=self.audio_sources)
         sizes = _LatticeSizes(self, name)
         constraint = LatticeConstraint(
             sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances

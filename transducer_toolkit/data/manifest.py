@@ -97,7 +97,10 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(Utterance))
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
-    """Read a manifest; relative audio paths are resolved against its folder.
+    """Read a manifest; relative audio paths are resolved against its folder and stay within it.
+
+    What lies elsewhere has an absolute path, which :func:`write_manifest` writes: a manifest that
+    came with a corpus cannot point out of it unseen.
 
     Args:
         path: JSON-lines file, one :class:`Utterance` per line; blank lines are skipped.
@@ -107,8 +110,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not a valid utterance or repeats an id; the message names file and
-            line.
+        ValueError: a line is not a valid utterance, repeats an id or leaves the folder by ``..``;
+            the message names file and line.
 
     Example:
         >>> utterances = read_manifest("data/train.jsonl")  # doctest: +SKIP
@@ -128,6 +131,11 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
                 if unknown:
                     raise ValueError(f"unknown fields {unknown}; put them into 'extra'")
                 utterance = Utterance(**row)
+                if _climbs(utterance.audio):
+                    raise ValueError(
+                        f"audio {utterance.audio!r} lies outside of the manifest's folder: give "
+                        "its absolute path"
+                    )
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
             if utterance.id in line_of_id:
@@ -139,6 +147,11 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
             audio = str(path.parent / utterance.audio)
             utterances.append(dataclasses.replace(utterance, audio=audio))
     return utterances
+
+
+def _climbs(audio: str) -> bool:
+    """Whether a relative path leads out of where it starts."""
+    return not os.path.isabs(audio) and os.path.normpath(audio).split(os.sep)[0] == os.pardir
 
 
 def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]) -> None:

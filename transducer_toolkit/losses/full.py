@@ -8,6 +8,7 @@ from torch import Tensor
 
 from transducer_toolkit import native
 from transducer_toolkit.losses import checks
+from transducer_toolkit.losses.append import append_one
 from transducer_toolkit.losses.boundary import (
     boundary_or_everything,
     check_boundary,
@@ -161,7 +162,7 @@ def joint_loss(
         label, blank = (everything.scatter_add(2, columns, part) for part in (label, blank))
     px_grad, py_grad = label[:, :, :-1].transpose(1, 2), blank.transpose(1, 2)
     if rnnt_type == "regular":  # no symbol after the last frame
-        px_grad = torch.nn.functional.pad(px_grad, (0, 1))
+        px_grad = append_one(px_grad, 2)
     px_grad, py_grad = (part.to(losses.dtype).contiguous() for part in (px_grad, py_grad))
     return loss, (px_grad, py_grad)
 
@@ -207,7 +208,7 @@ def joint_logprobs(
         label = label + blank[:, :, 1:]
     px, py = label.transpose(1, 2), blank.transpose(1, 2)
     if rnnt_type == "regular":
-        px = torch.nn.functional.pad(px, (0, 1), value=-torch.inf)
+        px = append_one(px, 2, -torch.inf)
     return px.contiguous(), py.contiguous()
 
 

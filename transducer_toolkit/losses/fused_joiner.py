@@ -246,7 +246,8 @@ def _check_arguments(
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, tensor in parameters.items():
         checks.check_tensor(tensor, name)
-        if hasattr(tensor, "placements"):
+        # (torch 2.4 cannot trace the question.)
+        if not torch.compiler.is_compiling() and hasattr(tensor, "placements"):
             raise TypeError(
                 f"{name}: expected a whole tensor, got a sharded one (DTensor): call the loss "
                 "inside of the module that owns it, where FSDP has gathered it, or pass "

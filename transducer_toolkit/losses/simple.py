@@ -8,6 +8,7 @@ from torch import Tensor
 
 from transducer_toolkit import native
 from transducer_toolkit.losses import checks
+from transducer_toolkit.losses.append import append_one
 from transducer_toolkit.losses.boundary import boundary_or_everything
 from transducer_toolkit.losses.mutual_information import (
     lattice_losses,
@@ -281,7 +282,7 @@ def _loss(
     if not return_grad:
         return loss
     if rnnt_type == "regular":  # no symbol after the last frame
-        label_posteriors = torch.nn.functional.pad(label_posteriors, (0, 0, 0, 1))
+        label_posteriors = append_one(label_posteriors, 1)
     return loss, posteriors_of_symbols_and_frames(label_posteriors, blank_posteriors, dtype)
 
 
@@ -304,7 +305,7 @@ def _logprobs(
         *(boundary, rnnt_type, ""),
     )
     if rnnt_type == "regular":
-        label = torch.nn.functional.pad(label, (0, 0, 0, 1), value=float("-inf"))
+        label = append_one(label, 1, float("-inf"))
         frames = torch.arange(label.size(1), device=label.device)
         is_over = frames >= boundary[:, 3, None].to(label.device)  # (B, T + 1)
         label = label.masked_fill(is_over[:, :, None], float("-inf"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint beside its place, then rename it: readers and crashes see whole files.
+
+    Loading never runs code from a checkpoint.
 
     (Lightning's own writer prepares the file in the system's temporary folder; if that is another
     file system, what it calls a move is a copy that a crash cuts short.) Addresses with a scheme,
@@ -64,6 +68,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(error.errno, message, str(path)) from error
         finally:
             partial.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Load a checkpoint without running code from it, whoever asks for what.
+
+        (Lightning leaves it to torch what a file may do, and unpickles all that an ``http://``
+        address gives.)
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds anything but tensors and plain values.
+        """
+        if not get_filesystem(path).exists(str(path)):
+            raise FileNotFoundError(f"no checkpoint at {path}")
+        try:
+            with get_filesystem(path).open(str(path), "rb") as file:
+                return torch.load(file, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
 
 
 class LastCheckpoint(Checkpoint):

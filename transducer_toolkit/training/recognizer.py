@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import pkgutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,11 +20,13 @@ from transducer_toolkit.data.tokenizer import Tokenizer, tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, check_topology
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.training.long_audio import Transcription, transcribe_file
+from transducer_toolkit.training.trust import TRUSTED_PACKAGES, check_model_config
 from transducer_toolkit.training.words import RecognizedWord, encoder_frame_s, recognized_words
 
 CHECKPOINT_KEY = "recognizer"
 FORMAT_VERSION = 1
-TRUSTED_PACKAGES = ("transducer_toolkit.modules",)
+# Of every recipe; the others have come since.
+RECIPE_KEYS = ("model", "symbols", "num_mel_bins", "max_symbols_per_frame")
 
 
 def recognizer_recipe(
@@ -125,7 +125,7 @@ class Recognizer:
         """
         checkpoint = load_checkpoint(path)
         recipe = checkpoint[CHECKPOINT_KEY]
-        _check_targets(recipe["model"], trusted_packages, path)
+        check_model_config(recipe["model"], trusted_packages, path)
         model = instantiate(recipe["model"], _convert_="all")
         weights = {
             name.removeprefix("model."): value
@@ -218,54 +218,26 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of transducer-train, nor of torch at all")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged or forged: the unpickler stumbles in many ways
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise ValueError(
             f"{path} is not a checkpoint of transducer-train: it holds no {CHECKPOINT_KEY!r} entry"
         )
-    version = checkpoint[CHECKPOINT_KEY].get("format_version")
+    recipe = checkpoint[CHECKPOINT_KEY]
+    version = recipe.get("format_version") if isinstance(recipe, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has the recognizer format {version}, this version of transducer_toolkit "
             f"reads {FORMAT_VERSION}"
         )
-    return checkpoint
-
-
-def _check_targets(
-    config: Any, trusted_packages: Sequence[str], path: str | os.PathLike[str]
-) -> None:
-    """Refuse a config that would instantiate anything but classes of the trusted packages."""
-    if isinstance(config, list):
-        for value in config:
-            _check_targets(value, trusted_packages, path)
-    elif isinstance(config, dict):
-        if "_target_" in config:
-            _check_target(str(config["_target_"]), trusted_packages, path)
-        for value in config.values():
-            _check_targets(value, trusted_packages, path)
-
-
-def _check_target(
-    target: str, trusted_packages: Sequence[str], path: str | os.PathLike[str]
-) -> None:
-    def is_trusted(name: str | None) -> bool:
-        return name is not None and any(
-            name == package or name.startswith(package + ".") for package in trusted_packages
-        )
-
-    # The spelling first, as looking a target up imports it; then where it is defined, because
-    # what a trusted module merely imported (trusted.module.os.system) is not trusted.
-    if is_trusted(target):
-        try:
-            defined_in = getattr(pkgutil.resolve_name(target), "__module__", None)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} wants to instantiate {target}: {error}") from error
-    if not is_trusted(target) or not is_trusted(defined_in):
+    missing = [name for name in RECIPE_KEYS if name not in recipe]
+    if missing or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(
-            f"{path} wants to instantiate {target}, which is not of the trusted packages "
-            f"{list(trusted_packages)}; if you trust the file and the class, pass its package in "
-            "trusted_packages (--trust-package on the command line)"
+            f"{path} is not a checkpoint of transducer-train: it lacks "
+            f"{', '.join(missing) or 'state_dict'}"
         )
+    return checkpoint

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that would run code: no command runs it, each says what is wrong."""
+
+import importlib
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from transducer_toolkit.training.recognizer import Recognizer, load_checkpoint
+
+HERE = __name__
+
+
+def explode(marker="exploded", **ignored):
+    """What must not run."""
+    Path(marker).touch()
+
+
+class Bomb:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return explode, (str(self.marker),)
+
+
+def as_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+def as_torch(content, path):
+    torch.save(content, path)
+
+
+def as_old_torch(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def command(name, folder, checkpoint, tones, data_overrides, train_overrides):
+    """Arguments that would use a checkpoint, by command."""
+    wave = tones / "test-0.wav"
+    return {
+        "transcribe": ["--checkpoint", checkpoint, wave],
+        "align": ["--checkpoint", checkpoint, "--text", "a", wave],
+        "export": [checkpoint, "--output", folder / "exported"],
+        "average": [checkpoint, "--output", folder / "mean.ckpt"],
+        "evaluate": [f"checkpoint={checkpoint}", *data_overrides],
+        "train": [*train_overrides, f"init_from={checkpoint}"],
+        "resume": [*train_overrides, f"ckpt_path={checkpoint}"],
+    }[name]
+
+
+COMMANDS = ("transcribe", "align", "export", "average", "evaluate", "train", "resume")
+
+
+@pytest.fixture
+def refused(console, tones, data_overrides, train_overrides, tmp_path, capsys):
+    """Give a checkpoint to a command; returns what it says on its way to exit status 1."""
+
+    def run(name, checkpoint):
+        arguments = command(name, tmp_path, checkpoint, tones, data_overrides, train_overrides)
+        module = "train" if name == "resume" else name
+        main = importlib.import_module(f"transducer_toolkit.cli.{module}").main
+        if module in ("train", "evaluate"):
+            with pytest.raises(SystemExit) as ended:
+                console(main, tmp_path, *arguments)
+            status = ended.value.code
+        else:
+            status = main(list(map(str, arguments)))
+        assert status == 1
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("save", [as_pickle, as_torch, as_old_torch])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_unpickles_code(name, save, trained, refused, tmp_path):
+    marker, path = tmp_path / "exploded", tmp_path / "bomb.ckpt"
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["recognizer"]["symbols"] = Bomb(marker)
+    save(content, path)
+    pickle.loads(pickle.dumps(Bomb(marker)))
+    assert marker.exists()  # it would
+    marker.unlink()
+
+    said = refused(name, path)
+    assert "bomb.ckpt is not a checkpoint of transducer-train" in said
+    assert not marker.exists()
+
+
+CONFIGS = {
+    "target": {"_target_": f"{HERE}.explode"},
+    "in a list": [{"_target_": f"{HERE}.explode"}],
+    "in a tuple": ({"_target_": f"{HERE}.explode"},),
+    "in a tuple in a list": [({"x": {"_target_": f"{HERE}.explode"}},)],
+    "made by an interpolation": f"${{oc.create:{{_target_:{HERE}.explode}}}}",
+    "a target interpolated": {"_target_": f"${{oc.decode:{HERE}.explode}}"},
+}
+
+
+@pytest.fixture
+def with_config(trained, tmp_path):
+    """Write a good checkpoint with a part of its model config changed."""
+
+    def write(value, key="encoder"):
+        content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+        content["recognizer"]["model"][key] = value
+        torch.save(content, tmp_path / "foreign.ckpt")
+        return tmp_path / "foreign.ckpt"
+
+    return write
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_no_config_names_code(config, with_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    instantiate({"part": config}, _convert_="all")
+    assert Path("exploded").exists()  # it would
+    Path("exploded").unlink()
+    with pytest.raises(ValueError, match=r"foreign\.ckpt"):
+        Recognizer.from_checkpoint(with_config(config))
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["transcribe", "align", "export", "evaluate"])
+def test_commands_say_what_a_config_wants(name, with_config, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused(name, with_config(CONFIGS["in a tuple"]))
+    assert "the model config must consist of dict, list, str, numbers and None, got tuple" in said
+    assert "wants to instantiate" in refused(name, with_config(CONFIGS["target"]))
+    assert not Path("exploded").exists()
+
+
+def test_what_is_no_config_is_refused(with_config):
+    def complaint(value, key="encoder"):
+        with pytest.raises(ValueError) as error:
+            Recognizer.from_checkpoint(with_config(value, key))
+        return str(error.value)
+
+    assert "must not interpolate, got '${oc.env:HOME}'" in complaint("${oc.env:HOME}")
+    assert "a key of the model config must be str, got 1" in complaint({1: 2})
+    assert "got Tensor: " in complaint(torch.zeros(1))
+    assert "got bytes: " in complaint(b"x")
+    assert "wants to instantiate ['os']" in complaint({"_target_": ["os"]})
+
+
+def test_a_trusted_package_is_code(with_config, tones, tmp_path, monkeypatch, capsys):
+    """What --trust-package means, as docs/reliability.md has it."""
+    from transducer_toolkit.cli.transcribe import main
+
+    monkeypatch.chdir(tmp_path)
+    path = str(with_config(CONFIGS["target"]))
+    arguments = ["--checkpoint", path, str(tones / "test-0.wav")]
+    assert main(arguments) == 1
+    assert not Path("exploded").exists()
+    with pytest.raises(Exception, match=r"encoder|NoneType"):  # it gives no encoder
+        main([*arguments, "--trust-package", HERE])
+    assert Path("exploded").exists()
+
+
+def test_damaged_checkpoints_are_refused(trained, tmp_path):
+    """Cut off, or with bytes changed: a ValueError that names the file, unless nothing shows."""
+    path = tmp_path / "damaged.ckpt"
+    whole = (trained / "checkpoints" / "best.ckpt").read_bytes()
+    refused = 0
+    random = torch.Generator().manual_seed(0)
+    for trial in range(200):
+        damaged = bytearray(whole)
+        if trial % 4 == 0:
+            del damaged[int(torch.randint(len(whole), (), generator=random)) :]
+        else:
+            # The pickle, which says what is where, comes first in the file.
+            places = torch.randint(min(len(whole), 6000), (1 + trial % 8,), generator=random)
+            for place in places.tolist():
+                damaged[place] = int(torch.randint(256, (), generator=random))
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(recognizer=[1]), "has the recognizer format None"),
+        (lambda c: c["recognizer"].pop("model"), "it lacks model"),
+        (lambda c: c.pop("state_dict"), "it lacks state_dict"),
+        (lambda c: c.update(state_dict=[1]), "it lacks state_dict"),
+    ],
+)
+def test_what_is_missing_is_named(change, message, trained, tmp_path):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "part.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "part.ckpt")

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint may instantiate: classes of trusted packages, with plain values."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["TRUSTED_PACKAGES", "check_model_config"]
+
+TRUSTED_PACKAGES = ("transducer_toolkit.modules",)
+
+
+def check_model_config(
+    config: Any, trusted_packages: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    """Refuse a config that ``hydra.utils.instantiate`` would make anything else of.
+
+    A target must be spelt below a trusted package and be defined in one. Everything else must be
+    what it seems: ``instantiate`` also looks into tuples, and an interpolation can become a config
+    with a target of its own (``${oc.create:...}``) or read the environment (``${oc.env:...}``).
+
+    Args:
+        config: from a checkpoint.
+        trusted_packages: names of packages.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: there is such a thing in the config.
+
+    Example:
+        >>> target = "transducer_toolkit.modules.encoder.ConvLstmEncoder"
+        >>> check_model_config({"_target_": target, "hidden_dim": 8}, TRUSTED_PACKAGES, "a.ckpt")
+        >>> check_model_config({"_target_": "os.system"}, TRUSTED_PACKAGES, "a.ckpt")
+        Traceback (most recent call last):
+        ...
+        ValueError: a.ckpt wants to instantiate os.system, which is not of the trusted packages ...
+    """
+    # Exact types: what is derived from these may be anything to others.
+    if type(config) is dict:
+        for key, value in config.items():
+            if type(key) is not str:
+                raise ValueError(f"{path}: a key of the model config must be str, got {key!r}")
+            check_model_config(value, trusted_packages, path)
+            if key == "_target_":
+                _check_target(value, trusted_packages, path)
+    elif type(config) is list:
+        for value in config:
+            check_model_config(value, trusted_packages, path)
+    elif type(config) is str:
+        if "${" in config:
+            raise ValueError(f"{path}: the model config must not interpolate, got {config!r}")
+    elif config is not None and type(config) not in (bool, int, float):
+        raise ValueError(
+            f"{path}: the model config must consist of dict, list, str, numbers and None, got "
+            f"{type(config).__name__}: {config!r}"
+        )
+
+
+def _check_target(
+    target: Any, trusted_packages: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    def is_trusted(name: Any) -> bool:
+        return isinstance(name, str) and any(
+            name == package or name.startswith(package + ".") for package in trusted_packages
+        )
+
+    # The spelling first, as looking a target up imports it; then where it is defined, because
+    # what a trusted module merely imported (trusted.module.os.system) is not trusted.
+    if is_trusted(target):
+        try:
+            defined_in = getattr(pkgutil.resolve_name(target), "__module__", None)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} wants to instantiate {target}: {error}") from error
+    if not is_trusted(target) or not is_trusted(defined_in):
+        raise ValueError(
+            f"{path} wants to instantiate {target}, which is not of the trusted packages "
+            f"{list(trusted_packages)}; if you trust the file and the class, pass its package in "
+            "trusted_packages (--trust-package on the command line)"
+        )
