@@ -51,7 +51,7 @@ def test_best_path_goes_round_forbidden_cells():
     label[1] = -math.inf
     with pytest.raises(ValueError, match="leave no path"):
         best_path(blank, label)
-    with pytest.raises(ValueError, match="the scores hold NaN"):
+    with pytest.raises(ValueError, match="blank_log_probs: the scores hold NaN"):
         best_path(blank * math.nan, label * 0)
 
 

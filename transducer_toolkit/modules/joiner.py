@@ -64,6 +64,10 @@ class Joiner(nn.Module):
     def vocab_size(self) -> int:
         return self.output.out_features
 
+    @property
+    def encoder_dim(self) -> int:
+        return self.encoder_projection.in_features
+
     def forward(self, encoder_out: Tensor, predictor_out: Tensor, shape: LatticeShape) -> Tensor:
         """(B, T, E), (B, U + 1, P) -> packed logits (shape.num_cells, V)."""
         enc = self.encoder_projection(encoder_out)
@@ -120,6 +124,10 @@ class AdditiveJoiner(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.am.out_features
+
+    @property
+    def encoder_dim(self) -> int:
+        return self.am.in_features
 
     def parts(self, encoder_out: Tensor, predictor_out: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, E), (B, U + 1, P) -> am (B, T, V), lm (B, U + 1, V)."""
