@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random valid calls of every public loss, joiner and decoder: what the input fuzz starts from."""
+"""Small valid calls of every public loss, joiner and decoder: what the input fuzz starts from."""
 
 from __future__ import annotations
 

@@ -32,6 +32,10 @@ from transducer_toolkit import LatticeShape
 from transducer_toolkit.decoding import TOPOLOGIES, ModifiedBeamSearch
 
 
+def _float64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def _batch(a: dict[str, Any]) -> tuple[Any, Any, Tensor, list[int]]:
     predictor, joiner = a["predictor"], a["joiner"]
     require(isinstance(predictor, nn.Module) and isinstance(joiner, nn.Module))
@@ -100,8 +104,7 @@ def advance(a: dict[str, Any], weights: Tensor) -> Results:
     batch = _batch(a)
     require(state == len(batch[2]))
     results = _greedy(batch, MAX_SYMBOLS if topology == "regular" else 1)
-    num_frames = torch.tensor(batch[3], dtype=torch.float64)
-    return results | {"num_frames": Expected(num_frames)}
+    return results | {"num_frames": Expected(_float64(batch[3]))}
 
 
 def nbest(a: dict[str, Any], weights: Tensor) -> Results:
@@ -118,9 +121,7 @@ def nbest(a: dict[str, Any], weights: Tensor) -> Results:
         raise Undecided  # ties, or logits that may be infinite
     search = ModifiedBeamSearch(predictor, joiner, **options)
     with torch.inference_mode():
-        found = [
-            beam_reference(search, frames[:t]) for frames, t in zip(x, lengths, strict=True)
-        ]
+        found = [beam_reference(search, frames[:t]) for frames, t in zip(x, lengths, strict=True)]
     expected = nbest_tensors(found)
     return {
         "tokens": Expected(expected["tokens"]),
@@ -168,9 +169,9 @@ def best_path(a: dict[str, Any], weights: Tensor) -> Results:
         raise Undecided
     log_prob, frames = _viterbi(blank.double(), label.double(), topology)
     size = largest(blank, label)
-    results = {"log_prob": Expected(torch.tensor(log_prob), 1e-12 * size * sum(blank.shape))}
+    results = {"log_prob": Expected(_float64(log_prob), 1e-12 * size * sum(blank.shape))}
     if size <= LARGE:
-        results["frames"] = Expected(torch.tensor(frames, dtype=torch.float64))
+        results["frames"] = Expected(_float64(frames))
     return results
 
 
@@ -202,7 +203,7 @@ def align(a: dict[str, Any], weights: Tensor) -> Results:
         paths.append(_viterbi(log_probs[..., blank], label, topology))
     size, eps = largest(logits), torch.finfo(logits.dtype).eps
     error = 16 * eps * size * (shape.max_frames + shape.max_targets)
-    results = {"log_prob": Expected(torch.tensor([x for x, _ in paths]), error)}
+    results = {"log_prob": Expected(_float64([x for x, _ in paths]), error)}
     if logits.dtype == torch.float64 and size <= LARGE:
         results["frames"] = Expected(padded([frames for _, frames in paths]))
     return results

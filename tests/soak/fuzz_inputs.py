@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls every public loss, joiner and decoder with arguments spoilt at random, in processes that may die.
+"""Calls every loss, joiner and decoder with arguments spoilt at random, in processes that may die.
 
     python -m tests.soak.fuzz_inputs --cases 20000 [--seed 0] [--function NAME ...]
 

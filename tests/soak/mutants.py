@@ -327,6 +327,7 @@ def build(tree: Path, folder: Path) -> str | None:
             "TRANSDUCER_PYTHON": "ON",
             "TRANSDUCER_CUDA": "OFF",
             "CMAKE_CXX_FLAGS_RELEASE": "-O1",
+            "CMAKE_INTERPROCEDURAL_OPTIMIZATION": "OFF",  # pybind11 would link for longer
             "CMAKE_MAKE_PROGRAM": tools / "ninja",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -411,9 +412,15 @@ def check(mutants: list[Mutant], folder: Path) -> list[Mutant]:
 
 def _copy(source: Path, tree: Path) -> None:
     ignored = shutil.ignore_patterns("build", ".*", "outputs", "multirun", "__pycache__", "conf")
-    shutil.copytree(source, tree, ignore=ignored, dirs_exist_ok=True)
+    shutil.copytree(source, tree, ignore=ignored, dirs_exist_ok=True, copy_function=_copy_file)
     for folder in ("conf", "transducer_toolkit/conf"):
         shutil.copytree(source / "conf", tree / folder, dirs_exist_ok=True)
+
+
+def _copy_file(source: str, target: str) -> None:
+    """With a new date if there is another content, so that what was built from that is stale."""
+    if not os.path.exists(target) or Path(target).read_bytes() != Path(source).read_bytes():
+        shutil.copyfile(source, target)
 
 
 def main() -> None:

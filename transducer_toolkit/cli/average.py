@@ -61,6 +61,11 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
             what = ", ".join(different) or "names of the weights"
             raise ValueError(f"{path} differs from {paths[0]} in: {what}")
         for name, value in weights.items():
+            if hasattr(sums[name], "shape") and sums[name].shape != value.shape:
+                raise ValueError(
+                    f"{path} differs from {paths[0]} in the size of {name}: {tuple(value.shape)} "
+                    f"and {tuple(sums[name].shape)}"
+                )
             # float64: the sum of many float32 would lose the last digits.
             sums[name] = sums[name] + value.double() if value.is_floating_point() else value
     # The dtypes are those of the last checkpoint, as of all.

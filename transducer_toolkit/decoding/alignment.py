@@ -101,7 +101,10 @@ def best_path(
         [0]
     """
     check_topology(topology)
-    for name, scores in (("blank_log_probs", blank_log_probs), ("label_log_probs", label_log_probs)):
+    for name, scores in (
+        ("blank_log_probs", blank_log_probs),
+        ("label_log_probs", label_log_probs),
+    ):
         check_tensor(scores, name)
         checks.check_dtype(scores, name, native.SUPPORTED_DTYPES)
         if scores.device.type == "meta":

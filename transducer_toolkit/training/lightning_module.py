@@ -122,11 +122,17 @@ class TransducerModule(LightningModule):
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
         if self.make_optimizer is None:
             raise ValueError("training needs an optimizer: TransducerModule(..., optimizer=...)")
-        optimizer = self.make_optimizer(self.parameters())
+        try:
+            optimizer = self.make_optimizer(self.parameters())
+        except (TypeError, ValueError) as error:  # torch's name neither option nor value
+            raise type(error)(f"optimizer {self.make_optimizer}: {error}") from error
         if self.make_scheduler is None:
             return optimizer
         total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
+        try:
+            scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"scheduler {self.make_scheduler}: {error}") from error
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
