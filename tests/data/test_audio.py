@@ -79,7 +79,7 @@ def test_rates_of_large_ratios_take_neither_memory_nor_time(rate):
     resampled = resample(waveform, rate, 16000)
     assert abs(len(resampled) - 1600) <= 1
     expected = torch.sin(2 * torch.pi * 440 * torch.arange(1600) / 16000)
-    torch.testing.assert_close(resampled[100:1500], expected[100:1500], atol=5e-3, rtol=0)
+    torch.testing.assert_close(resampled[100:1500], expected[100:1500], atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("rate", [0, -1, 1_000_001, 2**31 - 1])

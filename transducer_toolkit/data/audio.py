@@ -71,7 +71,7 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Resample ``(num_samples,)`` by windowed-sinc interpolation; equal rates return the input.
 
     A ratio of large numbers, such as 44101 to 16000, is replaced by the nearest one of numbers up
-    to 1000, a millionth off at most: exactly, it would take gigabytes.
+    to 1000, which is at most 0.05 % off: exactly, it would take gigabytes.
 
     Args:
         waveform: float tensor ``(num_samples,)``.
