@@ -99,3 +99,10 @@ def test_bad_fields_are_named(changes, error, message):
 def test_missing_manifest(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_manifest(tmp_path / "none.jsonl")
+
+
+def test_what_is_no_text_is_named_with_its_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\n\xb1\x00\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: 'utf-8' codec can't decode"):
+        read_manifest(path)

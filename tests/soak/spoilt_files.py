@@ -146,7 +146,7 @@ def _edited(checkpoint: dict[str, Any], random_: random.Random) -> str:
     x = weights[name]
     changes: dict[str, Any] = {
         "NaN": torch.full_like(x, torch.nan) if x.is_floating_point() else x - 5,
-        "huge": x * 10**30 if x.is_floating_point() else x,
+        "huge": x * 1e30 if x.is_floating_point() else x,
         "flat": x.flatten()[:-1],
         "no tensor": "x",
         "complex": x.to(torch.complex64),

@@ -22,9 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch  # late: --help stays quick
 
     try:
-        torch.save(average_checkpoints(args.checkpoints), args.output)
-    except (OSError, RuntimeError, ValueError) as error:  # torch.save's is a RuntimeError
+        mean = average_checkpoints(args.checkpoints)
+    except (OSError, ValueError) as error:
         print(f"transducer-average: {error}", file=sys.stderr)
+        return 1
+    try:
+        torch.save(mean, args.output)
+    except (OSError, RuntimeError) as error:  # torch.save's is the latter, and names no file
+        print(f"transducer-average: {args.output} cannot be written: {error}", file=sys.stderr)
         return 1
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints")
     return 0
