@@ -97,7 +97,7 @@ OPTIONS: dict[str, Values] = {
         "--text": [("xyz", True), ("", None), ("a" * 500, None), ("\udcff", True)],
         "--colour": refused("red"),
     },
-    "average": {"--output": refused("no/such/folder/file", ".", "/proc/none")},
+    "average": {"--output": refused("no/such/folder/file", "./././.", "/proc/none")},
     "export": {
         "--output": refused("/proc/none", "/dev/null"),
         "--chunk-frames": refused("0", "-1", "x", "4"),  # without --streaming
@@ -179,13 +179,16 @@ def make_case(seed: int, commands: list[str], world: World, folder: Path) -> Cas
         if part == "option":
             name = random_.choice(list(OPTIONS[case.command]))
             value, must_fail = random_.choice(OPTIONS[case.command][name])
+            if name in case.spoilt:  # as a file: one of the two would not be there
+                continue
             options[name] = value
             if name == "experiment":
                 del options["~experiment"]
-            if len(value) > 3:
-                case.names.add(value)
+            case.names |= {value.rstrip("/")} if len(value) > 3 else set()
             names = [name.lstrip("-+"), name.rpartition(".")[2].lstrip("-+")]
             case.spoil(name, value[:30], [*names, names[-1].replace("-", "_")], must_fail)
+            continue
+        if part in case.spoilt:
             continue
         if part == "checkpoint":
             bad = bad_checkpoint(world, here, random_)
@@ -359,8 +362,8 @@ def finding_of(case: Case, folder: Path) -> tuple[str, str] | None:
 
 def fuzz(
     seeds: range, commands: list[str], world: World, seconds: float = float("inf")
-) -> Iterator[tuple[int, Case, tuple[str, str]]]:
-    """Runs cases; yields seed, case, and kind and output of each finding, once a name."""
+) -> Iterator[tuple[int, Case, tuple[str, str] | None]]:
+    """Runs cases; yields seed, case, and kind and output of a finding, once a name, or None."""
     for command in commands:
         importlib.import_module(f"transducer_toolkit.cli.{command}")
     _import_what_commands_import()
@@ -376,8 +379,9 @@ def fuzz(
         if found is not None:
             key = re.sub(r"-?\b[\d.]+(e[+-]?\d+)?\b", "#", f"{case.name()} {found[0]}")
             seen[key] += 1
-            if seen[key] == 1:
-                yield seed, case, found
+            if seen[key] > 1:
+                found = None
+        yield seed, case, found
 
 
 def _import_what_commands_import() -> None:
@@ -427,14 +431,17 @@ def main() -> None:
             print((folder / "output").read_text(errors="replace"), found and found[0])
             shutil.rmtree(folder)
             return
-        begin, count = time.monotonic(), 0
+        begin, count, num_cases = time.monotonic(), 0, 0
         seeds = range(options.seed, options.seed + options.cases)
-        for seed, case, (kind, output) in fuzz(seeds, options.command, world, options.seconds):
-            count += 1
+        for seed, case, found in fuzz(seeds, options.command, world, options.seconds):
+            num_cases += 1
+            if found is None:
+                continue
+            count, (kind, output) = count + 1, found
             indented = output.strip().replace("\n", "\n    ")
             print(f"{kind}: {case.name()}, seed {seed}\n    {indented}", flush=True)
         minutes = (time.monotonic() - begin) / 60
-        print(f"{options.cases} cases in {minutes:.1f} min: {count} findings")
+        print(f"{num_cases} cases in {minutes:.1f} min: {count} findings")
         sys.exit(bool(count))
 
 

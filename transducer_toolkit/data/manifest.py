@@ -116,6 +116,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
     path = Path(path)
     utterances: list[Utterance] = []
     line_of_id: dict[str, int] = {}
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is no regular file")  # to open a pipe would wait for a writer
     with path.open("rb") as file:  # decoded line by line, to know which cannot be
         for number, line in enumerate(file, start=1):
             if not line.strip():
