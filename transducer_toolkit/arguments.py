@@ -22,6 +22,21 @@ def check_int(value: object, name: str) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
+def check_at_least(minimum: int, **values: object) -> None:
+    """Raises a TypeError or ValueError unless each of `values` is an int of at least `minimum`."""
+    for name, value in values.items():
+        check_int(value, name)
+        if value < minimum:  # type: ignore[operator]
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_probability(value: object, name: str) -> None:
+    """Raises a TypeError or ValueError unless `value` is a number in [0, 1]."""
+    check_number(value, name)
+    if not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def check_number(value: object, name: str) -> None:
     """Raises a TypeError unless `value` is a real number, a 0-dimensional tensor included."""
     if not (isinstance(value, (int, float)) or hasattr(value, "__float__")):

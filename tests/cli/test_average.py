@@ -60,6 +60,11 @@ def test_checkpoints_that_do_not_belong_together_are_named(checkpoints, tmp_path
     other = str(tmp_path / "other.ckpt")
     torch.save(checkpoint, other)
     assert f"{other} differs from {first} in: symbols" in complaint(first, other)
+    checkpoint = torch.load(second, weights_only=True)
+    name = next(name for name, x in checkpoint["state_dict"].items() if x.dim() == 1)
+    checkpoint["state_dict"][name] = checkpoint["state_dict"][name][:1]  # would be broadcast
+    torch.save(checkpoint, other)
+    assert f"{other} differs from {second} in the size of {name}: (1,)" in complaint(second, other)
     assert "no checkpoint at nowhere.ckpt" in complaint(first, "nowhere.ckpt")
     assert main([first, "--output", str(tmp_path / "nowhere" / "mean.ckpt")]) == 1
     assert "nowhere" in capsys.readouterr().err

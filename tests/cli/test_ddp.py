@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes, and two nodes of one process, train as one process does."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.training.recorder import recorded
 
 ROOT = Path(__file__).parents[2]
 EXPECTED_FILES = [
@@ -130,3 +134,24 @@ def test_the_same_training_as_one_process(tmp_path, options, one_process, launch
     # Every test utterance once, decoded by one process or the other.
     ids = [row.split("\t")[0] for row in (run_dir / "transcripts" / "tones.tsv").open()]
     assert ids == ["id", *(f"test-{index}" for index in range(6))]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_group_within_a_minute(tmp_path, train_overrides, rank):
+    kill = ["+callbacks.record._target_=tests.training.recorder.RecordBatches"]
+    kill += [f"+callbacks.record.path={tmp_path}/batches", "+callbacks.record.kill_after=3"]
+    endless = ["trainer.max_epochs=100000", f"+callbacks.record.rank={rank}", *kill]
+    (process,) = two_processes(tmp_path, [*train_overrides, *endless])
+    try:
+        deadline = time.monotonic() + 300  # until torch is imported
+        while not (tmp_path / f"batches.{rank}").exists() or (
+            len(recorded(tmp_path / "batches", rank)) < 3
+        ):
+            assert time.monotonic() < deadline and process.poll() in (None, -signal.SIGKILL)
+            time.sleep(0.05)
+        out, _ = process.communicate(timeout=60)  # until all of the group have ended
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0, out
+    assert "a process of this training has ended" in out, out

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -39,6 +40,15 @@ def test_goes_on_after_a_bad_file(checkpoint, tones, tmp_path, capsys):
     assert len(captured.out.splitlines()) == 1
     assert "missing.wav" in captured.err and "cannot be read as audio" in captured.err
     assert "1 of 3 files" in captured.err
+
+
+def test_a_pipe_or_a_device_that_is_not_there_is_refused(checkpoint, tones, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.wav")  # to open it would wait for a writer
+    arguments = ["--checkpoint", str(checkpoint)]
+    assert main([*arguments, str(tmp_path / "pipe.wav")]) == 1
+    assert "pipe.wav cannot be read as audio: it is no regular file" in capsys.readouterr().err
+    assert main([*arguments, str(tones / "test-0.wav"), "--device", "abacus"]) == 1
+    assert "device 'abacus' cannot be used" in capsys.readouterr().err
 
 
 def test_says_what_is_wrong_with_a_checkpoint(tones, tmp_path, capsys):
@@ -132,6 +142,8 @@ def test_output_that_cannot_be_is_refused(transcribe, tones, tmp_path):
             "option of --search greedy",
         ),
         (["--window-s", "10", "--overlap-s", "6"], "--overlap-s at most half of it, got 10 and 6"),
+        (["--window-s", "inf"], "--window-s must be at least 1"),
+        (["--num-threads", "0"], "argument --num-threads: must be at least 1, got 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments, message, capsys):

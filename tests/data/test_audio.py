@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import numpy as np
 import pytest
 import soundfile
@@ -55,6 +57,11 @@ def test_errors(tmp_path, ramp):
     (tmp_path / "headerless.raw").write_bytes(bytes(1000))
     with pytest.raises(ValueError, match=r"headerless\.raw cannot be read as audio"):
         read_audio(tmp_path / "headerless.raw")
+    os.mkfifo(tmp_path / "pipe.wav")  # to open it would wait for a writer
+    with pytest.raises(
+        ValueError, match=r"pipe\.wav cannot be read as audio: it is no regular file"
+    ):
+        read_audio(tmp_path / "pipe.wav")
     with pytest.raises(ValueError, match=r"holds no samples at offset_s=7\.0"):
         read_audio(ramp, offset_s=7.0)
     for options in ({"offset_s": -1.0}, {"duration_s": 0.0}):
@@ -65,3 +72,20 @@ def test_errors(tmp_path, ramp):
 def test_resample_of_equal_rates_is_the_input():
     waveform = torch.rand(10)
     assert resample(waveform, 16000, 16000) is waveform
+
+
+@pytest.mark.parametrize("rate", [44101, 15999, 999_983])
+def test_rates_of_large_ratios_take_neither_memory_nor_time(rate):
+    """Their exact filters would have thousands of millions of coefficients."""
+    num_samples = rate // 10
+    waveform = torch.sin(2 * torch.pi * 440 * torch.arange(num_samples) / rate)
+    resampled = resample(waveform, rate, 16000)
+    assert abs(len(resampled) - 1600) <= 1
+    expected = torch.sin(2 * torch.pi * 440 * torch.arange(1600) / 16000)
+    torch.testing.assert_close(resampled[100:1500], expected[100:1500], atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [0, -1, 1_000_001, 2**31 - 1])
+def test_impossible_rates_are_named(rate):
+    with pytest.raises(ValueError, match="from_rate: expected a sample rate of 1 to 1000000 Hz"):
+        resample(torch.zeros(10), rate, 16000)

@@ -191,3 +191,20 @@ def test_a_loader_goes_on_where_a_checkpoint_stands(noise_corpus, caplog):
     assert not caplog.records
     loader(max_cells=400).load_state_dict(state)
     assert "(max_cells 500 -> 400): the rest of epoch 3 repeats" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_cells": 0}, ValueError, "max_cells must be at least 1, got 0"),
+        ({"max_utterances": 1.5}, TypeError, "max_utterances: expected an int, got float"),
+        ({"num_workers": -1}, ValueError, "num_workers must be at least 0, got -1"),
+        ({"max_duration_s": 0}, ValueError, "max_duration_s must be positive or None, got 0"),
+        ({"max_duration_s": "x"}, TypeError, "max_duration_s: expected a number, got str"),
+        ({"on_bad_audio": "ignore"}, ValueError, "on_bad_audio must be 'raise' or 'skip'"),
+        ({"topology": "linear"}, ValueError, "topology must be one of regular"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_read(noise_corpus, options, error, message):
+    with pytest.raises(error, match=message):
+        data_module(noise_corpus, **options)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 
 import pytest
 
+from transducer_toolkit.data.corpus import ManifestCorpus
 from transducer_toolkit.data.manifest import Utterance, read_manifest, write_manifest
 
 
@@ -115,3 +117,18 @@ def test_dots_are_not_refused_as_such(tmp_path, audio):
 def test_missing_manifest(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_manifest(tmp_path / "none.jsonl")
+
+
+def test_what_is_no_text_is_named_with_its_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\n\xb1\x00\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: 'utf-8' codec can't decode"):
+        read_manifest(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"train\.jsonl is no regular file"):
+        read_manifest(tmp_path / "train.jsonl")
+    with pytest.raises(TypeError, match="val: expected the path of a manifest, got None"):
+        ManifestCorpus(train="train.jsonl", val=None)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import numpy as np
 import pytest
 import soundfile
@@ -64,7 +66,9 @@ def test_bad_files_are_named(tmp_path):
         assert message in complaint(name)
 
 
-@pytest.mark.parametrize(("window_s", "overlap_s"), [(0.0, 0.0), (1.0, 0.6), (1.0, -0.1)])
+@pytest.mark.parametrize(
+    ("window_s", "overlap_s"), [(0.0, 0.0), (1.0, 0.6), (1.0, -0.1), (math.inf, 0.1)]
+)
 def test_lengths_that_do_not_fit_are_named(tmp_path, window_s, overlap_s):
     with pytest.raises(ValueError, match=f"got window_s={window_s}, overlap_s={overlap_s}"):
         next(read_windows(tmp_path / "a.wav", window_s=window_s, overlap_s=overlap_s))

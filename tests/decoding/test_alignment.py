@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from transducer_toolkit import LatticeShape
-from transducer_toolkit.decoding import TOPOLOGIES, align, best_path, lattice_scores
+from transducer_toolkit.decoding import (
+    TOPOLOGIES,
+    align,
+    best_path,
+    lattice_posteriors,
+    lattice_scores,
+)
 from transducer_toolkit.losses.reference import lattice_paths
 
 
@@ -51,7 +57,7 @@ def test_best_path_goes_round_forbidden_cells():
     label[1] = -math.inf
     with pytest.raises(ValueError, match="leave no path"):
         best_path(blank, label)
-    with pytest.raises(ValueError, match="the scores hold NaN"):
+    with pytest.raises(ValueError, match="blank_log_probs: the scores hold NaN"):
         best_path(blank * math.nan, label * 0)
 
 
@@ -114,3 +120,30 @@ def test_scores_of_padding_are_minus_infinity(batch):
     blank, label = lattice_scores(logits, targets, shape, blank=0)
     assert torch.equal(blank.isfinite(), shape.unpack(torch.ones(shape.num_cells)).bool())
     assert label.isfinite().sum() == (shape.logit_lengths * shape.target_lengths).sum()
+
+
+def test_what_does_not_fit_is_named():
+    shape = LatticeShape.from_lengths([3, 2], [2, 1])
+    logits, targets = torch.randn(13, 5), torch.tensor([[1, 4], [2, -1]])
+    right = {"logits": logits, "targets": targets, "shape": shape, "blank": 0}
+    for changes, error, message in (
+        ({"logits": logits[1:]}, ValueError, r"logits: expected shape \(13, V\), .* got \(12, 5\)"),
+        ({"logits": logits.long()}, TypeError, "logits: expected dtype"),
+        ({"logits": logits.to("meta")}, ValueError, "logits: expected numbers"),
+        ({"targets": targets[:, :1]}, ValueError, r"targets: expected shape \(2, U\) with U >= 2"),
+        ({"targets": targets.float()}, TypeError, "targets: expected dtype int32, int64"),
+        ({"targets": targets + 1}, ValueError, r"targets\[0, 1\] .* a label in \[0, 5\), got 5"),
+        ({"shape": None}, TypeError, "shape: expected a LatticeShape, got NoneType"),
+        ({"blank": 5}, ValueError, "blank: expected 0 <= blank < 5"),
+        ({"blank": 1.0}, TypeError, "blank: expected an int, got float"),
+    ):
+        for function in (align, lattice_scores, lattice_posteriors):
+            with pytest.raises(error, match=message):
+                function(**right | changes)
+    logits[12] = math.nan
+    with pytest.raises(ValueError, match="utterance 1: blank_log_probs: the scores hold NaN"):
+        align(**right)
+    with pytest.raises(TypeError, match=r"label_log_probs: expected a torch.Tensor, got list"):
+        best_path(torch.zeros(1, 2), [[0.0]])
+    with pytest.raises(ValueError, match="label_log_probs: expected numbers"):
+        best_path(torch.zeros(1, 2), torch.zeros(1, 1, device="meta"))

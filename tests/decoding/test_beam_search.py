@@ -213,6 +213,16 @@ def test_bad_arguments_are_named():
     predictor, joiner = StatelessPredictor(5, 16), Joiner(8, 16, 32, 5)
     with pytest.raises(ValueError, match="beam must be at least 1, got 0"):
         ModifiedBeamSearch(predictor, joiner, beam=0)
+    with pytest.raises(ValueError, match="beam must be at most 1048576, got"):
+        ModifiedBeamSearch(predictor, joiner, beam=2**63)
+    for options, message in (
+        ({"beam": 2.0}, "beam: expected an int, got float"),
+        ({"length_normalised": "no"}, "length_normalised: expected a bool, got str"),
+        ({"lm": 3}, "lm: expected a LanguageModel or None, got int"),
+        ({"lm_weight": "0.3"}, "lm_weight: expected a number, got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ModifiedBeamSearch(predictor, joiner, **options)
     with pytest.raises(ValueError, match="lm_weight must be finite, got nan"):
         ModifiedBeamSearch(predictor, joiner, lm_weight=math.nan)
     with pytest.raises(ValueError, match="topology must be one of regular"):

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tests.decoding.models import ENCODER_DIM, random_model
-from transducer_toolkit.decoding import GreedySearch, Hypothesis, greedy_search
+from transducer_toolkit.decoding import (
+    GreedySearch,
+    Hypothesis,
+    ModifiedBeamSearch,
+    NonFiniteScoresError,
+    greedy_search,
+)
 from transducer_toolkit.modules import Joiner, StatelessPredictor
 
 
@@ -119,3 +125,66 @@ def test_bad_arguments_are_named():
         greedy_search(predictor, joiner, frames[0], lengths)
     with pytest.raises(ValueError, match="topology must be one of regular"):
         GreedySearch(predictor, joiner, topology="linear")
+
+
+@pytest.mark.parametrize("make", [GreedySearch, ModifiedBeamSearch])
+def test_types_widths_and_vocabularies_are_named(make):
+    predictor, joiner = StatelessPredictor(5, 16), Joiner(8, 16, 32, 5)
+    frames, lengths = torch.zeros(1, 3, 8), torch.tensor([3])
+    with pytest.raises(TypeError, match=r"predictor: expected a Predictor of .* got int"):
+        make(3, joiner)
+    with pytest.raises(TypeError, match=r"joiner: expected a Joiner of .* got NoneType"):
+        make(predictor, None)
+    with pytest.raises(ValueError, match="the same vocab_size, got 5 and 6"):
+        make(predictor, Joiner(8, 16, 32, 6))
+    search = make(predictor, joiner)
+    for encoder_out, encoder_lengths, error, message in (
+        ([[1.0]], lengths, TypeError, "encoder_out: expected a torch.Tensor, got list"),
+        (frames, [3], TypeError, "encoder_lengths: expected a torch.Tensor, got list"),
+        (frames.long(), lengths, TypeError, "encoder_out: expected dtype"),
+        (frames, lengths.float(), TypeError, "encoder_lengths: expected dtype int32, int64"),
+        (frames, lengths.to("meta"), ValueError, "encoder_lengths: expected numbers"),
+        (frames[:, :, :7], lengths, ValueError, r"shape \(B, T, 8\) for this joiner"),
+        (
+            frames.double(),
+            lengths,
+            TypeError,
+            "the joiner's dtype torch.float32, got torch.float64",
+        ),
+        (frames.to("meta"), lengths, ValueError, "on the joiner's device cpu, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            search(encoder_out, encoder_lengths)
+
+
+def test_states_are_named():
+    search = GreedySearch(StatelessPredictor(5, 16), Joiner(8, 16, 32, 5))
+    frames, lengths = torch.zeros(2, 3, 8), torch.tensor([3, 3])
+    with pytest.raises(TypeError, match="state: expected a GreedyState, got NoneType"):
+        search.advance(frames, lengths, None)
+    with pytest.raises(ValueError, match=r"state: expected one of 2 utterances.* got 3"):
+        search.advance(frames, lengths, search.initial_state(3))
+    with pytest.raises(ValueError, match="batch_size must be at least 0, got -1"):
+        search.initial_state(-1)
+    with pytest.raises(TypeError, match="max_symbols_per_frame: expected an int, got float"):
+        GreedySearch(search.predictor, search.joiner, max_symbols_per_frame=2.0)
+
+
+@pytest.mark.parametrize("make", [GreedySearch, ModifiedBeamSearch])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_not_finite_name_their_utterances(make, value):
+    """Not the first symbol of the vocabulary, nor nothing."""
+    predictor, joiner = StatelessPredictor(5, 16), Joiner(8, 16, 32, 5, activation="identity")
+    search = make(predictor, joiner)
+    frames, lengths = torch.randn(3, 20, 8), torch.tensor([20, 20, 3])
+    frames[1, 17, 0] = value
+    frames[2, 3:] = value  # padding
+    with pytest.raises(NonFiniteScoresError, match=r"encoder_out\[1\]: the scores") as error:
+        search(frames, lengths)
+    assert error.value.utterances == [1]
+    assert len(search(frames[[0, 2]], lengths[[0, 2]])) == 2
+    with torch.no_grad():
+        joiner.output.bias.fill_(-math.inf)
+    with pytest.raises(NonFiniteScoresError) as error:
+        search(frames, lengths)
+    assert error.value.utterances == [0, 1, 2]

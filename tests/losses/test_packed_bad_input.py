@@ -119,6 +119,7 @@ def test_device_without_stages():
     "changes",
     [
         {"targets": targets_with(10**15)},
+        {"targets": targets_with(5)},  # V: the next row begins there
         {"targets": targets_with(-7)},
         {"logit_lengths": torch.tensor([10**12, 3])},
         {"logit_lengths": torch.tensor([0, 3])},

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from transducer_toolkit.modules import ConvLstmEncoder
+from transducer_toolkit.modules import ConformerEncoder, ConvLstmEncoder, EmformerEncoder
 from transducer_toolkit.modules.encoder_frontend import FeatureNormalizer, subsampled_length
 
 LENGTHS = [1, 2, 3, 4, 5, 9, 33, 50]
@@ -108,3 +108,16 @@ def test_bad_normalisation_is_named():
         normalizer.set_statistics(torch.zeros(3), torch.ones(20))
     with pytest.raises(ValueError, match="std must be positive"):
         normalizer.set_statistics(torch.zeros(20), torch.zeros(20))
+
+
+@pytest.mark.parametrize("make", [ConvLstmEncoder, ConformerEncoder, EmformerEncoder])
+def test_bad_sizes_are_named(make):
+    for options, error, message in (
+        ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+        ({"conv_channels": -1}, ValueError, "conv_channels must be at least 1, got -1"),
+        ({"num_features": "80"}, TypeError, "num_features: expected an int, got str"),
+        ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\], got nan"),
+        ({"dropout": "x"}, TypeError, "dropout: expected a number, got str"),
+    ):
+        with pytest.raises(error, match=message):
+            make(**options)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from transducer_toolkit import Joiner, LatticeShape, join
+from transducer_toolkit.modules import AdditiveJoiner
 from transducer_toolkit.modules.joint import _ACTIVATIONS
 from transducer_toolkit.native import ACTIVATIONS
 
@@ -121,3 +122,14 @@ def test_bad_input(change, error, message):
     values = {"enc": torch.zeros(3, 4, 6), "pred": torch.zeros(3, 4, 6)} | change
     with pytest.raises(error, match=message):
         join(values.pop("enc"), values.pop("pred"), SHAPE, **values)
+
+
+@pytest.mark.parametrize("size", ["encoder_dim", "predictor_dim", "vocab_size"])
+def test_bad_sizes_are_named(size):
+    sizes = {"encoder_dim": 5, "predictor_dim": 6, "vocab_size": 9}
+    for make, more in ((Joiner, {"joiner_dim": 7}), (AdditiveJoiner, {})):
+        assert make(**sizes, **more).encoder_dim == 5
+        with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+            make(**sizes | {size: 0}, **more)
+    with pytest.raises(TypeError, match="joiner_dim: expected an int, got float"):
+        Joiner(**sizes, joiner_dim=1.5)

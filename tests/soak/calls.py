@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random valid calls of every public loss and joiner: what the input fuzz starts from."""
+"""Small valid calls of every public loss, joiner and decoder: what the input fuzz starts from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import transducer_toolkit as tt
+from tests.soak.decoder_calls import DECODERS
 from transducer_toolkit import native
 from transducer_toolkit.compat import torchaudio
 
@@ -329,4 +330,5 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] =
     "join": (tt.join, _join),
     "joiner_logits": (tt.joiner_logits, _joiner_logits),
     "LatticeShape.from_lengths": (tt.LatticeShape.from_lengths, _from_lengths),
+    **DECODERS,
 }

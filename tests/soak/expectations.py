@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tests.soak import expect_grids, expect_joiners, expect_logits
+from tests.soak import expect_decoders, expect_grids, expect_joiners, expect_logits
 
 EXPECTATIONS = {
     "transducer_loss": expect_logits.transducer_loss,
@@ -24,4 +24,10 @@ EXPECTATIONS = {
     "join": expect_joiners.join,
     "joiner_logits": expect_joiners.join,
     "LatticeShape.from_lengths": expect_joiners.from_lengths,
+    "greedy_search": expect_decoders.greedy_search,
+    "GreedySearch.advance": expect_decoders.advance,
+    "ModifiedBeamSearch.nbest": expect_decoders.nbest,
+    "best_path": expect_decoders.best_path,
+    "align": expect_decoders.align,
+    "lattice_posteriors": expect_decoders.lattice_posteriors,
 }

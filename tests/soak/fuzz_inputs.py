@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls every public loss and joiner with arguments spoilt at random, in processes that may die.
+"""Calls every loss, joiner and decoder with arguments spoilt at random, in processes that may die.
 
     python -m tests.soak.fuzz_inputs --cases 20000 [--seed 0] [--function NAME ...]
 
@@ -119,6 +119,8 @@ def _call(case: Case, weights: Tensor) -> dict[str, Tensor]:
         parts = function(**case.arguments)
         return dict(zip(("am_pruned", "lm_pruned"), parts, strict=True))
     output = function(**case.arguments)
+    if isinstance(output, dict):  # of a decoder
+        return output
     if isinstance(output, LatticeShape):
         return {"cells": torch.tensor(float(output.num_cells), dtype=torch.float64)}
     if case.function.startswith("join") and case.function != "joint_mutual_information_recursion":

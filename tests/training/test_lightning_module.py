@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import logging
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import torch
 from transducer_toolkit import LatticeShape
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.decoding import align
+from transducer_toolkit.decoding import NonFiniteScoresError, align
 from transducer_toolkit.modules import ConvLstmEncoder, Joiner, StatelessPredictor, Transducer
 from transducer_toolkit.training.lightning_module import TransducerModule
+from transducer_toolkit.training.schedules import warmup_cosine
 from transducer_toolkit.training.stages import PackedLoss
 
 TOKENIZER = CharTokenizer.from_texts(["ab c"])
@@ -131,3 +133,35 @@ def test_checkpoints_carry_the_recipe():
     checkpoint = {}
     make_module().on_save_checkpoint(checkpoint)
     assert checkpoint == {}
+
+
+def test_a_validation_without_finite_scores_goes_on(caplog):
+    """Those utterances are not recognised; the others are, as they would be without them."""
+    module, batch = make_module(), make_batch([0, 1, 2])
+    module.eval()
+    batch = dataclasses.replace(batch, features=batch.features.double())
+    module.on_validation_epoch_start()
+    module.validation_step(batch, 0)
+    expected = [row.hypothesis for row in module._transcripts[0]]
+    batch.features[1, 3] = torch.nan
+    module.on_validation_epoch_start()
+    with caplog.at_level(logging.WARNING):
+        module.validation_step(batch, 0)
+    found = [row.hypothesis for row in module._transcripts[0]]
+    assert found == [expected[0], "", expected[2]] and expected[1]
+    assert "no symbols, as scores are not finite: 1" in caplog.text
+    with pytest.raises(NonFiniteScoresError):
+        module.test_step(batch, 0)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "scheduler"])
+def test_an_option_that_torch_does_not_name_is_named(part):
+    options = {"optimizer": partial(torch.optim.AdamW, lr=1e-3), "scheduler": None}
+    options[part] = {
+        "optimizer": partial(torch.optim.AdamW, lr=-1.0),
+        "scheduler": partial(warmup_cosine, warmup_fraction=2.0),
+    }[part]
+    module = make_module(**options)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10)
+    with pytest.raises(ValueError, match=f"^{part} .*(lr=-1.0|warmup_fraction=2.0)"):
+        module.configure_optimizers()

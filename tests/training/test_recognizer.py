@@ -4,12 +4,12 @@ from functools import partial
 import pytest
 import soundfile
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
+from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch, NonFiniteScoresError
+from transducer_toolkit.training.aligner import align_text
 from transducer_toolkit.training.recognizer import Recognizer, recognizer_recipe
 
 MODEL = {
@@ -107,7 +107,7 @@ def test_own_classes_are_accepted_when_trusted(checkpoint):
     path, _ = checkpoint(extra={"_target_": target, "_partial_": True})
     with pytest.raises(ValueError, match="trusted_packages"):
         Recognizer.from_checkpoint(path)
-    with pytest.raises(InstantiationException, match="unexpected keyword argument 'extra'"):
+    with pytest.raises(ValueError, match=r"cannot be restored: .*unexpected .* argument 'extra'"):
         trusted = ["transducer_toolkit.modules", "transducer_toolkit.training"]
         Recognizer.from_checkpoint(path, trusted_packages=trusted)
 
@@ -142,3 +142,66 @@ def test_the_search_is_an_option_and_follows_the_topology(checkpoint):
     assert Recognizer.from_checkpoint(path).search.max_symbols_per_frame == 1
     constrained = Recognizer.from_checkpoint(path, search=ModifiedBeamSearch)
     assert constrained.search.topology == "constrained"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c.update(recognizer=None), "holds no 'recognizer' entry"),
+        (lambda c: c["recognizer"].pop("num_mel_bins"), "its recognizer lacks num_mel_bins"),
+        (lambda c: c.update(state_dict=[]), "its state_dict is no dict of tensors"),
+        (lambda c: c.pop("state_dict"), "its state_dict is no dict of tensors"),
+        (lambda c: c["state_dict"].update(x=3), "its state_dict is no dict of tensors"),
+        (lambda c: c["state_dict"].popitem(), "cannot be restored: RuntimeError: .* Missing key"),
+        (lambda c: c["recognizer"].update(model=[]), "its model cannot be restored"),
+        (lambda c: c["recognizer"].update(num_mel_bins="x"), "its model cannot be restored"),
+        (lambda c: c["recognizer"].update(topology=3), "topology must be one of"),
+        (lambda c: c["recognizer"].update(max_symbols_per_frame=0), "max_symbols_per_frame must"),
+        (lambda c: c["recognizer"]["tokenizer"].pop("kind"), "cannot be restored: KeyError"),
+        (lambda c: c["recognizer"]["tokenizer"]["symbols"].pop(), "the tokenizer has 3 symbols"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_said(checkpoint, damage, message):
+    path, _ = checkpoint()
+    saved = torch.load(path, weights_only=True)
+    damage(saved)
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=message) as error:
+        Recognizer.from_checkpoint(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_damaged_file_is_named(checkpoint):
+    path, _ = checkpoint()
+    content = bytearray(path.read_bytes())
+    pickled = content.index(b"recognizer")
+    for place in range(pickled - 40, pickled + 200, 3):
+        damaged = content.copy()
+        damaged[place] ^= 0x15
+        path.write_bytes(bytes(damaged))
+        try:
+            Recognizer.from_checkpoint(path)  # a letter of a symbol may have become another
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_devices_that_are_not_there_are_named(checkpoint):
+    path, _ = checkpoint()
+    for device in ("abacus", "cpu:x", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
+            Recognizer.from_checkpoint(path, device=device)
+
+
+def test_sound_that_is_none_is_an_error(checkpoint):
+    path, _ = checkpoint()
+    waveforms = [torch.rand(4000) - 0.5, torch.rand(4000) - 0.5]
+    waveforms[1][200] = torch.nan
+    recognizer = Recognizer.from_checkpoint(path)
+    with pytest.raises(ValueError, match=r"waveforms\[1\] holds samples that are NaN"):
+        recognizer.transcribe(waveforms)
+    with pytest.raises(ValueError, match="the audio holds samples that are NaN"):
+        align_text(recognizer, waveforms[1], "a")
+    with torch.no_grad():
+        recognizer.model.joiner.output.bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteScoresError, match="the scores of the symbols are NaN"):
+        recognizer.transcribe(waveforms[:1])

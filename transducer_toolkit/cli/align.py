@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transducer_toolkit.cli.arguments import add_trust_package
+from transducer_toolkit.cli.arguments import add_device, add_trust_package
 
 if TYPE_CHECKING:
     from transducer_toolkit.data.manifest import Utterance
@@ -255,8 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("regular", "modified", "constrained", "one_sym_per_frame"),
         help="of the lattice (default: that of the loss which trained the model)",
     )
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    add_device(parser)
     add_trust_package(parser)
     return parser
 

@@ -6,6 +6,20 @@ from __future__ import annotations
 import argparse
 
 
+def at_least_1(text: str) -> int:
+    """An integer of at least 1, as the ``type`` of an option."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device`` and ``--num-threads``."""
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
+    parser.add_argument("--num-threads", type=at_least_1, metavar="N", help="CPU threads of torch")
+
+
 def add_trust_package(parser: argparse.ArgumentParser) -> None:
     """Add ``--trust-package``, for ``Recognizer.from_checkpoint(trusted_packages=...)``."""
     parser.add_argument(

@@ -22,9 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch  # late: --help stays quick
 
     try:
-        torch.save(average_checkpoints(args.checkpoints), args.output)
-    except (OSError, RuntimeError, ValueError) as error:  # torch.save's is a RuntimeError
+        mean = average_checkpoints(args.checkpoints)
+    except (OSError, ValueError) as error:
         print(f"transducer-average: {error}", file=sys.stderr)
+        return 1
+    try:
+        torch.save(mean, args.output)
+    except (OSError, RuntimeError) as error:  # torch.save's is the latter, and names no file
+        print(f"transducer-average: {args.output} cannot be written: {error}", file=sys.stderr)
         return 1
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints")
     return 0
@@ -61,6 +66,11 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
             what = ", ".join(different) or "names of the weights"
             raise ValueError(f"{path} differs from {paths[0]} in: {what}")
         for name, value in weights.items():
+            if hasattr(sums[name], "shape") and sums[name].shape != value.shape:
+                raise ValueError(
+                    f"{path} differs from {paths[0]} in the size of {name}: {tuple(value.shape)} "
+                    f"and {tuple(sums[name].shape)}"
+                )
             # float64: the sum of many float32 would lose the last digits.
             sums[name] = sums[name] + value.double() if value.is_floating_point() else value
     # The dtypes are those of the last checkpoint, as of all.

@@ -50,6 +50,7 @@ def train(cfg: DictConfig) -> float | None:
     from transducer_toolkit.training.clock import StepClock
 
     quiet_lightning()
+    _check_numbers(cfg)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     if cfg.flush_denormal:  # before the first parallel region, or its threads do not follow
@@ -100,6 +101,21 @@ def train(cfg: DictConfig) -> float | None:
         }
         _report(module, trainer, cfg, report)
     return best_wer
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    """Raise a ValueError or TypeError for a number of ``train.yaml`` that is out of range."""
+    from transducer_toolkit.arguments import check_at_least, check_number
+
+    check_at_least(0, seed=cfg.seed)
+    if cfg.seed >= 2**32:
+        raise ValueError(f"seed must be below 2^32, got {cfg.seed}")
+    if cfg.num_threads is not None:
+        check_at_least(1, num_threads=cfg.num_threads)
+    check_at_least(1, max_symbols_per_frame=cfg.max_symbols_per_frame)
+    check_number(cfg.ctc.weight, "ctc.weight")
+    if not 0 <= cfg.ctc.weight < float("inf"):
+        raise ValueError(f"ctc.weight must be at least 0 and finite, got {cfg.ctc.weight}")
 
 
 def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> TransducerModule:

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transducer_toolkit.cli.arguments import add_trust_package
+from transducer_toolkit.cli.arguments import add_device, add_trust_package
 from transducer_toolkit.cli.transcript_formats import FORMATS, SUFFIXES
 
 if TYPE_CHECKING:
@@ -161,10 +162,10 @@ def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[str, float], None]
 
     durations_s = {}
     for path in paths:
-        try:
-            durations_s[path] = soundfile.info(path).duration
-        except (soundfile.LibsndfileError, TypeError):
-            durations_s[path] = 0.0  # it will be complained about in its turn
+        durations_s[path] = 0.0  # of what will be complained about in its turn
+        if os.path.isfile(path):
+            with suppress(soundfile.LibsndfileError, TypeError):
+                durations_s[path] = soundfile.info(path).duration
     progress = Progress(
         *(
             BarColumn(),
@@ -207,7 +208,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not 0 <= 2 * args.overlap_s <= args.window_s or args.window_s < 1:
+    if not 0 <= 2 * args.overlap_s <= args.window_s or not 1 <= args.window_s < math.inf:
         parser.error(
             "--window-s must be at least 1 and --overlap-s at most half of it, got "
             f"{args.window_s:g} and {args.overlap_s:g}"
@@ -266,8 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="which overlap by so many (default: %(default)g)",
     )
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    add_device(parser)
     add_trust_package(parser)
     return parser
 

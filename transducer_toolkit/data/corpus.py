@@ -55,6 +55,9 @@ class ManifestCorpus:
         val: str | os.PathLike[str],
         test: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
+        for name, value in {"train": train, "val": val, **(test or {})}.items():
+            if not isinstance(value, str | os.PathLike):
+                raise TypeError(f"{name}: expected the path of a manifest, got {value!r}")
         tests = {name: Path(path) for name, path in (test or {}).items()}
         self._manifests = CorpusManifests(train=Path(train), val=Path(val), test=tests)
 

@@ -12,10 +12,11 @@ from typing import Any
 import lightning
 import torch
 
+from transducer_toolkit.arguments import check_at_least, check_number
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler, is_feasible
 from transducer_toolkit.data.corpus import Corpus
-from transducer_toolkit.data.dataset import SpeechDataset, collate
+from transducer_toolkit.data.dataset import SpeechDataset, check_on_bad_audio, collate
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
@@ -58,7 +59,8 @@ class TransducerDataModule(lightning.LightningDataModule):
         tokenizer: the tokenizer (after ``setup``, if none was given).
 
     Raises:
-        ValueError: (by ``setup``) no utterance is left, or a text has unknown characters.
+        ValueError: a number is out of range, ``topology`` or ``on_bad_audio`` unknown; (by
+            ``setup``) no utterance is left, or a text has unknown characters.
 
     Example:
         >>> corpus = ManifestCorpus(train="train.jsonl", val="dev.jsonl")  # doctest: +SKIP
@@ -84,6 +86,15 @@ class TransducerDataModule(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_at_least(1, max_cells=max_cells, max_utterances=max_utterances)
+        check_at_least(1, subsampling=subsampling)
+        check_at_least(0, num_workers=num_workers)
+        is_feasible(1, 0, topology=topology)  # refuses one that is unknown
+        check_on_bad_audio(on_bad_audio)
+        if max_duration_s is not None:
+            check_number(max_duration_s, "max_duration_s")
+            if not max_duration_s > 0:
+                raise ValueError(f"max_duration_s must be positive or None, got {max_duration_s}")
         self.corpus = corpus
         self.fbank = Fbank() if fbank is None else fbank
         self.tokenizer: Tokenizer | None = None

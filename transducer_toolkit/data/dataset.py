@@ -88,6 +88,12 @@ class Batch:
         )
 
 
+def check_on_bad_audio(on_bad_audio: str) -> None:
+    """Raise a ValueError unless ``on_bad_audio`` is "raise" or "skip"."""
+    if on_bad_audio not in ("raise", "skip"):
+        raise ValueError(f"on_bad_audio must be 'raise' or 'skip', got {on_bad_audio!r}")
+
+
 class SpeechDataset(Dataset[Example]):
     """Utterances of a manifest as features and targets, augmented on request.
 
@@ -125,8 +131,7 @@ class SpeechDataset(Dataset[Example]):
         seed: int = 0,
         on_bad_audio: str = "raise",
     ) -> None:
-        if on_bad_audio not in ("raise", "skip"):
-            raise ValueError(f"on_bad_audio must be 'raise' or 'skip', got {on_bad_audio!r}")
+        check_on_bad_audio(on_bad_audio)
         self.utterances = list(utterances)
         self.tokenizer = tokenizer
         self.fbank = fbank

@@ -119,12 +119,14 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
     path = Path(path)
     utterances: list[Utterance] = []
     line_of_id: dict[str, int] = {}
-    with path.open(encoding="utf-8") as file:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is no regular file")  # to open a pipe would wait for a writer
+    with path.open("rb") as file:  # decoded line by line, to know which cannot be
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 if not isinstance(row, dict):
                     raise TypeError(f"expected a JSON object, got {type(row).__name__}")
                 unknown = sorted(set(row) - set(_FIELDS))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from transducer_toolkit.data.audio import SAMPLE_RATE, resample
+from transducer_toolkit.data.audio import SAMPLE_RATE, check_audio_path, resample
 
 __all__ = ["AudioWindow", "read_windows"]
 
@@ -56,13 +57,12 @@ def read_windows(
         >>> [window.start_s for window in windows]  # doctest: +SKIP
         [0.0, 26.0, 52.0]
     """
-    if not 0 <= 2 * overlap_s <= window_s or window_s <= 0:
+    if not 0 <= 2 * overlap_s <= window_s < math.inf or window_s <= 0:
         raise ValueError(
             "window_s must be positive and overlap_s at most half of it, got "
             f"window_s={window_s}, overlap_s={overlap_s}"
         )
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no audio file at {os.fspath(path)}")
+    check_audio_path(path)
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate

@@ -20,7 +20,7 @@ from transducer_toolkit.decoding.posteriors import (
     lattice_occupancy,
     lattice_posteriors,
 )
-from transducer_toolkit.decoding.search import Hypothesis, Search
+from transducer_toolkit.decoding.search import Hypothesis, NonFiniteScoresError, Search
 
 __all__ = [
     "TOPOLOGIES",
@@ -32,6 +32,7 @@ __all__ = [
     "LanguageModel",
     "LatticePosteriors",
     "ModifiedBeamSearch",
+    "NonFiniteScoresError",
     "Search",
     "align",
     "best_path",

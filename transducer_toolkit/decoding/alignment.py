@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transducer_toolkit import native
+from transducer_toolkit.arguments import check_tensor
 from transducer_toolkit.lattice import LatticeShape
+from transducer_toolkit.losses import checks
 
 TOPOLOGIES = ("regular", "modified", "constrained", "one_sym_per_frame")
 
@@ -32,6 +35,32 @@ def check_topology(topology: str) -> None:
     """Raise a ValueError unless ``topology`` is one of :data:`TOPOLOGIES`."""
     if topology not in TOPOLOGIES:
         raise ValueError(f"topology must be one of {', '.join(TOPOLOGIES)}; got {topology!r}")
+
+
+def check_lattice(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int) -> None:
+    """Raise a ValueError or TypeError unless these are the packed logits and targets of a batch."""
+    check_tensor(logits, "logits")
+    checks.check_dtype(logits, "logits", native.SUPPORTED_DTYPES)
+    if not isinstance(shape, LatticeShape):
+        raise TypeError(f"shape: expected a LatticeShape, got {type(shape).__name__}")
+    if logits.dim() != 2 or logits.size(0) != shape.num_cells:
+        raise ValueError(
+            f"logits: expected shape ({shape.num_cells}, V), one row for each cell of shape, "
+            f"got {tuple(logits.shape)}"
+        )
+    checks.check_blank(blank, logits.size(1))
+    check_tensor(targets, "targets")
+    checks.check_dtype(targets, "targets", checks.INDEX_DTYPES)
+    fits = targets.dim() == 2 and targets.size(0) == shape.num_utterances
+    if not fits or targets.size(1) < shape.max_targets:
+        raise ValueError(
+            f"targets: expected shape ({shape.num_utterances}, U) with U >= {shape.max_targets}, "
+            f"both from shape, got {tuple(targets.shape)}"
+        )
+    for name, tensor in (("logits", logits), ("targets", targets)):
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name}: expected numbers, got a tensor on device meta")
+    checks.check_labels(targets, shape.target_lengths, blank=None, vocab_size=logits.size(1))
 
 
 def best_path(
@@ -72,6 +101,16 @@ def best_path(
         [0]
     """
     check_topology(topology)
+    for name, scores in (
+        ("blank_log_probs", blank_log_probs),
+        ("label_log_probs", label_log_probs),
+    ):
+        check_tensor(scores, name)
+        checks.check_dtype(scores, name, native.SUPPORTED_DTYPES)
+        if scores.device.type == "meta":
+            raise ValueError(f"{name}: expected numbers, got a tensor on device meta")
+        if bool(scores.isnan().any()):  # which a maximum may overlook
+            raise ValueError(f"{name}: the scores hold NaN")
     if blank_log_probs.dim() != 2 or min(blank_log_probs.shape) < 1:
         raise ValueError(
             f"blank_log_probs must have shape (T, U + 1), got {tuple(blank_log_probs.shape)}"
@@ -93,8 +132,8 @@ def best_path(
     frames, log_prob = search(blank.tolist(), label.tolist())
     if not math.isfinite(log_prob):
         raise ValueError(
-            f"the best path through the lattice has the log-probability {log_prob}: "
-            "the scores hold NaN, or leave no path"
+            "blank_log_probs, label_log_probs: the best path through the lattice has the "
+            f"log-probability {log_prob}: the scores leave no path, or none that is finite"
         )
     return Alignment(frames, log_prob)
 
@@ -165,12 +204,18 @@ def lattice_scores(
     Returns:
         ``blank_log_probs`` (B, T, U + 1) and ``label_log_probs`` (B, T, U), -inf in padding.
 
+    Raises:
+        ValueError: if logits, targets and shape do not fit each other, or a label or blank is
+            not in [0, V).
+        TypeError: if one is of another type.
+
     Example:
         >>> shape = LatticeShape.from_lengths([3], [2])
         >>> scores = lattice_scores(torch.randn(9, 5), torch.tensor([[1, 4]]), shape, blank=0)
         >>> [tuple(score.shape) for score in scores]
         [(1, 3, 3), (1, 3, 2)]
     """
+    check_lattice(logits, targets, shape, blank)
     log_probs = shape.unpack(logits.log_softmax(-1), fill=-torch.inf)  # (B, T, U + 1, V)
     return log_probs[..., blank], at_targets(log_probs, targets, shape, fill=-torch.inf)
 
@@ -222,8 +267,9 @@ def align(
         One alignment an utterance.
 
     Raises:
-        ValueError: if the topology is unknown, or an utterance has no path with a probability
-            above zero.
+        ValueError: as :func:`lattice_scores`; if the topology is unknown, or an utterance has no
+            path with a probability above zero.
+        TypeError: as :func:`lattice_scores`.
 
     Example:
         >>> shape = LatticeShape.from_lengths([3, 2], [2, 1])
@@ -231,9 +277,14 @@ def align(
         >>> [len(a.frames) for a in align(torch.randn(13, 5), targets, shape, blank=0)]
         [2, 1]
     """
+    check_topology(topology)
     blank_log_probs, label_log_probs = lattice_scores(logits, targets, shape, blank)
     lengths = zip(shape.logit_lengths.tolist(), shape.target_lengths.tolist(), strict=True)
-    return [
-        best_path(blank_log_probs[b, :t, : u + 1], label_log_probs[b, :t, :u], topology=topology)
-        for b, (t, u) in enumerate(lengths)
-    ]
+    found = []
+    for b, (t, u) in enumerate(lengths):
+        scores = blank_log_probs[b, :t, : u + 1], label_log_probs[b, :t, :u]
+        try:
+            found.append(best_path(*scores, topology=topology))
+        except ValueError as error:
+            raise ValueError(f"utterance {b}: {error}") from error
+    return found

@@ -10,15 +10,21 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from transducer_toolkit.arguments import check_flag, check_int, check_number
 from transducer_toolkit.decoding.alignment import check_topology
 from transducer_toolkit.decoding.search import (
     Hypothesis,
     check_encoder_lengths,
+    check_encoder_out,
+    check_model,
     collect_hypotheses,
+    refuse_non_finite,
     step_where,
 )
 from transducer_toolkit.modules.joiner import Joiner
 from transducer_toolkit.modules.predictor import Predictor
+
+MAX_BEAM = 2**20  # beyond it sizes would overflow
 
 
 class LanguageModel(Protocol):
@@ -110,7 +116,9 @@ class ModifiedBeamSearch:
         lm_weight: weight of those scores.
 
     Raises:
-        ValueError: if ``beam`` is below 1, the weight is not finite or the topology is unknown.
+        ValueError: if ``beam`` is below 1 or beyond 2^20, the weight is not finite, the topology is
+            unknown, or predictor and joiner have different vocabularies.
+        TypeError: if an argument is of another type.
 
     Example:
         >>> from transducer_toolkit.modules import Joiner, StatelessPredictor
@@ -135,8 +143,16 @@ class ModifiedBeamSearch:
         lm_weight: float = 0.3,
     ) -> None:
         check_topology(topology)
+        check_model(predictor, joiner)
+        check_int(beam, "beam")
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
+        if beam > MAX_BEAM:
+            raise ValueError(f"beam must be at most {MAX_BEAM}, got {beam}")
+        check_flag(length_normalised, "length_normalised")
+        if lm is not None and not all(hasattr(lm, name) for name in ("initial_state", "step")):
+            raise TypeError(f"lm: expected a LanguageModel or None, got {type(lm).__name__}")
+        check_number(lm_weight, "lm_weight")
         if not math.isfinite(lm_weight):
             raise ValueError(f"lm_weight must be finite, got {lm_weight}")
         self.predictor = predictor
@@ -145,7 +161,7 @@ class ModifiedBeamSearch:
         self.topology = topology
         self.length_normalised = length_normalised
         self.lm = lm if lm_weight != 0 else None
-        self.lm_weight = lm_weight
+        self.lm_weight = float(lm_weight)
 
     def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
         """Decode whole utterances: the first of :meth:`nbest` of each."""
@@ -163,12 +179,15 @@ class ModifiedBeamSearch:
             For each utterance up to ``beam`` hypotheses, the best first, no two of the same tokens.
 
         Raises:
-            ValueError: if the lengths do not fit ``encoder_out``.
+            ValueError: if the lengths do not fit ``encoder_out``, or this not the joiner; a
+                NonFiniteScoresError names utterances whose scores are NaN or infinite.
+            TypeError: if one is not such a tensor.
         """
         check_encoder_lengths(encoder_out, encoder_lengths)
         batch_size, device, blank = len(encoder_out), encoder_out.device, self.predictor.blank
         if batch_size == 0:
             return []
+        check_encoder_out(encoder_out, self.joiner)
         lengths = encoder_lengths.to(device)
         first_row = self.beam * torch.arange(batch_size, device=device).unsqueeze(1)  # (B, 1)
 
@@ -212,6 +231,7 @@ class ModifiedBeamSearch:
                 scores = beam.scores + torch.where(emits.view(forced.shape), forced, 0)
                 beam = beam._replace(scores=scores)
 
+        refuse_non_finite((beam.scores.isnan() | (beam.scores == torch.inf)).any(1))
         return self._best_first(beam, steps)
 
     def _log_probs(self, encoder_frame: Tensor, predictor_out: Tensor) -> Tensor:

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transducer_toolkit.arguments import check_int
 from transducer_toolkit.decoding.alignment import check_topology
 from transducer_toolkit.decoding.search import (
     Hypothesis,
     check_encoder_lengths,
+    check_encoder_out,
+    check_model,
     collect_hypotheses,
+    refuse_non_finite,
     step_where,
 )
 from transducer_toolkit.modules.joiner import Joiner
@@ -55,7 +59,9 @@ class GreedySearch:
             next frame: ``max_symbols_per_frame`` is 1 there.
 
     Raises:
-        ValueError: if ``max_symbols_per_frame`` is below 1 or the topology is unknown.
+        ValueError: if ``max_symbols_per_frame`` is below 1, the topology is unknown, or predictor
+            and joiner have different vocabularies.
+        TypeError: if an argument is of another type.
 
     Example:
         >>> from transducer_toolkit.modules import Joiner, StatelessPredictor
@@ -80,17 +86,24 @@ class GreedySearch:
         topology: str = "regular",
     ) -> None:
         check_topology(topology)
+        check_model(predictor, joiner)
+        check_int(max_symbols_per_frame, "max_symbols_per_frame")
         if max_symbols_per_frame < 1:
             raise ValueError(
                 f"max_symbols_per_frame must be at least 1, got {max_symbols_per_frame}"
             )
         self.predictor = predictor
         self.joiner = joiner
-        self.max_symbols_per_frame = max_symbols_per_frame if topology == "regular" else 1
+        # Bounded by what an int64 holds: any more is as good as no limit.
+        limit = min(max_symbols_per_frame, 2**62)
+        self.max_symbols_per_frame = limit if topology == "regular" else 1
 
     @torch.inference_mode()
     def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> GreedyState:
         """The state before the first frame: the predictor has read its start symbol."""
+        check_int(batch_size, "batch_size")
+        if batch_size < 0:
+            raise ValueError(f"batch_size must be at least 0, got {batch_size}")
         start = torch.full((batch_size,), self.predictor.blank, dtype=torch.int64, device=device)
         state = self.predictor.initial_state(batch_size, device)
         predictor_out, state = self.predictor.step(start, state)
@@ -107,8 +120,12 @@ class GreedySearch:
             One hypothesis an utterance.
 
         Raises:
-            ValueError: if the lengths do not fit ``encoder_out``.
+            ValueError: if the lengths do not fit ``encoder_out``, or this not the joiner; a
+                NonFiniteScoresError names utterances whose logits are NaN or infinite.
+            TypeError: if one is not such a tensor.
         """
+        check_encoder_lengths(encoder_out, encoder_lengths)
+        check_encoder_out(encoder_out, self.joiner)
         state = self.initial_state(encoder_out.size(0), encoder_out.device)
         return self.advance(encoder_out, encoder_lengths, state)[0]
 
@@ -129,9 +146,18 @@ class GreedySearch:
             the state after it.
 
         Raises:
-            ValueError: if the lengths do not fit ``encoder_out``.
+            ValueError: as of :meth:`__call__`, or if the state is of another number of utterances.
+            TypeError: likewise, or if the state is none.
         """
         check_encoder_lengths(encoder_out, encoder_lengths)
+        check_encoder_out(encoder_out, self.joiner)
+        if not isinstance(state, GreedyState):
+            raise TypeError(f"state: expected a GreedyState, got {type(state).__name__}")
+        if len(state.num_frames) != len(encoder_out):
+            raise ValueError(
+                f"state: expected one of {len(encoder_out)} utterances, as many as encoder_out, "
+                f"got {len(state.num_frames)}"
+            )
         batch_size, max_frames, _ = encoder_out.shape
         device, blank = encoder_out.device, self.predictor.blank
         lengths = encoder_lengths.to(device)
@@ -144,15 +170,19 @@ class GreedySearch:
         frame = torch.zeros_like(lengths)  # where each utterance stands in the chunk
         labels_here = torch.zeros_like(lengths)  # labels emitted so far on that frame
         emissions = []  # (tokens, frames, logits), each (B,); token = blank if nothing is emitted
+        is_bad = torch.zeros_like(lengths, dtype=torch.bool)
 
         while bool((frame < lengths).any()):
             frames = frame.unsqueeze(1) + ahead  # (B, FRAMES_AHEAD)
             window = projected[rows.unsqueeze(1), frames.clamp(max=max_frames - 1)]
             logits = self.joiner.step_projected(window, predictor_out.unsqueeze(1))
-            best = logits.argmax(-1)
-            is_label = (best != blank) & (frames < lengths.unsqueeze(1))
+            best_logits, best = logits.max(-1)
+            exists = frames < lengths.unsqueeze(1)
+            is_label = (best != blank) & exists
             left, skipped = (is_label * sooner).max(1)
             emits = left > 0
+            visited = exists & (~emits.unsqueeze(1) | (ahead <= skipped.unsqueeze(1)))
+            is_bad |= (visited & ~best_logits.isfinite()).any(1)  # a NaN counts as the largest
             tokens = torch.where(emits, best[rows, skipped], blank)
             emitted_at = frame + skipped
             # Of the largest entry: its log-probability is its distance to the normaliser.
@@ -169,6 +199,7 @@ class GreedySearch:
                 emits, self.predictor.step, tokens, predictor_out, predictor_state
             )
 
+        refuse_non_finite(is_bad)
         found = collect_hypotheses(emissions, batch_size, blank)
         return found, GreedyState(predictor_state, predictor_out, state.num_frames + lengths)
 
@@ -194,8 +225,7 @@ def greedy_search(
         One hypothesis an utterance.
 
     Raises:
-        ValueError: if ``max_symbols_per_frame`` is below 1, or the lengths do not fit
-            ``encoder_out``.
+        ValueError, TypeError: as :class:`GreedySearch` and its call.
 
     Example:
         >>> from transducer_toolkit.modules import Joiner, StatelessPredictor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transducer_toolkit.decoding.alignment import check_topology
+from transducer_toolkit.decoding.alignment import check_lattice, check_topology
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.losses.operator import logits_loss
 
@@ -58,7 +58,9 @@ def lattice_posteriors(
         The posteriors, of the dtype and on the device of ``logits``.
 
     Raises:
-        ValueError: if the topology is unknown, or leaves an utterance without a path.
+        ValueError: if logits, targets and shape do not fit each other, a label is blank or not in
+            [0, V), the topology is unknown, or it leaves an utterance without a path.
+        TypeError: if an argument is of another type.
 
     Example:
         >>> shape = LatticeShape.from_lengths([3], [2])
@@ -68,6 +70,7 @@ def lattice_posteriors(
         (torch.Size([1, 3, 2]), 2.0)
     """
     check_topology(topology)
+    check_lattice(logits, targets, shape, blank)
     result = logits_loss(
         logits.detach(),
         targets,

@@ -10,6 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from transducer_toolkit.arguments import check_tensor
+from transducer_toolkit.losses.checks import INDEX_DTYPES, check_dtype
+from transducer_toolkit.native import SUPPORTED_DTYPES
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -43,8 +47,83 @@ class Search(Protocol):
         """
 
 
+class NonFiniteScoresError(ValueError):
+    """Some utterances have logits that are NaN, +inf or nothing but -inf: there is no best symbol.
+
+    Attributes:
+        utterances: their places in the batch.
+    """
+
+    def __init__(self, utterances: Sequence[int]) -> None:
+        self.utterances = list(utterances)
+        places = ", ".join(f"encoder_out[{b}]" for b in self.utterances[:5])
+        more = len(self.utterances) - 5
+        super().__init__(
+            f"{places}{f' and {more} more' if more > 0 else ''}: the scores of the symbols are NaN "
+            "or infinite; look at the audio of the utterance and at the weights of the model"
+        )
+
+
+def refuse_non_finite(is_bad: Tensor) -> None:
+    """Raise a NonFiniteScoresError if an entry of ``is_bad`` (B,) is true."""
+    if bool(is_bad.any()):
+        raise NonFiniteScoresError(is_bad.nonzero().flatten().tolist())
+
+
+def check_model(predictor: object, joiner: object) -> None:
+    """Raise unless both offer what a search calls, for the same number of symbols.
+
+    Raises:
+        TypeError: one is no predictor or joiner.
+        ValueError: their vocabularies differ.
+    """
+    for name, module, needed in (
+        ("predictor", predictor, ("blank", "vocab_size", "initial_state", "step")),
+        ("joiner", joiner, ("step",)),
+    ):
+        if not all(hasattr(module, attribute) for attribute in needed):
+            raise TypeError(
+                f"{name}: expected a {name.capitalize()} of transducer_toolkit.modules, or what "
+                f"has its {', '.join(needed)}; got {type(module).__name__}"
+            )
+    sizes = [getattr(module, "vocab_size", None) for module in (predictor, joiner)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"predictor and joiner must have the same vocab_size, got {sizes[0]} and {sizes[1]}"
+        )
+
+
+def check_encoder_out(encoder_out: Tensor, joiner: object) -> None:
+    """Raise unless the joiner takes ``encoder_out`` (B, T, E): width, dtype and device."""
+    width = getattr(joiner, "encoder_dim", None)
+    if width is None:  # a joiner of the user's: it knows what it takes
+        return
+    if encoder_out.size(2) != width:
+        raise ValueError(
+            f"encoder_out must have shape (B, T, {width}) for this joiner, "
+            f"got {tuple(encoder_out.shape)}"
+        )
+    weight = next(joiner.parameters())  # type: ignore[attr-defined]
+    if encoder_out.device != weight.device:
+        raise ValueError(
+            f"encoder_out must be on the joiner's device {weight.device}, got {encoder_out.device}"
+        )
+    if encoder_out.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise TypeError(
+            f"encoder_out must have the joiner's dtype {weight.dtype}, got {encoder_out.dtype}"
+        )
+
+
 def check_encoder_lengths(encoder_out: Tensor, encoder_lengths: Tensor) -> None:
-    """Raise a ValueError unless ``encoder_lengths`` are those of a batch (B, T, E)."""
+    """Raise unless ``encoder_lengths`` are those of a batch (B, T, E).
+
+    Raises:
+        TypeError: one is no dense tensor, or not of floats and integers.
+        ValueError: shapes do not fit, or a length is not in [0, T].
+    """
+    check_tensor(encoder_out, "encoder_out")
+    check_tensor(encoder_lengths, "encoder_lengths")
+    check_dtype(encoder_out, "encoder_out", SUPPORTED_DTYPES)
     if encoder_out.dim() != 3:
         raise ValueError(f"encoder_out must have shape (B, T, E), got {tuple(encoder_out.shape)}")
     batch_size, max_frames, _ = encoder_out.shape
@@ -54,6 +133,9 @@ def check_encoder_lengths(encoder_out: Tensor, encoder_lengths: Tensor) -> None:
         )
     if batch_size == 0:
         return
+    check_dtype(encoder_lengths, "encoder_lengths", INDEX_DTYPES)
+    if encoder_lengths.device.type == "meta":
+        raise ValueError("encoder_lengths: expected numbers, got a tensor on device meta")
     shortest, longest = (int(bound) for bound in encoder_lengths.aminmax())
     if not 0 <= shortest <= longest <= max_frames:
         raise ValueError(

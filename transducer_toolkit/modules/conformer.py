@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from transducer_toolkit.arguments import check_at_least, check_int, check_probability
 from transducer_toolkit.modules.encoder import Encoder
 from transducer_toolkit.modules.encoder_frontend import (
     ConvSubsampling,
@@ -43,7 +44,9 @@ class ConformerEncoder(Encoder):
 
     Raises:
         ImportError: if torchaudio cannot be imported.
-        ValueError: if ``hidden_dim`` or ``kernel_size`` is not as said.
+        ValueError: if ``hidden_dim`` or ``kernel_size`` is not as said, a size is below 1, or
+            ``dropout`` not in [0, 1].
+        TypeError: if one is no number.
 
     Example:
         >>> import torch
@@ -67,10 +70,15 @@ class ConformerEncoder(Encoder):
         normalization: str = "utterance",
     ) -> None:
         super().__init__()
+        sizes = {"num_features": num_features, "conv_channels": conv_channels}
+        check_at_least(1, **sizes, hidden_dim=hidden_dim, num_layers=num_layers)
+        check_at_least(1, num_heads=num_heads)
+        check_probability(dropout, "dropout")
         if hidden_dim % num_heads != 0:
             raise ValueError(
                 f"hidden_dim must be a multiple of num_heads={num_heads}, got {hidden_dim}"
             )
+        check_int(kernel_size, "kernel_size")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         try:

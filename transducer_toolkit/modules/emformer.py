@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from transducer_toolkit.arguments import check_at_least, check_probability
 from transducer_toolkit.modules.encoder import StreamingEncoder
 from transducer_toolkit.modules.encoder_frontend import (
     ConvSubsampling,
@@ -40,8 +41,9 @@ class EmformerEncoder(StreamingEncoder):
         normalization: ``"global"``; ``"utterance"`` trains a model that cannot stream.
 
     Raises:
-        ValueError: if segment_length is below 1, a context negative, or dim no multiple of
-            num_heads.
+        ValueError: if a size or segment_length is below 1, a context negative, dropout not in
+            [0, 1], or dim no multiple of num_heads.
+        TypeError: if a size is no integer.
 
     Example:
         >>> encoder = EmformerEncoder(dim=32, num_heads=4, ffn_dim=64, num_layers=1).eval()
@@ -73,6 +75,9 @@ class EmformerEncoder(StreamingEncoder):
         from torchaudio.models import Emformer  # late: other encoders do without torchaudio
 
         super().__init__()
+        sizes = {"num_features": num_features, "conv_channels": conv_channels, "dim": dim}
+        check_at_least(1, **sizes, num_heads=num_heads, ffn_dim=ffn_dim, num_layers=num_layers)
+        check_probability(dropout, "dropout")
         if segment_length < 1 or min(left_context, right_context, memory_size) < 0:
             raise ValueError(
                 "segment_length must be at least 1, left_context, right_context and memory_size "

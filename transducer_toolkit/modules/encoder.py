@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transducer_toolkit.arguments import check_at_least, check_probability
 from transducer_toolkit.modules.encoder_frontend import (
     SUBSAMPLING_FACTOR,
     ConvSubsampling,
@@ -214,6 +215,10 @@ class ConvLstmEncoder(StreamingEncoder):
         normalization: ``"utterance"`` or ``"global"``, see
             :class:`~transducer_toolkit.modules.encoder_frontend.FeatureNormalizer`.
 
+    Raises:
+        ValueError: if a size is below 1, or ``dropout`` is not in [0, 1].
+        TypeError: if one is no number.
+
     Example:
         >>> import torch
         >>> encoder = ConvLstmEncoder(hidden_dim=64)
@@ -233,6 +238,9 @@ class ConvLstmEncoder(StreamingEncoder):
         normalization: str = "utterance",
     ) -> None:
         super().__init__()
+        sizes = {"num_features": num_features, "conv_channels": conv_channels}
+        check_at_least(1, **sizes, hidden_dim=hidden_dim, num_layers=num_layers)
+        check_probability(dropout, "dropout")
         self.num_features = num_features
         self.output_dim = hidden_dim
         self.normalizer = FeatureNormalizer(num_features, normalization)

@@ -3,6 +3,7 @@
 
 from torch import Tensor, nn
 
+from transducer_toolkit.arguments import check_at_least
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.joint import (
     apply_activation,
@@ -35,6 +36,10 @@ class Joiner(nn.Module):
         activation: "tanh", "relu", "gelu", "silu" or "identity".
         bias: whether the output layer has one.
 
+    Raises:
+        ValueError: if a size is below 1 or the activation is unknown.
+        TypeError: if a size is no integer.
+
     Example:
         >>> joiner = Joiner(encoder_dim=8, predictor_dim=4, joiner_dim=16, vocab_size=10)
         >>> shape = LatticeShape.from_lengths([3, 2], [1, 2])
@@ -54,6 +59,8 @@ class Joiner(nn.Module):
     ) -> None:
         super().__init__()
         check_activation(activation)
+        sizes = {"encoder_dim": encoder_dim, "predictor_dim": predictor_dim}
+        check_at_least(1, **sizes, joiner_dim=joiner_dim, vocab_size=vocab_size)
         self.activation = activation
         self.encoder_projection = nn.Linear(encoder_dim, joiner_dim)
         # One bias is enough for the sum of the two.
@@ -63,6 +70,10 @@ class Joiner(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.output.out_features
+
+    @property
+    def encoder_dim(self) -> int:
+        return self.encoder_projection.in_features
 
     def forward(self, encoder_out: Tensor, predictor_out: Tensor, shape: LatticeShape) -> Tensor:
         """(B, T, E), (B, U + 1, P) -> packed logits (shape.num_cells, V)."""
@@ -113,6 +124,8 @@ class AdditiveJoiner(nn.Module):
 
     def __init__(self, encoder_dim: int, predictor_dim: int, vocab_size: int) -> None:
         super().__init__()
+        sizes = {"encoder_dim": encoder_dim, "predictor_dim": predictor_dim}
+        check_at_least(1, **sizes, vocab_size=vocab_size)
         self.am = nn.Linear(encoder_dim, vocab_size)
         # One bias is enough for the sum of the two.
         self.lm = nn.Linear(predictor_dim, vocab_size, bias=False)
@@ -120,6 +133,10 @@ class AdditiveJoiner(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.am.out_features
+
+    @property
+    def encoder_dim(self) -> int:
+        return self.am.in_features
 
     def parts(self, encoder_out: Tensor, predictor_out: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, E), (B, U + 1, P) -> am (B, T, V), lm (B, U + 1, V)."""

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from transducer_toolkit.arguments import check_at_least, check_int, check_probability
+
 
 class Predictor(nn.Module, ABC):
     """What every predictor offers: all columns of the lattice at once, or one symbol at a time.
@@ -31,6 +33,8 @@ class Predictor(nn.Module, ABC):
 
     def __init__(self, vocab_size: int, blank: int) -> None:
         super().__init__()
+        check_at_least(1, vocab_size=vocab_size)
+        check_int(blank, "blank")
         if not 0 <= blank < vocab_size:
             raise ValueError(f"blank must be in [0, {vocab_size}), got {blank}")
         self.vocab_size = vocab_size
@@ -88,7 +92,8 @@ class StatelessPredictor(Predictor):
         blank: id of blank.
 
     Raises:
-        ValueError: if ``context_size`` is below 1 or blank is outside [0, V).
+        ValueError: if a size is below 1 or blank is outside [0, V).
+        TypeError: if one is no integer.
 
     Example:
         >>> predictor = StatelessPredictor(10, embedding_dim=16, context_size=2)
@@ -100,8 +105,7 @@ class StatelessPredictor(Predictor):
         self, vocab_size: int, embedding_dim: int = 128, context_size: int = 2, blank: int = 0
     ) -> None:
         super().__init__(vocab_size, blank)
-        if context_size < 1:
-            raise ValueError(f"context_size must be at least 1, got {context_size}")
+        check_at_least(1, embedding_dim=embedding_dim, context_size=context_size)
         self.output_dim = embedding_dim
         self.context_size = context_size
         self.embedding = nn.Embedding(vocab_size, embedding_dim)
@@ -139,6 +143,10 @@ class LstmPredictor(Predictor):
         dropout: probability of zeroing a unit before and after the LSTM layers.
         blank: id of blank.
 
+    Raises:
+        ValueError: if a size is below 1, ``dropout`` not in [0, 1], or blank outside [0, V).
+        TypeError: if one is no number.
+
     Example:
         >>> predictor = LstmPredictor(10, embedding_dim=16, hidden_dim=32)
         >>> out, state = predictor.step(torch.tensor([0]), predictor.initial_state(1))
@@ -156,6 +164,8 @@ class LstmPredictor(Predictor):
         blank: int = 0,
     ) -> None:
         super().__init__(vocab_size, blank)
+        check_at_least(1, embedding_dim=embedding_dim, hidden_dim=hidden_dim, num_layers=num_layers)
+        check_probability(dropout, "dropout")
         self.output_dim = hidden_dim
         self.embedding = nn.Embedding(vocab_size, embedding_dim)
         self.dropout = nn.Dropout(dropout)

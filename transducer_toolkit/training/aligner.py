@@ -97,8 +97,8 @@ def align_text(
         Times and posteriors of all symbols and words.
 
     Raises:
-        ValueError: if the text has a character that the tokenizer lacks, the audio is too short
-            for a frame of features, or for so many symbols in this topology.
+        ValueError: if the text has a character that the tokenizer lacks; if the audio is not
+            finite, too short for a frame of features, or for so many symbols in this topology.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
@@ -110,6 +110,8 @@ def align_text(
     model, tokenizer = recognizer.model, recognizer.tokenizer
     tokens = tokenizer.encode(text)
     features = recognizer.fbank(waveform)
+    if not bool(features.isfinite().all()):
+        raise ValueError("the audio holds samples that are NaN, infinite or huge")
     device = next(model.parameters()).device
     targets = torch.tensor(tokens, dtype=torch.int64, device=device).unsqueeze(0)  # (1, U)
     encoder_out, encoder_lengths, predictor_out = model(

@@ -20,7 +20,13 @@ from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.data.tokenizer import Tokenizer
-from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, align
+from transducer_toolkit.decoding import (
+    GreedySearch,
+    Hypothesis,
+    NonFiniteScoresError,
+    Search,
+    align,
+)
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.training.accumulation import FrameWeights
@@ -116,11 +122,17 @@ class TransducerModule(LightningModule):
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
         if self.make_optimizer is None:
             raise ValueError("training needs an optimizer: TransducerModule(..., optimizer=...)")
-        optimizer = self.make_optimizer(self.parameters())
+        try:
+            optimizer = self.make_optimizer(self.parameters())
+        except (TypeError, ValueError) as error:  # torch's name neither option nor value
+            raise type(error)(f"optimizer {self.make_optimizer}: {error}") from error
         if self.make_scheduler is None:
             return optimizer
         total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
+        try:
+            scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"scheduler {self.make_scheduler}: {error}") from error
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -180,7 +192,16 @@ class TransducerModule(LightningModule):
         output, shape, encoder_out = self.compute_losses(batch)
         self._loss_sum += float(output.losses.sum())
         self._frame_sum += float(shape.logit_lengths.sum())
-        self._keep(batch, self._search(encoder_out, shape.logit_lengths))
+        try:
+            hypotheses = self._search(encoder_out, shape.logit_lengths)
+        except NonFiniteScoresError as error:
+            # A training goes on: val/loss says NaN, and these utterances count as not recognised.
+            ids = [batch.utterance_ids[b] for b in error.utterances]
+            logger.warning("validation: no symbols, as scores are not finite: %s", ", ".join(ids))
+            lengths = shape.logit_lengths.clone()
+            lengths[error.utterances] = 0
+            hypotheses = self._search(encoder_out, lengths)
+        self._keep(batch, hypotheses)
 
     def on_validation_epoch_end(self) -> None:
         sums = torch.tensor([self._loss_sum, self._frame_sum], device=self.device)

@@ -126,18 +126,45 @@ class Recognizer:
         checkpoint = load_checkpoint(path)
         recipe = checkpoint[CHECKPOINT_KEY]
         check_model_config(recipe["model"], trusted_packages, path)
+        try:
+            recognizer = cls._restored(recipe, checkpoint["state_dict"], search)
+        except Exception as error:  # whatever classes make of a recipe that is not theirs
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{path}: its model cannot be restored: {type(error).__name__}: {reason}"
+            ) from error
+        try:
+            recognizer.model.to(device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or no room
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
+        return recognizer
+
+    @classmethod
+    def _restored(
+        cls,
+        recipe: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        search: Callable[..., Search] | None,
+    ) -> Recognizer:
         model = instantiate(recipe["model"], _convert_="all")
-        weights = {
+        own = {
             name.removeprefix("model."): value
-            for name, value in checkpoint["state_dict"].items()
+            for name, value in weights.items()
             if name.startswith("model.")
         }
-        model.load_state_dict(weights)
+        model.load_state_dict(own)
         # The first checkpoints were all of characters.
         state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
+        tokenizer = tokenizer_from_state(state)
+        if (tokenizer.vocab_size, tokenizer.blank) != (model.vocab_size, model.blank):
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} symbols and blank {tokenizer.blank}, "
+                f"the model {model.vocab_size} and {model.blank}"
+            )
         return cls(
-            model.to(device),
-            tokenizer_from_state(state),
+            model,
+            tokenizer,
             Fbank(num_mel_bins=recipe["num_mel_bins"]),
             max_symbols_per_frame=recipe["max_symbols_per_frame"],
             topology=recipe.get("topology", "regular"),  # absent in the first checkpoints
@@ -155,11 +182,15 @@ class Recognizer:
             One hypothesis a waveform.
 
         Raises:
-            ValueError: if there are none, or one is too short for a frame of features.
+            ValueError: if there are none, or one is too short for a frame of features or holds
+                samples that are not finite; if the model's scores are not.
         """
         if not waveforms:
             raise ValueError("waveforms must hold at least one waveform, got none")
         features = [self.fbank(waveform) for waveform in waveforms]
+        for index, frames in enumerate(features):
+            if not bool(frames.isfinite().all()):
+                raise ValueError(f"waveforms[{index}] holds samples that are NaN, infinite or huge")
         lengths = torch.tensor([len(f) for f in features])
         device = next(self.model.parameters()).device
         padded = pad_sequence(features, batch_first=True).to(device)
@@ -221,23 +252,23 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # damaged or forged: the unpickler stumbles in many ways
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
-    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
         raise ValueError(
             f"{path} is not a checkpoint of transducer-train: it holds no {CHECKPOINT_KEY!r} entry"
         )
     recipe = checkpoint[CHECKPOINT_KEY]
-    version = recipe.get("format_version") if isinstance(recipe, dict) else None
+    version = recipe.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has the recognizer format {version}, this version of transducer_toolkit "
             f"reads {FORMAT_VERSION}"
         )
     missing = [name for name in RECIPE_KEYS if name not in recipe]
-    if missing or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError(
-            f"{path} is not a checkpoint of transducer-train: it lacks "
-            f"{', '.join(missing) or 'state_dict'}"
-        )
+    if missing:
+        raise ValueError(f"{path}: its recognizer lacks {', '.join(missing)}")
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+        raise ValueError(f"{path}: its state_dict is no dict of tensors")
     return checkpoint
