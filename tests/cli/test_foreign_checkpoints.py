@@ -157,8 +157,8 @@ def test_a_trusted_package_is_code(with_config, tones, tmp_path, monkeypatch, ca
     arguments = ["--checkpoint", path, str(tones / "test-0.wav")]
     assert main(arguments) == 1
     assert not Path("exploded").exists()
-    with pytest.raises(Exception, match=r"encoder|NoneType"):  # it gives no encoder
-        main([*arguments, "--trust-package", HERE])
+    assert main([*arguments, "--trust-package", HERE]) == 1
+    assert "'NoneType' object has no attribute" in capsys.readouterr().err  # it gives no encoder
     assert Path("exploded").exists()
 
 
@@ -189,10 +189,10 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(recognizer=[1]), "has the recognizer format None"),
-        (lambda c: c["recognizer"].pop("model"), "it lacks model"),
-        (lambda c: c.pop("state_dict"), "it lacks state_dict"),
-        (lambda c: c.update(state_dict=[1]), "it lacks state_dict"),
+        (lambda c: c.update(recognizer=[1]), "it holds no 'recognizer' entry"),
+        (lambda c: c["recognizer"].pop("model"), "its recognizer lacks model"),
+        (lambda c: c.pop("state_dict"), "its state_dict is no dict of tensors"),
+        (lambda c: c.update(state_dict=[1]), "its state_dict is no dict of tensors"),
     ],
 )
 def test_what_is_missing_is_named(change, message, trained, tmp_path):
