@@ -36,6 +36,7 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     head += ["delay, ms", "ms a step", "loss, of a step"]
     rows = []
     for overrides, results in runs.items():
+        results = sorted(results, key=lambda run: run["seed"])
         wers = {name: [100 * run["test_wer"][name] for run in results] for name in sets}
         delays = [run["symbol_delay_ms"]["test"]["mean"] for run in results]
         cells = [f"`{overrides}`", f"{median(wers['test']):.2f}"]
