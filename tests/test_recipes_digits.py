@@ -9,11 +9,13 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve().parents[1] / "recipes" / "digits" / "table.py"
 
 
-def run_of(folder, number, overrides, wer):
+def run_of(folder, number, seed, loss, wer):
+    overrides = [f"seed={seed}", f"loss={loss}"]
     (folder / str(number) / ".hydra").mkdir(parents=True)
     lines = "".join(f"- {override}\n" for override in overrides)
     (folder / str(number) / ".hydra" / "overrides.yaml").write_text(lines)
     results = {
+        "seed": seed,
         "test_wer": {"test": wer, "other": 2 * wer},
         "symbol_delay_ms": {"test": {"mean": 200.4}, "other": None},
         "seconds_per_step": 0.07,
@@ -24,9 +26,9 @@ def run_of(folder, number, overrides, wer):
 
 def test_medians_over_the_seeds_best_first(tmp_path):
     for number, (loss, seed, wer) in enumerate(
-        [("packed", 1, 0.05), ("packed", 2, 0.06), ("packed", 10, 0.09), ("fused", 1, 0.04)]
+        [("packed", 10, 0.09), ("packed", 1, 0.05), ("packed", 2, 0.06), ("fused", 1, 0.04)]
     ):
-        run_of(tmp_path, number, [f"seed={seed}", f"loss={loss}"], wer)
+        run_of(tmp_path, number, seed, loss, wer)
     (tmp_path / "4").mkdir()  # not finished
     command = [sys.executable, str(SCRIPT), str(tmp_path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
