@@ -139,6 +139,9 @@ class _OnCuda(TorchFunctionMode):
                 return PretendTensor(found) if isinstance(found, Tensor) else found
             if name in ("contiguous", "__invert__"):  # would ask for a device before dispatch
                 return PretendTensor(getattr(host, name)())
+            if name == "copy_" and isinstance(args[1], PretendTensor):
+                host.copy_(args[1].host)
+                return args[0]
             if name == "__getitem__":
                 index = tree_map(unwrap, args[1])
                 masks = [x for x in tree_leaves(index) if isinstance(x, Tensor) and x.dtype == BOOL]
@@ -201,11 +204,15 @@ def gradients(
 ) -> Callable[..., tuple[Tensor, tuple[Any, ...]]]:
     """run(grad, number) -> outputs and gradients of the operator, with the arguments it had last.
 
-    The last argument of our loss operators, whether posteriors are wanted, is set.
+    The last argument of our loss operators, whether posteriors are wanted, is set; `before_last`
+    replaces those in front of it.
     """
 
-    def run(loss_grad: Tensor, num_wanted: int) -> tuple[Tensor, tuple[Any, ...]]:
-        arguments = *traffic.calls[operator.__name__][:-1], True
+    def run(
+        loss_grad: Tensor, num_wanted: int, before_last: tuple[Any, ...] = ()
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        others = traffic.calls[operator.__name__][: -1 - len(before_last)]
+        arguments = *others, *before_last, True
         outputs = operator(*arguments)
         context = SimpleNamespace(
             needs_input_grad=(True,) * num_wanted + (False,) * (len(arguments) - num_wanted),

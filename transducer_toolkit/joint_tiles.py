@@ -23,6 +23,8 @@ TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 128 * 2**20}
 # A product on the CPU copies its right-hand side into the order it likes. So the weight goes in by
 # panels of at most this size, or that copy would be as large as the weight. A GPU makes none.
 PANEL_BYTES = {"cpu": 2 * 2**20}
+# If all logits together are no more than this, backward need not make them again.
+KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 MIN_PANEL_ROWS = 256  # narrower products are slow: at D = 8192 panels of 2 MiB took 40 % more time
 
 
@@ -31,6 +33,12 @@ def automatic_tile_cells(enc: Tensor, vocab_size: int) -> int:
     row_bytes = (2 * enc.size(-1) + vocab_size) * enc.element_size()
     budget = TILE_BYTES.get(enc.device.type, TILE_BYTES["cpu"])
     return max(64, budget // row_bytes)
+
+
+def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
+    """Whether (num_rows, V) logits in the dtype of enc are within KEPT_LOGITS_BYTES."""
+    budget = KEPT_LOGITS_BYTES.get(enc.device.type, 0)
+    return bool(num_rows * vocab_size * enc.element_size() <= budget)
 
 
 def _panels(weight: Tensor) -> list[slice]:
@@ -132,6 +140,15 @@ class JointTiles:
             else:
                 torch.addmm(self.bias[panel], hidden, weight, out=columns)
         return out
+
+    def copied_logits(self, logits: Tensor, tile: native.RowTile) -> Tensor:
+        """The tile's rows of `logits` (all rows, V), overwritten by the next tile."""
+        out = self.buffer("logits", tile.size, self.vocab_size)
+        if tile.rows is None:
+            return out.copy_(logits[tile.begin : tile.begin + tile.size])
+        return torch.index_select(
+            logits, 0, tile.rows[tile.begin : tile.begin + tile.size], out=out
+        )
 
     def start_backward(self, wanted: tuple[bool, ...]) -> None:
         """Makes room for the gradients: enc, pred, weight, bias, those that are wanted.

@@ -313,7 +313,7 @@ class RowTile:
     def __init__(self, begin: int, size: int, rows: Tensor | None = None) -> None:
         self.begin = begin
         self.size = size
-        self._keep_alive = rows
+        self.rows = rows  # kept alive for the stages, too
         address = 0 if rows is None else _address(rows)
         self.native = _C.RowTile(rows=address, begin=begin, size=size)
 

@@ -11,14 +11,23 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from transducer_toolkit import FusedJoinerLoss, LatticeShape, fused_joiner_loss
+from transducer_toolkit import FusedJoinerLoss, LatticeShape, fused_joiner_loss, joint_tiles
 from transducer_toolkit.losses.operator import logits_loss
 from transducer_toolkit.modules.joint import _ACTIVATIONS
 from transducer_toolkit.native import ACTIVATIONS, TOPOLOGIES
 
-pytestmark = pytest.mark.usefixtures("stages")
+pytestmark = pytest.mark.usefixtures("stages", "logits_kept")
 
 FRAMES, SYMBOLS, V, D = [7, 4, 9], [3, 0, 4], 11, 6
+
+
+@pytest.fixture(scope="module", params=["few logits", "many logits"])
+def logits_kept(request):
+    """Whether backward finds the logits of forward, or makes them again."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "many logits":
+            patch.setattr(joint_tiles, "KEPT_LOGITS_BYTES", {})
+        yield
 
 
 class Case:
@@ -223,9 +232,12 @@ def test_opcheck_and_second_derivative():
     arguments = (
         case.enc, case.pred, case.weight, case.bias, case.targets, *case.lengths, None,
         case.shape.index(case.enc.device), case.shape.num_cells,
-        case.blank, "tanh", "regular", 0.0, 0.0, 0.0, 0.0, 0, True, True,
+        case.blank, "tanh", "regular", 0.0, 0.0, 0.0, 0.0, 0, True,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.transducer_toolkit.fused_joiner_loss, arguments)
+    for keep_logits in (False, True):
+        torch.library.opcheck(
+            torch.ops.transducer_toolkit.fused_joiner_loss, (*arguments, keep_logits, True)
+        )
     with pytest.raises(RuntimeError, match="gradient of the gradient"):
         (grad,) = torch.autograd.grad(case.fused().sum(), case.enc, create_graph=True)
         grad.sum().backward()

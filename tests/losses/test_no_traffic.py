@@ -68,7 +68,8 @@ def joint_case(dtype, band):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("band", [False, True])
 @pytest.mark.parametrize("mask_out", [False, True])
-def test_fused_loss_with_a_shape_is_captured(dtype, band, mask_out):
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_fused_loss_with_a_shape_is_captured(dtype, band, mask_out, keep_logits):
     """No cell is filtered then: as with dropped_mass=0. A NaN that was masked out stays out."""
     shape, inputs, targets, ranges = joint_case(dtype, band)
     if mask_out:
@@ -88,7 +89,7 @@ def test_fused_loss_with_a_shape_is_captured(dtype, band, mask_out):
         grad_of_losses = to_cuda(loss_grad)
         with traffic.capture():
             fused_joiner_loss(*there, *shape.lengths, 0, tile_cells=7, **options)
-            losses, grads = of_joiner(traffic)(grad_of_losses, 4)
+            losses, grads = of_joiner(traffic)(grad_of_losses, 4, (keep_logits,))
         assert traffic.events == ["host to device"]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(to_host(losses), expected, rtol=1e-5, atol=0, equal_nan=True)
@@ -96,7 +97,8 @@ def test_fused_loss_with_a_shape_is_captured(dtype, band, mask_out):
         torch.testing.assert_close(to_host(grad), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_fused_loss_outside_of_a_capture_waits_once():
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_fused_loss_outside_of_a_capture_waits_once(keep_logits):
     """For the number of kept cells, in backward; lengths that came without a shape are copied."""
     shape, inputs, targets, _ = joint_case(torch.float32, band=False)
     with pretend_cuda() as traffic:
@@ -105,7 +107,7 @@ def test_fused_loss_outside_of_a_capture_waits_once():
         fused_joiner_loss(*there, *shape.lengths, 0)
         assert traffic.events == ["host to device"]
         traffic.events.clear()
-        _, grads = of_joiner(traffic)(ones, 4)
+        _, grads = of_joiner(traffic)(ones, 4, (keep_logits,))
         assert traffic.events == ["waits: __int__"]
     leaves = [tensor.requires_grad_() for tensor in inputs]
     loss = fused_joiner_loss(*leaves, targets, *shape.lengths, 0, reduction="sum")

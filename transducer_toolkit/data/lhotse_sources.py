@@ -55,7 +55,7 @@ def _check_file(path: str) -> None:
     archive = path.partition(_ARCHIVE)[0] + _ARCHIVE[:-1] if _ARCHIVE in path else path
     # Also what other backends take for an address: "pipe:...", "https://...", "concat:...".
     if not os.path.isfile(archive):
-        raise ValueError(f"no audio file at {_shortened(path)}")
+        raise ValueError(f"no audio file at {path!r}")
     kind = path.lower()
     if (kind.endswith(".sph") and shlex.quote(path) != path) or (
         kind.endswith(".opus") and "'" in path

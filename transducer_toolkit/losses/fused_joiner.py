@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transducer_toolkit import native
-from transducer_toolkit.joint_tiles import autocast
+from transducer_toolkit.joint_tiles import are_logits_few, autocast
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.losses import checks, fused_operator
 from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
@@ -50,7 +50,8 @@ def fused_joiner_loss(
     has been summed up. Backward makes tiles again, of those cells only that carry gradient: after
     the forward-backward recursion each cell's occupancy is known, and most are zero to rounding.
     So peak memory depends on neither ``cells * V`` nor ``cells * D``, and of the three matrix
-    products of a joiner's backward a fraction is done.
+    products of a joiner's backward a fraction is done. (Logits that are 16 MiB or less in all, 128
+    on a GPU, are kept, and two products are left. A band often has so few.)
 
     Args:
         enc: (B, T, D) encoder frames in joiner width, float16, bfloat16, float32 or float64; T at
@@ -75,7 +76,8 @@ def fused_joiner_loss(
             error of the logits' gradient is at most twice that times the upstream gradient. The
             default adds less to the error of the parameters' gradients than float32 itself makes
             (benchmarks/README.md). 0 is exact to rounding.
-        tile_cells: cells of a tile; None takes what keeps a tile in the processor's cache.
+        tile_cells: cells of a tile, and no logits are kept; None takes what keeps a tile in the
+            processor's cache.
         shape: the lattices, if the caller has them: lengths then stay on the CPU, and
             torch.compile(fullgraph=True) works. Must hold the same lengths. If it has been moved to
             the device of enc, nothing is copied there, and the loss and its gradient can be
@@ -131,7 +133,8 @@ def fused_joiner_loss(
         tensor is not None and tensor.requires_grad for tensor in (enc, pred, weight, bias)
     )
     num_rows = shape.num_cells if ranges is None else shape.num_frames * ranges.size(2)
-    losses, _, _, _, _, num_kept = fused_operator.fused_losses(
+    keep_logits = with_grad and tile_cells is None and are_logits_few(enc, weight.size(0), num_rows)
+    losses, _, _, _, _, num_kept, _ = fused_operator.fused_losses(
         enc.contiguous(),
         pred.contiguous(),
         weight,
@@ -151,6 +154,7 @@ def fused_joiner_loss(
         float(dropped_mass),
         min(tile_cells or 0, num_rows),
         validate,
+        keep_logits,
         with_grad or return_kept,
     )
     loss = reduce_losses(losses, reduction)

@@ -56,12 +56,13 @@ def _forward(
     dropped_mass: float,
     tile_cells: int,
     validate: bool | None,
+    keep_logits: bool,
     with_uses: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses (B,); per row normaliser and uses; the rows to visit in backward; their number (B,).
 
-    All but the losses are empty unless with_uses. Of the rows to visit the first num_kept.sum()
-    elements count.
+    Last the logits (rows, V), empty unless keep_logits; all but these and the losses are empty
+    unless with_uses. Of the rows to visit the first num_kept.sum() elements count.
     """
     checks.check_lengths_fit(
         logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
@@ -74,12 +75,15 @@ def _forward(
         checks.check_labels(targets, target_lengths, blank=blank, vocab_size=weight.size(0))
     batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, index, num_rows)
     scores = native.CellScores(batch, enc.device)
+    kept_logits = enc.new_empty(num_rows if keep_logits else 0, weight.size(0))
     with torch.autocast(enc.device.type, enabled=False):
         joint = JointTiles(
             enc, pred, weight, bias, batch, activation=activation, tile_cells=tile_cells
         )
         for tile in joint.tiles():
-            native.cell_scores(joint.logits(joint.hidden(tile)), batch, tile, scores, blank=blank)
+            out = kept_logits[tile.begin : tile.begin + tile.size] if keep_logits else None
+            logits = joint.logits(joint.hidden(tile), out)
+            native.cell_scores(logits, batch, tile, scores, blank=blank)
     del joint  # its buffers, before the lattice takes memory
     losses, use_blank, use_label = native.lattice(
         scores.blank,
@@ -94,9 +98,10 @@ def _forward(
     losses = losses.to(native.compute_dtype(enc.dtype))
     if not with_uses:
         nothing = targets.new_empty(0, dtype=torch.int64)
-        return losses, use_blank.clone(), use_blank.clone(), use_label, nothing, nothing.clone()
+        empty = (use_blank.clone(), use_blank.clone(), use_label, nothing, nothing.clone())
+        return losses, *empty, kept_logits
     rows, num_kept = native.kept_rows(use_blank, use_label, batch, dropped_mass=dropped_mass)
-    return losses, scores.normaliser, use_blank, use_label, rows, num_kept
+    return losses, scores.normaliser, use_blank, use_label, rows, num_kept, kept_logits
 
 
 def _backward(
@@ -114,6 +119,7 @@ def _backward(
     use_label: Tensor,
     rows: Tensor,
     num_kept: Tensor,
+    kept_logits: Tensor,
     loss_grad: Tensor,
     blank: int,
     activation: str,
@@ -142,7 +148,10 @@ def _backward(
         waits = not native.is_capturing(enc.device)
         for tile in joint.tiles(rows[: int(num_kept.sum())] if waits else None):
             hidden = joint.hidden(tile)
-            logits = joint.logits(hidden)
+            if len(kept_logits):
+                logits = joint.copied_logits(kept_logits, tile)
+            else:
+                logits = joint.logits(hidden)
             native.logits_grad(
                 logits,
                 batch,
@@ -172,21 +181,22 @@ torch.library.custom_op(
     mutates_args=(),
     schema=f"({_TENSORS}, SymInt num_rows, int blank, str activation, str topology, "
     "float fastemit_lambda, float delay_penalty, float clamp, float dropped_mass, int tile_cells, "
-    "bool? validate, bool with_uses) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool? validate, bool keep_logits, bool with_uses) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.custom_op(
     "transducer_toolkit::fused_joiner_loss_backward",
     _backward,
     mutates_args=(),
     schema=f"({_TENSORS}, Tensor normaliser, Tensor use_blank, Tensor use_label, Tensor rows, "
-    "Tensor num_kept, Tensor loss_grad, int blank, str activation, float clamp, int tile_cells, "
-    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor num_kept, Tensor kept_logits, Tensor loss_grad, int blank, str activation, "
+    "float clamp, int tile_cells, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("transducer_toolkit::fused_joiner_loss")
 def _forward_fake(enc, pred, weight, bias, targets, logit_lengths, target_lengths, *options):
-    num_rows, with_uses = options[2], options[-1]
+    num_rows, keep_logits, with_uses = options[2], options[-2], options[-1]
     losses = enc.new_empty(targets.size(0), dtype=native.compute_dtype(enc.dtype))
     rows = num_rows if with_uses else 0
     per_row = (enc.new_empty(rows, dtype=native.SCORE_DTYPE) for _ in range(3))
@@ -196,6 +206,7 @@ def _forward_fake(enc, pred, weight, bias, targets, logit_lengths, target_length
         *per_row,
         targets.new_empty(rows, dtype=torch.int64),
         targets.new_empty(counts, dtype=torch.int64),
+        enc.new_empty(num_rows if keep_logits else 0, weight.size(0)),
     )
 
 
@@ -209,15 +220,13 @@ def _backward_fake(enc, pred, weight, bias, *arguments):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
-    _, ctx.blank, ctx.activation, _, _, _, ctx.clamp, _, ctx.tile_cells, _, _ = inputs[
-        _NUM_TENSORS:
-    ]
+    _, ctx.blank, ctx.activation, _, _, _, ctx.clamp, _, ctx.tile_cells, *_ = inputs[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, loss_grad, *_):
     wanted = [bool(needed) for needed in ctx.needs_input_grad[:4]]
-    nothing = (None,) * (_NUM_TENSORS + 11)
+    nothing = (None,) * (_NUM_TENSORS + 12)
     if loss_grad is None:
         return nothing
     grads = torch.ops.transducer_toolkit.fused_joiner_loss_backward(
