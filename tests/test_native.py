@@ -71,6 +71,35 @@ def test_no_subnormal_gradients():
     assert (grad == 0).any() and (grad > 0).any()
 
 
+def test_no_subnormal_gradients_of_blanks_and_labels():
+    """They are computed apart from the other symbols."""
+    batch = ragged_batch([6], [3], 4, dtype=torch.float32)
+    loss = transducer_loss(batch.logits, *batch.index_arguments, reduction="sum")
+    tiny = torch.finfo(torch.float32).tiny
+    (grad,) = torch.autograd.grad(2 * tiny * loss, batch.logits, retain_graph=True)
+    assert ((grad == 0) | (grad.abs() >= tiny)).all()
+    (grad,) = torch.autograd.grad(1e8 * tiny * loss, batch.logits)
+    assert (grad != 0).any()
+
+
+def test_rows_of_padding_are_zero_whatever_the_memory_held():
+    """A joiner's weight gradient multiplies them by zero, and 0 * NaN is not zero."""
+    band_start = torch.zeros(2, 3, dtype=torch.int64)
+    batch = native.LatticeBatch(
+        *(torch.tensor(values) for values in ([3, 1], [1, 1], [[1], [1]])),
+        num_rows=12,
+        max_frames=3,
+        padded=False,
+        device=torch.device("cpu"),
+        band_start=band_start,
+        band_width=2,
+    )
+    enc, pred = torch.ones(2, 3, 5), torch.ones(2, 2, 5)
+    out = torch.full((12, 5), torch.nan)
+    native.join_forward(enc, pred, batch, batch.all_rows(), activation="identity", out=out)
+    assert (out[:8] == 2).all() and (out[8:] == 0).all()
+
+
 def losses_of_ones(batch):
     """Stage 2 on scores of log(1)."""
     scores = torch.zeros(batch.num_rows, dtype=native.SCORE_DTYPE)
@@ -91,6 +120,18 @@ def test_a_lattice_that_leaves_its_utterances_rows_is_nan(begin):
     losses, use_blank, _ = losses_of_ones(batch)
     assert losses[0].isnan() and float(losses[1]) == pytest.approx(-math.log(3))
     assert use_blank[6:].sum() == pytest.approx(3.0)
+
+
+def test_a_lattice_that_begins_among_the_rows_of_another_is_nan():
+    batch = native.LatticeBatch(
+        *(torch.tensor(values) for values in ([3, 3], [1, 1], [[1], [1]])),
+        max_frames=3,
+        padded=True,
+        device=torch.device("cpu"),
+        begins=torch.tensor([(0, 0), (0, -1)]),
+    )
+    losses = losses_of_ones(batch)[0]
+    assert losses[1].isnan() and float(losses[0]) == pytest.approx(-math.log(3))
 
 
 @pytest.mark.parametrize("first_row", [-1, 1, 5, 6, 12, 2**63 - 1, -(2**63)])

@@ -337,3 +337,23 @@ def test_bad_input(change, error, message):
 def test_bad_ranges(ranges, error, message):
     with pytest.raises(error, match=message):
         tt.rnnt_loss_pruned(torch.zeros(2, 5, 3, 6), torch.ones(2, 3).long(), ranges, 0)
+
+
+@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+def test_a_label_that_is_the_termination_symbol_is_both(rnnt_type):
+    """k2 lets it be; its logit then has the gradient of a blank and that of a label."""
+    logits = torch.randn(1, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    symbols = torch.tensor([[0, 2]])
+    loss = tt.rnnt_loss(logits, symbols, 0, rnnt_type=rnnt_type, reduction="sum")
+    log_probs = logits.log_softmax(-1)
+    px = log_probs[:, :, :-1].gather(3, symbols[:, None, :, None].expand(-1, 4, -1, 1))[..., 0]
+    py = log_probs[..., 0]
+    if rnnt_type == "constrained":
+        px = px + py[:, :, 1:]
+    px, py = px.transpose(1, 2), py.transpose(1, 2)
+    if rnnt_type == "regular":
+        px = torch.nn.functional.pad(px, (0, 1), value=-torch.inf)
+    expected = -tt.mutual_information_recursion(px.contiguous(), py.contiguous()).sum()
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*grads)

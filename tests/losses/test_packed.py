@@ -412,6 +412,33 @@ def test_one_bad_utterance_leaves_the_others_alone(value, topology):
         assert grad_of(masked, logits).isfinite().all()
 
 
+@pytest.mark.parametrize("symbol", ["blank", "label"])
+def test_an_infinite_log_probability_is_nan(symbol):
+    """No normaliser tells there."""
+    batch = ragged_batch([3, 2], [1, 1], 5, dtype=torch.float32)
+    log_probs = batch.logits.detach().log_softmax(-1)
+    clean = transducer_loss(
+        log_probs, *batch.index_arguments, from_log_softmax=True, reduction="none"
+    )
+    log_probs[0, 1, 0, batch.blank if symbol == "blank" else batch.targets[0, 0]] = torch.inf
+    losses = transducer_loss(
+        log_probs, *batch.index_arguments, from_log_softmax=True, reduction="none"
+    )
+    assert losses[0].isnan() and torch.equal(losses[1], clean[1])
+
+
+def test_gradient_does_not_depend_on_the_size_of_the_normaliser():
+    """Of 10^4 float32 holds three decimals; the rest is carried along."""
+    batch = ragged_batch([9, 7], [4, 2], 12, dtype=torch.float32)
+    logits = (batch.logits.detach() + 1e4).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    grads = [
+        grad_of(transducer_loss(x, *batch.index_arguments, reduction="sum"), x)
+        for x in (logits, exact)
+    ]
+    assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm()
+
+
 def test_row_of_minus_infinity_is_nan():
     batch = ragged_batch([3], [1], 4)
     with torch.no_grad():
