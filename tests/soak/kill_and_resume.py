@@ -233,11 +233,13 @@ def main() -> None:
             f"{kills} SIGKILLs, {checkpoints} checkpoints read after them, {trainings} trainings "
             "ended with the weights and batches of one that nobody killed"
         )
-        disk_full(work, plain)
-        print("disk full: named, nothing half-written, resumed once there was room")
+        # No process that reads: the limit holds for the memory that it shares with us, too.
+        disk_full(work, [*plain, "data.num_workers=0"])
+        print("disk full: named, nothing half-written, resumed once there was room", flush=True)
         if not args.no_group:
             group_stopped(work, plain)
-            print("SIGTERM to one process of two: both saved, ended, and went on, twice")
+            print("SIGTERM to one process of two: both saved, ended, and went on, twice",
+                  flush=True)  # fmt: skip
             print(f"a process of a group killed: the other ended {rank_killed(work, plain):.0f} s "
                   "later")  # fmt: skip
 
