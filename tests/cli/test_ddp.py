@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -154,4 +155,5 @@ def test_a_killed_process_ends_the_group_within_a_minute(tmp_path, train_overrid
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0, out
-    assert "a process of this training has ended" in out, out
+    # Ours, or Lightning's, whose launcher may be the first to notice and ends the others.
+    assert re.search(r"a process of this training has ended|Child process .* terminated", out), out
