@@ -4,6 +4,7 @@
 // Half of the inputs are lengths that fit, the other half what nobody validated: lengths, targets,
 // bands and begins of any value, with rows laid out as native.py does. The sanitizers watch memory (every array has its exact size); Require() watches the contracts: which losses are NaN,
 // what a sum of posteriors is, that every row of a gradient is written, that threads change no bit.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -368,7 +369,9 @@ void Repair(Bytes* bytes) {
   for (int64_t i = 0; i < size * frames * vocab; ++i) am.push_back(static_cast<T>(bytes->Logit()));
   for (int64_t i = 0; i < size * columns * vocab; ++i) lm.push_back(static_cast<T>(bytes->Logit()));
   for (int64_t i = 0; i < size * frames * columns; ++i) {
-    product.push_back(static_cast<T>(bytes->Logit()));
+    // A stage takes subnormals for zeros, and a comparison out here does not.
+    const T value = static_cast<T>(bytes->Logit());
+    product.push_back(std::abs(value) < std::numeric_limits<T>::min() ? T(0) : value);
     grad.push_back(bytes->Logit());
   }
   const AdditiveCells<T> cells{size,      frames,    columns,        vocab,
