@@ -154,6 +154,10 @@ def test_the_search_is_an_option_and_follows_the_topology(checkpoint):
         (lambda c: c["state_dict"].update(x=3), "its state_dict is no dict of tensors"),
         (lambda c: c["state_dict"].popitem(), "cannot be restored: RuntimeError: .* Missing key"),
         (lambda c: c["recognizer"].update(model=[]), "its model cannot be restored"),
+        (
+            lambda c: c["recognizer"]["model"]["encoder"].update(num_layers=10**6),
+            "num_layers=1000000, and .* weights",
+        ),
         (lambda c: c["recognizer"].update(num_mel_bins="x"), "its model cannot be restored"),
         (lambda c: c["recognizer"].update(topology=3), "topology must be one of"),
         (lambda c: c["recognizer"].update(max_symbols_per_frame=0), "max_symbols_per_frame must"),

@@ -147,6 +147,7 @@ class Recognizer:
         weights: Mapping[str, Tensor],
         search: Callable[..., Search] | None,
     ) -> Recognizer:
+        _check_depth(recipe["model"], len(weights))
         model = instantiate(recipe["model"], _convert_="all")
         own = {
             name.removeprefix("model."): value
@@ -272,3 +273,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: its state_dict is no dict of tensors")
     return checkpoint
+
+
+def _check_depth(config: Any, num_weights: int) -> None:
+    """Refuse more layers than there are weights for: a million would be made for hours."""
+    if isinstance(config, Mapping):
+        num_layers = config.get("num_layers")
+        if isinstance(num_layers, int) and num_layers > num_weights:
+            raise ValueError(f"num_layers={num_layers}, and {num_weights} weights")
+        for value in config.values():
+            _check_depth(value, num_weights)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            _check_depth(value, num_weights)
