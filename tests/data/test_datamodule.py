@@ -42,6 +42,14 @@ def test_all_utterances_of_all_sets(noise_corpus):
     assert data.tokenizer.symbols == CharTokenizer.from_texts(texts).symbols
 
 
+def test_there_is_no_tokenizer_before_setup(noise_corpus):
+    data = data_module(noise_corpus)
+    with pytest.raises(RuntimeError, match="no tokenizer yet: call setup"):
+        data.made_tokenizer()
+    data.setup("fit")
+    assert data.made_tokenizer() is data.tokenizer
+
+
 def test_a_stage_reads_what_it_needs(noise_corpus):
     data = data_module(noise_corpus, tokenizer=CharTokenizer.from_texts(["one two six"]))
     data.setup("test")

@@ -132,8 +132,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     from transducer_toolkit.training.lightning_module import TransducerModule
     from transducer_toolkit.training.recognizer import recognizer_recipe
 
-    tokenizer = datamodule.tokenizer
-    assert tokenizer is not None  # setup made it
+    tokenizer = datamodule.made_tokenizer()
     model_config: Any = OmegaConf.to_container(cfg.model, resolve=True)
     model_config |= {"vocab_size": tokenizer.vocab_size, "blank": tokenizer.blank}
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")

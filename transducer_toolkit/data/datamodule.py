@@ -165,6 +165,12 @@ class TransducerDataModule(lightning.LightningDataModule):
         """One loader per test set, in the order of ``test_names``."""
         return [self._loader(f"test/{name}") for name in self.test_names]
 
+    def made_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; a RuntimeError if neither the caller nor ``setup`` has made one."""
+        if self.tokenizer is None:
+            raise RuntimeError("there is no tokenizer yet: call setup('fit') first")
+        return self.tokenizer
+
     def dataset(self, name: str, *, training: bool = False) -> SpeechDataset:
         """Return the dataset "train", "val" or "test/<name>"; ``training`` augments it."""
         if name not in self._utterances:
@@ -172,10 +178,9 @@ class TransducerDataModule(lightning.LightningDataModule):
         return self._speech(self._utterances[name], training=training)
 
     def _speech(self, utterances: list[Utterance], *, training: bool) -> SpeechDataset:
-        assert self.tokenizer is not None  # setup made it
         return SpeechDataset(
             utterances,
-            self.tokenizer,
+            self.made_tokenizer(),
             self.fbank,
             waveform_perturbation=self.waveform_perturbation if training else None,
             spec_augment=self.spec_augment if training else None,
@@ -252,9 +257,8 @@ class TransducerDataModule(lightning.LightningDataModule):
         return kept
 
     def _encode(self, utterance: Utterance) -> list[int]:
-        assert self.tokenizer is not None  # setup made it
         try:
-            return self.tokenizer.encode(utterance.text)
+            return self.made_tokenizer().encode(utterance.text)
         except ValueError as error:
             raise ValueError(f"utterance {utterance.id!r}: {error}") from error
 
