@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``Linear(activation(enc_t + pred_u))`` of lattice cells, a tile of rows at a time.
 
-Neither the hidden layer nor (for a fused loss) the logits of all cells exist at once: a tile is
-made, used, and its memory taken for the next. Backward makes it again. The matrix products are
-torch's; the tile is small enough to stay in cache between them.
+Neither the hidden layer nor (for a fused loss, unless they are few) the logits of all cells exist
+at once: a tile is made, used, and its memory taken for the next. Backward makes it again. The
+matrix products are torch's; the tile is small enough to stay in cache between them.
 """
 
 from __future__ import annotations
