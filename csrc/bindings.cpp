@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "additive_scores.h"
 #include "bind_stages.h"
 #include "check.h"
 #include "device.h"
@@ -45,6 +46,117 @@ int64_t KeptRows(const LatticeBatch& batch, Address use_blank, Address use_label
   return KeptRowsCpu(batch, As<const Score>(use_blank), As<const Score>(use_label), dropped_mass,
                      num_threads, As<int64_t>(kept_rows), As<int64_t>(num_kept),
                      As<Score>(dropped));
+}
+
+// Calls f with a null pointer of the element type, float or double.
+template <typename F>
+void ForComputeDType(DType dtype, F f) {
+  TRANSDUCER_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, "float32 or float64 only");
+  if (dtype == DType::kFloat32) return f(static_cast<float*>(nullptr));
+  f(static_cast<double*>(nullptr));
+}
+
+void ShiftedExp(DType dtype, Address rows, int64_t num_rows, int64_t size, int num_threads,
+                Address exponentials, Address max) {
+  ForComputeDType(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    ShiftedExpCpu<T>(As<const T>(rows), num_rows, size, num_threads, As<T>(exponentials),
+                     As<T>(max));
+  });
+}
+
+// What the three stages of an additive joiner share.
+struct AdditiveArguments {
+  DType dtype;
+  int64_t num_utterances, num_frames, num_columns, vocab_size;
+  Address am, lm, product;
+  double threshold;
+  AdditiveTerms terms;
+
+  template <typename F>
+  void Call(F f) const {
+    ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
+                     threshold, f);
+  }
+};
+
+AdditiveArguments MakeAdditiveArguments(DType dtype, int64_t num_utterances, int64_t num_frames,
+                                        int64_t num_columns, int64_t vocab_size, Address am,
+                                        Address lm, Address product, double threshold,
+                                        int64_t num_symbols, Address symbols, int64_t blank,
+                                        double combined_scale, double am_only_scale,
+                                        Address context_blank, Address context_label) {
+  return {dtype,
+          num_utterances,
+          num_frames,
+          num_columns,
+          vocab_size,
+          am,
+          lm,
+          product,
+          threshold,
+          {num_symbols, As<const int64_t>(symbols), blank, combined_scale, am_only_scale,
+           As<const Score>(context_blank), As<const Score>(context_label)}};
+}
+
+void AdditiveScores(const AdditiveArguments& arguments, Address am_max, Address lm_max,
+                    int num_threads, Address normaliser, Address blank_score,
+                    Address label_score) {
+  arguments.Call([&](const auto& cells) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
+    AdditiveScoresCpu(cells, arguments.terms, As<const T>(am_max), As<const T>(lm_max),
+                      num_threads, As<Score>(normaliser), As<Score>(blank_score),
+                      As<Score>(label_score));
+  });
+}
+
+void AdditiveWeights(const AdditiveArguments& arguments, Address grad_blank, Address grad_label,
+                     int num_threads, Address grad_normaliser, Address scale, Address weight,
+                     Address grad_context_blank, Address grad_context_label) {
+  arguments.Call([&](const auto& cells) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
+    AdditiveWeightsCpu(cells, arguments.terms, As<const Score>(grad_blank),
+                       As<const Score>(grad_label), num_threads, As<Score>(grad_normaliser),
+                       As<Score>(scale), As<T>(weight), As<Score>(grad_context_blank),
+                       As<Score>(grad_context_label));
+  });
+}
+
+void AdditiveGradients(const AdditiveArguments& arguments, Address am_exp, Address lm_exp,
+                       Address normaliser, Address grad_blank, Address grad_label,
+                       Address grad_normaliser, Address scale, int num_threads, Address grad_am,
+                       Address grad_lm) {
+  arguments.Call([&](const auto& cells) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
+    AdditiveGradientsCpu(cells, arguments.terms, As<const T>(am_exp), As<const T>(lm_exp),
+                         As<const Score>(normaliser), As<const Score>(grad_blank),
+                         As<const Score>(grad_label), As<const Score>(grad_normaliser),
+                         As<const Score>(scale), num_threads, As<T>(grad_am), As<T>(grad_lm));
+  });
+}
+
+void BindAdditiveScores(py::module_& cpu) {
+  using py::arg;
+  const py::kw_only named;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<AdditiveArguments>(cpu, "AdditiveArguments")
+      .def(py::init(&MakeAdditiveArguments), named, arg("dtype"), arg("num_utterances"),
+           arg("num_frames"), arg("num_columns"), arg("vocab_size"), arg("am"), arg("lm"),
+           arg("product"), arg("threshold"), arg("num_symbols"), arg("symbols"), arg("blank"),
+           arg("combined_scale"), arg("am_only_scale"), arg("context_blank"),
+           arg("context_label"));
+  cpu.def("shifted_exp", &ShiftedExp, no_gil, named, arg("dtype"), arg("rows"), arg("num_rows"),
+          arg("size"), arg("num_threads"), arg("exponentials"), arg("max"));
+  cpu.def("additive_scores", &AdditiveScores, no_gil, arg("arguments"), named, arg("am_max"),
+          arg("lm_max"), arg("num_threads"), arg("normaliser"), arg("blank_score"),
+          arg("label_score"));
+  cpu.def("additive_weights", &AdditiveWeights, no_gil, arg("arguments"), named,
+          arg("grad_blank"), arg("grad_label"), arg("num_threads"), arg("grad_normaliser"),
+          arg("scale"), arg("weight"), arg("grad_context_blank"), arg("grad_context_label"));
+  cpu.def("additive_gradients", &AdditiveGradients, no_gil, arg("arguments"), named,
+          arg("am_exp"), arg("lm_exp"), arg("normaliser"), arg("grad_blank"), arg("grad_label"),
+          arg("grad_normaliser"), arg("scale"), arg("num_threads"), arg("grad_am"),
+          arg("grad_lm"));
 }
 
 py::dict BuildInfo() {
@@ -101,6 +213,8 @@ PYBIND11_MODULE(_C, m) {
       "advise_huge_pages",
       [](Address data, int64_t bytes) { AdviseHugePages(As<void>(data), bytes); },
       py::kw_only(), py::arg("data"), py::arg("bytes"));
+
+  BindAdditiveScores(cpu);
 
   py::module_ cuda = m.def_submodule("cuda");
   cuda.def("device_count", &CudaDeviceCount);

@@ -30,13 +30,13 @@ class SoftplusTable {
     }
   }
 
-  // NaN gives NaN.
+  // NaN gives NaN. Without a branch: on a peaky lattice nobody could predict it.
   double operator()(double x) const {
-    if (x >= static_cast<double>(kIntervals / kPerUnit)) return 0;
-    if (std::isnan(x)) return x;
-    const double scaled = x * kPerUnit;
-    const int64_t i = static_cast<int64_t>(scaled);
-    const double h = (scaled - (static_cast<double>(i) + 0.5)) / kPerUnit;
+    // The interval from kEnd on is all zeros. NaN has no interval: it comes in through h.
+    const double inside = x < kEnd ? x : kEnd;
+    const int64_t i = static_cast<int64_t>(inside * kPerUnit);
+    const double centre = static_cast<double>(i) + 0.5;
+    const double h = ((x > kEnd ? kEnd : x) * kPerUnit - centre) / kPerUnit;
     const auto& c = coefficients_[i];
     // Two short chains instead of one of six steps.
     const double h2 = h * h;
@@ -45,18 +45,22 @@ class SoftplusTable {
     return even + h * odd;
   }
 
+  static constexpr double kEnd = 40;  // 0 from here on
+
  private:
   static constexpr int kDegree = 6;
-  static constexpr int64_t kPerUnit = 16, kIntervals = 40 * kPerUnit;
-  std::array<std::array<double, kDegree + 1>, kIntervals> coefficients_;
+  static constexpr int64_t kPerUnit = 16;
+  static constexpr int64_t kIntervals = 40 * kPerUnit;
+  std::array<std::array<double, kDegree + 1>, kIntervals + 1> coefficients_{};
 };
 
 // log(exp(a) + exp(b)), as LogAdd.
 inline Score FastLogAdd(const SoftplusTable& softplus, Score a, Score b) {
   const Score high = a > b ? a : b;
   const Score low = a > b ? b : a;
-  if (low == kLogZero) return high;  // also when both are: never compute -inf - -inf
-  return high + softplus(high - low);
+  // Nothing to add, also when both are nothing: -inf - -inf would be NaN.
+  const Score gap = low == kLogZero ? SoftplusTable::kEnd : high - low;
+  return high + softplus(gap);
 }
 
 }  // namespace transducer

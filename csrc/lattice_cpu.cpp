@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <array>
 
 #include "fast_log_add.h"
 #include "lattice.h"
@@ -20,7 +21,14 @@ const SoftplusTable& Softplus() {
 }
 
 // exp(x), but 0 where it would be below 1e-130: most cells of a lattice carry nothing.
-Score Posterior(Score x) { return x < -300 ? 0 : std::exp(x); }
+Score Posterior(Score x) {
+  const Score e = std::exp(std::max(x, Score{-300}));
+  return x < -300 ? 0 : e;
+}
+
+// Frames worked on at once. A cell waits some 50 cycles for its neighbour in the frame; those of the
+// other frames, each one cell behind the one before, fill the time.
+constexpr int64_t kFront = 4;
 
 // One utterance. Every topology has the blank arc (t, u) -> (t + 1, u); they differ in the label
 // arc, and in what may reach the final node (T, U), which lies behind the last frame. Arcs that
@@ -44,24 +52,35 @@ class Utterance {
   // beta(0, 0), NaN if any score is NaN (also one that no path could use).
   Score Backward(Score* beta) const {
     bool has_nan = false;
-    Frame next = NoFrame();
-    for (int64_t t = frames_ - 1; t >= 0; --t) {
-      const Frame here = FrameAt(t);
-      const Score penalty = Penalty(t);
-      for (int64_t u = here.end - 1; u >= here.begin; --u) {
-        const int64_t cell = here.offset + u;
-        has_nan |= std::isnan(blank_[cell]);
-        has_nan |= u < labels_ && std::isnan(label_[cell]);
-        const Score by_blank = blank_[cell] + AfterBlank(beta, next, t, u);
-        const Score by_label =
-            u < labels_ ? LabelScore(here, u, penalty) + AfterLabel(beta, here, next, t, u)
-                        : kLogZero;
-        beta[cell] = FastLogAdd(softplus_, by_blank, by_label);
+    for (int64_t last = frames_ - 1; last >= 0; last -= kFront) {
+      // frame[k] is t = last + 1 - k: the one that is done, and below it those of the front.
+      const int64_t count = std::min(kFront, last + 1);
+      Frame frame[kFront + 1];
+      int64_t high = -1, low = labels_;
+      for (int64_t k = 0; k <= count; ++k) {
+        frame[k] = last + 1 - k < frames_ ? FrameAt(last + 1 - k) : NoFrame();
+        if (k == 0) continue;
+        high = std::max(high, frame[k].end - 1 - k);
+        low = std::min(low, frame[k].begin - k);
       }
-      next = here;
+      for (int64_t place = high; place >= low; --place) {
+        for (int64_t k = 1; k <= count; ++k) {
+          const Frame &here = frame[k], &next = frame[k - 1];
+          const int64_t t = last + 1 - k, u = place + k, cell = here.offset + u;
+          if (!here.Has(u)) continue;
+          has_nan |= std::isnan(blank_[cell]);
+          has_nan |= u < labels_ && std::isnan(label_[cell]);
+          const Score by_blank = blank_[cell] + AfterBlank(beta, next, t, u);
+          const Score by_label = u < labels_ ? LabelScore(here, u, Penalty(t)) +
+                                                   AfterLabel(beta, here, next, t, u)
+                                             : kLogZero;
+          beta[cell] = FastLogAdd(softplus_, by_blank, by_label);
+        }
+      }
     }
     if (has_nan) return kNaN;
-    return next.Has(0) ? beta[next.offset] : kLogZero;
+    const Frame first = FrameAt(0);
+    return first.Has(0) ? beta[first.offset] : kLogZero;
   }
 
   // Forward variables, and the posteriors on the way. On entry `beta` holds Backward's result; on
@@ -71,38 +90,53 @@ class Utterance {
     Score* beta = beta_to_use_blank;
     Score* alpha = alpha_to_use_label;
     const Score label_gain = 1 + options_.fastemit_lambda;
-    Frame here = FrameAt(0);
-    std::fill(alpha + here.offset + here.begin, alpha + here.offset + here.end, kLogZero);
-    alpha[here.offset] = 0;  // total is not log(0), so the frame has cell (0, 0)
-    for (int64_t t = 0; t < frames_; ++t) {
-      const Frame next = t + 1 < frames_ ? FrameAt(t + 1) : NoFrame();
-      std::fill(alpha + next.offset + next.begin, alpha + next.offset + next.end, kLogZero);
-      const Score penalty = Penalty(t);
-      Score forced_blank = 0;  // constrained: posterior of the label arc that ends above this cell
-      for (int64_t u = here.begin; u < here.end; ++u) {
-        const int64_t cell = here.offset + u;
-        const Score from = alpha[cell];
-        const Score by_blank = from + blank_[cell];
-        const Score by_label = u < labels_ ? from + LabelScore(here, u, penalty) : kLogZero;
-
-        const Score post_blank = Posterior(by_blank + AfterBlank(beta, next, t, u) - total);
-        const Score post_label =
-            u < labels_
-                ? label_gain * Posterior(by_label + AfterLabel(beta, here, next, t, u) - total)
-                : 0;
-
-        if (next.Has(u)) Push(alpha + next.offset + u, by_blank);
-        if constexpr (kLabelFrames == 0) {
-          if (here.Has(u + 1)) Push(alpha + cell + 1, by_label);
-        } else {
-          if (next.Has(u + 1)) Push(alpha + next.offset + u + 1, by_label);
+    Frame frame[kFront + 1];  // frame[k] is t = first + k
+    frame[0] = FrameAt(0);
+    std::fill(alpha + frame[0].offset + frame[0].begin, alpha + frame[0].offset + frame[0].end,
+              kLogZero);
+    alpha[frame[0].offset] = 0;  // total is not log(0), so the frame has cell (0, 0)
+    for (int64_t first = 0; first < frames_; first += kFront) {
+      const int64_t count = std::min(kFront, frames_ - first);
+      // Constrained: posterior of the label arc that ends above the cell the frame is at.
+      std::array<Score, kFront> forced_blank{};
+      int64_t low = labels_ + kFront, high = -1;
+      for (int64_t k = 0; k <= count; ++k) {
+        if (k > 0) {
+          const Frame& next = frame[k] = first + k < frames_ ? FrameAt(first + k) : NoFrame();
+          std::fill(alpha + next.offset + next.begin, alpha + next.offset + next.end, kLogZero);
         }
-
-        alpha[cell] = post_label;
-        beta[cell] = post_blank + forced_blank;
-        if constexpr (kTopology == Topology::kConstrained) forced_blank = post_label;
+        if (k == count) break;
+        low = std::min(low, frame[k].begin + k);
+        high = std::max(high, frame[k].end - 1 + k);
       }
-      here = next;
+      for (int64_t place = low; place <= high; ++place) {
+        for (int64_t k = 0; k < count; ++k) {
+          const Frame &here = frame[k], &next = frame[k + 1];
+          const int64_t t = first + k, u = place - k, cell = here.offset + u;
+          if (!here.Has(u)) continue;
+          const Score from = alpha[cell];
+          const Score by_blank = from + blank_[cell];
+          const Score by_label = u < labels_ ? from + LabelScore(here, u, Penalty(t)) : kLogZero;
+
+          const Score post_blank = Posterior(by_blank + AfterBlank(beta, next, t, u) - total);
+          const Score post_label =
+              u < labels_
+                  ? label_gain * Posterior(by_label + AfterLabel(beta, here, next, t, u) - total)
+                  : 0;
+
+          if (next.Has(u)) Push(alpha + next.offset + u, by_blank);
+          if constexpr (kLabelFrames == 0) {
+            if (here.Has(u + 1)) Push(alpha + cell + 1, by_label);
+          } else {
+            if (next.Has(u + 1)) Push(alpha + next.offset + u + 1, by_label);
+          }
+
+          alpha[cell] = post_label;
+          beta[cell] = post_blank + forced_blank[k];
+          if constexpr (kTopology == Topology::kConstrained) forced_blank[k] = post_label;
+        }
+      }
+      frame[0] = frame[count];
     }
   }
 

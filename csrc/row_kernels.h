@@ -19,6 +19,10 @@ struct RowKernels {
   // *sum NaN; so does a maximum that is not finite.
   void (*max_and_sum_exp)(const T* x, int64_t size, C* max, C* sum);
 
+  // *max = max_i x_i and out_i = exp(x_i - *max), subnormals of float32 as zero. A NaN in x gives
+  // NaN in its place; a maximum that is not finite, everywhere. out may be x.
+  void (*shifted_exp)(const T* x, int64_t size, T* out, C* max);
+
   // out_i = scale * min(weight * exp(x_i - normaliser), limit), magnitudes below kFlushBelow as
   // zero; weight >= 0, limit = +inf for none. out may be x.
   void (*scaled_softmax)(const T* x, int64_t size, Score normaliser, C weight, C limit, C scale,

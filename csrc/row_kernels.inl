@@ -179,14 +179,12 @@ inline Vec<T> Max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// The maximum of x, whose last part, of less than a vector, is `tail`; a NaN is passed over.
 template <typename T>
-void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
+inline Compute<T> MaxOf(const T* x, int64_t whole, Vec<T> tail) {
   using C = Compute<T>;
   constexpr int64_t kLanes = Simd<C>::kLanes;
   constexpr C kLowest = -std::numeric_limits<C>::infinity();
-  const int64_t whole = size - size % kLanes;
-  const Vec<T> tail = LoadPart(x + whole, size - whole, kLowest);
-
   Vec<T> max_a = tail, max_b = Vec<T>{} + kLowest;
   int64_t i = 0;
   for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
@@ -197,18 +195,40 @@ void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
   max_a = Max<T>(max_a, max_b);
   C top = kLowest;
   for (int64_t lane = 0; lane < kLanes; ++lane) top = max_a[lane] > top ? max_a[lane] : top;
-  *max = top;
+  return top;
+}
+
+template <typename T>
+void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
+  using C = Compute<T>;
+  constexpr int64_t kLanes = Simd<C>::kLanes;
+  const int64_t whole = size - size % kLanes;
+  const Vec<T> tail = LoadPart(x + whole, size - whole, -std::numeric_limits<C>::infinity());
+  const C top = *max = MaxOf(x, whole, tail);
   // With nothing finite to subtract there is no sum; NaN in x must still be seen below.
-  if (top == kLowest || top == std::numeric_limits<C>::infinity()) {
+  if (std::isinf(top)) {
     *sum = std::numeric_limits<C>::quiet_NaN();
     return;
   }
-
   Vec<T> total = Simd<C>::Exp(tail - top);
-  for (i = 0; i < whole; i += kLanes) total = total + Simd<C>::Exp(Load(x + i) - top);
+  for (int64_t i = 0; i < whole; i += kLanes) total = total + Simd<C>::Exp(Load(x + i) - top);
   C result = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) result += total[lane];
   *sum = result;
+}
+
+template <typename T>
+void ShiftedExp(const T* x, int64_t size, T* out, Compute<T>* max) {
+  using C = Compute<T>;
+  constexpr int64_t kLanes = Simd<C>::kLanes;
+  const int64_t whole = size - size % kLanes;
+  const Vec<T> tail = LoadPart(x + whole, size - whole, -std::numeric_limits<C>::infinity());
+  *max = MaxOf(x, whole, tail);
+  const C top = std::isinf(*max) ? std::numeric_limits<C>::quiet_NaN() : *max;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    Store<T>(out + i, Simd<C>::Exp(Load(x + i) - top));
+  }
+  StorePart<T>(out + whole, size - whole, Simd<C>::Exp(tail - top));
 }
 
 template <typename T>
@@ -334,7 +354,7 @@ void AddActivationBackward(const T* grad, const T* out, const T* a, const T* b, 
 }
 
 template <typename T>
-constexpr RowKernels<T> kTable{MaxAndSumExp<T>, ScaledSoftmax<T>, AddActivation<T>,
+constexpr RowKernels<T> kTable{MaxAndSumExp<T>, ShiftedExp<T>, ScaledSoftmax<T>, AddActivation<T>,
                                AddActivationBackward<T>};
 
 constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME, kTable<float>, kTable<double>, kTable<Half>,

@@ -51,6 +51,43 @@ void TestMaxAndSumExp(const RowKernels<T>& kernels) {
 }
 
 template <typename T>
+void TestShiftedExp(const RowKernels<T>& kernels) {
+  for (int64_t size = 1; size <= 70; ++size) {
+    for (const double scale : {0.1, 3.0, 100.0}) {
+      auto x = RandomVector<T>(size, scale, static_cast<unsigned>(size));
+      const T top = *std::max_element(x.begin(), x.end());
+      std::vector<T> out(size, T(9));
+      T max;
+      kernels.shifted_exp(x.data(), size, out.data(), &max);
+      EXPECT_TRUE(max == top);
+      for (int64_t i = 0; i < size; ++i) {
+        const double expected = std::exp(static_cast<double>(static_cast<T>(x[i] - top)));
+        EXPECT_NEAR(out[i], expected, 4 * kUlp<T> * expected + std::numeric_limits<T>::min());
+      }
+      kernels.shifted_exp(x.data(), size, x.data(), &max);
+      EXPECT_TRUE(x == out);
+    }
+    for (int64_t at = 0; at < size; ++at) {  // a special value in every lane, tail included
+      std::vector<T> x(size, T(1)), out(size);
+      T max;
+      x[at] = static_cast<T>(std::nan(""));
+      kernels.shifted_exp(x.data(), size, out.data(), &max);
+      for (int64_t i = 0; i < size; ++i) {
+        EXPECT_TRUE(size == 1 || i == at ? std::isnan(out[i]) : out[i] == 1);
+      }
+      x[at] = static_cast<T>(kInf);
+      kernels.shifted_exp(x.data(), size, out.data(), &max);
+      for (const T value : out) EXPECT_TRUE(std::isnan(value));
+      x[at] = static_cast<T>(-kInf);
+      kernels.shifted_exp(x.data(), size, out.data(), &max);
+      for (int64_t i = 0; i < size; ++i) {
+        EXPECT_TRUE(size == 1 ? std::isnan(out[i]) : out[i] == (i == at ? 0 : 1));
+      }
+    }
+  }
+}
+
+template <typename T>
 void TestScaledSoftmax(const RowKernels<T>& kernels) {
   for (int64_t size = 1; size <= 70; ++size) {
     for (const double offset : {0.0, 80.0, -500.0}) {
@@ -211,6 +248,7 @@ void TestSixteenBit(const RowKernels<T>& kernels, const RowKernels<float>& exact
 template <typename T>
 void TestAll(const RowKernels<T>& kernels) {
   TestMaxAndSumExp(kernels);
+  TestShiftedExp(kernels);
   TestScaledSoftmax(kernels);
   TestActivations(kernels);
 }

@@ -41,7 +41,7 @@ BAD_INPUT = "tests/losses/test_packed_bad_input.py"
 FULL = "tests/losses/test_full_and_pruned.py"
 PRUNING = "tests/losses/test_pruning.py"
 SIMPLE = "tests/losses/test_simple.py"
-NORMALISER = "tests/losses/test_simple_normaliser.py"
+NORMALISER = "tests/losses/test_additive_scores.py"
 RECURSION = "tests/losses/test_mutual_information.py"
 FUSED = "tests/losses/test_fused_joiner.py"
 JOINER = "tests/modules/test_joiner.py"
@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         "the first vector of a row is not in the sum",
         "csrc/row_kernels.inl",
-        "for (i = 0; i < whole; i += kLanes) total = total +",
-        "for (i = kLanes; i < whole; i += kLanes) total = total +",
+        "for (int64_t i = 0; i < whole; i += kLanes) total = total +",
+        "for (int64_t i = kLanes; i < whole; i += kLanes) total = total +",
         (PACKED,),
     ),
     Mutant(
@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant(
         "the forced blank is not a use",
         "csrc/lattice_cpu.cpp",
-        "beta[cell] = post_blank + forced_blank;",
+        "beta[cell] = post_blank + forced_blank[k];",
         "beta[cell] = post_blank;",
         (FULL,),
     ),
@@ -138,8 +138,8 @@ MUTANTS = [
     Mutant(
         "log-add in float32",
         "csrc/fast_log_add.h",
-        "return high + softplus(high - low);",
-        "return static_cast<float>(high + softplus(high - low));",
+        "return high + softplus(gap);",
+        "return static_cast<float>(high + softplus(gap));",
         (PACKED,),
     ),
     Mutant(
@@ -220,6 +220,20 @@ MUTANTS = [
         "offset + std::log(static_cast<Score>(sum));",
         (NORMALISER,),
     ),
+    Mutant(
+        "a frame of the front begins one column late",
+        "csrc/lattice_cpu.cpp",
+        "low = std::min(low, frame[k].begin - k);",
+        "low = std::min(low, frame[k].begin - k + 1);",
+        (PACKED, FULL),
+    ),
+    Mutant(
+        "the prior's share of the gradient is lost",
+        "csrc/additive_scores_cpu.cpp",
+        "grad[symbols + 1] = -terms.am_only_scale * of_frame;",
+        "grad[symbols + 1] = 0 * of_frame;",
+        (NORMALISER,),
+    ),
     # --- Python ---
     Mutant(
         "packed lengths are not compared with the rows",
@@ -258,7 +272,7 @@ MUTANTS = [
     ),
     Mutant(
         "repair threshold of zero",
-        _LOSSES + "simple_normaliser.py",
+        "transducer_toolkit/native_additive.py",
         "return scores.size(-1) * limits.tiny / limits.eps",
         "return 0.0 * scores.size(-1) * limits.tiny / limits.eps",
         (NORMALISER, SIMPLE),

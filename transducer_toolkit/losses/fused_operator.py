@@ -75,7 +75,7 @@ def _forward(
         checks.check_labels(targets, target_lengths, blank=blank, vocab_size=weight.size(0))
     batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, index, num_rows)
     scores = native.CellScores(batch, enc.device)
-    kept_logits = enc.new_empty(num_rows if keep_logits else 0, weight.size(0))
+    kept_logits = native.empty(num_rows if keep_logits else 0, weight.size(0), like=enc)
     with torch.autocast(enc.device.type, enabled=False):
         joint = JointTiles(
             enc, pred, weight, bias, batch, activation=activation, tile_cells=tile_cells

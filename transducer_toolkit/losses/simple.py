@@ -15,7 +15,7 @@ from transducer_toolkit.losses.mutual_information import (
     posteriors_of_symbols_and_frames,
 )
 from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
-from transducer_toolkit.losses.simple_scores import additive_scores, check_arguments
+from transducer_toolkit.losses.simple_scores import check_arguments, scores_of_cells
 
 LossAndGrads = tuple[Tensor, tuple[Tensor, Tensor]]
 
@@ -261,7 +261,7 @@ def _loss(
     checks.refuse_forward_mode(am, lm)
     boundary = boundary_or_everything(boundary, am.size(0), symbols.size(1), am.size(1))
     needs_gradient = torch.is_grad_enabled() and (lm.requires_grad or am.requires_grad)
-    blank, label = additive_scores(
+    blank, label = scores_of_cells(
         *(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale),
         *(boundary, rnnt_type, rnnt_type),
     )
@@ -300,7 +300,7 @@ def _logprobs(
         lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale, boundary, rnnt_type
     )
     boundary = boundary_or_everything(boundary, am.size(0), symbols.size(1), am.size(1))
-    blank, label = additive_scores(
+    blank, label = scores_of_cells(
         *(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale),
         *(boundary, rnnt_type, ""),
     )

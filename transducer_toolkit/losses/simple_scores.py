@@ -8,6 +8,7 @@ from torch import Tensor
 
 from transducer_toolkit import native
 from transducer_toolkit.losses import checks
+from transducer_toolkit.losses.additive_scores import additive_scores
 from transducer_toolkit.losses.boundary import (
     check_boundary,
     check_rnnt_type,
@@ -15,11 +16,9 @@ from transducer_toolkit.losses.boundary import (
     real_columns,
     real_frames,
 )
-from transducer_toolkit.losses.pick import pick_rows
-from transducer_toolkit.losses.simple_normaliser import simple_normaliser
 
 
-def additive_scores(
+def scores_of_cells(
     lm: Tensor,
     am: Tensor,
     symbols: Tensor,
@@ -45,51 +44,38 @@ def additive_scores(
     lm = _zero_padding(lm.to(dtype), is_context)
     am = _zero_padding(am.to(dtype), is_frame)
 
-    # What blank and labels pick from lm (B, S + 1 or S, broadcast over T), and from am (B, T, ...).
-    score = native.SCORE_DTYPE
-    lm_blank = lm[:, None, :, termination_symbol].to(score)  # (B, 1, S + 1)
-    lm_label = lm[:, :-1].gather(2, symbols[:, :, None]).transpose(1, 2).to(score)  # (B, 1, S)
-    am_blank = am[:, :, termination_symbol, None].to(score)  # (B, T, 1)
-    am_label = pick_rows(am.transpose(1, 2), symbols).transpose(1, 2).to(score)  # (B, T, S)
-
-    # Terms are summed by shape, the smaller first: few of them vary with both t and u.
-    per_frame: list[Tensor] = []  # (B, T, 1), of blanks
-    per_context: list[Tensor] = []  # (B, 1, S + 1)
-    label_per_frame: list[Tensor] = []  # (B, T, 1)
-    label_per_context: list[Tensor] = []  # (B, 1, S)
-    contexts = []  # every row that am is added to, for one normaliser of all
+    # What a context adds to its blank (B, S + 1) and to its label (B, S) at every frame.
+    lm_blank = lm[:, :, termination_symbol].to(native.SCORE_DTYPE)
+    lm_label = lm[:, :-1].gather(2, symbols[:, :, None]).squeeze(2).to(native.SCORE_DTYPE)
+    of_blank, of_label, contexts = [], [], lm
     combined_scale = 1.0 - lm_only_scale - am_only_scale
+    if combined_scale < 1e-6:  # what check_arguments lets the sum of the others be above 1
+        combined_scale = 0.0
     # A scale of zero leaves its term out: 0 * -inf would be NaN.
     if combined_scale > 0:
-        contexts.append(lm)
-        per_frame.append(combined_scale * am_blank)
-        per_context.append(combined_scale * lm_blank)
-        label_per_context.append(combined_scale * lm_label)
+        of_blank.append(combined_scale * lm_blank)
+        of_label.append(combined_scale * lm_label)
     if lm_only_scale > 0 or am_only_scale > 0:
-        # (B, 1, S + 1): every maximum is 0 here, so nothing underflows that matters.
-        lm_normaliser = simple_normaliser(lm, am.new_zeros(am.size(0), 1, am.size(2)))
+        normaliser = _log_sum_exp(lm)  # (B, S + 1)
     if lm_only_scale > 0:
-        per_context.append(lm_only_scale * (lm_blank - lm_normaliser))
-        label_per_context.append(lm_only_scale * (lm_label - lm_normaliser[:, :, :-1]))
+        of_blank.append(lm_only_scale * (lm_blank - normaliser))
+        of_label.append(lm_only_scale * (lm_label - normaliser[:, :-1]))
     if am_only_scale > 0:
-        unigram = _log_mean_softmax(lm, lm_normaliser.transpose(1, 2), is_context)  # (V,)
-        contexts.append(unigram.expand(am.size(0), 1, -1))
-    if contexts:
-        normaliser = simple_normaliser(torch.cat(contexts, 1), am)  # (B, T, S + 1, 1 or S + 2)
-    if am_only_scale > 0:
-        am_normaliser = normaliser[:, :, -1:]
-        prior_blank, prior_label = unigram[termination_symbol].to(score), unigram[symbols].to(score)
-        per_frame.append(am_only_scale * (am_blank + prior_blank - am_normaliser))
-        label_per_frame.append(-am_only_scale * am_normaliser)
-        label_per_context.append(am_only_scale * prior_label[:, None, :])
-
-    blank = _sum_terms(per_frame, per_context, (am.size(0), am.size(1), lm.size(1)))
-    label = _sum_terms(label_per_frame, label_per_context, am_label.shape)
-    if contexts:
-        label = torch.add(label, am_label, alpha=combined_scale + am_only_scale)
-    if combined_scale > 0:
-        blank = torch.sub(blank, normaliser[:, :, : lm.size(1)], alpha=combined_scale)
-        label = torch.sub(label, normaliser[:, :, : lm.size(1) - 1], alpha=combined_scale)
+        prior = _log_mean_softmax(lm, normaliser[:, :, None], is_context)  # (V,)
+        contexts = torch.cat([lm, prior.expand(lm.size(0), 1, -1)], 1)
+        of_prior = am_only_scale * prior.to(native.SCORE_DTYPE)
+        of_blank.append(of_prior[termination_symbol].expand_as(lm_blank))
+        of_label.append(of_prior[symbols])
+    blank, label = additive_scores(
+        contexts,
+        am,
+        symbols,
+        sum(of_blank[1:], of_blank[0]),
+        sum(of_label[1:], of_label[0]),
+        blank=termination_symbol,
+        combined_scale=combined_scale,
+        am_only_scale=am_only_scale,
+    )
     if is_invalid is not None:
         label = label.masked_fill(is_invalid[:, None, :], float("nan"))
     if rnnt_type == "constrained":
@@ -104,12 +90,10 @@ def _zero_padding(rows: Tensor, is_real: Tensor) -> Tensor:
     return rows.masked_fill(~is_real[:, :, None], 0.0)
 
 
-def _sum_terms(
-    per_frame: list[Tensor], per_context: list[Tensor], shape: tuple[int, ...]
-) -> Tensor:
-    """The sum, broadcast to `shape`; each list is added up before it is broadcast."""
-    sums = [sum(terms[1:], terms[0]) for terms in (per_frame, per_context) if terms]
-    return sum(sums[1:], sums[0]).expand(shape)
+def _log_sum_exp(rows: Tensor) -> Tensor:
+    """(B, N, V) -> (B, N) float64; NaN where nothing in a row is finite."""
+    top = rows.detach().amax(-1, keepdim=True)
+    return (rows - top).exp().sum(-1).to(native.SCORE_DTYPE).log() + top.squeeze(-1)
 
 
 def _log_mean_softmax(lm: Tensor, normaliser: Tensor, is_context: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled stages of the additive joiner (logits = am_t + lm_u); a part of native's door.
+
+The repair of normalisers runs everywhere. The others are one pass each where PyTorch needs several,
+which only a CPU feels: see `runs_here`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.native import (
+    _C,
+    _DTYPES,
+    SCORE_DTYPE,
+    _address,
+    _backend_of,
+)
+
+
+def runs_here(tensor: Tensor) -> bool:
+    """Whether shifted_exp and AdditiveStages serve this tensor: on the CPU."""
+    with _backend_of(tensor) as backend:
+        return not backend.is_cuda
+
+
+def threshold(scores: Tensor) -> float:
+    """A product of exponentials below this has lost too much to underflow."""
+    # Each of V products may have lost up to `tiny`: above this they are one rounding error.
+    limits = torch.finfo(scores.dtype)
+    return scores.size(-1) * limits.tiny / limits.eps
+
+
+def shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N, V) -> exp(rows - max) with subnormals as zero, and max (B, N)."""
+    exponentials, maxima = torch.empty_like(rows), rows.new_empty(rows.shape[:-1])
+    with _backend_of(rows) as backend:
+        _C.cpu.shifted_exp(
+            dtype=_DTYPES[rows.dtype],
+            rows=_address(rows),
+            num_rows=maxima.numel(),
+            size=rows.size(-1),
+            **backend.queue,
+            exponentials=_address(exponentials),
+            max=_address(maxima),
+        )
+    return exponentials, maxima
+
+
+class AdditiveStages:
+    """The passes over all cells of an additive joiner, on the CPU (csrc/additive_scores.h).
+
+    Args:
+        contexts: (B, S + 1, V) float32 or float64, or (B, S + 2, V) with an am_only_scale.
+        am: (B, T, V), same dtype.
+        product: (B, T, columns), of the exponentials of both.
+        symbols: (B, S) int64 in [0, V).
+        context_blank: (B, S + 1) float64.
+        context_label: (B, S) float64.
+    """
+
+    def __init__(
+        self,
+        contexts: Tensor,
+        am: Tensor,
+        product: Tensor,
+        symbols: Tensor,
+        context_blank: Tensor,
+        context_label: Tensor,
+        *,
+        blank: int,
+        combined_scale: float,
+        am_only_scale: float,
+    ) -> None:
+        tensors = {
+            "lm": contexts,
+            "am": am,
+            "product": product,
+            "symbols": symbols,
+            "context_blank": context_blank,
+            "context_label": context_label,
+        }
+        self._keep_alive = tensors
+        self._product = product
+        self._num_symbols = symbols.size(1)
+        self.native = _C.cpu.AdditiveArguments(
+            dtype=_DTYPES[am.dtype],
+            num_utterances=am.size(0),
+            num_frames=am.size(1),
+            num_columns=contexts.size(1),
+            vocab_size=am.size(2),
+            threshold=threshold(am),
+            num_symbols=symbols.size(1),
+            blank=blank,
+            combined_scale=combined_scale,
+            am_only_scale=am_only_scale,
+            **{name: _address(tensor) for name, tensor in tensors.items()},
+        )
+
+    def scores(self, am_max: Tensor, lm_max: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """float64: normaliser (B, T, columns), blank (B, T, S + 1), label scores (B, T, S)."""
+        size, num_symbols = self._product.shape, self._num_symbols
+        normaliser = self._product.new_empty(size, dtype=SCORE_DTYPE)
+        blank = normaliser.new_empty(size[0], size[1], num_symbols + 1)
+        label = normaliser.new_empty(size[0], size[1], num_symbols)
+        with _backend_of(blank) as backend:
+            _C.cpu.additive_scores(
+                self.native,
+                am_max=_address(am_max),
+                lm_max=_address(lm_max),
+                **backend.queue,
+                normaliser=_address(normaliser),
+                blank_score=_address(blank),
+                label_score=_address(label),
+            )
+        return normaliser, blank, label
+
+    def weights(
+        self, grad_blank: Tensor, grad_label: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Before the products of the way back.
+
+        Returns:
+            Gradient of the normaliser (B, T, columns) float64; scale (B,) float64; weight
+            (B, T, columns); gradients of context_blank and context_label.
+        """
+        weight = torch.empty_like(self._product)
+        grad_normaliser = torch.empty_like(self._product, dtype=SCORE_DTYPE)
+        scale = grad_normaliser.new_empty(len(weight))
+        grad_context_blank = grad_normaliser.new_empty(len(weight), self._num_symbols + 1)
+        grad_context_label = grad_normaliser.new_empty(len(weight), self._num_symbols)
+        with _backend_of(weight) as backend:
+            _C.cpu.additive_weights(
+                self.native,
+                grad_blank=_address(grad_blank),
+                grad_label=_address(grad_label),
+                **backend.queue,
+                grad_normaliser=_address(grad_normaliser),
+                scale=_address(scale),
+                weight=_address(weight),
+                grad_context_blank=_address(grad_context_blank),
+                grad_context_label=_address(grad_context_label),
+            )
+        return grad_normaliser, scale, weight, grad_context_blank, grad_context_label
+
+    def gradients(self, **tensors: Tensor) -> None:
+        """After the products: overwrites grad_am and grad_lm, which hold them.
+
+        Args:
+            tensors: am_exp, lm_exp, normaliser, grad_blank, grad_label, grad_normaliser, scale,
+                grad_am, grad_lm.
+        """
+        with _backend_of(self._product) as backend:
+            _C.cpu.additive_gradients(
+                self.native,
+                **backend.queue,
+                **{name: _address(tensor) for name, tensor in tensors.items()},
+            )
+
+
+def _cells(am: Tensor, lm: Tensor, product: Tensor) -> dict[str, Any]:
+    return {
+        "dtype": _DTYPES[am.dtype],
+        "num_utterances": am.size(0),
+        "num_frames": am.size(1),
+        "num_columns": lm.size(1),
+        "vocab_size": am.size(2),
+        "am": _address(am),
+        "lm": _address(lm),
+        "product": _address(product),
+        "threshold": threshold(am),
+    }
+
+
+def repair_normaliser(am: Tensor, lm: Tensor, product: Tensor, normaliser: Tensor) -> None:
+    """Overwrites `normaliser` with logsumexp(am_t + lm_u) in the cells of product < threshold.
+
+    am (B,T,V), lm (B,U+1,V), product (B,T,U+1) float32 or float64; normaliser (B,T,U+1) float64.
+    """
+    with _backend_of(am) as backend:
+        backend.stages.repair_normaliser(
+            **_cells(am, lm, product), **backend.queue, normaliser=_address(normaliser)
+        )
+
+
+def repair_normaliser_backward(
+    am: Tensor,
+    lm: Tensor,
+    product: Tensor,
+    normaliser: Tensor,
+    grad: Tensor,
+    grad_am: Tensor,
+    grad_lm: Tensor,
+) -> None:
+    """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to grad_am, grad_lm."""
+    with _backend_of(am) as backend:
+        backend.stages.repair_normaliser_backward(
+            **_cells(am, lm, product),
+            normaliser=_address(normaliser),
+            grad=_address(grad),
+            **backend.queue,
+            grad_am=_address(grad_am),
+            grad_lm=_address(grad_lm),
+        )
