@@ -36,8 +36,8 @@ LatticeBatch MakeBatch(int64_t num_utterances, int64_t max_frames, int64_t max_t
           As<const int64_t>(first_frame)};
 }
 
-RowTile MakeTile(Address rows, int64_t begin, int64_t size) {
-  return {As<const int64_t>(rows), begin, size};
+RowTile MakeTile(Address rows, int64_t begin, int64_t size, bool whole_logits) {
+  return {As<const int64_t>(rows), begin, size, whole_logits};
 }
 
 int64_t KeptRows(const LatticeBatch& batch, Address use_blank, Address use_label,
@@ -202,7 +202,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("first_row"), py::arg("targets"), py::arg("band_start"),
            py::arg("first_frame"));
   py::class_<RowTile>(m, "RowTile")
-      .def(py::init(&MakeTile), py::kw_only(), py::arg("rows"), py::arg("begin"), py::arg("size"));
+      .def(py::init(&MakeTile), py::kw_only(), py::arg("rows"), py::arg("begin"), py::arg("size"),
+           py::arg("whole_logits"));
 
   py::module_ cpu = m.def_submodule("cpu");
   BindStages<CpuBackend>(cpu);

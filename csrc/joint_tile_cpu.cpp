@@ -35,10 +35,12 @@ void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* gr
                      Compute<T>* grad_pred) {
   const RowKernels<T>& kernels = GetRowKernels<T>();
   // One task a slice of channels: it owns all it writes, so every sum is made in the order of the
-  // rows. The slice is fixed, so the result does not depend on num_threads.
-  constexpr int64_t kSlice = 128;
-  ParallelFor((width + kSlice - 1) / kSlice, num_threads, [&](int64_t task) {
-    const int64_t first = task * kSlice, size = std::min(kSlice, width - first);
+  // rows, whatever the slice. Wide ones read the rows in one go.
+  constexpr int64_t kMinSlice = 128;
+  const int64_t share = (width + num_threads - 1) / std::max(num_threads, 1);
+  const int64_t slice = std::max(kMinSlice, (share + kMinSlice - 1) / kMinSlice * kMinSlice);
+  ParallelFor((width + slice - 1) / slice, num_threads, [&](int64_t task) {
+    const int64_t first = task * slice, size = std::min(slice, width - first);
     CellCursor cursor(batch);
     Cell cell;
     for (int64_t i = 0; i < tile.size; ++i) {

@@ -110,15 +110,18 @@ struct LatticeBatch {
 };
 
 // Some rows of a batch, in ascending order: what one call of a stage works on. A logits-like tensor
-// beside a tile has one row for each of its rows.
+// beside a tile has one row for each of its rows; with whole_logits those that are read have one for
+// each row of the batch.
 struct RowTile {
   const int64_t* rows;  // null: begin, begin + 1, ...; else rows[begin], rows[begin + 1], ...
   int64_t begin;
   int64_t size;
+  bool whole_logits = false;
 
   TRANSDUCER_HD int64_t Row(int64_t i) const {
     return rows != nullptr ? rows[begin + i] : begin + i;
   }
+  TRANSDUCER_HD int64_t LogitsRow(int64_t i) const { return whole_logits ? Row(i) : i; }
 };
 
 // LatticeBatch::CellOf for rows asked in ascending order: most are in the frame of the one before.

@@ -19,8 +19,8 @@ namespace transducer {
 //
 // Writes every row of the tile: padding rows are zero, rows of an utterance whose uses are NaN or
 // whose lengths are invalid are NaN; an utterance with loss_grad[b] == 0 gets zeros whatever its
-// uses are, so a caller can mask a NaN loss out. grad may be logits (in place). normaliser and uses
-// are indexed by row of the batch.
+// uses are, so a caller can mask a NaN loss out. grad may be logits (in place) unless the tile's logits
+// are whole. normaliser and uses are indexed by row of the batch.
 template <typename T>
 void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const T* logits,
                    int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,

@@ -80,7 +80,7 @@ void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const T* logi
       T* out = grad + i * vocab_size;
       if (cursor.Find(row, &cell)) {
         const bool has_label = cell.u < batch.num_targets[cell.b];
-        CellGrad(context, logits + i * vocab_size, normaliser[row], use_blank[row], use_label[row],
+        CellGrad(context, logits + tile.LogitsRow(i) * vocab_size, normaliser[row], use_blank[row], use_label[row],
                  has_label ? batch.Target(cell.b, cell.u) : -1, loss_grad[cell.b], out);
       } else {
         const bool is_nan = !batch.IsValid(cell.b) && loss_grad[cell.b] != 0;

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     }
     const CellGradient<T> gradient(options, normaliser[row], blank_uses, label_uses,
                                    target < 0 ? -1 : static_cast<int>(target), scale);
-    const T* x = logits + i * size;
+    const T* x = logits + tile.LogitsRow(i) * size;
     // Two lanes see to the two entries with a subtraction, and keep them from the others' packs.
     const int mine = Lane() == 0 ? options.blank : Lane() == 1 ? static_cast<int>(target) : -1;
     const T subtracted = mine >= 0 ? gradient.WithSubtraction(mine, x[mine]) : T{};

@@ -19,7 +19,7 @@ from tests.stage_cases import (
     run_lattice,
     score,
 )
-from transducer_toolkit import native
+from transducer_toolkit import native, native_additive
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of single numbers that were computed in float32, and rounded to 16 bits once.
@@ -381,9 +381,11 @@ def test_normaliser_repair(name, dtype, vocab_size):
     def run(device):
         tensors = [tensor.to(device, copy=True) for tensor in (am, lm, product, grad)]
         normaliser = torch.full((2, 5, 4), 7.0, dtype=torch.float64, device=device)
-        native.repair_normaliser(*tensors[:3], 0.6, normaliser)
+        native_additive.repair_normaliser(*tensors[:3], 0.6, normaliser)
         grads = torch.ones_like(tensors[0]), torch.ones_like(tensors[1])
-        native.repair_normaliser_backward(*tensors[:3], 0.6, normaliser, tensors[3], *grads)
+        native_additive.repair_normaliser_backward(
+            *tensors[:3], 0.6, normaliser, tensors[3], *grads
+        )
         return normaliser, *grads
 
     expected = run("cpu")

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from transducer_toolkit import native
 
-# Hidden layer, its gradient and logits of a tile together. On two CPUs, tiles of 4 to 16 MiB were
-# equally fast and others slower; a GPU wants more rows to be busy.
+# Hidden layer, its gradient and logits of a tile together. On two CPUs tiles of 4 to 16 MiB were
+# within 10 % of each other, 4 the fastest at V = 500 and 10 at V = 5000, and others slower; a GPU
+# wants more rows to be busy.
 TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 128 * 2**20}
+# In a forward that keeps its logits smaller ones are faster: the hidden layer stays in the cache.
+TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 # A product on the CPU copies its right-hand side into the order it likes. So the weight goes in by
 # panels of at most this size, or that copy would be as large as the weight. A GPU makes none.
 PANEL_BYTES = {"cpu": 2 * 2**20}
@@ -28,11 +31,11 @@ KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 MIN_PANEL_ROWS = 256  # narrower products are slow: at D = 8192 panels of 2 MiB took 40 % more time
 
 
-def automatic_tile_cells(enc: Tensor, vocab_size: int) -> int:
+def automatic_tile_cells(enc: Tensor, vocab_size: int, beside_kept: bool) -> int:
     """Rows of a tile such that a tile takes TILE_BYTES, whatever V and D are."""
     row_bytes = (2 * enc.size(-1) + vocab_size) * enc.element_size()
-    budget = TILE_BYTES.get(enc.device.type, TILE_BYTES["cpu"])
-    return max(64, budget // row_bytes)
+    budgets = TILE_BYTES_BESIDE_KEPT if beside_kept else TILE_BYTES
+    return max(64, budgets.get(enc.device.type, budgets["cpu"]) // row_bytes)
 
 
 def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
@@ -81,6 +84,7 @@ class JointTiles:
         batch: the lattices.
         activation: one of native.ACTIVATIONS.
         tile_cells: rows of a tile; 0 chooses.
+        beside_kept: this is a forward that keeps all logits.
     """
 
     def __init__(
@@ -93,37 +97,51 @@ class JointTiles:
         *,
         activation: str,
         tile_cells: int = 0,
+        beside_kept: bool = False,
     ) -> None:
         self.enc, self.pred, self.batch, self.activation = enc, pred, batch, activation
         self.weight = weight.to(enc.dtype)
         self.bias = None if bias is None else bias.to(enc.dtype)
         self.vocab_size, self.width = weight.shape
-        self.tile_cells = tile_cells or automatic_tile_cells(enc, self.vocab_size)
+        self.tile_cells = tile_cells or automatic_tile_cells(enc, self.vocab_size, beside_kept)
         self._panels = _panels(self.weight)
         self._tile_rows = 0  # of the largest tile
-        self._buffers: dict[str, Tensor] = {}
+        # What forward does not touch costs it nothing, so gradients come last.
+        self._widths = {"hidden": self.width, "logits": self.vocab_size, "grad_hidden": self.width}
+        self._workspace: Tensor | None = None
         self._wanted: tuple[bool, ...] = ()
         self._parameter_dtypes = weight.dtype, None if bias is None else bias.dtype
 
-    def tiles(self, rows: Tensor | None = None) -> Iterator[native.RowTile]:
-        """Tiles of all rows of the batch, or of `rows` (N,), ascending."""
+    def tiles(
+        self, rows: Tensor | None = None, *, whole_logits: bool = False
+    ) -> Iterator[native.RowTile]:
+        """Tiles of all rows of the batch, or of `rows` (N,), ascending; native.RowTile has more."""
         total = self.batch.num_rows if rows is None else rows.numel()
         # Equal tiles: a short one at the end would be as slow as a whole one.
         count = -(-total // self.tile_cells)
         self._tile_rows = -(-total // max(count, 1))
+        self._workspace = None
         for index in range(count):
             begin, end = index * total // count, (index + 1) * total // count
-            yield native.RowTile(begin, end - begin, rows)
+            yield native.RowTile(begin, end - begin, rows, whole_logits=whole_logits)
 
-    def buffer(self, name: str, num_rows: int, width: int) -> Tensor:
-        """(num_rows, width) of memory that the next call with this name takes again."""
-        if name not in self._buffers or len(self._buffers[name]) < num_rows:
-            self._buffers[name] = self.enc.new_empty(max(num_rows, self._tile_rows), width)
-        return self._buffers[name][:num_rows]
+    def buffer(self, name: str, num_rows: int) -> Tensor:
+        """(num_rows, width) of the tile's memory; the next call with this name takes it again."""
+        if self._workspace is None:
+            # In one piece, and not from the heap: in its holes the peak would depend on what else
+            # was made and freed, and be twice as large at times.
+            size = self._tile_rows * sum(self._widths.values())
+            self._workspace = native.mapped(size, like=self.enc)
+        begin = 0
+        for other, width in self._widths.items():
+            if other == name:
+                break
+            begin += self._tile_rows * width
+        return self._workspace[begin : begin + num_rows * width].view(num_rows, width)
 
     def hidden(self, tile: native.RowTile) -> Tensor:
         """activation(enc_t + pred_u): (tile rows, D), overwritten by the next tile."""
-        out = self.buffer("hidden", tile.size, self.width)
+        out = self.buffer("hidden", tile.size)
         native.join_forward(
             self.enc, self.pred, self.batch, tile, activation=self.activation, out=out
         )
@@ -132,7 +150,7 @@ class JointTiles:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden @ weight.T + bias: (tile rows, V), overwritten by the next tile unless `out`."""
         if out is None:
-            out = self.buffer("logits", hidden.size(0), self.vocab_size)
+            out = self.buffer("logits", hidden.size(0))
         for panel in self._panels:
             weight, columns = self.weight[panel].t(), out[:, panel]
             if self.bias is None:
@@ -140,15 +158,6 @@ class JointTiles:
             else:
                 torch.addmm(self.bias[panel], hidden, weight, out=columns)
         return out
-
-    def copied_logits(self, logits: Tensor, tile: native.RowTile) -> Tensor:
-        """The tile's rows of `logits` (all rows, V), overwritten by the next tile."""
-        out = self.buffer("logits", tile.size, self.vocab_size)
-        if tile.rows is None:
-            return out.copy_(logits[tile.begin : tile.begin + tile.size])
-        return torch.index_select(
-            logits, 0, tile.rows[tile.begin : tile.begin + tile.size], out=out
-        )
 
     def start_backward(self, wanted: tuple[bool, ...]) -> None:
         """Makes room for the gradients: enc, pred, weight, bias, those that are wanted.
@@ -175,7 +184,7 @@ class JointTiles:
         if self._grad_bias is not None:
             self._grad_bias += grad_logits.sum(0, dtype=self._grad_bias.dtype)
         if self._grad_enc is not None and self._grad_pred is not None:
-            grad_hidden = self.buffer("grad_hidden", hidden.size(0), self.width)
+            grad_hidden = self.buffer("grad_hidden", hidden.size(0))
             native.join_backward(
                 torch.mm(grad_logits, self.weight, out=grad_hidden),
                 hidden,

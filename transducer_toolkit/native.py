@@ -8,6 +8,7 @@ are trusted: the public functions in :mod:`transducer_toolkit.losses` and
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -146,6 +147,21 @@ def empty(*size: int, like: Tensor) -> Tensor:
     num_bytes = tensor.numel() * tensor.element_size()
     if tensor.device.type == "cpu" and num_bytes >= _HUGE_FROM_BYTES:
         _C.cpu.advise_huge_pages(data=tensor.data_ptr(), bytes=num_bytes)
+    return tensor
+
+
+def mapped(size: int, like: Tensor) -> Tensor:
+    """(size,) of dtype and device of `like`; large ones on the CPU come from the system itself.
+
+    The allocator's heap keeps what is freed, in pieces that the next tensor of the same size does
+    not always fit; this goes back when the tensor does.
+    """
+    num_bytes = size * like.element_size()
+    if like.device.type != "cpu" or num_bytes < _HUGE_FROM_BYTES:
+        return like.new_empty(size)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(memory, dtype=like.dtype)
+    _C.cpu.advise_huge_pages(data=tensor.data_ptr(), bytes=num_bytes)
     return tensor
 
 
@@ -308,14 +324,17 @@ class RowTile:
         begin: first row, or first element of `rows`.
         size: number of rows.
         rows: (N,) int64, ascending; None: begin, begin + 1, ...
+        whole_logits: logits_grad reads the logits of all rows of the batch.
     """
 
-    def __init__(self, begin: int, size: int, rows: Tensor | None = None) -> None:
+    def __init__(
+        self, begin: int, size: int, rows: Tensor | None = None, *, whole_logits: bool = False
+    ) -> None:
         self.begin = begin
         self.size = size
         self.rows = rows  # kept alive for the stages, too
         address = 0 if rows is None else _address(rows)
-        self.native = _C.RowTile(rows=address, begin=begin, size=size)
+        self.native = _C.RowTile(rows=address, begin=begin, size=size, whole_logits=whole_logits)
 
 
 class CellScores:
@@ -445,7 +464,7 @@ def logits_grad(
 ) -> None:
     """Stage 3. Posteriors and upstream gradient (B,) float64 -> gradient of the tile's logits.
 
-    Written to `out`, shaped like the logits; it may be the logits themselves.
+    Written to `out` (tile rows, V); it may be the logits themselves, unless these are whole.
     """
     with _backend_of(logits) as backend:
         backend.stages.logits_grad(

@@ -27,7 +27,7 @@ def runs_here(tensor: Tensor) -> bool:
         return not backend.is_cuda
 
 
-def threshold(scores: Tensor) -> float:
+def lowest_product(scores: Tensor) -> float:
     """A product of exponentials below this has lost too much to underflow."""
     # Each of V products may have lost up to `tiny`: above this they are one rounding error.
     limits = torch.finfo(scores.dtype)
@@ -92,7 +92,7 @@ class AdditiveStages:
             num_frames=am.size(1),
             num_columns=contexts.size(1),
             vocab_size=am.size(2),
-            threshold=threshold(am),
+            threshold=lowest_product(am),
             num_symbols=symbols.size(1),
             blank=blank,
             combined_scale=combined_scale,
@@ -161,7 +161,7 @@ class AdditiveStages:
             )
 
 
-def _cells(am: Tensor, lm: Tensor, product: Tensor) -> dict[str, Any]:
+def _cells(am: Tensor, lm: Tensor, product: Tensor, threshold: float) -> dict[str, Any]:
     return {
         "dtype": _DTYPES[am.dtype],
         "num_utterances": am.size(0),
@@ -171,18 +171,22 @@ def _cells(am: Tensor, lm: Tensor, product: Tensor) -> dict[str, Any]:
         "am": _address(am),
         "lm": _address(lm),
         "product": _address(product),
-        "threshold": threshold(am),
+        "threshold": threshold,
     }
 
 
-def repair_normaliser(am: Tensor, lm: Tensor, product: Tensor, normaliser: Tensor) -> None:
+def repair_normaliser(
+    am: Tensor, lm: Tensor, product: Tensor, threshold: float, normaliser: Tensor
+) -> None:
     """Overwrites `normaliser` with logsumexp(am_t + lm_u) in the cells of product < threshold.
 
     am (B,T,V), lm (B,U+1,V), product (B,T,U+1) float32 or float64; normaliser (B,T,U+1) float64.
     """
     with _backend_of(am) as backend:
         backend.stages.repair_normaliser(
-            **_cells(am, lm, product), **backend.queue, normaliser=_address(normaliser)
+            **_cells(am, lm, product, threshold),
+            **backend.queue,
+            normaliser=_address(normaliser),
         )
 
 
@@ -190,6 +194,7 @@ def repair_normaliser_backward(
     am: Tensor,
     lm: Tensor,
     product: Tensor,
+    threshold: float,
     normaliser: Tensor,
     grad: Tensor,
     grad_am: Tensor,
@@ -198,7 +203,7 @@ def repair_normaliser_backward(
     """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to grad_am, grad_lm."""
     with _backend_of(am) as backend:
         backend.stages.repair_normaliser_backward(
-            **_cells(am, lm, product),
+            **_cells(am, lm, product, threshold),
             normaliser=_address(normaliser),
             grad=_address(grad),
             **backend.queue,

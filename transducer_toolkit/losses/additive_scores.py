@@ -116,7 +116,8 @@ def _forward(
     score, num_symbols = native.SCORE_DTYPE, symbols.size(1)
     normaliser = product.to(score).log()
     normaliser += am_max.to(score)[:, :, None] + lm_max.to(score)[:, None, :]
-    native_additive.repair_normaliser(am, contexts, product, normaliser)
+    lowest = native_additive.lowest_product(am)
+    native_additive.repair_normaliser(am, contexts, product, lowest, normaliser)
     common = normaliser.new_zeros(am.size(0), am.size(1), num_symbols + 1)
     if combined_scale != 0:
         common -= combined_scale * normaliser[:, :, : num_symbols + 1]
@@ -200,8 +201,8 @@ def _backward(
     scale = grad.abs().amax((1, 2), keepdim=True)
     is_idle = scale == 0
     scale = torch.where(scale > 0, scale, 1.0)
-    is_repaired = product < native_additive.threshold(am)
-    weight = torch.where(is_repaired | (grad == 0), 0.0, grad / scale / product).to(am.dtype)
+    lowest = native_additive.lowest_product(am)
+    weight = torch.where((product < lowest) | (grad == 0), 0.0, grad / scale / product).to(am.dtype)
     (am_exp, _), (lm_exp, _) = _shifted_exp(am), _shifted_exp(contexts)
     with torch.autocast(am.device.type, enabled=False):
         grad_am = torch.bmm(weight, lm_exp).mul_(am_exp)
@@ -217,7 +218,7 @@ def _backward(
         # Indexing, not scatter_add: on CUDA it adds in the same order each time.
         grad_am.transpose(1, 2).index_put_((utterances, symbols), picked, accumulate=True)
     native_additive.repair_normaliser_backward(
-        am, contexts, product, normaliser, grad.contiguous(), grad_am, grad_lm
+        am, contexts, product, lowest, normaliser, grad.contiguous(), grad_am, grad_lm
     )
     return grad_lm, grad_am, grad_blank.sum(1), grad_label.sum(1)
 

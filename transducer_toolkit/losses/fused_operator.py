@@ -78,7 +78,10 @@ def _forward(
     kept_logits = native.empty(num_rows if keep_logits else 0, weight.size(0), like=enc)
     with torch.autocast(enc.device.type, enabled=False):
         joint = JointTiles(
-            enc, pred, weight, bias, batch, activation=activation, tile_cells=tile_cells
+            *(enc, pred, weight, bias, batch),
+            activation=activation,
+            tile_cells=tile_cells,
+            beside_kept=keep_logits,
         )
         for tile in joint.tiles():
             out = kept_logits[tile.begin : tile.begin + tile.size] if keep_logits else None
@@ -146,14 +149,13 @@ def _backward(
         joint.start_backward(tuple(wanted))
         # The number of kept rows is waited for; where nobody may wait, all rows are visited.
         waits = not native.is_capturing(enc.device)
-        for tile in joint.tiles(rows[: int(num_kept.sum())] if waits else None):
+        is_kept = len(kept_logits) > 0
+        kept_rows = rows[: int(num_kept.sum())] if waits else None
+        for tile in joint.tiles(kept_rows, whole_logits=is_kept):
             hidden = joint.hidden(tile)
-            if len(kept_logits):
-                logits = joint.copied_logits(kept_logits, tile)
-            else:
-                logits = joint.logits(hidden)
+            grad_logits = joint.buffer("logits", tile.size)
             native.logits_grad(
-                logits,
+                kept_logits if is_kept else joint.logits(hidden),
                 batch,
                 tile,
                 normaliser,
@@ -162,9 +164,9 @@ def _backward(
                 loss_grad,
                 blank=blank,
                 clamp=clamp,
-                out=logits,
+                out=grad_logits,
             )
-            joint.backward(tile, hidden, logits)
+            joint.backward(tile, hidden, grad_logits)
         grads = joint.gradients(scale)
     return tuple(enc.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore
 
