@@ -33,14 +33,16 @@ struct Simd<float> {
   typedef int32_t I __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));
   static constexpr int64_t kLanes = TRANSDUCER_VECTOR_BYTES / sizeof(float);
 
-  // exp(x) to 1 ulp for x in [-87.3, 88.7]; 0 below, where the result would be subnormal.
+  // exp(x) = 2^n * (1 + expm1).
+  struct Exponent {
+    I n;
+    V expm1;
+  };
+
   // Cody-Waite reduction x = n ln2 + r, |r| <= ln2 / 2, and a polynomial of degree 6 (minimax, from
   // Cephes expf by S. Moshier).
-  static inline V Exp(V x) {
+  static inline Exponent Reduce(V x) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const V low = V{} - 87.3365447f, high = V{} + 88.7228394f;
-    const I underflow = x < low;
-    x = x > high ? high : x;
     const V shifted = x * 1.44269504088896341f + kRound;
     const V n = shifted - kRound;
     V r = x - n * 0.693359375f;
@@ -51,31 +53,39 @@ struct Simd<float> {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    return {(I)shifted - (I)(V{} + kRound), p * (r * r) + r};
+  }
+
+  // exp(x) to 1 ulp for x in [-87.3, 88.7]; 0 below, where the result would be subnormal.
+  static inline V Exp(V x) {
+    const V low = V{} - 87.3365447f, high = V{} + 88.7228394f;
+    const I underflow = x < low;
+    const Exponent e = Reduce(x > high ? high : x);
     // 2^n through the exponent bits; n = 128 (x near 88.7) is done as 2^127 * 2.
-    const I n_int = (I)shifted - (I)(V{} + kRound);
-    const I half = n_int >> 1;
+    const I half = e.n >> 1;
     const V scale_a = (V)((half + 127) << 23);
-    const V scale_b = (V)((n_int - half + 127) << 23);
-    const V y = p * scale_a * scale_b;
+    const V scale_b = (V)((e.n - half + 127) << 23);
+    const V y = (e.expm1 + 1.0f) * scale_a * scale_b;
     return underflow ? V{} : y;
   }
 
-  // tanh(x) to 2 ulp: an odd polynomial (Cephes tanhf) below 0.625, 1 - 2 / (exp(2|x|) + 1) above.
+  // The same for x <= 0.
+  static inline V ExpDown(V x) {
+    const I underflow = x < V{} - 87.3365447f;
+    const Exponent e = Reduce(x);
+    const V y = (e.expm1 + 1.0f) * (V)((e.n + 127) << 23);
+    return underflow ? V{} : y;
+  }
+
+  // tanh(x) = e / (e + 2) with e = exp(2|x|) - 1, to 3 ulp: one path for large and small.
   static inline V Tanh(V x) {
     const I sign = (I)x & std::numeric_limits<int32_t>::min();
-    const V a = (V)((I)x ^ sign);
-    const V s = x * x;
-    V p = V{} - 5.70498872745e-3f;
-    p = p * s + 2.06390887954e-2f;
-    p = p * s - 5.37397155531e-2f;
-    p = p * s + 1.33314422036e-1f;
-    p = p * s - 3.33332819422e-1f;
-    const V small = p * s * x + x;
-    const V limit = V{} + 20.0f;
+    const V a = (V)((I)x ^ sign), limit = V{} + 10.0f;
     const V capped = a > limit ? limit : a;
-    const V large = 1.0f - 2.0f / (Exp(capped + capped) + 1.0f);
-    return a < 0.625f ? small : (V)((I)large | sign);
+    const Exponent e = Reduce(capped + capped);
+    const V scale = (V)((e.n + 127) << 23);
+    const V expm1 = scale * e.expm1 + (scale - 1.0f);
+    return (V)((I)(expm1 / (expm1 + 2.0f)) | sign);
   }
 };
 
@@ -90,6 +100,7 @@ struct Simd<double> {
     for (int64_t i = 0; i < kLanes; ++i) x[i] = std::exp(x[i]);
     return x;
   }
+  static inline V ExpDown(V x) { return Exp(x); }
   static inline V Tanh(V x) {
     for (int64_t i = 0; i < kLanes; ++i) x[i] = std::tanh(x[i]);
     return x;
@@ -210,8 +221,8 @@ void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
     *sum = std::numeric_limits<C>::quiet_NaN();
     return;
   }
-  Vec<T> total = Simd<C>::Exp(tail - top);
-  for (int64_t i = 0; i < whole; i += kLanes) total = total + Simd<C>::Exp(Load(x + i) - top);
+  Vec<T> total = Simd<C>::ExpDown(tail - top);
+  for (int64_t i = 0; i < whole; i += kLanes) total = total + Simd<C>::ExpDown(Load(x + i) - top);
   C result = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) result += total[lane];
   *sum = result;
@@ -226,9 +237,9 @@ void ShiftedExp(const T* x, int64_t size, T* out, Compute<T>* max) {
   *max = MaxOf(x, whole, tail);
   const C top = std::isinf(*max) ? std::numeric_limits<C>::quiet_NaN() : *max;
   for (int64_t i = 0; i < whole; i += kLanes) {
-    Store<T>(out + i, Simd<C>::Exp(Load(x + i) - top));
+    Store<T>(out + i, Simd<C>::ExpDown(Load(x + i) - top));
   }
-  StorePart<T>(out + whole, size - whole, Simd<C>::Exp(tail - top));
+  StorePart<T>(out + whole, size - whole, Simd<C>::ExpDown(tail - top));
 }
 
 template <typename T>

@@ -254,6 +254,11 @@ def _shift(scores: Tensor, frames: Tensor, columns: Tensor) -> Tensor:
     return shifted.masked_fill_((rows < 0)[:, :, None] | (cols < 0)[:, None, :], 0)
 
 
+def _may_hold(condition: Tensor) -> bool:
+    """False if no element is true, which is looked at where that waits for no device."""
+    return not condition.is_cpu or bool(condition.any())
+
+
 def _forward(
     blank: Tensor,
     label: Tensor,
@@ -274,18 +279,22 @@ def _forward(
     # One row more than frames if the path ends in frame T; labels get a column nobody reads.
     rows = num_frames + open_end
     shape = (num_utterances, rows, num_columns)
-    scores = [blank.new_full(shape, float("-inf"), dtype=native.SCORE_DTYPE) for _ in range(2)]
-    blank_score, label_score = scores
+    blank_score, label_score = (blank.new_empty(shape, dtype=native.SCORE_DTYPE) for _ in range(2))
     blank_score[:, :num_frames] = blank
     label_score[:, : label.size(1), : num_columns - 1] = label
+    label_score[:, :, num_columns - 1] = float("-inf")
     if open_end:
+        blank_score[:, num_frames] = float("-inf")
+        label_score[:, label.size(1) :] = float("-inf")
         utterances, end = torch.arange(num_utterances), t_end.clamp(0, num_frames)
         at_end = torch.arange(num_columns, device=blank.device) == s_end[:, None]
         blank_score[utterances, end] = torch.where(at_end, 0.0, float("-inf")).to(blank_score)
         if label.size(1) == num_frames:
             label_score[utterances, end] = float("-inf")
     if may_shift:
-        scores = [_shift(score, t_begin, s_begin) for score in scores]
+        blank_score, label_score = (
+            _shift(score, t_begin, s_begin) for score in (blank_score, label_score)
+        )
 
     possible = (s_begin >= 0) & (s_end < num_columns) & (t_begin >= 0) & (t_end <= num_frames)
     batch = native.LatticeBatch(
@@ -298,8 +307,8 @@ def _forward(
         device=blank.device,
     )
     losses, use_blank, use_label = native.lattice(
-        scores[0].flatten(),
-        scores[1].flatten(),
+        blank_score.flatten(),
+        label_score.flatten(),
         batch,
         topology=topology,
         delay_penalty=0.0,
@@ -312,10 +321,10 @@ def _forward(
     losses = losses.masked_fill(is_bad, float("nan"))
     if not with_posteriors:
         return losses, use_blank, use_label
-    posteriors = [
-        uses.view(shape).masked_fill_(is_bad[:, None, None], float("nan"))
-        for uses in (use_blank, use_label)
-    ]
+    posteriors = [use_blank.view(shape), use_label.view(shape)]
+    if _may_hold(is_bad):
+        for posterior in posteriors:
+            posterior.masked_fill_(is_bad[:, None, None], float("nan"))
     if may_shift:
         posteriors = [_shift(posterior, -t_begin, -s_begin) for posterior in posteriors]
     if open_end:  # the blank that leaves frame t_end is our own
@@ -348,7 +357,10 @@ def _forward_fake(blank, label, boundary, topology, open_end, with_posteriors, e
 def _backward(posteriors: Tensor, loss_grad: Tensor, like: Tensor) -> Tensor:
     """-posteriors * loss_grad in the dtype of `like`; 0 where loss_grad is, even beside NaN."""
     weight = -loss_grad[:, None, None]
-    return torch.where(weight == 0, 0.0, posteriors * weight).to(like.dtype)
+    grad = posteriors * weight
+    if _may_hold(loss_grad == 0):
+        grad.masked_fill_(weight == 0, 0.0)
+    return grad.to(like.dtype)
 
 
 torch.library.custom_op(

@@ -151,11 +151,14 @@ def do_rnnt_pruning(
 
 def _window_mass(px_grad: Tensor, py_grad: Tensor, width: int) -> Tensor:
     """(B, T, S + 2 - R) float64: mass of each frame's window by its start."""
-    blank = py_grad.detach().to(torch.float64).transpose(1, 2)  # (B, T, S + 1)
-    in_window = blank.unfold(2, width, 1).sum(-1)
-    label = px_grad.detach().to(torch.float64).transpose(1, 2)[:, : blank.size(1)]  # (B, T, S)
-    from_below = torch.nn.functional.pad(label, (1, 0))  # no symbol enters at column 0
-    return in_window - from_below[:, :, : in_window.size(2)]
+    blank = py_grad.detach().to(torch.float64)
+    num_starts = blank.size(1) - width + 1
+    mass = blank[:, :num_starts].clone()
+    for column in range(1, width):
+        mass += blank[:, column : column + num_starts]
+    # What enters from below; no symbol enters at column 0.
+    mass[:, 1:] -= px_grad.detach()[:, : num_starts - 1, : blank.size(2)]
+    return mass.transpose(1, 2)
 
 
 def _lowest_from_here_on(values: Tensor) -> Tensor:
