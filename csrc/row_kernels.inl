@@ -87,6 +87,28 @@ struct Simd<float> {
     const V expm1 = scale * e.expm1 + (scale - 1.0f);
     return (V)((I)(expm1 / (expm1 + 2.0f)) | sign);
   }
+
+  // The normal distribution's Phi(x) to 1e-7, far below zero too: with a = |x| / sqrt(2) and
+  // t = 1 / (1 + a / 2), erfc(a) = t * exp(p(t - 1) - a^2), p fitted at Chebyshev nodes to a = 9.4.
+  static inline V NormalCdf(V x) {
+    const V limit = V{} + 20.0f;
+    V a = (V)((I)x & std::numeric_limits<int32_t>::max()) * 0.707106781186547524f;
+    a = a > limit ? limit : a;
+    const V t = 1.0f / (0.5f * a + 1.0f);
+    const V s = -0.5f * a * t;
+    V p = V{} - 0.1546950224f;
+    p = p * s - 0.4984303867f;
+    p = p * s - 0.5136698838f;
+    p = p * s - 0.1853467690f;
+    p = p * s - 0.1463818663f;
+    p = p * s - 0.07246005605f;
+    p = p * s + 0.1913700416f;
+    p = p * s - 0.1615466626f;
+    p = p * s - 0.3032398563f;
+    p = p * s + 1.256758325f;
+    const V half = 0.5f * t * ExpDown(p * s - a * a);
+    return x > 0.0f ? 1.0f - half : half;
+  }
 };
 
 template <>
@@ -103,6 +125,10 @@ struct Simd<double> {
   static inline V ExpDown(V x) { return Exp(x); }
   static inline V Tanh(V x) {
     for (int64_t i = 0; i < kLanes; ++i) x[i] = std::tanh(x[i]);
+    return x;
+  }
+  static inline V NormalCdf(V x) {
+    for (int64_t i = 0; i < kLanes; ++i) x[i] = 0.5 * std::erfc(x[i] * -0.70710678118654752440);
     return x;
   }
 };
@@ -263,19 +289,12 @@ void ScaledSoftmax(const T* x, int64_t size, Score normaliser, Compute<T> weight
 }
 
 template <typename C>
-inline Vec<C> Erf(Vec<C> x) {
-  for (int64_t i = 0; i < Simd<C>::kLanes; ++i) x[i] = std::erf(x[i]);
-  return x;
-}
-
-template <typename C>
 inline Vec<C> Sigmoid(Vec<C> x) {
   // exp of minus the magnitude never overflows: 1 / (1 + e) for x >= 0, e / (1 + e) below.
   const Vec<C> e = Simd<C>::Exp(x > C(0) ? -x : x);
   return (x > C(0) ? Vec<C>{} + C(1) : e) / (C(1) + e);
 }
 
-constexpr double kInvSqrt2 = 0.70710678118654752440;
 constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 
 template <typename C, Activation A>
@@ -283,7 +302,7 @@ inline Vec<C> Apply(Vec<C> x) {
   if constexpr (A == Activation::kTanh) return Simd<C>::Tanh(x);
   if constexpr (A == Activation::kRelu) return x < C(0) ? Vec<C>{} : x;  // NaN stays
   if constexpr (A == Activation::kGelu) {
-    return x * C(0.5) * (C(1) + Erf<C>(x * static_cast<C>(kInvSqrt2)));
+    return x * Simd<C>::NormalCdf(x);
   }
   if constexpr (A == Activation::kSilu) return x * Sigmoid<C>(x);
   return x;
@@ -295,8 +314,7 @@ inline Vec<C> Derivative(Vec<C> x, Vec<C> y) {
   if constexpr (A == Activation::kTanh) return C(1) - y * y;
   if constexpr (A == Activation::kRelu) return y > C(0) ? Vec<C>{} + C(1) : Vec<C>{};
   if constexpr (A == Activation::kGelu) {
-    const Vec<C> cdf = C(0.5) * (C(1) + Erf<C>(x * static_cast<C>(kInvSqrt2)));
-    return cdf + x * Simd<C>::Exp(C(-0.5) * x * x) * static_cast<C>(kInvSqrt2Pi);
+    return Simd<C>::NormalCdf(x) + x * Simd<C>::Exp(C(-0.5) * x * x) * static_cast<C>(kInvSqrt2Pi);
   }
   if constexpr (A == Activation::kSilu) {
     const Vec<C> s = Sigmoid<C>(x);
