@@ -3,7 +3,9 @@
 
 import math
 import multiprocessing
+import resource
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +186,34 @@ with_cuda = pytest.mark.skipif(not native.build_info()["cuda_runtime"], reason="
 
 
 @without_cuda
+@pytest.mark.parametrize("dtype", native.SUPPORTED_DTYPES)
+@pytest.mark.parametrize("megabytes", [0, 1, 32])
+def test_mapped_memory_goes_back_to_the_system(dtype, megabytes):
+    size = megabytes * 2**20 // dtype.itemsize
+    before = _resident_bytes()
+    tensor = native.mapped(size, like=torch.empty(0, dtype=dtype))
+    assert tensor.shape == (size,) and tensor.dtype == dtype
+    half = tensor[size // 2 :].fill_(2)
+    tensor.fill_(1)
+    assert half.sum(dtype=torch.float64) == half.numel()
+    if megabytes == 32:
+        assert _resident_bytes() - before > 30 * 2**20
+        del tensor
+        assert _resident_bytes() - before > 30 * 2**20  # `half` is a view of it
+        del half
+        assert _resident_bytes() - before < 8 * 2**20
+
+
+def test_memory_that_is_not_there_is_the_error_of_torch():
+    with pytest.raises(RuntimeError, match="not enough memory: tried to map 4611686018427387904"):
+        native.mapped(2**60, like=torch.empty(0))
+
+
+def _resident_bytes():
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
 def test_cuda_tensors_get_words():
     with pytest.raises(RuntimeError, match=r"built without CUDA.* CMAKE_ARGS=-DTRANSDUCER_CUDA=ON"):
         native.require_supported_device(torch.device("cuda"))

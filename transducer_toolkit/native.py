@@ -159,7 +159,10 @@ def mapped(size: int, like: Tensor) -> Tensor:
     num_bytes = size * like.element_size()
     if like.device.type != "cpu" or num_bytes < _HUGE_FROM_BYTES:
         return like.new_empty(size)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # what torch raises
+        raise RuntimeError(f"not enough memory: tried to map {num_bytes} bytes") from error
     tensor = torch.frombuffer(memory, dtype=like.dtype)
     _C.cpu.advise_huge_pages(data=tensor.data_ptr(), bytes=num_bytes)
     return tensor
