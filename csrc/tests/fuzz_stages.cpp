@@ -16,7 +16,7 @@
 #include "../lattice.h"
 #include "../log_add.h"
 #include "../logits_grad.h"
-#include "../normaliser_repair.h"
+#include "../additive_scores.h"
 #include "../occupancy.h"
 
 namespace transducer {
@@ -311,6 +311,12 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
   LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)}, some.data(),
                 p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normaliser.data(),
                 r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, some.data());
+  // And so do these rows of logits that stay where they are.
+  std::vector<T> of_whole(some.size());
+  LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept), true}, logits.data(),
+                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normaliser.data(),
+                r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, of_whole.data());
+  REQUIRE(SameBits(some, of_whole));
   for (size_t i = 0; i < num_kept; ++i) {
     REQUIRE(std::memcmp(some.data() + i * vocab, first.data() + r.kept[i] * p.vocab_size,
                         vocab * sizeof(T)) == 0);
@@ -394,25 +400,86 @@ void Repair(Bytes* bytes) {
   REQUIRE(SameBits(grad_am[0], grad_am[1]) && SameBits(grad_lm[0], grad_lm[1]));
 }
 
+// Its scores and their gradients: any bits, every sum the same on two threads.
+template <typename T>
+void Additive(Bytes* bytes) {
+  const int64_t size = 1 + bytes->Below(3), frames = 1 + bytes->Below(5);
+  const int64_t symbols = bytes->Below(5), vocab = 1 + bytes->Below(40);
+  const double combined_scale = 0.5 * static_cast<double>(bytes->Below(3));
+  const double am_only_scale = 0.25 * static_cast<double>(bytes->Below(2));
+  const int64_t columns = symbols + 1 + (am_only_scale != 0);
+  const auto values = [&](int64_t count) {
+    std::vector<double> result;
+    for (int64_t i = 0; i < count; ++i) result.push_back(bytes->Logit());
+    return result;
+  };
+  const auto am = Converted<T>(values(size * frames * vocab));
+  const auto lm = Converted<T>(values(size * columns * vocab));
+  const auto product = Converted<T>(values(size * frames * columns));
+  const std::vector<Score> context_blank = values(size * (symbols + 1));
+  const std::vector<Score> context_label = values(size * symbols);
+  const std::vector<Score> grad_blank = values(size * frames * (symbols + 1));
+  const std::vector<Score> grad_label = values(size * frames * symbols);
+  std::vector<int64_t> symbol;
+  for (int64_t i = 0; i < size * symbols; ++i) symbol.push_back(bytes->Below(vocab));
+  const AdditiveCells<T> cells{size,      frames,    columns,        vocab,
+                               am.data(), lm.data(), product.data(), T(1e-3)};
+  const AdditiveTerms terms{symbols,       symbol.data(), bytes->Below(vocab),  combined_scale,
+                            am_only_scale, context_blank.data(), context_label.data()};
+  std::vector<Score> scores[2][3], grads[2][3], scale[2];
+  std::vector<T> of_products[2][3];
+  for (const int threads : {1, 2}) {
+    const int i = threads - 1;
+    std::vector<T> am_exp(am.size()), lm_exp(lm.size());
+    std::vector<T> am_max(static_cast<size_t>(size * frames));
+    std::vector<T> lm_max(static_cast<size_t>(size * columns));
+    ShiftedExpCpu(am.data(), size * frames, vocab, threads, am_exp.data(), am_max.data());
+    ShiftedExpCpu(lm.data(), size * columns, vocab, threads, lm_exp.data(), lm_max.data());
+    for (const T value : am_exp) REQUIRE(!(value > 1) && !(value < 0));
+    scores[i][0].assign(product.size(), kUnwritten);
+    scores[i][1].assign(grad_blank.size(), kUnwritten);
+    scores[i][2].assign(grad_label.size(), kUnwritten);
+    AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), threads, scores[i][0].data(),
+                      scores[i][1].data(), scores[i][2].data());
+    grads[i][0].assign(product.size(), kUnwritten);
+    grads[i][1].assign(context_blank.size(), kUnwritten);
+    grads[i][2].assign(context_label.size(), kUnwritten);
+    scale[i].assign(static_cast<size_t>(size), kUnwritten);
+    of_products[i][0].assign(product.size(), T(1));
+    of_products[i][1].assign(am.size(), T(1));
+    of_products[i][2].assign(lm.size(), T(1));
+    AdditiveWeightsCpu(cells, terms, grad_blank.data(), grad_label.data(), threads,
+                       grads[i][0].data(), scale[i].data(), of_products[i][0].data(),
+                       grads[i][1].data(), grads[i][2].data());
+    AdditiveGradientsCpu(cells, terms, am_exp.data(), lm_exp.data(), scores[i][0].data(),
+                         grad_blank.data(), grad_label.data(), grads[i][0].data(),
+                         scale[i].data(), threads, of_products[i][1].data(),
+                         of_products[i][2].data());
+  }
+  REQUIRE(SameBits(scale[0], scale[1]));
+  for (int k = 0; k < 3; ++k) {
+    REQUIRE(SameBits(scores[0][k], scores[1][k]) && SameBits(grads[0][k], grads[1][k]));
+    REQUIRE(SameBits(of_products[0][k], of_products[1][k]));
+    for (const Score value : scores[0][k]) REQUIRE(value != kUnwritten);
+    for (const Score value : grads[0][k]) REQUIRE(value != kUnwritten);
+  }
+}
+
 }  // namespace
 }  // namespace transducer
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace transducer;
   Bytes bytes(data, size);
-  const int64_t kind = bytes.Below(6);
-  if (kind == 0) {
-    Repair<float>(&bytes);
-  } else if (kind == 1) {
-    Repair<double>(&bytes);
-  } else {
-    const Problem problem = MakeProblem(&bytes);
-    switch (kind) {
-      case 2: Run<float>(problem, &bytes); break;
-      case 3: Run<double>(problem, &bytes); break;
-      case 4: Run<Half>(problem, &bytes); break;
-      default: Run<BFloat16>(problem, &bytes);
-    }
+  switch (bytes.Below(8)) {
+    case 0: Repair<float>(&bytes); break;
+    case 1: Repair<double>(&bytes); break;
+    case 2: Run<float>(MakeProblem(&bytes), &bytes); break;
+    case 3: Run<double>(MakeProblem(&bytes), &bytes); break;
+    case 4: Run<Half>(MakeProblem(&bytes), &bytes); break;
+    case 5: Run<BFloat16>(MakeProblem(&bytes), &bytes); break;
+    case 6: Additive<float>(&bytes); break;
+    default: Additive<double>(&bytes);
   }
   return 0;
 }
