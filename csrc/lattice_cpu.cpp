@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <array>
 
 #include "fast_log_add.h"
 #include "lattice.h"
 #include "parallel.h"
+#include "row_kernels.h"
 
 namespace transducer {
 namespace {
@@ -18,12 +18,6 @@ struct Frame {
 const SoftplusTable& Softplus() {
   static const SoftplusTable table;
   return table;
-}
-
-// exp(x), but 0 where it would be below 1e-130: most cells of a lattice carry nothing.
-Score Posterior(Score x) {
-  const Score e = std::exp(std::max(x, Score{-300}));
-  return x < -300 ? 0 : e;
 }
 
 // Frames worked on at once. A cell waits some 50 cycles for its neighbour in the frame; those of the
@@ -40,6 +34,7 @@ class Utterance {
             const Score* blank_score, const Score* label_score)
       : batch_(batch),
         softplus_(Softplus()),
+        kernels_(GetRowKernelSet()),
         b_(b),
         frames_(batch.num_frames[b]),
         labels_(batch.num_targets[b]),
@@ -89,7 +84,6 @@ class Utterance {
   void Posteriors(Score total, Score* beta_to_use_blank, Score* alpha_to_use_label) const {
     Score* beta = beta_to_use_blank;
     Score* alpha = alpha_to_use_label;
-    const Score label_gain = 1 + options_.fastemit_lambda;
     Frame frame[kFront + 1];  // frame[k] is t = first + k
     frame[0] = FrameAt(0);
     std::fill(alpha + frame[0].offset + frame[0].begin, alpha + frame[0].offset + frame[0].end,
@@ -97,8 +91,6 @@ class Utterance {
     alpha[frame[0].offset] = 0;  // total is not log(0), so the frame has cell (0, 0)
     for (int64_t first = 0; first < frames_; first += kFront) {
       const int64_t count = std::min(kFront, frames_ - first);
-      // Constrained: posterior of the label arc that ends above the cell the frame is at.
-      std::array<Score, kFront> forced_blank{};
       int64_t low = labels_ + kFront, high = -1;
       for (int64_t k = 0; k <= count; ++k) {
         if (k > 0) {
@@ -118,11 +110,10 @@ class Utterance {
           const Score by_blank = from + blank_[cell];
           const Score by_label = u < labels_ ? from + LabelScore(here, u, Penalty(t)) : kLogZero;
 
-          const Score post_blank = Posterior(by_blank + AfterBlank(beta, next, t, u) - total);
-          const Score post_label =
-              u < labels_
-                  ? label_gain * Posterior(by_label + AfterLabel(beta, here, next, t, u) - total)
-                  : 0;
+          // Logarithms of the posteriors; these two nobody asks for any more.
+          const Score log_blank = by_blank + AfterBlank(beta, next, t, u) - total;
+          const Score log_label =
+              u < labels_ ? by_label + AfterLabel(beta, here, next, t, u) - total : kLogZero;
 
           if (next.Has(u)) Push(alpha + next.offset + u, by_blank);
           if constexpr (kLabelFrames == 0) {
@@ -131,11 +122,11 @@ class Utterance {
             if (next.Has(u + 1)) Push(alpha + next.offset + u + 1, by_label);
           }
 
-          alpha[cell] = post_label;
-          beta[cell] = post_blank + forced_blank[k];
-          if constexpr (kTopology == Topology::kConstrained) forced_blank[k] = post_label;
+          alpha[cell] = log_label;
+          beta[cell] = log_blank;
         }
       }
+      for (int64_t k = 0; k < count; ++k) FinishFrame(frame[k], beta, alpha);
       frame[0] = frame[count];
     }
   }
@@ -153,6 +144,20 @@ class Utterance {
  private:
   // Frames that a label arc advances.
   static constexpr int64_t kLabelFrames = kTopology == Topology::kRegular ? 0 : 1;
+
+  // From logarithms of posteriors to what the caller gets.
+  void FinishFrame(const Frame& frame, Score* use_blank, Score* use_label) const {
+    const int64_t first = frame.offset + frame.begin, size = frame.end - frame.begin;
+    kernels_.posteriors(use_blank + first, size);
+    kernels_.posteriors(use_label + first, size);
+    if (options_.fastemit_lambda != 0) {
+      const Score label_gain = 1 + options_.fastemit_lambda;
+      for (int64_t i = first; i < first + size; ++i) use_label[i] *= label_gain;
+    }
+    if constexpr (kTopology == Topology::kConstrained) {  // the forced blank of a label is a use
+      for (int64_t i = first + 1; i < first + size; ++i) use_blank[i] += use_label[i - 1];
+    }
+  }
 
   static Frame NoFrame() { return {0, 0, 0}; }
 
@@ -193,6 +198,7 @@ class Utterance {
 
   const LatticeBatch& batch_;
   const SoftplusTable& softplus_;
+  const RowKernelSet& kernels_;
   const int64_t b_, frames_, labels_, first_frame_;
   const LatticeOptions& options_;
   const Score* blank_;

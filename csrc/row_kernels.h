@@ -20,7 +20,8 @@ struct RowKernels {
   void (*max_and_sum_exp)(const T* x, int64_t size, C* max, C* sum);
 
   // *max = max_i x_i and out_i = exp(x_i - *max), subnormals of float32 as zero. A NaN in x gives
-  // NaN in its place; a maximum that is not finite, everywhere. out may be x.
+  // NaN in its place, and what is beside it means nothing; a maximum that is not finite gives NaN
+  // everywhere. out may be x.
   void (*shifted_exp)(const T* x, int64_t size, T* out, C* max);
 
   // out_i = scale * min(weight * exp(x_i - normaliser), limit), magnitudes below kFlushBelow as
@@ -44,6 +45,9 @@ struct RowKernelSet {
   RowKernels<double> float64;
   RowKernels<Half> float16;
   RowKernels<BFloat16> bfloat16;
+
+  // x_i = exp(x_i) for x_i up to some 600, 0 below -300: most cells of a lattice carry nothing.
+  void (*posteriors)(Score* x, int64_t size);
 
   template <typename T>
   const RowKernels<T>& Of() const;

