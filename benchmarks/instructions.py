@@ -29,6 +29,10 @@ STAGES = {
     "CellScoresCpu": "void transducer::CellScoresCpu<float>*",
     "LatticeCpu": "transducer::LatticeCpu(*)",
     "LogitsGradCpu": "void transducer::LogitsGradCpu<float>*",
+    "ShiftedExpCpu": "void transducer::ShiftedExpCpu<float>*",
+    "AdditiveScoresCpu": "void transducer::AdditiveScoresCpu<float>*",
+    "AdditiveWeightsCpu": "void transducer::AdditiveWeightsCpu<float>*",
+    "AdditiveGradientsCpu": "void transducer::AdditiveGradientsCpu<float>*",
 }
 
 
@@ -69,7 +73,7 @@ def compare(counts: dict[str, int], recorded: dict[str, int]) -> list[str]:
     for stage, number in counts.items():
         ratio = number / recorded[stage]
         mark = "!" if ratio > 1 + TOLERANCE else " "
-        lines.append(f"{mark} {stage:<16} {number:>12,} {ratio:7.3f} of recorded")
+        lines.append(f"{mark} {stage:<20} {number:>12,} {ratio:7.3f} of recorded")
     return lines
 
 

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "../additive_scores.h"
 #include "../cell_scores.h"
 #include "../joint_tile.h"
 #include "../lattice.h"
@@ -40,6 +41,30 @@ int main() {
   std::vector<int64_t> kept(rows), num_kept(3);
   KeptRowsCpu(batch, use_blank.data(), use_label.data(), 1e-6, 1, kept.data(), num_kept.data(),
               loss.data() + 3);
+
+  constexpr int64_t kFrames = 60, kSymbols = 15, kCells = 3 * kFrames * (kSymbols + 1);
+  const auto am = RandomVector<float>(3 * kFrames * kVocab, 1, 4);
+  const auto lm = RandomVector<float>(3 * (kSymbols + 1) * kVocab, 1, 5);
+  std::vector<float> am_exp(am.size()), lm_exp(lm.size()), am_max(am.size()), lm_max(lm.size());
+  ShiftedExpCpu(am.data(), 3 * kFrames, kVocab, 1, am_exp.data(), am_max.data());
+  ShiftedExpCpu(lm.data(), 3 * (kSymbols + 1), kVocab, 1, lm_exp.data(), lm_max.data());
+  const std::vector<float> product(kCells, 9);
+  const std::vector<int64_t> symbols(3 * kSymbols, 7);
+  const std::vector<Score> context(3 * (kSymbols + 1), -1);
+  const AdditiveCells<float> cells{3,         kFrames,   kSymbols + 1,   kVocab,
+                                   am.data(), lm.data(), product.data(), 1e-6F};
+  const AdditiveTerms terms{kSymbols, symbols.data(), 0, 1, 0, context.data(), context.data()};
+  std::vector<Score> norm(kCells), by_blank(kCells), by_label(kCells), scale(3);
+  std::vector<Score> sum_blank(context.size()), sum_label(context.size());
+  AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), 1, norm.data(), by_blank.data(),
+                    by_label.data());
+  std::vector<float> weight(kCells);
+  std::vector<Score> grad_norm(kCells);
+  AdditiveWeightsCpu(cells, terms, by_blank.data(), by_label.data(), 1, grad_norm.data(),
+                     scale.data(), weight.data(), sum_blank.data(), sum_label.data());
+  AdditiveGradientsCpu(cells, terms, am_exp.data(), lm_exp.data(), norm.data(), by_blank.data(),
+                       by_label.data(), grad_norm.data(), scale.data(), 1, am_exp.data(),
+                       lm_exp.data());
   std::printf("%s %lld cells, loss %.6f\n", GetRowKernelSet().name, static_cast<long long>(rows),
               loss[0]);
   return loss[0] > 0 ? 0 : 1;
