@@ -36,7 +36,7 @@ def test_public_functions_have_examples():
 
 
 # cli -> export -> training -> {data, decoding, modules, losses}
-# -> {joint_tiles, lattice, native} -> _C
+# -> {joint_tiles, lattice, native, native_additive} -> _C
 LAYERS = {"cli": 5, "export": 4, "training": 3, "data": 2, "decoding": 2, "modules": 2, "losses": 2}
 LAYERS |= {
     "compat": 3,
@@ -44,6 +44,7 @@ LAYERS |= {
     "joint_tiles": 1,
     "lattice": 1,
     "native": 1,
+    "native_additive": 1,
     "_C": 0,
     "_version": 0,
     "conf": 0,

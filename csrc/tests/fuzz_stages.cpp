@@ -4,6 +4,7 @@
 // Half of the inputs are lengths that fit, the other half what nobody validated: lengths, targets,
 // bands and begins of any value, with rows laid out as native.py does. The sanitizers watch memory (every array has its exact size); Require() watches the contracts: which losses are NaN,
 // what a sum of posteriors is, that every row of a gradient is written, that threads change no bit.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
