@@ -137,7 +137,8 @@ def test_goes_on_after_what_cannot_be_aligned(align, tones, tmp_path, capsys):
         (["--text", "a"], "give either --text TEXT and one audio FILE"),
         (["--manifest", "m", "a.wav"], "give neither FILE nor --text"),
         (["--manifest", "m", "--text", "a"], "give neither FILE nor --text"),
-        (["--manifest", "m", "--format", "txt"], "--format knows json, ctm, png; got txt"),
+        (["--manifest", "m", "--format", "txt"], "--format knows json, ctm, png; got 'txt'"),
+        (["--manifest", "m", "--format", ""], "--format knows json, ctm, png; got ''"),
         (["--manifest", "m", "--format", "png"], "--format png needs --output-dir"),
         (["--manifest", "m", "--format", "ctm,json"], "--format ctm,json needs --output-dir"),
         (["--manifest", "m", "--topology", "ctc"], "invalid choice: 'ctc'"),
@@ -159,6 +160,8 @@ def test_says_what_is_wrong_with_its_files(align, tones, tmp_path, capsys):
     text = tmp_path / "text.wav"
     text.write_text("no audio")
     assert "cannot be read as audio" in complaint("--text", "a", text)
+    soundfile.write(tmp_path / "nothing.wav", [], 16000)
+    assert "nothing.wav holds no samples" in complaint("--text", "a", tmp_path / "nothing.wav")
     assert "No such file" in complaint("--manifest", tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     assert "holds no utterances" in complaint("--manifest", tmp_path / "empty.jsonl")

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from transducer_toolkit.cli import run_folder
 from transducer_toolkit.cli.hints import _keys, find_hints
+from transducer_toolkit.cli.train import train
 
 run_folder.register()
 CONF = files("transducer_toolkit.conf")
@@ -66,6 +67,55 @@ def test_every_option_instantiates(group, option, tmp_path):
     if group not in ("cluster", "experiment", "hydra"):
         made = instantiate(cfg[group], **LATER_ARGUMENTS.get(group, {}), _convert_="all")
         assert made is not None
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        choice
+        for choice in CHOICES
+        if choice[0] in ("averaging", "callbacks", "data", "loss", "model")
+    ],
+)
+def test_what_should_be_a_number_is_named(group, option, tmp_path):
+    needed = [f"{group}={option}", f"run_dir={tmp_path}", *NEEDED.get(group, {}).get(option, [])]
+    config = OmegaConf.to_container(composed("train", "~experiment", *needed)[group], resolve=True)
+    for parent, name in _numbers(config or {}):
+        right, parent[name] = parent[name], "x"
+        with pytest.raises(InstantiationException, match=rf"\b{name}\b"):
+            instantiate(config, **LATER_ARGUMENTS.get(group, {}), _convert_="all")
+        parent[name] = right
+
+
+def _numbers(config):
+    """Places of numbers in what is made of our classes at once, not later (``_partial_``)."""
+    if "_partial_" in config or not config.get("_target_", "transducer").startswith("transducer"):
+        return
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield config, name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=x", "seed: expected an int, got str"),
+        ("num_threads=0", "num_threads must be at least 1, got 0"),
+        ("flush_denormal=x", "flush_denormal: expected a bool, got str"),
+        ("test=1", "test: expected a bool, got int"),
+        ("trainer.max_epochs=x", "trainer.max_epochs: expected an int, got str"),
+        ("+trainer.max_steps=1.5", "trainer.max_steps: expected an int, got float"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be at least 1"),
+        ("loss.rnnt_type=null", "loss.rnnt_type: expected one of .* got None"),
+        ("loss.rnnt_type=linear", "loss.rnnt_type: expected one of .* got 'linear'"),
+    ],
+)
+def test_options_that_no_class_would_name_as_they_are_spelt(override, message, tmp_path):
+    cfg = composed("train", f"run_dir={tmp_path}", override)
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(cfg)
 
 
 @pytest.mark.parametrize("size", ["s", "m", "l"])

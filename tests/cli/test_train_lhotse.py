@@ -1,12 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on Lhotse's shards."""
 
+import gzip
 import json
 
 import pytest
 
 from tests.cuts import write_cuts
-from transducer_toolkit.cli import train
+from transducer_toolkit.cli import prepare, train
+
+
+def test_prepare_looks_whether_there_are_cuts(tmp_path, console, capsys):
+    write_cuts(tmp_path, 5)
+    plain = tmp_path / "plain.jsonl"  # by its name it might be a manifest of ours
+    plain.write_bytes(gzip.decompress((tmp_path / "train.jsonl.gz").read_bytes()))
+    for train_set in ("plain.jsonl", "shar", "train.jsonl.gz"):
+        sets = [f"data.corpus.{name}={tmp_path / train_set}" for name in ("train", "val")]
+        console(prepare.main, tmp_path, "data=lhotse", *sets)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[:2] for line in lines[1:]] == [["train", "-"], ["val", "-"]]
+    sets = [f"data.corpus.{name}={tmp_path / 'train.jsonl'}" for name in ("train", "val")]
+    with pytest.raises(SystemExit):
+        console(prepare.main, tmp_path, "data=lhotse", *sets)
+    assert f"{tmp_path / 'train.jsonl'} is no manifest of Lhotse's cuts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shards", [True, False])

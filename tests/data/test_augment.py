@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,9 @@ def test_silence_stays_finite():
     ("options", "message"),
     [
         ({"speed": 0.6}, r"speed must lie in \[0, 0.5\], got 0.6"),
-        ({"eq_db": -1}, "eq_db must not be negative, got -1"),
+        ({"eq_db": -1}, "eq_db must be finite and not negative, got -1"),
+        ({"eq_db": math.nan}, "eq_db must be finite and not negative, got nan"),
+        ({"speed": math.nan}, r"speed must lie in \[0, 0.5\], got nan"),
         ({"noise_probability": 2}, r"noise_probability must lie in \[0, 1\], got 2"),
         ({"noise_snr_db": (20, 10)}, r"noise_snr_db must be \(lowest, highest\), got \(20, 10\)"),
         ({"gain_db": (1,)}, r"gain_db must be \(lowest, highest\), got \(1,\)"),
@@ -147,9 +151,10 @@ def test_the_mel_axis_is_warped():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_freq_warp": 2}, "max_freq_warp must not exceed 1, got 2"),
-        ({"max_time_width": -1}, "max_time_width must not be negative, got -1"),
-        ({"max_time_fraction": 1.5}, "max_time_fraction must not exceed 1, got 1.5"),
+        ({"max_freq_warp": 2}, r"max_freq_warp must be in \[0, 1\], got 2"),
+        ({"max_freq_warp": math.nan}, r"max_freq_warp must be in \[0, 1\], got nan"),
+        ({"max_time_width": -1}, "max_time_width must be at least 0, got -1"),
+        ({"max_time_fraction": 1.5}, r"max_time_fraction must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_spec_augment_errors(options, message):

@@ -148,6 +148,9 @@ def test_a_text_with_unknown_characters_is_named(noise_corpus):
     data = data_module(noise_corpus, tokenizer=CharTokenizer.from_texts(["x"]))
     with pytest.raises(ValueError, match=r"utterance 'train-0': character .* is not among"):
         data.setup()
+    data.setup("test")
+    with pytest.raises(ValueError, match=r"utterance 'test-0': character .* is not among"):
+        data.test_dataloader()
 
 
 def test_missing_manifest(noise_corpus, tmp_path):
@@ -211,6 +214,8 @@ def test_a_loader_goes_on_where_a_checkpoint_stands(noise_corpus, caplog):
         ({"max_duration_s": "x"}, TypeError, "max_duration_s: expected a number, got str"),
         ({"on_bad_audio": "ignore"}, ValueError, "on_bad_audio must be 'raise' or 'skip'"),
         ({"topology": "linear"}, ValueError, "topology must be one of regular"),
+        ({"tokenizer": "words"}, TypeError, "tokenizer: expected a Tokenizer, .* got str 'words'"),
+        ({"seed": None}, TypeError, "seed: expected an int, got NoneType"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_read(noise_corpus, options, error, message):

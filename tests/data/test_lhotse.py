@@ -2,11 +2,12 @@
 """Lhotse's cuts and shards, of generated audio."""
 
 import logging
+import os
 import types
 
 import pytest
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, SupervisionSet
 
 from tests.cuts import write_cuts
 from transducer_toolkit.data.augment import SpecAugment
@@ -206,10 +207,42 @@ def test_durations_that_part_the_cuts(cuts):
     assert duration_bins(train, 30) == duration_bins(train, 1) == []
 
 
-def test_errors(cuts, tmp_path):
+def odd_manifest(folder, name):
+    """Make a path that holds no cuts; returns its name."""
+    path = folder / name
+    if name == "supervisions.jsonl":
+        segments = (
+            s for cut in CutSet.from_file(folder / "val.jsonl.gz") for s in cut.supervisions
+        )
+        SupervisionSet.from_segments(segments).to_file(path)
+    elif name == "pipe.jsonl":
+        os.mkfifo(path)
+    elif name == "no_shards":
+        path.mkdir()
+    elif name != "train.jsonl":
+        path.write_text("" if name == "empty.jsonl" else "no gzip")
+    return name
+
+
+def test_errors(cuts):
     for train, steps in (("shar", None), ("train.jsonl.gz", 5)):
         with pytest.raises(ValueError, match=f"steps_per_epoch is for folders .* got {steps} for"):
             data_module(cuts, train, steps_per_epoch=steps)
+    for train, steps, message in (
+        ("text.jsonl.gz", None, "is no manifest of Lhotse's cuts .* BadGzipFile"),
+        ("train.jsonl", None, "is no manifest of Lhotse's cuts .* unexpected keyword"),
+        ("supervisions.jsonl", None, "it holds a SupervisionSet"),
+        ("empty.jsonl", None, "it holds nothing"),
+        ("pipe.jsonl", None, "nor a file at all"),
+        ("no_shards", 5, "holds no shards of Lhotse's cuts"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            data_module(cuts, odd_manifest(cuts, train), steps_per_epoch=steps)
+        assert str(cuts / train) in str(error.value)
+    with pytest.raises(TypeError, match="num_buckets: expected an int, got str"):
+        data_module(cuts, num_buckets="x")
+    with pytest.raises(ValueError, match="steps_per_epoch must be at least 1, got 0"):
+        data_module(cuts, "shar", steps_per_epoch=0)
     with pytest.raises(ValueError, match=r"cut 'c\d+': character '.' of .* is not among"):
         list(data_module(cuts, tokenizer=CharTokenizer.from_texts(["x"])).train_dataloader())
     bare = CutSet.from_file(cuts / "train.jsonl.gz").subset(first=2).drop_supervisions()

@@ -78,6 +78,8 @@ def test_bad_lines_are_named(tmp_path, line, message):
         ({"text": None}, TypeError, "text must be str, got NoneType"),
         ({"duration_s": float("nan")}, ValueError, "duration_s must be finite"),
         ({"offset_s": -1}, ValueError, "offset_s must be finite and not negative, got -1"),
+        ({"duration_s": 1e300}, ValueError, r"duration_s must be at most 1e\+09, got 1e\+300"),
+        ({"offset_s": 10**400}, ValueError, r"offset_s must be at most 1e\+09, got 1000"),
         ({"speaker": 3}, TypeError, "speaker must be str or None, got int"),
         ({"extra": [1]}, TypeError, "extra must be a mapping, got list"),
         ({"word_starts_s": 0.5}, TypeError, "word_starts_s must be a list of numbers or None"),

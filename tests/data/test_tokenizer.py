@@ -37,6 +37,11 @@ def test_an_unknown_symbol_stands_for_what_training_lacks(tokenizer):
     assert 1 not in tolerant.encode("one two")
 
 
+def test_whether_there_is_an_unknown_symbol_is_a_bool():
+    with pytest.raises(TypeError, match="unknown: expected a bool, got str"):
+        CharTokenizer.from_texts(["one"], unknown="no")
+
+
 def test_state(tokenizer):
     assert tokenizer_from_state(tokenizer.state()).symbols == tokenizer.symbols
     with pytest.raises(ValueError, match="kind must be 'characters' or 'sentencepiece', got 'x'"):

@@ -106,7 +106,9 @@ OPTIONS: dict[str, Values] = {
     "train": {
         "seed": [*refused("-1", "x", "1.5"), (str(2**70), True)],
         "trainer.max_epochs": refused("x", "-7", "1.5"),
-        "trainer.devices": refused("0", "-3", "99", "x"),
+        # Not 99: so many processes of CPUs are allowed, and would each start the fuzz.
+        "trainer.devices": refused("0", "-3", "x"),
+        "+trainer.max_steps": refused("x", "1.5"),
         "trainer.accelerator": refused("abacus", "gpu"),
         "trainer.precision": refused("12", "x"),
         "trainer.accumulate_grad_batches": refused("0", "-1", "x"),
@@ -117,7 +119,10 @@ OPTIONS: dict[str, Values] = {
         "data.on_bad_audio": refused("ignore", "null"),
         "data.max_duration_s": [("0", True), ("-1", True), ("x", True), ("nan", None)],
         "data.spec_augment.max_freq_width": [("-1", True), ("x", True), ("10000", None)],
+        "+data.spec_augment.max_time_fraction": refused("-1", "2", "x", "nan"),
+        "data.seed": refused("x", "1.5", "null"),
         "data.tokenizer": refused("words"),
+        "data.tokenizer.unknown": refused("x", "null"),
         "model": refused("transformer_xxl"),
         "model.encoder.hidden_dim": refused("0", "-1", "x", "1.5"),
         "model.encoder.num_layers": refused("0", "-1", "x"),
@@ -131,11 +136,13 @@ OPTIONS: dict[str, Values] = {
         "loss.rnnt_type": refused("linear", "null"),
         "loss.dropped_mass": refused("-1", "2", "x", "nan"),
         "loss.fastemit_lambda": refused("-1", "x", "nan"),
+        "loss.delay_penalty": refused("-1", "x", "nan", "inf"),
         "loss.clamp": [("x", True), ("nan", True), ("-1", None)],
         "optimizer.lr": [*refused("-1", "x"), ("nan", None), ("1e30", None)],
         "optimizer.betas": refused("[2,2]", "x", "[0.9]"),
         "scheduler": refused("linear"),
-        "scheduler.warmup_fraction": refused("-1", "2", "x"),
+        "scheduler.warmup_fraction": refused("-1", "2", "x", "nan"),
+        "+scheduler.final_fraction": refused("-1", "2", "x", "nan"),
         "ctc.weight": refused("-1", "x", "nan"),
         "averaging": refused("median"),
         "max_symbols_per_frame": refused("0", "-1", "x", "1.5"),
@@ -143,8 +150,11 @@ OPTIONS: dict[str, Values] = {
         "ckpt_path": refused("none.ckpt", "last"),
         "init_from": refused("none.ckpt"),
         "experiment": refused("nothing"),
-        "callbacks.non_finite_steps.max_consecutive": refused("-1", "x"),
+        "flush_denormal": refused("x", "null"),
+        "test": refused("x", "null"),
+        "callbacks.non_finite_steps.max_consecutive": refused("-1", "x", "1.5"),
         "callbacks.last_checkpoint.every_n_steps": refused("-1", "0", "x"),
+        "callbacks.last_checkpoint.every_minutes": refused("-1", "0", "x", "nan"),
         "optimzer.lr": refused("1"),
         "colour": refused("red"),
     },
@@ -184,7 +194,8 @@ def make_case(seed: int, commands: list[str], world: World, folder: Path) -> Cas
             options[name] = value
             if name == "experiment":
                 del options["~experiment"]
-            case.names |= {value.rstrip("/")} if len(value) > 3 else set()
+            if len(value) > 3 or (value and name == "--text"):  # a shorter one is in any message
+                case.names |= {value.rstrip("/"), ascii(value)[1:-1]}
             names = [name.lstrip("-+"), name.rpartition(".")[2].lstrip("-+")]
             case.spoil(name, value[:30], [*names, names[-1].replace("-", "_")], must_fail)
             continue
@@ -198,9 +209,9 @@ def make_case(seed: int, commands: list[str], world: World, folder: Path) -> Cas
             bad = bad_manifest(world, part.rpartition(".")[2], here, random_)
         options[part] = str(bad.path)
         # Of which transducer-prepare says that they hold nothing.
-        lists_it = case.command == "prepare" and bad.how == "blank lines"
+        lists_it = case.command == "prepare" and bad.how in ("blank lines", "empty")
         must_fail = None if lists_it else bad.must_fail
-        case.spoil(part, bad.how, [bad.path.stem, here.name], must_fail)
+        case.spoil(part, bad.how, [bad.path.stem, here.name, *bad.names], must_fail)
     case.arguments = _command_line(case.command, options)
     return case
 

@@ -32,11 +32,15 @@ class World:
 
 @dataclass(frozen=True)
 class BadFile:
-    """A spoilt file: how, where, and whether it must be refused (None: it may be)."""
+    """A spoilt file: how, where, and whether it must be refused (None: it may be).
+
+    A message may also name it by one of `names`.
+    """
 
     how: str
     path: Path
     must_fail: bool | None = True
+    names: tuple[str, ...] = ()
 
 
 def _missing(path: Path) -> None:
@@ -150,6 +154,8 @@ def _edited(checkpoint: dict[str, Any], random_: random.Random) -> str:
         "flat": x.flatten()[:-1],
         "no tensor": "x",
         "complex": x.to(torch.complex64),
+        "sparse": x.to_sparse(),
+        "nowhere": x.to("meta"),
     }
     how = random_.choice([*changes, "gone"])
     if how == "gone":
@@ -182,7 +188,8 @@ def bad_checkpoint(world: World, folder: Path, random_: random.Random) -> BadFil
         checkpoint = torch.load(world.checkpoint, weights_only=True)
         how = f"edited: {_edited(checkpoint, random_)}"
         torch.save(checkpoint, path)
-        return BadFile(how, path, None)  # some values are as good as those that were there
+        # Some values are as good as those that were there; others show only in the scores.
+        return BadFile(how, path, None, ("weights of the model", "of the tokenizer"))
     return BadFile(how, path)
 
 
@@ -253,7 +260,7 @@ def bad_audio(folder: Path, random_: random.Random) -> BadFile:
 FIELD_VALUES: dict[str, tuple[Any, ...]] = {
     "id": ("", None, 3, "train-1"),
     "audio": ("", None, 3, "none.wav", "manifest.jsonl", "/dev/null"),
-    "duration_s": (0, -1, "1.0", None, 1e300, True, 1e-9, float("nan"), float("inf")),
+    "duration_s": (0, -1, "1.0", None, 1e300, 10**400, True, 1e-9, float("nan"), float("inf")),
     "offset_s": (-1, "0", 1e9, None, float("nan")),
     "text": (None, 3, ["a"], "\ud83d\ude00", "a\tb"),
     "word_starts_s": ([-1.0], "x", [9.0] * 40),
@@ -262,13 +269,15 @@ FIELD_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _row_changed(rows: list[Any], random_: random.Random) -> str:
+def _row_changed(rows: list[Any], random_: random.Random) -> tuple[str, str]:
+    """Spoil a field of a row; returns how, and the id of the row."""
     row, name = random_.choice(rows), random_.choice(list(FIELD_VALUES))
+    id_ = row["id"]
     if name in row and random_.random() < 0.2:
         del row[name]
-        return f"no {name}"
+        return f"no {name}", id_
     row[name] = random_.choice(FIELD_VALUES[name])
-    return f"{name} = {row[name]!r}"
+    return f"{name} = {row[name]!r}", id_
 
 
 def bad_manifest(world: World, name: str, folder: Path, random_: random.Random) -> BadFile:
@@ -282,8 +291,10 @@ def bad_manifest(world: World, name: str, folder: Path, random_: random.Random) 
     for row in rows:
         row["audio"] = str(world.tones / row["audio"])
     must_fail: bool | None = True
+    names: tuple[str, ...] = ()
     if how == "row":
-        how, must_fail = _row_changed(rows, random_), None
+        (how, id_), must_fail = _row_changed(rows, random_), None
+        names = (f"{id_}'", f"{id_}.wav")  # not train-1 for train-10
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if how == "blank lines":
         text = "\n  \n\n"
@@ -295,4 +306,4 @@ def bad_manifest(world: World, name: str, folder: Path, random_: random.Random) 
     elif how == "a BOM":
         text, must_fail = "\ufeff" + text, None
     path.write_text(text, encoding="utf-8")
-    return BadFile(how, path, must_fail)
+    return BadFile(how, path, must_fail, names)

@@ -7,7 +7,12 @@ import torch
 from transducer_toolkit import LatticeShape
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.decoding import TOPOLOGIES, align, lattice_posteriors
+from transducer_toolkit.decoding import (
+    TOPOLOGIES,
+    NonFiniteScoresError,
+    align,
+    lattice_posteriors,
+)
 from transducer_toolkit.modules import ConvLstmEncoder, Joiner, StatelessPredictor, Transducer
 from transducer_toolkit.training.aligner import align_text
 from transducer_toolkit.training.recognizer import Recognizer
@@ -89,6 +94,14 @@ def test_short_audio(recognizer):
         align_text(recognizer, waveform, TEXT)
     with pytest.raises(ValueError, match="waveform must have at least 200 samples, got 10"):
         align_text(recognizer, waveform[:10], TEXT)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_scores_that_are_not_finite_are_an_error(recognizer, waveform, value):
+    with torch.no_grad():
+        recognizer.model.joiner.output.bias.fill_(value)
+    with pytest.raises(NonFiniteScoresError, match=r"'ab a': the scores .* weights of the model"):
+        align_text(recognizer, waveform, TEXT)
 
 
 def test_what_cannot_be_aligned_is_named(recognizer, waveform):

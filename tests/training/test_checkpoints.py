@@ -176,6 +176,8 @@ def test_intervals_are_positive():
         LastCheckpoint("x", every_minutes=0)
     with pytest.raises(ValueError, match="every_n_steps must be positive or None, got -1"):
         LastCheckpoint("x", every_n_steps=-1)
+    with pytest.raises(ValueError, match="every_minutes must be positive or None, got nan"):
+        LastCheckpoint("x", every_minutes=float("nan"))
 
 
 def test_sigterm_ends_after_a_saved_step_and_handlers_return(tmp_path):

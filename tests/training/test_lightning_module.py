@@ -150,18 +150,21 @@ def test_a_validation_without_finite_scores_goes_on(caplog):
     found = [row.hypothesis for row in module._transcripts[0]]
     assert found == [expected[0], "", expected[2]] and expected[1]
     assert "no symbols, as scores are not finite: 1" in caplog.text
-    with pytest.raises(NonFiniteScoresError):
+    with pytest.raises(NonFiniteScoresError, match=r"^1: the scores of the symbols are NaN"):
         module.test_step(batch, 0)
 
 
-@pytest.mark.parametrize("part", ["optimizer", "scheduler"])
-def test_an_option_that_torch_does_not_name_is_named(part):
+@pytest.mark.parametrize(
+    ("part", "make", "message"),
+    [
+        ("optimizer", partial(torch.optim.AdamW, lr=-1.0), "lr=-1.0"),
+        ("optimizer", partial(torch.optim.AdamW, betas=[0.9]), r"betas=\[0.9\]"),
+        ("scheduler", partial(warmup_cosine, warmup_fraction=2.0), "warmup_fraction=2.0"),
+    ],
+)
+def test_an_option_that_torch_does_not_name_is_named(part, make, message):
     options = {"optimizer": partial(torch.optim.AdamW, lr=1e-3), "scheduler": None}
-    options[part] = {
-        "optimizer": partial(torch.optim.AdamW, lr=-1.0),
-        "scheduler": partial(warmup_cosine, warmup_fraction=2.0),
-    }[part]
-    module = make_module(**options)
+    module = make_module(**options | {part: make})
     module._trainer = SimpleNamespace(estimated_stepping_batches=10)
-    with pytest.raises(ValueError, match=f"^{part} .*(lr=-1.0|warmup_fraction=2.0)"):
+    with pytest.raises(ValueError, match=f"^{part} .*{message}"):
         module.configure_optimizers()

@@ -5,6 +5,7 @@ import pytest
 import soundfile
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
@@ -144,6 +145,11 @@ def test_the_search_is_an_option_and_follows_the_topology(checkpoint):
     assert constrained.search.topology == "constrained"
 
 
+def _change_weight(saved, change):
+    name = next(name for name, x in saved["state_dict"].items() if x.is_floating_point())
+    saved["state_dict"][name] = change(saved["state_dict"][name])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -152,6 +158,13 @@ def test_the_search_is_an_option_and_follows_the_topology(checkpoint):
         (lambda c: c.update(state_dict=[]), "its state_dict is no dict of tensors"),
         (lambda c: c.pop("state_dict"), "its state_dict is no dict of tensors"),
         (lambda c: c["state_dict"].update(x=3), "its state_dict is no dict of tensors"),
+        (
+            lambda c: _change_weight(c, lambda x: x * 1j),
+            "must be a dense tensor of real .*complex64",
+        ),
+        (lambda c: _change_weight(c, Tensor.to_sparse), "must be a dense .* got .*sparse_coo"),
+        (lambda c: _change_weight(c, lambda x: x.to("meta")), "on device meta"),
+        (lambda c: _change_weight(c, lambda x: x * torch.nan), "its weight model.* holds NaN"),
         (lambda c: c["state_dict"].popitem(), "cannot be restored: RuntimeError: .* Missing key"),
         (lambda c: c["recognizer"].update(model=[]), "its model cannot be restored"),
         (

@@ -89,6 +89,13 @@ def test_bad_arguments_are_named(schedule, options, message):
         rates(schedule, 1, **options)
 
 
+def test_the_rise_of_a_constant_is_checked():
+    with pytest.raises(ValueError, match="warmup_steps must not be negative, got -1"):
+        rates(schedules.constant, 1, total_steps=9, warmup_steps=-1)
+    with pytest.raises(TypeError, match="warmup_steps: expected a number, got str"):
+        rates(schedules.constant, 1, total_steps=9, warmup_steps="x")
+
+
 def test_the_start_of_one_cycle_is_checked():
     with pytest.raises(ValueError, match=r"initial_fraction must be in \[0, 1\], got 1.5"):
         rates(schedules.one_cycle, 1, total_steps=9, initial_fraction=1.5)

@@ -188,6 +188,8 @@ def _utterances(args: argparse.Namespace) -> list[Utterance]:
         duration_s = soundfile.info(args.file).duration
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{args.file} cannot be read as audio: {error}") from error
+    if duration_s == 0:
+        raise ValueError(f"{args.file} holds no samples")
     return [
         Utterance(id=args.file.stem, audio=str(args.file), duration_s=duration_s, text=args.text)
     ]
@@ -215,10 +217,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[st
     if args.manifest is not None and (args.text is not None or args.file is not None):
         parser.error("--manifest brings audio and text: give neither FILE nor --text with it")
     default = "ctm" if args.output_dir is None else ",".join(FORMATS)
-    formats = (args.format or default).split(",")
+    formats = (default if args.format is None else args.format).split(",")
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
-        parser.error(f"--format knows {', '.join(FORMATS)}; got {', '.join(unknown)}")
+        parser.error(f"--format knows {', '.join(FORMATS)}; got {', '.join(map(repr, unknown))}")
     if args.output_dir is None and formats not in (["json"], ["ctm"]):
         parser.error(f"--format {args.format} needs --output-dir: only json or ctm can be printed")
     return formats

@@ -31,9 +31,14 @@ def prepare(cfg: DictConfig) -> None:
     corpus = instantiate(cfg.data.corpus, _convert_="all")
     corpus.prepare()
     manifests = corpus.manifests()
+    reads_cuts = str(cfg.data.get("_target_")).endswith("LhotseDataModule")
     print(f"{'set':16s} {'utterances':>10s} {'minutes':>9s} {'words':>9s}  manifest")
     for name, path in {"train": manifests.train, "val": manifests.val, **manifests.test}.items():
-        if path.suffix != ".jsonl":  # Lhotse's cuts or shards
+        if reads_cuts:
+            from transducer_toolkit.data.lhotse_datamodule import open_texts
+
+            open_texts(path)  # or an error; to count them could take long
+        if reads_cuts or path.suffix != ".jsonl":
             print(f"{name:16s} {'-':>10s} {'-':>9s} {'-':>9s}  {path}")
             continue
         utterances = read_manifest(path)

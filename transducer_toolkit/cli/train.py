@@ -50,7 +50,7 @@ def train(cfg: DictConfig) -> float | None:
     from transducer_toolkit.training.clock import StepClock
 
     quiet_lightning()
-    _check_numbers(cfg)
+    _check_options(cfg)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     if cfg.flush_denormal:  # before the first parallel region, or its threads do not follow
@@ -103,9 +103,11 @@ def train(cfg: DictConfig) -> float | None:
     return best_wer
 
 
-def _check_numbers(cfg: DictConfig) -> None:
-    """Raise a ValueError or TypeError for a number of ``train.yaml`` that is out of range."""
-    from transducer_toolkit.arguments import check_at_least, check_number
+def _check_options(cfg: DictConfig) -> None:
+    """Raise a ValueError or TypeError for what nobody else would name as it is spelt here."""
+    from transducer_toolkit.arguments import check_at_least, check_flag, check_int, check_number
+    from transducer_toolkit.losses.checks import check_choice
+    from transducer_toolkit.native import TOPOLOGIES
 
     check_at_least(0, seed=cfg.seed)
     if cfg.seed >= 2**32:
@@ -116,6 +118,17 @@ def _check_numbers(cfg: DictConfig) -> None:
     check_number(cfg.ctc.weight, "ctc.weight")
     if not 0 <= cfg.ctc.weight < float("inf"):
         raise ValueError(f"ctc.weight must be at least 0 and finite, got {cfg.ctc.weight}")
+    for name in ("flush_denormal", "test"):
+        check_flag(cfg[name], name)
+    for name in ("max_epochs", "max_steps"):
+        if cfg.trainer.get(name) is not None:
+            check_int(cfg.trainer[name], f"trainer.{name}")
+    if "accumulate_grad_batches" in cfg.trainer:
+        accumulated = cfg.trainer.accumulate_grad_batches
+        check_at_least(1, **{"trainer.accumulate_grad_batches": accumulated})
+    # Where the data follow the loss, they would be the first to complain, of their topology.
+    if "rnnt_type" in cfg.loss and cfg.data.get("topology") == cfg.loss.rnnt_type:
+        check_choice(cfg.loss.rnnt_type, "loss.rnnt_type", TOPOLOGIES)
 
 
 def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> TransducerModule:

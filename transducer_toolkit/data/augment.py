@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transducer_toolkit.arguments import check_at_least, check_number, check_probability
 from transducer_toolkit.data.audio import SAMPLE_RATE, resample
 
 __all__ = ["SpecAugment", "WaveformPerturbation"]
@@ -36,6 +37,7 @@ class WaveformPerturbation:
             full scale is scaled down to it, never clipped.
 
     Raises:
+        TypeError: an option is no number.
         ValueError: an option is out of range.
 
     Example:
@@ -54,14 +56,17 @@ class WaveformPerturbation:
         telephone_probability: float = 0.0,
         gain_db: tuple[float, float] = (0.0, 0.0),
     ) -> None:
+        check_number(speed, "speed")
         if not 0 <= speed <= 0.5:
             raise ValueError(f"speed must lie in [0, 0.5], got {speed}")
-        if eq_db < 0:
-            raise ValueError(f"eq_db must not be negative, got {eq_db}")
+        check_number(eq_db, "eq_db")
+        if not 0 <= eq_db < math.inf:
+            raise ValueError(f"eq_db must be finite and not negative, got {eq_db}")
         for name, probability in (
             ("noise_probability", noise_probability),
             ("telephone_probability", telephone_probability),
         ):
+            check_number(probability, name)
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {probability}")
         for name, bounds in (("noise_snr_db", noise_snr_db), ("gain_db", gain_db)):
@@ -175,6 +180,7 @@ class SpecAugment:
         max_time_fraction: ... and at most this fraction of the utterance.
 
     Raises:
+        TypeError: an option is no number, or no whole one where frames, bins or masks are counted.
         ValueError: an option is negative, or the fraction is above 1.
 
     Example:
@@ -194,20 +200,10 @@ class SpecAugment:
         max_time_width: int = 20,
         max_time_fraction: float = 0.1,
     ) -> None:
-        options = {
-            "max_freq_warp": max_freq_warp,
-            "num_freq_masks": num_freq_masks,
-            "max_freq_width": max_freq_width,
-            "num_time_masks": num_time_masks,
-            "max_time_width": max_time_width,
-            "max_time_fraction": max_time_fraction,
-        }
-        for name, value in options.items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        for name in ("max_freq_warp", "max_time_fraction"):
-            if options[name] > 1:
-                raise ValueError(f"{name} must not exceed 1, got {options[name]}")
+        check_at_least(0, num_freq_masks=num_freq_masks, max_freq_width=max_freq_width)
+        check_at_least(0, num_time_masks=num_time_masks, max_time_width=max_time_width)
+        check_probability(max_freq_warp, "max_freq_warp")
+        check_probability(max_time_fraction, "max_time_fraction")
         self.max_freq_warp = max_freq_warp
         self.num_freq_masks = num_freq_masks
         self.max_freq_width = max_freq_width

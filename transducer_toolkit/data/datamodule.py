@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 
-from transducer_toolkit.arguments import check_at_least, check_number
+from transducer_toolkit.arguments import check_at_least, check_int, check_number
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler, is_feasible
 from transducer_toolkit.data.corpus import Corpus
@@ -20,7 +20,12 @@ from transducer_toolkit.data.dataset import SpeechDataset, check_on_bad_audio, c
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
-from transducer_toolkit.data.tokenizer import CharTokenizer, Tokenizer, TokenizerFactory
+from transducer_toolkit.data.tokenizer import (
+    CharTokenizer,
+    Tokenizer,
+    TokenizerFactory,
+    check_tokenizer,
+)
 
 __all__ = ["TransducerDataModule"]
 
@@ -59,6 +64,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         tokenizer: the tokenizer (after ``setup``, if none was given).
 
     Raises:
+        TypeError: an option is of another type, such as the name of a tokenizer.
         ValueError: a number is out of range, ``topology`` or ``on_bad_audio`` unknown; (by
             ``setup``) no utterance is left, or a text has unknown characters.
 
@@ -95,6 +101,8 @@ class TransducerDataModule(lightning.LightningDataModule):
             check_number(max_duration_s, "max_duration_s")
             if not max_duration_s > 0:
                 raise ValueError(f"max_duration_s must be positive or None, got {max_duration_s}")
+        check_int(seed, "seed")
+        check_tokenizer(tokenizer)
         self.corpus = corpus
         self.fbank = Fbank() if fbank is None else fbank
         self.tokenizer: Tokenizer | None = None
@@ -193,7 +201,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         trainer = self.trainer
         sampler = LatticeBatchSampler(
             [self._num_frames(utterance) for utterance in dataset.utterances],
-            [len(dataset.tokenizer.encode(utterance.text)) for utterance in dataset.utterances],
+            [len(self._encode(utterance)) for utterance in dataset.utterances],
             max_cells=self.max_cells,
             max_utterances=self.max_utterances,
             subsampling=self.subsampling,

@@ -13,6 +13,7 @@ from typing import Any
 from lhotse import CutSet, load_manifest_lazy
 from lhotse.cut import Cut
 
+from transducer_toolkit.arguments import check_at_least
 from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.datamodule import TransducerDataModule, _init_worker
 from transducer_toolkit.data.dataset import collate
@@ -76,6 +77,9 @@ class LhotseDataModule(TransducerDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check_at_least(1, num_buckets=num_buckets, buffer_size=buffer_size)
+        if steps_per_epoch is not None:
+            check_at_least(1, steps_per_epoch=steps_per_epoch)
         unknown = sorted(set(audio_sources) - set(SOURCE_TYPES))
         if unknown:
             raise ValueError(f"audio_sources must be some of {SOURCE_TYPES}, got {unknown}")
@@ -93,7 +97,7 @@ class LhotseDataModule(TransducerDataModule):
                 f"{self.steps_per_epoch} for {train}"
             )
         if self.tokenizer is None:
-            self.tokenizer = self._make_tokenizer(cut_text(cut) for cut in _open_texts(train))
+            self.tokenizer = self._make_tokenizer(cut_text(cut) for cut in open_texts(train))
 
     def _path(self, name: str) -> Path:
         manifests = self.corpus.manifests()
@@ -108,7 +112,7 @@ class LhotseDataModule(TransducerDataModule):
             sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances
         )
         keep = _Feasible(sizes, name, self.max_duration_s)
-        bins = duration_bins(_open_texts(path), self.num_buckets)
+        bins = duration_bins(open_texts(path), self.num_buckets)
         trainer = self.trainer
         rank = 0 if trainer is None else trainer.global_rank
         world_size = 1 if trainer is None else trainer.world_size
@@ -135,7 +139,7 @@ class LhotseDataModule(TransducerDataModule):
                 pin_memory=self.pin_memory,
                 seed=self.seed,
             )
-        cuts = CutSet.from_shar(in_dir=path) if path.is_dir() else load_manifest_lazy(path)
+        cuts = CutSet.from_shar(in_dir=path) if path.is_dir() else _open_cuts(path)
         sampler = CutBatchSampler(
             cuts.filter(keep) if name in ("train", "val") else cuts,  # a test set stays whole
             constraint,
@@ -157,11 +161,37 @@ class LhotseDataModule(TransducerDataModule):
         )
 
 
-def _open_texts(path: Path) -> CutSet:
-    """Open cuts for what their manifests say, without audio."""
+def open_texts(path: Path) -> CutSet:
+    """Open cuts for what their manifests say, without audio.
+
+    Args:
+        path: manifest of cuts (``.jsonl`` or ``.jsonl.gz``), or folder of shards.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if path.is_dir():
-        return CutSet.from_shar(fields={"cuts": sorted(map(str, path.glob("cuts.*.jsonl*")))})
-    return load_manifest_lazy(path)
+        shards = sorted(map(str, path.glob("cuts.*.jsonl*")))
+        if not shards:
+            raise ValueError(f"{path} holds no shards of Lhotse's cuts (cuts.*.jsonl.gz)")
+        return CutSet.from_shar(fields={"cuts": shards})
+    return _open_cuts(path)
+
+
+def _open_cuts(path: Path) -> CutSet:
+    if not path.is_file():  # to open a pipe would wait for a writer
+        raise ValueError(f"{path} is no manifest of Lhotse's cuts, nor a file at all")
+    try:
+        cuts = load_manifest_lazy(path)
+    except Exception as error:  # in whatever way the first line is not what Lhotse writes
+        raise ValueError(
+            f"{path} is no manifest of Lhotse's cuts (.jsonl or .jsonl.gz), as data=lhotse reads: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(cuts, CutSet):
+        found = "nothing" if cuts is None else f"a {type(cuts).__name__}"
+        raise ValueError(f"{path} is no manifest of Lhotse's cuts: it holds {found}")
+    return cuts
 
 
 def _open_own_shards(path: Path, keep: _Feasible, seed: int, number: int) -> CutSet:

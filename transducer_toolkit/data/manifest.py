@@ -15,6 +15,8 @@ from typing import Any
 
 __all__ = ["Utterance", "read_manifest", "write_manifest"]
 
+MAX_TIME_S = 1e9  # thirty years: in samples, and in cells of a lattice, an int64 holds it
+
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
@@ -33,7 +35,7 @@ class Utterance:
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: ``id`` or ``audio`` is empty, a time is negative or not finite, or
+        ValueError: ``id`` or ``audio`` is empty, a time is negative, not finite or above 1e9, or
             ``word_starts_s`` is not one time a word, in order, within the utterance.
 
     Example:
@@ -67,7 +69,10 @@ speaker=None, word_starts_s=None, extra={})
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
-            if not math.isfinite(value) or value < 0:
+            # Compared, not given to math.isfinite: an int may be too large for a float.
+            if MAX_TIME_S < value < math.inf:
+                raise ValueError(f"{name} must be at most {MAX_TIME_S:g}, got {value}")
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
         if self.duration_s == 0:
             raise ValueError("duration_s must be positive, got 0")

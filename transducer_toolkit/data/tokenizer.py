@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from transducer_toolkit.arguments import check_flag
+
 __all__ = ["CharTokenizer", "Tokenizer", "TokenizerFactory", "tokenizer_from_state"]
 
 BLANK_SYMBOL = "<blk>"
@@ -75,6 +77,17 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> Tokenizer:
     )
 
 
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise a TypeError unless it is a :class:`Tokenizer`, or something to call for one."""
+    needed = ("symbols", "vocab_size", "blank", "encode", "decode", "state", "save")
+    if not callable(tokenizer) and not all(hasattr(tokenizer, name) for name in needed):
+        raise TypeError(
+            "tokenizer: expected a Tokenizer, or what gives one when called with texts (of "
+            "configs data/tokenizer=characters, sentencepiece or sentencepiece_model), got "
+            f"{type(tokenizer).__name__} {tokenizer!r}"
+        )
+
+
 def save_symbols(symbols: Sequence[str], path: str | os.PathLike[str]) -> None:
     """Write ``tokens.txt``, lines ``symbol id``, as sherpa-onnx and icefall read it."""
     lines = (f"{symbol} {id_}\n" for id_, symbol in enumerate(symbols))
@@ -135,6 +148,7 @@ class CharTokenizer:
             texts: of the training set.
             unknown: whether there is an ``<unk>``, at 1, for what other texts hold.
         """
+        check_flag(unknown, "unknown")
         characters = {character for text in texts for character in _normalise(text)}
         ordered = sorted(characters, key=lambda c: (c != SPACE_SYMBOL, c))
         return cls([BLANK_SYMBOL, *([UNKNOWN_SYMBOL] if unknown else []), *ordered])

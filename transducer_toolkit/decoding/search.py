@@ -50,13 +50,19 @@ class Search(Protocol):
 class NonFiniteScoresError(ValueError):
     """Some utterances have logits that are NaN, +inf or nothing but -inf: there is no best symbol.
 
-    Attributes:
+    Args:
         utterances: their places in the batch.
+        names: of all utterances of the batch, for the message.
+
+    Attributes:
+        utterances: the places.
     """
 
-    def __init__(self, utterances: Sequence[int]) -> None:
+    def __init__(self, utterances: Sequence[int], *, names: Sequence[str] | None = None) -> None:
         self.utterances = list(utterances)
-        places = ", ".join(f"encoder_out[{b}]" for b in self.utterances[:5])
+        places = ", ".join(
+            f"encoder_out[{b}]" if names is None else names[b] for b in self.utterances[:5]
+        )
         more = len(self.utterances) - 5
         super().__init__(
             f"{places}{f' and {more} more' if more > 0 else ''}: the scores of the symbols are NaN "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transducer_toolkit.arguments import check_at_least, check_probability
+from transducer_toolkit.arguments import check_at_least, check_int, check_probability
 from transducer_toolkit.modules.encoder import StreamingEncoder
 from transducer_toolkit.modules.encoder_frontend import (
     ConvSubsampling,
@@ -78,6 +78,13 @@ class EmformerEncoder(StreamingEncoder):
         sizes = {"num_features": num_features, "conv_channels": conv_channels, "dim": dim}
         check_at_least(1, **sizes, num_heads=num_heads, ffn_dim=ffn_dim, num_layers=num_layers)
         check_probability(dropout, "dropout")
+        for name, value in (
+            ("segment_length", segment_length),
+            ("left_context", left_context),
+            ("right_context", right_context),
+            ("memory_size", memory_size),
+        ):
+            check_int(value, name)
         if segment_length < 1 or min(left_context, right_context, memory_size) < 0:
             raise ValueError(
                 "segment_length must be at least 1, left_context, right_context and memory_size "

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.data.batching import is_feasible
-from transducer_toolkit.decoding import Alignment, align, check_topology, lattice_posteriors
+from transducer_toolkit.decoding import (
+    Alignment,
+    NonFiniteScoresError,
+    align,
+    check_topology,
+    lattice_posteriors,
+)
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.training.recognizer import Recognizer
 from transducer_toolkit.training.words import encoder_frame_s, word_spans
@@ -97,8 +103,9 @@ def align_text(
         Times and posteriors of all symbols and words.
 
     Raises:
-        ValueError: if the text has a character that the tokenizer lacks; if the audio is not
-            finite, too short for a frame of features, or for so many symbols in this topology.
+        ValueError: if the text has a character that the tokenizer lacks; if the audio or the scores
+            of the model are not finite; if the audio is too short for a frame of features, or for
+            so many symbols in this topology.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
@@ -125,6 +132,8 @@ def align_text(
         )
     shape = LatticeShape.from_lengths(encoder_lengths, [len(tokens)])
     logits = model.joiner(encoder_out, predictor_out, shape).float()
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise NonFiniteScoresError([0], names=[repr(text)])
     path = align(logits, targets, shape, model.blank, topology=topology)[0]
     posteriors = lattice_posteriors(logits, targets, shape, model.blank, topology=topology)
     of_labels = posteriors.labels[0].cpu()  # (T, U)

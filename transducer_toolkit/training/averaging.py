@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from transducer_toolkit.arguments import check_number
+
 
 class AverageWeights(WeightAveraging):
     """Validate, test and save with an average of the weights, while training goes on without it.
@@ -28,15 +30,19 @@ class AverageWeights(WeightAveraging):
         start_fraction: part of the training's steps before the first that is averaged, in [0, 1).
 
     Raises:
-        ValueError: if an argument is out of range.
+        TypeError: if an argument is no number.
+        ValueError: if one is out of range.
 
     Example:
         >>> average = AverageWeights(decay=0.999)
     """
 
     def __init__(self, *, decay: float | None = 0.999, start_fraction: float = 0.0) -> None:
-        if decay is not None and not 0 < decay < 1:
-            raise ValueError(f"decay must be in (0, 1) or None, got {decay}")
+        if decay is not None:
+            check_number(decay, "decay")
+            if not 0 < decay < 1:
+                raise ValueError(f"decay must be in (0, 1) or None, got {decay}")
+        check_number(start_fraction, "start_fraction")
         if not 0 <= start_fraction < 1:
             raise ValueError(f"start_fraction must be in [0, 1), got {start_fraction}")
         super().__init__(use_buffers=False, multi_avg_fn=self._average)

@@ -14,6 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from transducer_toolkit.arguments import check_at_least
 from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
@@ -67,10 +68,11 @@ class SeedEachBatch(Callback):
     do not all drop the same units.
 
     Args:
-        seed: of the training.
+        seed: of the training, at least 0.
     """
 
     def __init__(self, seed: int) -> None:
+        check_at_least(0, seed=seed)
         self.seed = seed
 
     def on_train_batch_start(

@@ -22,6 +22,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from transducer_toolkit.arguments import check_number
+
 __all__ = ["AtomicCheckpointIO", "LastCheckpoint"]
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,7 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: optimizer steps between two checkpoints, or None.
 
     Raises:
+        TypeError: an interval is no number.
         ValueError: an interval is not positive.
     """
 
@@ -122,7 +125,10 @@ class LastCheckpoint(Checkpoint):
         self, path: str, *, every_minutes: float | None = None, every_n_steps: int | None = None
     ) -> None:
         for name, value in (("every_minutes", every_minutes), ("every_n_steps", every_n_steps)):
-            if value is not None and value <= 0:
+            if value is None:
+                continue
+            check_number(value, name)
+            if not value > 0:  # NaN, with which none would ever be due
                 raise ValueError(f"{name} must be positive or None, got {value}")
         self.path = path
         self.every_s = None if every_minutes is None else 60 * every_minutes

@@ -45,6 +45,8 @@ from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
 from transducer_toolkit.training.words import encoder_frame_s, word_spans
 
 logger = logging.getLogger(__name__)
+# What torch makes of an option; its messages name neither option nor value.
+BAD_OPTION = (ArithmeticError, LookupError, TypeError, ValueError)
 
 
 class TransducerModule(LightningModule):
@@ -124,15 +126,15 @@ class TransducerModule(LightningModule):
             raise ValueError("training needs an optimizer: TransducerModule(..., optimizer=...)")
         try:
             optimizer = self.make_optimizer(self.parameters())
-        except (TypeError, ValueError) as error:  # torch's name neither option nor value
-            raise type(error)(f"optimizer {self.make_optimizer}: {error}") from error
+        except BAD_OPTION as error:
+            raise _named(error)(f"optimizer {self.make_optimizer}: {error}") from error
         if self.make_scheduler is None:
             return optimizer
         total_steps = int(self.trainer.estimated_stepping_batches)
         try:
             scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"scheduler {self.make_scheduler}: {error}") from error
+        except BAD_OPTION as error:
+            raise _named(error)(f"scheduler {self.make_scheduler}: {error}") from error
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -220,7 +222,11 @@ class TransducerModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         started_s = time.perf_counter()
         encoder_out, encoder_lengths = self.model.encoder(batch.features, batch.feature_lengths)
-        hypotheses = self._search(encoder_out, encoder_lengths)  # on the CPU: nothing is pending
+        try:
+            hypotheses = self._search(encoder_out, encoder_lengths)
+        except NonFiniteScoresError as error:
+            raise NonFiniteScoresError(error.utterances, names=batch.utterance_ids) from error
+        # They are on the CPU: nothing is pending.
         decoding_s = time.perf_counter() - started_s
         delays = self._symbol_delays(batch, encoder_out, encoder_lengths)
         self._keep(batch, hypotheses, dataloader_idx, delays, decoding_s)
@@ -320,3 +326,8 @@ class TransducerModule(LightningModule):
         for sink in self.loggers:
             if isinstance(sink, TensorBoardLogger):
                 sink.experiment.add_text("val/hypotheses", text, self.global_step)
+
+
+def _named(error: Exception) -> type[Exception]:
+    """What a user's mistake raises here: an IndexError would be one of ours."""
+    return TypeError if isinstance(error, TypeError) else ValueError

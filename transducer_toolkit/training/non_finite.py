@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from transducer_toolkit.arguments import check_at_least
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.training.stages import LossInput, StageOutput
 
@@ -44,12 +45,12 @@ class SkipNonFiniteSteps(Callback):
         num_skipped: steps skipped since the training began, over all its resumptions.
 
     Raises:
+        TypeError: ``max_consecutive`` is no int.
         ValueError: ``max_consecutive`` is negative; in training, too many steps in a row.
     """
 
     def __init__(self, path: str, *, max_consecutive: int = 10) -> None:
-        if max_consecutive < 0:
-            raise ValueError(f"max_consecutive must be >= 0, got {max_consecutive}")
+        check_at_least(0, max_consecutive=max_consecutive)
         self.path = Path(path)
         self.max_consecutive = max_consecutive
         self.num_skipped = 0

@@ -19,6 +19,7 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import Tokenizer, tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, check_topology
 from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.native import SUPPORTED_DTYPES
 from transducer_toolkit.training.long_audio import Transcription, transcribe_file
 from transducer_toolkit.training.trust import TRUSTED_PACKAGES, check_model_config
 from transducer_toolkit.training.words import RecognizedWord, encoder_frame_s, recognized_words
@@ -272,7 +273,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     weights = checkpoint.get("state_dict")
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: its state_dict is no dict of tensors")
+    for name, value in weights.items():
+        _check_weight(value, f"{path}: its weight {name}")
     return checkpoint
+
+
+def _check_weight(value: Tensor, what: str) -> None:
+    """Refuse what a model would be given by a cast that loses something, and NaN."""
+    is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+    if not is_dense or value.is_complex() or value.device.type != "cpu":
+        raise ValueError(
+            f"{what} must be a dense tensor of real numbers, got {value.dtype}, {value.layout}, on "
+            f"device {value.device.type}"
+        )
+    # An infinite one may be meant: a bias of -inf masks a symbol.
+    if value.dtype in SUPPORTED_DTYPES and bool(value.isnan().any()):
+        raise ValueError(f"{what} holds NaN")
 
 
 def _check_depth(config: Any, num_weights: int) -> None:

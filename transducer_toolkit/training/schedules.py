@@ -8,6 +8,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from transducer_toolkit.arguments import check_number
+
 
 def warmup_cosine(
     optimizer: Optimizer,
@@ -125,7 +127,8 @@ def noam(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 10_000) 
         [0.5]
     """
     del total_steps
-    if warmup_steps < 1:
+    check_number(warmup_steps, "warmup_steps")
+    if not warmup_steps >= 1:
         raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps}")
 
     def factor(step: int) -> float:
@@ -145,6 +148,9 @@ def constant(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0) -
     Returns:
         The scheduler, to be stepped once an optimizer step.
 
+    Raises:
+        ValueError: if ``warmup_steps`` is negative.
+
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
@@ -152,6 +158,9 @@ def constant(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0) -
         [0.5]
     """
     del total_steps
+    check_number(warmup_steps, "warmup_steps")
+    if not warmup_steps >= 0:
+        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import soundfile
 
+from transducer_toolkit.arguments import check_flag
 from transducer_toolkit.data.corpora.prepared import PreparedCorpus, write_sets
 from transducer_toolkit.data.manifest import Utterance
 
@@ -58,6 +59,7 @@ class LibriSpeechCorpus(PreparedCorpus):
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(cache_dir=cache_dir)
+        check_flag(download, "download")
         self.root = Path(root).absolute()
         self.subsets = {"train": list(train), "val": list(val), "test": list(test)}
         self.download = download

@@ -10,6 +10,7 @@ import os
 import time
 from pathlib import Path
 
+from transducer_toolkit.arguments import check_at_least, check_int
 from transducer_toolkit.data.cache import build_once, default_cache_dir, fingerprint
 from transducer_toolkit.data.corpus import CorpusManifests
 from transducer_toolkit.data.digits.held_out import AsteriskDigits, Flite
@@ -80,8 +81,8 @@ class DigitsCorpus:
         }
         self.num_held_out = num_held_out
         for name, number in {**self.num_utterances, "held_out": num_held_out}.items():
-            if number < 1:
-                raise ValueError(f"num_{name} must be positive, got {number}")
+            check_at_least(1, **{f"num_{name}": number})
+        check_int(seed, "seed")
         self.seed = seed
         self.num_workers = num_workers
         self._held_out = (Flite(), AsteriskDigits(sounds_dir=asterisk_digits_dir))

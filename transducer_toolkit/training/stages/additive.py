@@ -8,7 +8,12 @@ from torch import Tensor
 from transducer_toolkit.losses import checks, rnnt_loss_smoothed
 from transducer_toolkit.losses.boundary import check_rnnt_type
 from transducer_toolkit.modules.joiner import AdditiveJoiner
-from transducer_toolkit.training.stages.base import LossInput, LossStage, StageOutput
+from transducer_toolkit.training.stages.base import (
+    LossInput,
+    LossStage,
+    StageOutput,
+    check_scales,
+)
 
 
 class SmoothedLoss(LossStage):
@@ -50,6 +55,7 @@ class SmoothedLoss(LossStage):
         super().__init__()
         check_rnnt_type(rnnt_type)
         checks.check_options(0.0, delay_penalty)
+        check_scales(lm_only_scale, am_only_scale)
         self.blank = blank
         self.topology = rnnt_type
         self.lm_only_scale = lm_only_scale

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transducer_toolkit.arguments import check_probability
 from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner, is_plain_linear
 from transducer_toolkit.modules.transducer import Transducer
@@ -125,6 +126,12 @@ def require_plain_output(joiner: nn.Module, stage: LossStage) -> Joiner:
             f"{kind.__name__} with {type(plain.output).__name__}; loss=packed takes any"
         )
     return plain
+
+
+def check_scales(lm_only_scale: float, am_only_scale: float) -> None:
+    """Raises unless both are in [0, 1]: what the loss asks for, before there is a batch."""
+    check_probability(lm_only_scale, "lm_only_scale")
+    check_probability(am_only_scale, "am_only_scale")
 
 
 def per_frame(losses: Tensor, shape: LatticeShape) -> Tensor:

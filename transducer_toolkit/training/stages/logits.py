@@ -130,6 +130,7 @@ class TorchaudioLoss(LossStage):
 
     def __init__(self, *, blank: int = 0, clamp: float = 0.0) -> None:
         super().__init__()
+        checks.check_options(0.0, 0.0, clamp)
         try:
             from torchaudio.functional import rnnt_loss
         except (ImportError, OSError) as error:

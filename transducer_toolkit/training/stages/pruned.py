@@ -22,6 +22,7 @@ from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,
     StageOutput,
+    check_scales,
     per_frame,
     require_joiner,
     require_plain_output,
@@ -83,6 +84,8 @@ class PrunedLoss(LossStage):
         check_rnnt_type(rnnt_type)
         checks.check_options(fastemit_lambda, delay_penalty)
         checks.check_choice(method, "method", METHODS)
+        check_scales(lm_only_scale, am_only_scale)
+        checks.check_int(prune_range, "prune_range")
         if prune_range < 1:
             raise ValueError(f"prune_range: expected at least 1, got {prune_range}")
         self.blank = blank
