@@ -3,12 +3,15 @@
 
 import importlib
 import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 
+from transducer_toolkit.training.checkpoints import AtomicCheckpointIO
 from transducer_toolkit.training.recognizer import Recognizer, load_checkpoint
 
 HERE = __name__
@@ -163,9 +166,10 @@ def test_a_trusted_package_is_code(with_config, tones, tmp_path, monkeypatch, ca
 
 
 def test_damaged_checkpoints_are_refused(trained, tmp_path):
-    """Cut off, or with bytes changed: a ValueError that names the file, unless nothing shows."""
+    """Cut off, or with bytes changed: a ValueError that names the file, or the same weights."""
     path = tmp_path / "damaged.ckpt"
     whole = (trained / "checkpoints" / "best.ckpt").read_bytes()
+    weights = load_checkpoint(trained / "checkpoints" / "best.ckpt")["state_dict"]
     refused = 0
     random = torch.Generator().manual_seed(0)
     for trial in range(200):
@@ -174,16 +178,44 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
             del damaged[int(torch.randint(len(whole), (), generator=random)) :]
         else:
             # The pickle, which says what is where, comes first in the file.
-            places = torch.randint(min(len(whole), 6000), (1 + trial % 8,), generator=random)
+            size = len(whole) if trial % 4 == 1 else min(len(whole), 6000)
+            places = torch.randint(size, (1 + trial % 8,), generator=random)
             for place in places.tolist():
                 damaged[place] = int(torch.randint(256, (), generator=random))
         path.write_bytes(damaged)
         try:
-            load_checkpoint(path)
+            loaded = load_checkpoint(path)["state_dict"]
         except ValueError as error:
             assert str(path) in str(error)
             refused += 1
-    assert refused > 50
+        else:  # it hit what stands between the entries
+            assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    assert refused > 150
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_a_checkpoint_with_another_weight_is_refused_by_everyone(trained, tmp_path, is_compressed):
+    """One bit of a weight: torch would load it. Compressed: torch would, and swell."""
+    source = trained / "checkpoints" / "best.ckpt"
+    path = tmp_path / "damaged.ckpt"
+    with zipfile.ZipFile(source) as archive:
+        weights = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+        largest = max(weights, key=lambda entry: entry.file_size)
+        content = archive.read(largest)
+        if is_compressed:
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as other:
+                for entry in archive.infolist():
+                    other.writestr(entry.filename, archive.read(entry))
+        else:
+            whole = bytearray(source.read_bytes())
+            whole[whole.index(content) + len(content) // 2] ^= 1
+            path.write_bytes(whole)
+            torch.load(path, weights_only=True)
+    message = f"{path} is damaged: its entry "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_checkpoint(path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AtomicCheckpointIO().load_checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -23,6 +24,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from transducer_toolkit.arguments import check_number
+from transducer_toolkit.training.trust import check_archive
 
 __all__ = ["AtomicCheckpointIO", "LastCheckpoint"]
 
@@ -84,12 +86,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds anything but tensors and plain values.
+            ValueError: it is damaged, or holds anything but tensors and plain values.
         """
-        if not get_filesystem(path).exists(str(path)):
+        filesystem = get_filesystem(path)
+        if not filesystem.exists(str(path)):
             raise FileNotFoundError(f"no checkpoint at {path}")
         try:
-            with get_filesystem(path).open(str(path), "rb") as file:
+            with filesystem.open(str(path), "rb") as source:
+                # A server may give a file from its beginning only.
+                is_local = isinstance(filesystem, LocalFileSystem)
+                file = source if is_local else io.BytesIO(source.read())
+                check_archive(file, path)
                 return torch.load(file, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             reason = str(error).partition("\n")[0]

@@ -21,7 +21,7 @@ from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, check_
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.native import SUPPORTED_DTYPES
 from transducer_toolkit.training.long_audio import Transcription, transcribe_file
-from transducer_toolkit.training.trust import TRUSTED_PACKAGES, check_model_config
+from transducer_toolkit.training.trust import TRUSTED_PACKAGES, check_archive, check_model_config
 from transducer_toolkit.training.words import RecognizedWord, encoder_frame_s, recognized_words
 
 CHECKPOINT_KEY = "recognizer"
@@ -242,20 +242,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a checkpoint.
+        ValueError: if it is not such a checkpoint, or damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint of transducer-train, nor of torch at all")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged or forged: the unpickler stumbles in many ways
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
+    with open(path, "rb") as file:
+        check_archive(file, path)
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # forged: the unpickler stumbles in many ways
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
         raise ValueError(
             f"{path} is not a checkpoint of transducer-train: it holds no {CHECKPOINT_KEY!r} entry"

@@ -1,16 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint may instantiate: classes of trusted packages, with plain values."""
+"""What a checkpoint may be: whole, and of classes of trusted packages with plain values."""
 
 from __future__ import annotations
 
 import os
 import pkgutil
+import zipfile
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["TRUSTED_PACKAGES", "check_model_config"]
+__all__ = ["TRUSTED_PACKAGES", "check_archive", "check_model_config"]
 
 TRUSTED_PACKAGES = ("transducer_toolkit.modules",)
+
+
+def check_archive(file: IO[bytes], path: str | os.PathLike[str]) -> None:
+    """Refuse a file of ``torch.save`` that is not as it was written: torch does not look.
+
+    Args:
+        file: open for reading; is at its beginning again afterwards.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: it is no archive, or an entry differs from its checksum.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # torch compresses nothing; an entry that swells would keep us busy for long.
+            names = [entry.filename for entry in archive.infolist() if entry.compress_type]
+            damaged = names[0] if names else archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # its directory is damaged: zipfile stumbles in many ways
+        raise ValueError(f"{path} is not a checkpoint of transducer-train: {error}") from error
+    if damaged is not None:
+        raise ValueError(
+            f"{path} is damaged: its entry {damaged!r} is not what was written (or it was written "
+            "with torch.serialization.set_crc32_options(False))"
+        )
+    file.seek(0)
 
 
 def check_model_config(
