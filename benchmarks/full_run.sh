@@ -43,6 +43,7 @@ run memory --peers torchaudio optimized_transducer --repetitions 1
 run scaling --peers torchaudio fast_rnnt optimized_transducer --frames 200 --repetitions 1 \
   --series V --factors 1 10 64
 run step --peers "${FAST[@]}" --flush-denormal
+run step --peers "${FAST[@]}" --flush-denormal --lattice peaky
 run step --peers "${FAST[@]}" --batch unsorted --frames 5000 --threads 2 --repetitions 1 \
   --memory-limit 4
 run scaling --peers torchaudio optimized_transducer --frames 100 --repetitions 1 \
