@@ -185,7 +185,6 @@ without_cuda = pytest.mark.skipif(
 with_cuda = pytest.mark.skipif(not native.build_info()["cuda_runtime"], reason="no CUDA in it")
 
 
-@without_cuda
 @pytest.mark.parametrize("dtype", native.SUPPORTED_DTYPES)
 @pytest.mark.parametrize("megabytes", [0, 1, 32])
 def test_mapped_memory_goes_back_to_the_system(dtype, megabytes):
@@ -214,6 +213,7 @@ def _resident_bytes():
     return int(pages) * resource.getpagesize()
 
 
+@without_cuda
 def test_cuda_tensors_get_words():
     with pytest.raises(RuntimeError, match=r"built without CUDA.* CMAKE_ARGS=-DTRANSDUCER_CUDA=ON"):
         native.require_supported_device(torch.device("cuda"))
