@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import multiprocessing
 import os
-import resource
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.full_disk import full_disk
 from transducer_toolkit.data.cache import build_once, default_cache_dir, fingerprint
 
 
@@ -94,12 +94,7 @@ def test_a_full_disk_leaves_nothing_and_can_be_repeated(tmp_path):
         for name in ("a", "b"):
             (folder / name).write_bytes(bytes(10**5))
 
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # of each file, bytes
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            build_once(tmp_path / "corpus", build)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        build_once(tmp_path / "corpus", build)
     assert not any(path.is_dir() for path in tmp_path.iterdir())
     assert len(list(build_once(tmp_path / "corpus", build).iterdir())) == 2

@@ -3,7 +3,6 @@ import functools
 import http.server
 import os
 import pickle
-import resource
 import signal
 import threading
 
@@ -12,28 +11,22 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from tests.full_disk import full_disk
 from transducer_toolkit.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
 
 
-@pytest.fixture
-def full_disk():
-    """Call it: from then on, no file may grow beyond 64 KiB."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
     io = AtomicCheckpointIO()
     io.save_checkpoint({"step": 1, "w": torch.zeros(10)}, path)
-    full_disk()
     large = {"step": 2, "w": torch.zeros(10**5)}
-    with pytest.raises(OSError, match=r"checkpoint of 0\.4 MiB not written; the file before") as e:
+    before = r"checkpoint of 0\.4 MiB not written; the file before"
+    with full_disk(), pytest.raises(OSError, match=before) as e:
         io.save_checkpoint(large, path)
     assert e.value.filename == str(path)
     assert io.load_checkpoint(path, weights_only=True)["step"] == 1
-    with pytest.raises(OSError, match=r"checkpoint of 0\.4 MiB not written: ") as e:
+    none = r"checkpoint of 0\.4 MiB not written: "
+    with full_disk(), pytest.raises(OSError, match=none) as e:
         io.save_checkpoint(large, path.with_name("other.ckpt"))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
