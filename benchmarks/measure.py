@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -179,11 +180,11 @@ def gradient_error_of(implementation: Implementation, workload: Workload) -> flo
 
 def version_of(implementation: Implementation) -> str:
     """Of what was measured, as it is found in this process."""
-    try:
-        return metadata.version(implementation.distribution)
-    except (metadata.PackageNotFoundError, ValueError):  # the latter: it has no distribution
-        module = importlib.import_module(implementation.module)
-        return str(getattr(module, "__version__", "unknown"))
+    if implementation.distribution:  # Python 3.10 would find any for the empty name
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(implementation.distribution)
+    module = importlib.import_module(implementation.module)
+    return str(getattr(module, "__version__", "unknown"))
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
