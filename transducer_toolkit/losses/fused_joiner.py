@@ -125,8 +125,8 @@ def fused_joiner_loss(
         tile_cells=tile_cells,
     )
     checks.check_flag(return_kept, "return_kept")
-    inputs = FusedInputs(enc, pred, weight, bias, targets, logit_lengths, target_lengths, ranges)
-    _check_inputs(inputs, blank)
+    joint = enc, pred, weight, bias, targets
+    _check_inputs(FusedInputs(*joint, logit_lengths, target_lengths, ranges), blank)
     check_shape(shape, targets.size(0))
     if shape is None:
         checks.check_lengths_fit(  # before anything is sized by them
@@ -134,11 +134,7 @@ def fused_joiner_loss(
         )
         shape = LatticeShape.from_lengths(logit_lengths, target_lengths).to(enc.device)
     num_rows = shape.num_cells if ranges is None else shape.num_frames * ranges.size(2)
-    inputs = inputs._replace(
-        logit_lengths=shape.logit_lengths,
-        target_lengths=shape.target_lengths,
-        shape_index=shape.index(enc.device),
-    )
+    inputs = FusedInputs(*joint, *shape.lengths, ranges, shape.index(enc.device))
     result = fused_loss(inputs, options, num_rows, with_uses=return_kept)
     loss = checks.reduce_losses(result.losses, reduction)
     return (loss, result.num_kept.sum() / num_rows) if return_kept else loss
@@ -262,3 +258,5 @@ def _check_inputs(inputs: FusedInputs, blank: int) -> None:
         )
     checks.check_blank(blank, weight.size(0))
     checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
+    native.require_supported_device(enc.device)
+    checks.refuse_forward_mode(enc, pred, weight, bias)

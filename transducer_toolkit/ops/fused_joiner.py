@@ -91,18 +91,25 @@ def fused_loss(
         num_rows: cells of the batch.
         with_uses: the caller wants num_kept.
     """
-    enc, pred, weight, bias = inputs[:4]
-    native.require_supported_device(enc.device)
-    checks.refuse_forward_mode(enc, pred, weight, bias)
-    enc, pred = autocast(enc), autocast(pred)
+    weight, bias = inputs.weight, inputs.bias
+    enc, pred = autocast(inputs.enc), autocast(inputs.pred)
     with_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (enc, pred, weight, bias)
     )
     keep_logits = (
         with_grad and options.tile_cells is None and are_logits_few(enc, weight.size(0), num_rows)
     )
-    ranges = None if inputs.ranges is None else inputs.ranges.contiguous()
-    contiguous = inputs._replace(enc=enc.contiguous(), pred=pred.contiguous(), ranges=ranges)
+    contiguous = FusedInputs(  # torch 2.4 cannot trace _replace
+        enc.contiguous(),
+        pred.contiguous(),
+        weight,
+        bias,
+        inputs.targets,
+        inputs.logit_lengths,
+        inputs.target_lengths,
+        None if inputs.ranges is None else inputs.ranges.contiguous(),
+        inputs.shape_index,
+    )
     return operator(contiguous, options, FusedPlan(num_rows, keep_logits, with_grad or with_uses))
 
 

@@ -43,7 +43,8 @@ def automatic_tile_cells(enc: Tensor, vocab_size: int, beside_kept: bool) -> int
 def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
     """Whether (num_rows, V) logits in the dtype of enc are within KEPT_LOGITS_BYTES."""
     budget = KEPT_LOGITS_BYTES.get(enc.device.type, 0)
-    return bool(num_rows * vocab_size * enc.element_size() <= budget)
+    # Not bool(...): torch 2.4 cannot trace that of a symbolic size.
+    return True if num_rows * vocab_size * enc.element_size() <= budget else False  # noqa: SIM210
 
 
 def _panels(weight: Tensor) -> list[slice]:

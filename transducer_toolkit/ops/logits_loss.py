@@ -81,8 +81,14 @@ def logits_loss(
     native.require_supported_device(logits.device)
     checks.refuse_forward_mode(logits)
     with_grad = torch.is_grad_enabled() and logits.requires_grad
-    contiguous = inputs._replace(
-        logits=logits.contiguous(), ranges=None if ranges is None else ranges.contiguous()
+    contiguous = LogitsInputs(  # torch 2.4 cannot trace _replace
+        logits.contiguous(),
+        inputs.targets,
+        inputs.logit_lengths,
+        inputs.target_lengths,
+        None if ranges is None else ranges.contiguous(),
+        inputs.begins,
+        inputs.shape_index,
     )
     if inplace and with_grad:
         _check_inplace(logits)
