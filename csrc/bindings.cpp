@@ -175,7 +175,7 @@ py::dict BuildInfo() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace transducer;
-  m.doc() = "Native stages of transducer_toolkit; use transducer_toolkit.native.";
+  m.doc() = "Native stages of transducer_toolkit; use transducer_toolkit.ops.native.";
   py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
 
   py::enum_<DType>(m, "DType")

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from transducer_toolkit import native
+from transducer_toolkit.ops import native
 
 ROOT = Path(__file__).resolve().parents[1]
 # Results must not depend on which thread goes first.

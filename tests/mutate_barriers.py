@@ -23,7 +23,7 @@ import torch
 
 from tests.backends import ORDERS, ROOT, build_emulated, load_emulated
 from tests.stage_cases import kept_rows, make_case, random_scores, random_uses, score
-from transducer_toolkit import native
+from transducer_toolkit.ops import native, stages
 
 # __syncthreads_or(x) is x without its barrier, which is a vote too.
 _BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|__syncthreads_or(?=\()")
@@ -50,7 +50,7 @@ def run_everything() -> list[torch.Tensor]:
             label.clamp_(min=-60)
             if len(frames) == 2:  # of no path (but in `regular`): seen by one lane only
                 blank[frames[0] * (symbols[0] + 1) + 3] = torch.nan
-            results += native.lattice(
+            results += stages.lattice(
                 blank,
                 label,
                 batch,
@@ -64,7 +64,7 @@ def run_everything() -> list[torch.Tensor]:
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.randn(batch.num_rows, 7).to(dtype)
         arguments = logits.double().logsumexp(-1), *random_uses(batch), torch.ones(3).double()
-        native.logits_grad(logits, batch, batch.all_rows(), *arguments, blank=6, out=logits)
+        stages.logits_grad(logits, batch, batch.all_rows(), *arguments, blank=6, out=logits)
         results.append(logits.float())
     for dropped_mass in (1e-6, 1e-2):
         results += kept_rows(random_uses(batch), batch, dropped_mass)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.backends import emulated_module
-from transducer_toolkit import native
+from transducer_toolkit.ops import native
 
 CUDA = torch.device("cuda", 0)
 BOOL, IS_CUDA = torch.bool, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
@@ -174,14 +174,16 @@ def pretend_cuda() -> Iterator[Traffic]:
     _traffic.calls.clear()
     module = emulated_module()
     module.set_order(module.Order.forward, 0)
-    names = {name: getattr(native._C, name) for name in dir(native._C) if name[:2] != "__"}
+    names = {
+        name: getattr(native.extension, name) for name in dir(native.extension) if name[:2] != "__"
+    }
     torch_cuda = {
         "device": lambda device: nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
         "is_current_stream_capturing": lambda: _traffic.is_capturing,
     }
     with (
-        mock.patch.object(native, "_C", SimpleNamespace(**{**names, "cuda": module.cuda})),
+        mock.patch.object(native, "extension", SimpleNamespace(**{**names, "cuda": module.cuda})),
         mock.patch.multiple(torch.cuda, **torch_cuda),
         _OnCuda(),
     ):

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from transducer_toolkit import native
+from transducer_toolkit.ops import stages
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 
 LAYOUTS = ("packed", "padded", "padded_begins", "band", "band_begins", "packed_band")
 
 
 @dataclass
 class Case:
-    """A batch of lattices: arguments of native.LatticeBatch."""
+    """A batch of lattices: arguments of LatticeBatch."""
 
     logit_lengths: Tensor
     target_lengths: Tensor
@@ -26,12 +27,12 @@ class Case:
     band_width: int = 0
     begins: Tensor | None = None
 
-    def batch(self, device: torch.device | str = "cpu") -> native.LatticeBatch:
+    def batch(self, device: torch.device | str = "cpu") -> LatticeBatch:
         fields = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        return native.LatticeBatch(**fields, device=torch.device(device))
+        return LatticeBatch(**fields, device=torch.device(device))
 
 
 def make_case(
@@ -76,12 +77,12 @@ def make_case(
     return replace(case, band_start=band_start, band_width=width)
 
 
-def cell_rows(batch: native.LatticeBatch) -> Tensor:
+def cell_rows(batch: LatticeBatch) -> Tensor:
     """(rows,) bool: which rows are cells and not padding."""
-    scores = native.CellScores(batch, torch.device("cpu"))
+    scores = CellScores(batch, torch.device("cpu"))
     scores.label.fill_(5.0)
     logits = torch.zeros(batch.num_rows, 2, dtype=torch.float64)
-    native.cell_scores(logits, batch, batch.all_rows(), scores, blank=0, from_log_softmax=True)
+    stages.cell_scores(logits, batch, batch.all_rows(), scores, blank=0, from_log_softmax=True)
     return scores.label != 5.0
 
 
@@ -96,17 +97,17 @@ def misaligned(tensor: Tensor, elements: int) -> Tensor:
 
 
 def score(
-    logits: Tensor, batch: native.LatticeBatch, tile: native.RowTile, **options: object
+    logits: Tensor, batch: LatticeBatch, tile: RowTile, **options: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 1: normaliser, blank score and label score; what is not written is 7."""
-    out = native.CellScores(batch, logits.device)
+    out = CellScores(batch, logits.device)
     for tensor in (out.normaliser, out.blank, out.label):
         tensor.fill_(7.0)
-    native.cell_scores(logits, batch, tile, out, **{"blank": 0, **options})
+    stages.cell_scores(logits, batch, tile, out, **{"blank": 0, **options})
     return out.normaliser, out.blank, out.label
 
 
-def random_scores(batch: native.LatticeBatch, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def random_scores(batch: LatticeBatch, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Blank and label log-probabilities for stage 2, -inf here and there."""
     blank, label = (
         -scale * torch.rand(batch.num_rows, dtype=torch.float64).mul(4).exp() for _ in range(2)
@@ -117,18 +118,18 @@ def random_scores(batch: native.LatticeBatch, scale: float = 1.0) -> tuple[Tenso
 
 def kept_rows(
     uses: tuple[Tensor, Tensor],
-    batch: native.LatticeBatch,
+    batch: LatticeBatch,
     dropped_mass: float,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """The kept rows alone, and their numbers."""
-    rows, counts = native.kept_rows(
+    rows, counts = stages.kept_rows(
         *(tensor.to(device) for tensor in uses), batch, dropped_mass=dropped_mass
     )
     return rows[: int(counts.sum())], counts
 
 
-def random_uses(batch: native.LatticeBatch) -> tuple[Tensor, Tensor]:
+def random_uses(batch: LatticeBatch) -> tuple[Tensor, Tensor]:
     """Posteriors over many powers of ten, some of them zero, some rows NaN."""
     exponents = -12 * torch.rand(batch.num_rows, dtype=torch.float64) ** 2
     total = torch.pow(10.0, exponents)
@@ -139,10 +140,10 @@ def random_uses(batch: native.LatticeBatch) -> tuple[Tensor, Tensor]:
 
 def run_lattice(
     scores: tuple[Tensor, Tensor],
-    batch: native.LatticeBatch,
+    batch: LatticeBatch,
     device: torch.device | str,
     **options: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 2: loss and uses."""
     options = {"delay_penalty": 0.0, "fastemit_lambda": 0.0, "with_uses": True, **options}
-    return native.lattice(*(tensor.to(device) for tensor in scores), batch, **options)
+    return stages.lattice(*(tensor.to(device) for tensor in scores), batch, **options)

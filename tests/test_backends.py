@@ -19,7 +19,8 @@ from tests.stage_cases import (
     run_lattice,
     score,
 )
-from transducer_toolkit import native, native_additive
+from transducer_toolkit.ops import additive_stages, native, stages
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of single numbers that were computed in float32, and rounded to 16 bits once.
@@ -101,7 +102,7 @@ def test_cell_scores_of_bad_rows(name, vocab_size):
 def run_gradient(logits, batch, normaliser, uses, loss_grad, device, *, inplace=False, **options):
     logits = logits.to(device, copy=True)
     out = logits if inplace else torch.full_like(logits, 7.0)
-    native.logits_grad(
+    stages.logits_grad(
         logits,
         batch,
         batch.all_rows(),
@@ -161,7 +162,7 @@ def test_nonsense_lengths_are_nan_and_touch_nothing(name, layout):
     case.target_lengths[2] = -3
     fields = dict(vars(case))
     bad = [
-        native.LatticeBatch(
+        LatticeBatch(
             **{k: v.to(d) if hasattr(v, "to") else v for k, v in fields.items()},
             device=torch.device(d),
             num_rows=rows,
@@ -230,13 +231,13 @@ def test_tiles_give_what_all_rows_give(name, layout, listed):
     logits = torch.randn(batch.num_rows, 7).to(backend.device)
     with backend.active():
         whole = score(logits, batch, batch.all_rows())
-        out = native.CellScores(batch, backend.device)
+        out = CellScores(batch, backend.device)
         for tensor in (out.normaliser, out.blank, out.label):
             tensor.fill_(7.0)
         for begin in range(0, batch.num_rows, 11):
             size = min(11, batch.num_rows - begin)
-            tile = native.RowTile(begin, size, rows if listed else None)
-            native.cell_scores(logits[begin : begin + size], batch, tile, out, blank=0)
+            tile = RowTile(begin, size, rows if listed else None)
+            stages.cell_scores(logits[begin : begin + size], batch, tile, out, blank=0)
     parts = out.normaliser, out.blank, out.label
     assert all(torch.equal(*pair) for pair in zip(parts, whole, strict=True))
 
@@ -290,10 +291,10 @@ def run_join(case, enc, pred, grad_hidden, device, activation, tile_size=None, k
     grads = torch.zeros_like(enc, dtype=dtype), torch.zeros_like(pred, dtype=dtype)
     for begin in range(0, count, tile_size or count):
         end = min(begin + (tile_size or count), count)
-        tile = native.RowTile(begin, end - begin, rows)
+        tile = RowTile(begin, end - begin, rows)
         part = hidden[begin:end]
-        native.join_forward(enc, pred, batch, tile, activation=activation, out=part)
-        native.join_backward(
+        stages.join_forward(enc, pred, batch, tile, activation=activation, out=part)
+        stages.join_backward(
             grad_hidden[begin:end],
             part,
             enc,
@@ -381,9 +382,9 @@ def test_normaliser_repair(name, dtype, vocab_size):
     def run(device):
         tensors = [tensor.to(device, copy=True) for tensor in (am, lm, product, grad)]
         normaliser = torch.full((2, 5, 4), 7.0, dtype=torch.float64, device=device)
-        native_additive.repair_normaliser(*tensors[:3], 0.6, normaliser)
+        additive_stages.repair_normaliser(*tensors[:3], 0.6, normaliser)
         grads = torch.ones_like(tensors[0]), torch.ones_like(tensors[1])
-        native_additive.repair_normaliser_backward(
+        additive_stages.repair_normaliser_backward(
             *tensors[:3], 0.6, normaliser, tensors[3], *grads
         )
         return normaliser, *grads

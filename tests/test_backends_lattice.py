@@ -7,7 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from tests.backends import accelerated, check_close, in_every_order, of
 from tests.stage_cases import LAYOUTS, make_case, random_scores, run_lattice
-from transducer_toolkit import native
+from transducer_toolkit.ops import native
 
 SHAPES = {  # frames, symbols
     "ragged": ((9, 1, 6, 7), (4, 0, 5, 2)),

@@ -22,7 +22,7 @@ from transducer_toolkit.cli import run_folder
 from transducer_toolkit.cli.hints import _keys
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.training.recognizer import Recognizer, recognizer_recipe
+from transducer_toolkit.inference.recognizer import Recognizer, recognizer_recipe
 
 run_folder.register()
 ROOT = Path(__file__).parents[1]

@@ -13,19 +13,20 @@ SETUP = """
 import os, threading, time
 import torch
 import transducer_toolkit as tt
-from transducer_toolkit import native
+from transducer_toolkit.ops import stages
+from transducer_toolkit.ops.lattice import LatticeBatch, CellScores
 
 torch.set_num_threads(2)
 torch.manual_seed(0)
 x = torch.randn(3 * 40 * 11, 300)
-batch = native.LatticeBatch(
+batch = LatticeBatch(
     *(torch.tensor([n] * 3) for n in (40, 10)), torch.ones(3, 10, dtype=torch.int64),
     max_frames=40, padded=True, device=x.device,
 )
-expected, again = (native.CellScores(batch, x.device) for _ in range(2))
+expected, again = (CellScores(batch, x.device) for _ in range(2))
 
 def score(out):
-    native.cell_scores(x, batch, batch.all_rows(), out, blank=0)
+    stages.cell_scores(x, batch, batch.all_rows(), out, blank=0)
 
 def score_forever(out):
     while True:
@@ -34,7 +35,7 @@ def score_forever(out):
 score(expected)
 # Nothing but a stage, with the pool's help: what torch does in a fork is torch's own.
 for _ in range(3):
-    out = native.CellScores(batch, x.device)
+    out = CellScores(batch, x.device)
     threading.Thread(target=score_forever, args=(out,), daemon=True).start()
 """
 

@@ -6,7 +6,6 @@ need the extra ``transducer_toolkit[train]``.
 """
 
 from transducer_toolkit._version import __version__
-from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.losses import (
     FusedJoinerLoss,
     TransducerLoss,
@@ -26,8 +25,9 @@ from transducer_toolkit.losses import (
     transducer_loss,
 )
 from transducer_toolkit.modules.joiner import Joiner
-from transducer_toolkit.modules.joint import join, joiner_logits
-from transducer_toolkit.native import build_info
+from transducer_toolkit.ops.join import join, joiner_logits
+from transducer_toolkit.ops.lattice import LatticeShape
+from transducer_toolkit.ops.native import build_info
 
 __all__ = [
     "FusedJoinerLoss",

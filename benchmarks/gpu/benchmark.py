@@ -29,7 +29,8 @@ import torch
 from benchmarks.jobs import Implementation, Job
 from benchmarks.peers import Absent, implementations, require_present
 from benchmarks.workloads import Workload, choose_batch, utterance_shapes
-from transducer_toolkit import native
+from transducer_toolkit.ops import stages
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
 
 EXTRA = ("benchmarks.gpu.extra",)
 MODES = ("float32", "tf32", "bfloat16")
@@ -185,7 +186,7 @@ def stage_rows(
     """Milliseconds of each stage on packed logits; ratio to the time of moving what it must."""
     shape, device = workload.shape, torch.device(workload.device)
     targets, logits = workload.targets(), workload.logits().to(dtype)
-    lattices = native.LatticeBatch(
+    lattices = LatticeBatch(
         shape.logit_lengths,
         shape.target_lengths,
         targets,
@@ -193,16 +194,16 @@ def stage_rows(
         padded=False,
         device=device,
     )
-    tile, scores = lattices.all_rows(), native.CellScores(lattices, device)
+    tile, scores = lattices.all_rows(), CellScores(lattices, device)
     options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
     loss_grad = torch.ones(shape.num_utterances, dtype=torch.float64, device=device)
     grad = torch.empty_like(logits)
 
     def stage_1() -> None:
-        native.cell_scores(logits, lattices, tile, scores, blank=0)
+        stages.cell_scores(logits, lattices, tile, scores, blank=0)
 
     def stage_2(exact: bool = False) -> tuple[torch.Tensor, ...]:
-        return native.lattice(
+        return stages.lattice(
             scores.blank, scores.label, lattices, with_uses=True, exact=exact, **options
         )
 
@@ -210,12 +211,12 @@ def stage_rows(
     _, *uses = stage_2()
 
     def stage_3() -> None:
-        native.logits_grad(
+        stages.logits_grad(
             logits, lattices, tile, scores.normaliser, *uses, loss_grad, blank=0, out=grad
         )
 
     def filter_rows() -> None:
-        native.kept_rows(*uses, lattices, dropped_mass=1e-6)
+        stages.kept_rows(*uses, lattices, dropped_mass=1e-6)
 
     logits_s = logits.nbytes / bandwidth
     for name, run, floor_s in (

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from transducer_toolkit.cli.average import average_checkpoints, main
-from transducer_toolkit.training.recognizer import Recognizer
+from transducer_toolkit.inference.recognizer import Recognizer
 
 
 @pytest.fixture

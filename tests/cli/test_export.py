@@ -6,7 +6,7 @@ import torch
 
 from transducer_toolkit.cli.export import main
 from transducer_toolkit.data.audio import read_audio
-from transducer_toolkit.training.recognizer import Recognizer
+from transducer_toolkit.inference.recognizer import Recognizer
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from transducer_toolkit.inference.recognizer import Recognizer, load_checkpoint
 from transducer_toolkit.training.checkpoints import AtomicCheckpointIO
-from transducer_toolkit.training.recognizer import Recognizer, load_checkpoint
 
 HERE = __name__
 

@@ -5,7 +5,7 @@ import json
 
 from tests.librispeech import write_librispeech
 from transducer_toolkit.cli import evaluate, prepare, train
-from transducer_toolkit.training.recognizer import Recognizer
+from transducer_toolkit.inference.recognizer import Recognizer
 
 SUBSETS = {"train": "train-clean-100", "val": "dev-clean", "test": "test-clean"}
 SMALL = [

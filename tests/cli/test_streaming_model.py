@@ -6,8 +6,8 @@ import torch
 
 from transducer_toolkit.cli import export, train
 from transducer_toolkit.data.audio import read_audio
-from transducer_toolkit.training.recognizer import Recognizer
-from transducer_toolkit.training.streaming import StreamingRecognizer
+from transducer_toolkit.inference.recognizer import Recognizer
+from transducer_toolkit.inference.streaming import StreamingRecognizer
 
 
 @pytest.fixture(scope="module")

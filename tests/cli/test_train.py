@@ -9,7 +9,7 @@ import torch
 
 from transducer_toolkit.cli.train import main, start_from
 from transducer_toolkit.data.manifest import read_manifest
-from transducer_toolkit.training.recognizer import Recognizer
+from transducer_toolkit.inference.recognizer import Recognizer
 
 MODES = ("packed", "full", "fused", "simple", "smoothed", "pruned", "fused_pruned", "torchaudio")
 

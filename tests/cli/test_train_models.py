@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from transducer_toolkit.cli.train import main
-from transducer_toolkit.training.recognizer import Recognizer
+from transducer_toolkit.inference.recognizer import Recognizer
 
 CONFORMER = [
     "model=conformer_s",

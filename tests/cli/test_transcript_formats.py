@@ -2,8 +2,8 @@
 import json
 
 from transducer_toolkit.cli.transcript_formats import to_ctm, to_json, to_srt, to_text
-from transducer_toolkit.training.long_audio import Transcription
-from transducer_toolkit.training.words import RecognizedWord
+from transducer_toolkit.inference.long_audio import Transcription
+from transducer_toolkit.inference.words import RecognizedWord
 
 
 def transcription(*words):

@@ -7,8 +7,8 @@ import sentencepiece
 import torch
 
 from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from transducer_toolkit.data.tokenizer import tokenizer_from_state
-from transducer_toolkit.training.aligner import word_spans
+from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
+from transducer_toolkit.inference.aligner import word_spans
 
 TEXTS = ["please enter your number", "enter the number", "please press the key", "l'été ÉTÉ"]
 

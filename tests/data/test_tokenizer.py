@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from transducer_toolkit.data.tokenizer import CharTokenizer, tokenizer_from_state
+from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
 
 
 @pytest.fixture

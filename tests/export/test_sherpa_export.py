@@ -9,6 +9,8 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.export import export_for_sherpa
 from transducer_toolkit.export.onnx_files import Graph, write_graph
+from transducer_toolkit.inference.recognizer import Recognizer
+from transducer_toolkit.inference.streaming import StreamingRecognizer
 from transducer_toolkit.modules import (
     AdditiveJoiner,
     ConformerEncoder,
@@ -19,8 +21,6 @@ from transducer_toolkit.modules import (
     StatelessPredictor,
     Transducer,
 )
-from transducer_toolkit.training.recognizer import Recognizer
-from transducer_toolkit.training.streaming import StreamingRecognizer
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")

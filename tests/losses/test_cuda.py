@@ -6,14 +6,9 @@ import torch
 
 from tests.backends import Backend
 from tests.losses.helpers import ragged_batch
-from transducer_toolkit import (
-    LatticeShape,
-    fused_joiner_loss,
-    join,
-    joiner_logits,
-    native,
-    transducer_loss,
-)
+from transducer_toolkit import LatticeShape, fused_joiner_loss, join, joiner_logits, transducer_loss
+from transducer_toolkit.ops import native, stages
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
 
 pytestmark = pytest.mark.skipif(
     Backend("cuda").missing is not None, reason=str(Backend("cuda").missing)
@@ -104,7 +99,7 @@ def test_stages_are_captured_into_a_graph():
     batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
     device = torch.device("cuda")
     indices = batch.logit_lengths, batch.target_lengths, batch.targets
-    lattices = native.LatticeBatch(
+    lattices = LatticeBatch(
         *(tensor.to(device) for tensor in indices),
         max_frames=60,
         padded=False,
@@ -116,14 +111,14 @@ def test_stages_are_captured_into_a_graph():
     options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
 
     def step():
-        scores = native.CellScores(lattices, device)
+        scores = CellScores(lattices, device)
         tile = lattices.all_rows()
-        native.cell_scores(logits, lattices, tile, scores, blank=0)
-        loss, *uses = native.lattice(
+        stages.cell_scores(logits, lattices, tile, scores, blank=0)
+        loss, *uses = stages.lattice(
             scores.blank, scores.label, lattices, with_uses=True, exact=False, **options
         )
-        kept = native.kept_rows(*uses, lattices, dropped_mass=1e-6)
-        native.logits_grad(
+        kept = stages.kept_rows(*uses, lattices, dropped_mass=1e-6)
+        stages.logits_grad(
             logits, lattices, tile, scores.normaliser, *uses, loss_grad, blank=0, out=grad
         )
         return loss, kept[1]

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from transducer_toolkit import FusedJoinerLoss, LatticeShape, fused_joiner_loss, joint_tiles
-from transducer_toolkit.losses.operator import logits_loss
-from transducer_toolkit.modules.joint import _ACTIVATIONS
-from transducer_toolkit.native import ACTIVATIONS, TOPOLOGIES
+from transducer_toolkit import FusedJoinerLoss, LatticeShape, fused_joiner_loss
+from transducer_toolkit.ops import joint_tiles
+from transducer_toolkit.ops.join import _ACTIVATIONS
+from transducer_toolkit.ops.logits_loss import logits_loss
+from transducer_toolkit.ops.native import ACTIVATIONS, TOPOLOGIES
 
 pytestmark = pytest.mark.usefixtures("stages", "logits_kept")
 

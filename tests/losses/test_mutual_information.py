@@ -11,8 +11,8 @@ from transducer_toolkit import (
     joint_mutual_information_recursion,
     mutual_information_recursion,
 )
-from transducer_toolkit.losses import mutual_information
 from transducer_toolkit.losses.reference import brute_force_score
+from transducer_toolkit.ops import checks
 
 pytestmark = pytest.mark.usefixtures("stages")
 
@@ -309,7 +309,7 @@ def test_bad_input_of_the_joint_form_is_named():
 
 def test_invalid_boundaries_nobody_checked_give_nan(monkeypatch):
     # The values of a boundary on a device are not read: then the lengths must be harmless.
-    monkeypatch.setattr(mutual_information, "check_boundary_values", lambda *_, **__: None)
+    monkeypatch.setattr(checks, "check_boundary_values", lambda *_, **__: None)
     px, py = random_scores(3, 4, 6)
     rows = [(0, 0, 3, 4), (-1, 0, 3, 4), (0, 0, 9, 4), (0, -5, 3, 4), (0, 0, 3, 99), (2, 3, 1, 1)]
     scores = mutual_information_recursion(px, py, torch.tensor(rows))

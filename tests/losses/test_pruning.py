@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.losses.additive import additive_batch, boundary_row
 from transducer_toolkit import do_rnnt_pruning, get_rnnt_prune_ranges, rnnt_loss_simple
-from transducer_toolkit.losses.boundary import RNNT_TYPES
 from transducer_toolkit.losses.pruning import EQUAL_MASS
+from transducer_toolkit.ops.boundary import RNNT_TYPES
 
 
 def posteriors_of(batch, rnnt_type):

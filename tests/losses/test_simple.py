@@ -16,7 +16,7 @@ from transducer_toolkit import (
     rnnt_loss_smoothed,
     transducer_loss,
 )
-from transducer_toolkit.losses.boundary import RNNT_TYPES
+from transducer_toolkit.ops.boundary import RNNT_TYPES
 
 pytestmark = pytest.mark.usefixtures("stages")
 

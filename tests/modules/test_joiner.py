@@ -4,8 +4,8 @@ import torch
 
 from transducer_toolkit import Joiner, LatticeShape, join
 from transducer_toolkit.modules import AdditiveJoiner
-from transducer_toolkit.modules.joint import _ACTIVATIONS
-from transducer_toolkit.native import ACTIVATIONS
+from transducer_toolkit.ops.join import _ACTIVATIONS
+from transducer_toolkit.ops.native import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("stages")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import transducer_toolkit as tt
 from tests.soak.decoder_calls import DECODERS
-from transducer_toolkit import native
 from transducer_toolkit.compat import torchaudio
+from transducer_toolkit.ops import native
 
 RNNT_TYPES = ("regular", "modified", "constrained")
 REDUCTIONS = ("none", "mean", "sum")

@@ -44,7 +44,8 @@ from tests.soak.truth import (
     tensor,
     twin,
 )
-from transducer_toolkit import LatticeShape, native
+from transducer_toolkit import LatticeShape
+from transducer_toolkit.ops import native
 
 ACTIVATIONS = {
     "identity": lambda x: x,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import transducer_toolkit as tt
 from tests.soak.exact import exact_solution, plain_solution
-from transducer_toolkit import native
+from transducer_toolkit.ops import native
 
 # What is allowed beyond the error of plain torch: of the loss relatively, of a gradient entry.
 TOLERANCE = {

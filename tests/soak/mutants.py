@@ -41,12 +41,13 @@ BAD_INPUT = "tests/losses/test_packed_bad_input.py"
 FULL = "tests/losses/test_full_and_pruned.py"
 PRUNING = "tests/losses/test_pruning.py"
 SIMPLE = "tests/losses/test_simple.py"
-NORMALISER = "tests/losses/test_additive_scores.py"
+NORMALISER = "tests/ops/test_additive.py"
 RECURSION = "tests/losses/test_mutual_information.py"
 FUSED = "tests/losses/test_fused_joiner.py"
 JOINER = "tests/modules/test_joiner.py"
-NATIVE = "tests/test_native.py"
+NATIVE = "tests/ops/test_native.py"
 _LOSSES = "transducer_toolkit/losses/"
+_OPS = "transducer_toolkit/ops/"
 
 MUTANTS = [
     # --- stage 1 ---
@@ -237,21 +238,21 @@ MUTANTS = [
     # --- Python ---
     Mutant(
         "packed lengths are not compared with the rows",
-        _LOSSES + "checks.py",
+        _OPS + "checks.py",
         "if cells != num_rows:",
         "if cells > num_rows:",
         (BAD_INPUT,),
     ),
     Mutant(
         "a window may start beyond the last symbol",
-        _LOSSES + "checks.py",
+        _OPS + "checks.py",
         "(start[:, :, 0] <= max_targets + 1 - width)",
         "(start[:, :, 0] <= max_targets + 2 - width)",
         (FULL,),
     ),
     Mutant(
         "inplace: backward twice",
-        _LOSSES + "operator.py",
+        _OPS + "logits_loss.py",
         "ctx.is_consumed = True",
         "ctx.is_consumed = False",
         (PACKED + "::test_inplace_under_saved_tensor_hooks_and_without_gradient",),
@@ -265,42 +266,42 @@ MUTANTS = [
     ),
     Mutant(
         "smoothing averages the padding in",
-        _LOSSES + "simple_scores.py",
+        _OPS + "simple_scores.py",
         "log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(",
         "log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(False & ",
         (SIMPLE,),
     ),
     Mutant(
         "repair threshold of zero",
-        "transducer_toolkit/native_additive.py",
+        _OPS + "additive_stages.py",
         "return scores.size(-1) * limits.tiny / limits.eps",
         "return 0.0 * scores.size(-1) * limits.tiny / limits.eps",
         (NORMALISER, SIMPLE),
     ),
     Mutant(
         "the recursion shifts back the wrong way",
-        _LOSSES + "mutual_information.py",
+        _OPS + "recursion.py",
         "_shift(posterior, -t_begin, -s_begin)",
         "_shift(posterior, t_begin, s_begin)",
         (RECURSION,),
     ),
     Mutant(
         "an utterance masked out by 0 poisons the weights",
-        _LOSSES + "fused_operator.py",
+        _OPS + "fused_joiner.py",
         "batch = _lattice_batch(enc, *lattices, skip=loss_grad == 0)",
         "batch = _lattice_batch(enc, *lattices, skip=None)",
         (FUSED,),
     ),
     Mutant(
         "the gradient of a fused loss forgets its scale",
-        "transducer_toolkit/joint_tiles.py",
+        _OPS + "joint_tiles.py",
         "(grad if scale is None else grad * scale)",
         "grad",
         (FUSED,),
     ),
     Mutant(
         "lengths wrap round in a packed batch",
-        "transducer_toolkit/native.py",
+        _OPS + "native.py",
         "columns = stride or (num_targets.clamp(-1, max_targets) + 1)",
         "columns = stride or (num_targets + 1)",
         (BAD_INPUT, NATIVE),

@@ -24,9 +24,9 @@ from torch import Tensor
 from transducer_toolkit.data.audio import SAMPLE_RATE, read_audio
 from transducer_toolkit.data.manifest import read_manifest
 from transducer_toolkit.export import export_for_sherpa
-from transducer_toolkit.training.recognizer import Recognizer
+from transducer_toolkit.inference.recognizer import Recognizer
+from transducer_toolkit.inference.streaming import StreamingRecognizer
 from transducer_toolkit.training.scoring import Transcript, count_word_errors
-from transducer_toolkit.training.streaming import StreamingRecognizer
 
 MAX_INT8_WER_DIFFERENCE = 0.005
 PIECE_SIZES = (1, 100, 160, 1600, 3200, 20000)

@@ -7,7 +7,6 @@ import torch
 from torch.nn.utils import prune
 
 from transducer_toolkit import LatticeShape
-from transducer_toolkit.losses.operator import logits_loss
 from transducer_toolkit.losses.reference import reference_loss
 from transducer_toolkit.modules import (
     AdditiveJoiner,
@@ -16,8 +15,9 @@ from transducer_toolkit.modules import (
     StatelessPredictor,
     Transducer,
 )
+from transducer_toolkit.ops.logits_loss import logits_loss
 from transducer_toolkit.training import stages
-from transducer_toolkit.training.clock import StepClock
+from transducer_toolkit.training.callbacks.clock import StepClock
 from transducer_toolkit.training.stages import LossInput
 
 RNNT_TYPES = ("regular", "modified", "constrained")

@@ -15,7 +15,7 @@ from transducer_toolkit.cli.arguments import add_device, add_trust_package
 
 if TYPE_CHECKING:
     from transducer_toolkit.data.manifest import Utterance
-    from transducer_toolkit.training.aligner import AlignedUtterance
+    from transducer_toolkit.inference.aligner import AlignedUtterance
 
 FORMATS = ("json", "ctm", "png")
 CTM_NAME = "alignment.ctm"
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Late imports: --help stays quick.
     import torch
 
-    from transducer_toolkit.training.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
     from transducer_toolkit.data.audio import read_audio
-    from transducer_toolkit.training.aligner import align_text
+    from transducer_toolkit.inference.aligner import align_text
 
     num_failed = 0
     ctm: list[str] = []

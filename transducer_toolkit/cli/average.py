@@ -50,7 +50,7 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if one is not such a checkpoint, or not of the same model and symbols.
     """
-    from transducer_toolkit.training.recognizer import CHECKPOINT_KEY, load_checkpoint
+    from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
 
     if not paths:
         raise ValueError("paths must hold at least one checkpoint, got none")

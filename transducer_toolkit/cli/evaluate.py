@@ -52,8 +52,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         quiet_lightning,
         write_transcripts,
     )
+    from transducer_toolkit.inference.recognizer import Recognizer
     from transducer_toolkit.training.lightning_module import TransducerModule
-    from transducer_toolkit.training.recognizer import Recognizer
 
     quiet_lightning()
     recognizer = Recognizer.from_checkpoint(

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     # Late imports: --help stays quick.
     from transducer_toolkit.export import export_for_sherpa
-    from transducer_toolkit.training.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
 
     try:
         recognizer = Recognizer.from_checkpoint(

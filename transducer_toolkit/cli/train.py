@@ -47,7 +47,7 @@ def train(cfg: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from transducer_toolkit.cli.output import quiet_lightning
-    from transducer_toolkit.training.clock import StepClock
+    from transducer_toolkit.training.callbacks.clock import StepClock
 
     quiet_lightning()
     _check_options(cfg)
@@ -105,9 +105,14 @@ def train(cfg: DictConfig) -> float | None:
 
 def _check_options(cfg: DictConfig) -> None:
     """Raise a ValueError or TypeError for what nobody else would name as it is spelt here."""
-    from transducer_toolkit.arguments import check_at_least, check_flag, check_int, check_number
-    from transducer_toolkit.losses.checks import check_choice
-    from transducer_toolkit.native import TOPOLOGIES
+    from transducer_toolkit.ops.checks import (
+        check_at_least,
+        check_choice,
+        check_flag,
+        check_int,
+        check_number,
+    )
+    from transducer_toolkit.ops.native import TOPOLOGIES
 
     check_at_least(0, seed=cfg.seed)
     if cfg.seed >= 2**32:
@@ -141,9 +146,9 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     from hydra.utils import instantiate
 
     from transducer_toolkit.decoding import GreedySearch
+    from transducer_toolkit.inference.recognizer import recognizer_recipe
     from transducer_toolkit.training.ctc import CtcLoss
     from transducer_toolkit.training.lightning_module import TransducerModule
-    from transducer_toolkit.training.recognizer import recognizer_recipe
 
     tokenizer = datamodule.made_tokenizer()
     model_config: Any = OmegaConf.to_container(cfg.model, resolve=True)
@@ -190,7 +195,7 @@ def start_from(module: TransducerModule, path: str) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a checkpoint, or nothing in it fits.
     """
-    from transducer_toolkit.training.recognizer import CHECKPOINT_KEY, load_checkpoint
+    from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
 
     checkpoint = load_checkpoint(path)
     own, other = module.state_dict(), checkpoint["state_dict"]

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Late imports: --help stays quick.
     import torch
 
-    from transducer_toolkit.training.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
@@ -216,7 +216,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from transducer_toolkit.training.long_audio import OVERLAP_S, WINDOW_S
+    from transducer_toolkit.inference.long_audio import OVERLAP_S, WINDOW_S
 
     parser = argparse.ArgumentParser(
         prog="transducer-transcribe",

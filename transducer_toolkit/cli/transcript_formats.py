@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transducer_toolkit.training.long_audio import Transcription
-    from transducer_toolkit.training.words import RecognizedWord
+    from transducer_toolkit.inference.long_audio import Transcription
+    from transducer_toolkit.inference.words import RecognizedWord
 
 CAPTION_LINE_LENGTH = 42  # characters; two lines a caption
 CAPTION_S = 6.0  # at most
@@ -47,8 +47,8 @@ def to_ctm(path: str, found: Transcription) -> str:
     """A line ``path 1 start duration word confidence`` a word, seconds; no white space in the path.
 
     Example:
-        >>> from transducer_toolkit.training.long_audio import Transcription
-        >>> from transducer_toolkit.training.words import RecognizedWord
+        >>> from transducer_toolkit.inference.long_audio import Transcription
+        >>> from transducer_toolkit.inference.words import RecognizedWord
         >>> words = [RecognizedWord("three", 0.2, 0.48, 0.9)]
         >>> to_ctm("my talk.wav", Transcription("three", words, 1.0))
         'my_talk.wav 1 0.200 0.280 three 0.9000\\n'

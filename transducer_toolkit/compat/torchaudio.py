@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transducer_toolkit.arguments import check_flag, check_int, check_tensor
 from transducer_toolkit.losses.packed import transducer_loss
+from transducer_toolkit.ops.checks import check_flag, check_int, check_tensor
 
 
 def rnnt_loss(

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transducer_toolkit.arguments import check_at_least, check_number, check_probability
 from transducer_toolkit.data.audio import SAMPLE_RATE, resample
+from transducer_toolkit.ops.checks import check_at_least, check_number, check_probability
 
 __all__ = ["SpecAugment", "WaveformPerturbation"]
 

@@ -12,7 +12,6 @@ from typing import Any
 import lightning
 import torch
 
-from transducer_toolkit.arguments import check_at_least, check_int, check_number
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler, is_feasible
 from transducer_toolkit.data.corpus import Corpus
@@ -26,6 +25,7 @@ from transducer_toolkit.data.tokenizer import (
     TokenizerFactory,
     check_tokenizer,
 )
+from transducer_toolkit.ops.checks import check_at_least, check_int, check_number
 
 __all__ = ["TransducerDataModule"]
 
@@ -54,7 +54,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         topology: decides which utterances are feasible, see :func:`is_feasible`.
         num_workers: processes per loader that read and augment; 0 reads in the training process.
         on_bad_audio: ``"raise"`` ends the training at audio that cannot be read, ``"skip"`` leaves
-            it out, and :class:`~transducer_toolkit.training.unreadable.CountUnreadable` counts;
+            it out, and :class:`~transducer_toolkit.training.callbacks.CountUnreadable` counts it;
             validation and test always raise.
         max_duration_s: longer utterances are dropped from training and validation, and counted.
         pin_memory: page-lock batches, for faster copies to a GPU; None does so where CUDA is.

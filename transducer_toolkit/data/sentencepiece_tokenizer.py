@@ -137,7 +137,7 @@ class SentencePieceTokenizer:
         return " ".join(text.replace(f" {UNKNOWN_TEXT} ", UNKNOWN_TEXT).split())
 
     def state(self) -> dict[str, Any]:
-        """Return what :func:`tokenizer_from_state` needs, in plain values."""
+        """Return what ``tokenizer_from_state`` needs, in plain values."""
         return {"kind": self.kind, "model": self._model}
 
     def save(self, path: str | os.PathLike[str]) -> None:

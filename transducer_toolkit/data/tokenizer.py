@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from transducer_toolkit.arguments import check_flag
+from transducer_toolkit.ops.checks import check_flag
 
-__all__ = ["CharTokenizer", "Tokenizer", "TokenizerFactory", "tokenizer_from_state"]
+__all__ = ["CharTokenizer", "Tokenizer", "TokenizerFactory"]
 
 BLANK_SYMBOL = "<blk>"
 UNKNOWN_SYMBOL = "<unk>"
@@ -43,38 +43,13 @@ class Tokenizer(Protocol):
         """Return the text of ``ids``, skipping blanks; words have one space between them."""
 
     def state(self) -> dict[str, Any]:
-        """Return what :func:`tokenizer_from_state` needs, in plain values."""
+        """Return what ``tokenizer_from_state`` needs, in plain values."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``tokens.txt``, lines ``symbol id``, as sherpa-onnx and icefall read it."""
 
 
 TokenizerFactory: TypeAlias = Callable[[Iterable[str]], Tokenizer]
-
-
-def tokenizer_from_state(state: Mapping[str, Any]) -> Tokenizer:
-    """Restore a tokenizer from what its ``state`` gave, as a checkpoint carries it.
-
-    Args:
-        state: "kind" and what that kind needs.
-
-    Raises:
-        ValueError: the kind is unknown.
-
-    Example:
-        >>> tokenizer_from_state(CharTokenizer.from_texts(["on"]).state()).encode("no")
-        [1, 2]
-    """
-    if state["kind"] == CharTokenizer.kind:
-        return CharTokenizer(state["symbols"])
-    from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
-
-    if state["kind"] == SentencePieceTokenizer.kind:
-        return SentencePieceTokenizer(state["model"])
-    raise ValueError(
-        f"kind must be {CharTokenizer.kind!r} or {SentencePieceTokenizer.kind!r}, "
-        f"got {state['kind']!r}"
-    )
 
 
 def check_tokenizer(tokenizer: object) -> None:
@@ -189,7 +164,7 @@ class CharTokenizer:
         return " ".join(text.replace(SPACE_SYMBOL, " ").split())
 
     def state(self) -> dict[str, Any]:
-        """Return what :func:`tokenizer_from_state` needs, in plain values."""
+        """Return what ``tokenizer_from_state`` needs, in plain values."""
         return {"kind": self.kind, "symbols": list(self.symbols)}
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transducer_toolkit import native
-from transducer_toolkit.arguments import check_tensor
-from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.losses import checks
+from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops.checks import check_tensor
+from transducer_toolkit.ops.lattice import LatticeShape
 
 TOPOLOGIES = ("regular", "modified", "constrained", "one_sym_per_frame")
 

@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from transducer_toolkit.arguments import check_flag, check_int, check_number
 from transducer_toolkit.decoding.alignment import check_topology
 from transducer_toolkit.decoding.search import (
     Hypothesis,
@@ -23,6 +22,7 @@ from transducer_toolkit.decoding.search import (
 )
 from transducer_toolkit.modules.joiner import Joiner
 from transducer_toolkit.modules.predictor import Predictor
+from transducer_toolkit.ops.checks import check_flag, check_int, check_number
 
 MAX_BEAM = 2**20  # beyond it sizes would overflow
 

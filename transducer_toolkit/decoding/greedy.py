@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transducer_toolkit.arguments import check_int
 from transducer_toolkit.decoding.alignment import check_topology
 from transducer_toolkit.decoding.search import (
     Hypothesis,
@@ -21,6 +20,7 @@ from transducer_toolkit.decoding.search import (
 )
 from transducer_toolkit.modules.joiner import Joiner
 from transducer_toolkit.modules.predictor import Predictor
+from transducer_toolkit.ops.checks import check_int
 
 FRAMES_AHEAD = 8  # frames scored in one call: the predictor's output holds until the next label
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.decoding.alignment import check_lattice, check_topology
-from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.losses.operator import logits_loss
+from transducer_toolkit.ops.lattice import LatticeShape
+from transducer_toolkit.ops.logits_loss import logits_loss
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from transducer_toolkit.arguments import check_tensor
-from transducer_toolkit.losses.checks import INDEX_DTYPES, check_dtype
-from transducer_toolkit.native import SUPPORTED_DTYPES
+from transducer_toolkit.ops.checks import INDEX_DTYPES, check_dtype, check_tensor
+from transducer_toolkit.ops.native import SUPPORTED_DTYPES
 
 
 @dataclass(frozen=True)

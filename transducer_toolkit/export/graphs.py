@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from transducer_toolkit.modules.encoder import Encoder
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
-from transducer_toolkit.modules.joint import apply_activation
 from transducer_toolkit.modules.predictor import Predictor, StatelessPredictor
+from transducer_toolkit.ops.join import apply_activation
 
 
 def joiner_parts(

@@ -18,9 +18,9 @@ from transducer_toolkit.export.graphs import (
 )
 from transducer_toolkit.export.onnx_files import Graph, quantize, write_graph
 from transducer_toolkit.export.streaming_graphs import StreamingGraph, streaming_graph
+from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.modules.emformer import EmformerEncoder
 from transducer_toolkit.modules.encoder import Encoder
-from transducer_toolkit.training.recognizer import Recognizer
 
 SUBSAMPLING_FACTOR = 4  # what sherpa-onnx multiplies frames by for its timestamps
 

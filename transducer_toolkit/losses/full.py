@@ -6,19 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transducer_toolkit import native
-from transducer_toolkit.losses import checks
-from transducer_toolkit.losses.append import append_one
-from transducer_toolkit.losses.boundary import (
+from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops.boundary import (
     boundary_or_everything,
-    check_boundary,
     check_rnnt_type,
     checked_symbols,
     real_columns,
     real_frames,
 )
-from transducer_toolkit.losses.operator import logits_loss
-from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
+from transducer_toolkit.ops.checks import check_reduction, reduce_losses
+from transducer_toolkit.ops.logits_loss import logits_loss
+from transducer_toolkit.ops.recursion import append_one
 
 LossAndGrads = tuple[Tensor, tuple[Tensor, Tensor]]
 
@@ -243,4 +241,4 @@ def _check_arguments(
             f"symbols: expected device {logits.device}, that of logits, got {symbols.device}"
         )
     checks.check_blank(termination_symbol, vocab_size, "termination_symbol")
-    check_boundary(boundary, num_utterances, logits.device)
+    checks.check_boundary(boundary, num_utterances, logits.device)

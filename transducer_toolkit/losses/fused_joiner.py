@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transducer_toolkit import native
-from transducer_toolkit.joint_tiles import are_logits_few, autocast
-from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.losses import checks, fused_operator
-from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
+from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops import fused_joiner as fused_operator
+from transducer_toolkit.ops.checks import check_reduction, reduce_losses
+from transducer_toolkit.ops.joint_tiles import are_logits_few, autocast
+from transducer_toolkit.ops.lattice import LatticeShape, check_shape
 
 
 def fused_joiner_loss(
@@ -123,7 +123,7 @@ def fused_joiner_loss(
     native.require_supported_device(enc.device)
     checks.refuse_forward_mode(enc, pred, weight, bias)
     enc, pred = autocast(enc), autocast(pred)
-    checks.check_shape(shape, targets.size(0))
+    check_shape(shape, targets.size(0))
     if shape is None:
         checks.check_lengths_fit(  # before anything is sized by them
             logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transducer_toolkit import native
-from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.losses import checks
-from transducer_toolkit.losses.operator import logits_loss
-from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
+from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops.checks import check_reduction, reduce_losses
+from transducer_toolkit.ops.lattice import LatticeShape, check_shape
+from transducer_toolkit.ops.logits_loss import logits_loss
 
 
 def transducer_loss(
@@ -118,7 +117,7 @@ def transducer_loss(
     ):
         checks.check_flag(flag, name)
     checks.check_validate(validate)
-    checks.check_shape(shape, targets.size(0))
+    check_shape(shape, targets.size(0))
     lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
     losses = logits_loss(
         logits,

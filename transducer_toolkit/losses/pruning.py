@@ -8,16 +8,14 @@ import warnings
 import torch
 from torch import Tensor
 
-from transducer_toolkit.losses import checks
-from transducer_toolkit.losses.boundary import (
+from transducer_toolkit.ops import checks
+from transducer_toolkit.ops.additive import pick_rows
+from transducer_toolkit.ops.boundary import (
     boundary_or_everything,
-    check_boundary,
-    check_boundary_values,
     check_rnnt_type,
     real_columns,
     real_frames,
 )
-from transducer_toolkit.losses.pick import pick_rows
 
 METHODS = ("greedy", "optimal")
 # float32 posteriors make windows that hold all of the mass unequal in the seventh digit; a start
@@ -82,7 +80,9 @@ def get_rnnt_prune_ranges(
     num_utterances, num_symbols = px_grad.shape[:2]
     num_frames = py_grad.size(2)
     boundary = boundary_or_everything(boundary, num_utterances, num_symbols, num_frames).cpu()
-    check_boundary_values(boundary, max_targets=num_symbols, max_frames=num_frames, min_frames=1)
+    checks.check_boundary_values(
+        boundary, max_targets=num_symbols, max_frames=num_frames, min_frames=1
+    )
     width = _feasible_width(s_range, boundary, num_symbols, rnnt_type)
     step = width - 1 if rnnt_type == "regular" else 1
 
@@ -280,7 +280,7 @@ def _check_arguments(
             f"px_grad: expected shape {expected} beside py_grad {tuple(py_grad.shape)}, "
             f"got {tuple(px_grad.shape)}"
         )
-    check_boundary(boundary, num_utterances, px_grad.device)
+    checks.check_boundary(boundary, num_utterances, px_grad.device)
     return rnnt_type
 
 
@@ -304,11 +304,11 @@ def _check_pruning_arguments(
             f"ranges: expected shape ({am.size(0)}, {am.size(1)}, R), B and T from am, "
             f"got {tuple(ranges.shape)}"
         )
-    check_boundary(boundary, am.size(0), am.device)
+    checks.check_boundary(boundary, am.size(0), am.device)
     if ranges.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if boundary is not None and boundary.device.type == "cpu":
-        check_boundary_values(
+        checks.check_boundary_values(
             boundary, max_targets=lm.size(1) - 1, max_frames=am.size(1), min_frames=0
         )
     outside = (ranges < 0) | (ranges >= lm.size(1))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transducer_toolkit.losses.reduction import reduce_losses
+from transducer_toolkit.ops.checks import reduce_losses
 
 # An arc of the lattice: the kind of score it uses, and the cell it leaves.
 Arc = tuple[str, int, int]

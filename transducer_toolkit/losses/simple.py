@@ -6,16 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transducer_toolkit import native
-from transducer_toolkit.losses import checks
-from transducer_toolkit.losses.append import append_one
-from transducer_toolkit.losses.boundary import boundary_or_everything
-from transducer_toolkit.losses.mutual_information import (
+from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops.boundary import boundary_or_everything
+from transducer_toolkit.ops.checks import check_reduction, reduce_losses
+from transducer_toolkit.ops.recursion import (
+    append_one,
     lattice_losses,
     posteriors_of_symbols_and_frames,
 )
-from transducer_toolkit.losses.reduction import check_reduction, reduce_losses
-from transducer_toolkit.losses.simple_scores import check_arguments, scores_of_cells
+from transducer_toolkit.ops.simple_scores import check_arguments, scores_of_cells
 
 LossAndGrads = tuple[Tensor, tuple[Tensor, Tensor]]
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from transducer_toolkit.arguments import check_at_least, check_int, check_probability
 from transducer_toolkit.modules.encoder import Encoder
 from transducer_toolkit.modules.encoder_frontend import (
     ConvSubsampling,
@@ -17,6 +16,7 @@ from transducer_toolkit.modules.encoder_frontend import (
     frame_mask,
     subsampled_length,
 )
+from transducer_toolkit.ops.checks import check_at_least, check_int, check_probability
 
 
 class ConformerEncoder(Encoder):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transducer_toolkit.arguments import check_at_least, check_int, check_probability
 from transducer_toolkit.modules.encoder import StreamingEncoder
 from transducer_toolkit.modules.encoder_frontend import (
     ConvSubsampling,
@@ -15,6 +14,7 @@ from transducer_toolkit.modules.encoder_frontend import (
     frame_mask,
     subsampled_length,
 )
+from transducer_toolkit.ops.checks import check_at_least, check_int, check_probability
 
 
 class EmformerEncoder(StreamingEncoder):

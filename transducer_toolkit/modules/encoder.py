@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transducer_toolkit.arguments import check_at_least, check_probability
 from transducer_toolkit.modules.encoder_frontend import (
     SUBSAMPLING_FACTOR,
     ConvSubsampling,
@@ -19,6 +18,7 @@ from transducer_toolkit.modules.encoder_frontend import (
     frame_mask,
     subsampled_length,
 )
+from transducer_toolkit.ops.checks import check_at_least, check_probability
 
 
 class Encoder(nn.Module, ABC):

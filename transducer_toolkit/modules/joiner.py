@@ -3,14 +3,14 @@
 
 from torch import Tensor, nn
 
-from transducer_toolkit.arguments import check_at_least
-from transducer_toolkit.lattice import LatticeShape
-from transducer_toolkit.modules.joint import (
+from transducer_toolkit.ops.checks import check_at_least
+from transducer_toolkit.ops.join import (
     apply_activation,
     check_activation,
     join,
     joiner_logits,
 )
+from transducer_toolkit.ops.lattice import LatticeShape
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from transducer_toolkit.arguments import check_at_least, check_int, check_probability
+from transducer_toolkit.ops.checks import check_at_least, check_int, check_probability
 
 
 class Predictor(nn.Module, ABC):

@@ -23,8 +23,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from transducer_toolkit.arguments import check_number
-from transducer_toolkit.training.trust import check_archive
+from transducer_toolkit.inference.trust import check_archive
+from transducer_toolkit.ops.checks import check_number
 
 __all__ = ["AtomicCheckpointIO", "LastCheckpoint"]
 

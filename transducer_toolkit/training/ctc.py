@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transducer_toolkit.lattice import LatticeShape
+from transducer_toolkit.ops.lattice import LatticeShape
 
 
 class CtcLoss(nn.Module):

@@ -27,11 +27,12 @@ from transducer_toolkit.decoding import (
     Search,
     align,
 )
-from transducer_toolkit.lattice import LatticeShape
+from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY
+from transducer_toolkit.inference.words import encoder_frame_s, word_spans
 from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.ops.lattice import LatticeShape
 from transducer_toolkit.training.accumulation import FrameWeights
 from transducer_toolkit.training.ctc import CtcLoss
-from transducer_toolkit.training.recognizer import CHECKPOINT_KEY
 from transducer_toolkit.training.scoring import (
     SymbolDelay,
     Transcript,
@@ -42,7 +43,6 @@ from transducer_toolkit.training.scoring import (
     symbol_delays_ms,
 )
 from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
-from transducer_toolkit.training.words import encoder_frame_s, word_spans
 
 logger = logging.getLogger(__name__)
 # What torch makes of an option; its messages name neither option nor value.
@@ -69,7 +69,7 @@ class TransducerModule(LightningModule):
         ctc: an auxiliary loss on the encoder frames, added in training; None is none.
         scheduler: called with the optimizer and ``total_steps``, stepped once an optimizer step.
         recipe: what checkpoints carry for
-            :meth:`~transducer_toolkit.training.recognizer.Recognizer.from_checkpoint`.
+            :meth:`~transducer_toolkit.inference.recognizer.Recognizer.from_checkpoint`.
         search: called with the model's predictor and joiner and with ``topology``, gives the
             search that validation and test decode with, such as
             ``partial(ModifiedBeamSearch, beam=8)``; greedy by default.

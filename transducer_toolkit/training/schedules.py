@@ -8,7 +8,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from transducer_toolkit.arguments import check_number
+from transducer_toolkit.ops.checks import check_number
 
 
 def warmup_cosine(

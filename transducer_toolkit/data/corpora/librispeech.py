@@ -11,9 +11,9 @@ from typing import Any
 
 import soundfile
 
-from transducer_toolkit.arguments import check_flag
 from transducer_toolkit.data.corpora.prepared import PreparedCorpus, write_sets
 from transducer_toolkit.data.manifest import Utterance
+from transducer_toolkit.ops.checks import check_flag
 
 __all__ = ["LibriSpeechCorpus"]
 

@@ -10,13 +10,13 @@ import os
 import time
 from pathlib import Path
 
-from transducer_toolkit.arguments import check_at_least, check_int
 from transducer_toolkit.data.cache import build_once, default_cache_dir, fingerprint
 from transducer_toolkit.data.corpus import CorpusManifests
 from transducer_toolkit.data.digits.held_out import AsteriskDigits, Flite
 from transducer_toolkit.data.digits.recipe import load_voices, perturbation, plan_set
 from transducer_toolkit.data.digits.synthesis import SHARD_UTTERANCES, synthesize_plans
 from transducer_toolkit.data.manifest import write_manifest
+from transducer_toolkit.ops.checks import check_at_least, check_int
 
 __all__ = ["DigitsCorpus"]
 

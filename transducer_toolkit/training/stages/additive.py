@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from transducer_toolkit.losses import checks, rnnt_loss_smoothed
-from transducer_toolkit.losses.boundary import check_rnnt_type
+from transducer_toolkit.losses import rnnt_loss_smoothed
 from transducer_toolkit.modules.joiner import AdditiveJoiner
+from transducer_toolkit.ops import checks
+from transducer_toolkit.ops.boundary import check_rnnt_type
 from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,

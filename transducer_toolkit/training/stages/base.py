@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transducer_toolkit.arguments import check_probability
-from transducer_toolkit.lattice import LatticeShape
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner, is_plain_linear
 from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.ops.checks import check_probability
+from transducer_toolkit.ops.lattice import LatticeShape
 
 # icefall's: a band, or a wish for early symbols, means nothing before a model has learnt a bit.
 MAX_WARMUP_STEPS = 2000

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transducer_toolkit.losses import checks, fused_joiner_loss
-from transducer_toolkit.native import TOPOLOGIES
+from transducer_toolkit.losses import fused_joiner_loss
+from transducer_toolkit.ops import checks
+from transducer_toolkit.ops.native import TOPOLOGIES
 from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,

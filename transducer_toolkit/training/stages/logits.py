@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from transducer_toolkit.losses import checks, rnnt_loss
-from transducer_toolkit.losses.operator import logits_loss
-from transducer_toolkit.native import TOPOLOGIES
+from transducer_toolkit.losses import rnnt_loss
+from transducer_toolkit.ops import checks
+from transducer_toolkit.ops.logits_loss import logits_loss
+from transducer_toolkit.ops.native import TOPOLOGIES
 from transducer_toolkit.training.stages.base import LossInput, LossStage, StageOutput
 
 

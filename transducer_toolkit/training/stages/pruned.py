@@ -6,18 +6,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from transducer_toolkit.losses import (
-    checks,
     do_rnnt_pruning,
     fused_joiner_loss,
     get_rnnt_prune_ranges,
     rnnt_loss_pruned,
     rnnt_loss_smoothed,
 )
-from transducer_toolkit.losses.boundary import check_rnnt_type
 from transducer_toolkit.losses.pruning import METHODS
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
-from transducer_toolkit.modules.joint import apply_activation
 from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.ops import checks
+from transducer_toolkit.ops.boundary import check_rnnt_type
+from transducer_toolkit.ops.join import apply_activation
 from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,

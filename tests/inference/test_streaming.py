@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text while the speaker speaks equals the text of the whole."""
+
+import random
+
+import pytest
+import torch
+
+from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.inference.recognizer import Recognizer
+from transducer_toolkit.inference.streaming import StreamingRecognizer
+from transducer_toolkit.modules import (
+    ConvLstmEncoder,
+    EmformerEncoder,
+    Joiner,
+    LstmPredictor,
+    StatelessPredictor,
+    Transducer,
+)
+from transducer_toolkit.modules.encoder import Encoder
+
+SYMBOLS = ["<blk>", "\u2581", "a", "b", "c"]
+
+
+def random_recognizer(encoder, predictor=StatelessPredictor, **options):
+    """A model of random weights that emits many symbols."""
+    if isinstance(encoder, (ConvLstmEncoder, EmformerEncoder)) and (
+        encoder.normalizer.mode == "global"
+    ):
+        encoder.normalizer.set_statistics(torch.full((80,), -8.0), torch.full((80,), 3.0))
+    model = Transducer(
+        encoder,
+        predictor(len(SYMBOLS), embedding_dim=16),
+        Joiner(encoder.output_dim, predictor(5, 16).output_dim, 16, len(SYMBOLS)),
+    )
+    with torch.no_grad():
+        for weight in model.joiner.parameters():
+            weight.mul_(4.0)
+        model.joiner.output.bias[0] -= 4.0
+    return Recognizer(model, CharTokenizer(SYMBOLS), Fbank(), **options)
+
+
+ENCODERS = {
+    "lstm": lambda: ConvLstmEncoder(conv_channels=2, hidden_dim=16, normalization="global"),
+    "emformer": lambda: EmformerEncoder(
+        conv_channels=2, dim=16, num_heads=2, ffn_dim=32, num_layers=2
+    ),
+}
+
+
+@pytest.mark.parametrize("predictor", [StatelessPredictor, LstmPredictor])
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("topology", ["regular", "modified"])
+def test_pieces_give_what_the_whole_gives(name, predictor, topology):
+    recognizer = random_recognizer(
+        ENCODERS[name](),
+        predictor,
+        max_symbols_per_frame=3 if topology == "regular" else 1,
+        topology=topology,
+    )
+    stream, choices = StreamingRecognizer(recognizer), random.Random(0)
+    num_tokens = 0
+    for num_samples in (100, 250, 2000, 16000, 40000):  # one after the other, without a new start
+        loudness = torch.rand(num_samples // 1600 + 1).repeat_interleave(1600)[:num_samples]
+        waveform = 0.3 * loudness * torch.randn(num_samples)
+        text, tokens, frames, position = "", [], [], 0
+        while position < num_samples:
+            size = choices.choice([0, 1, 160, 999, 5000])
+            text += stream.accept(waveform[position : position + size])
+            tokens, frames = tokens + stream.added.tokens, frames + stream.added.frames
+            position += size
+        text += stream.finish()
+        tokens, frames = tokens + stream.added.tokens, frames + stream.added.frames
+        if num_samples < 200:  # too short for a frame
+            assert (text, tokens) == ("", [])
+            continue
+        (whole,) = recognizer.recognize([waveform])
+        assert (tokens, frames) == (whole.tokens, whole.frames)
+        assert text == recognizer.tokenizer.decode(whole.tokens)
+        num_tokens += len(tokens)
+    assert num_tokens > 20
+
+
+def test_new_text_brings_its_space():
+    """A word's space comes with the word, however late."""
+    recognizer = random_recognizer(ENCODERS["lstm"]())
+    stream = StreamingRecognizer(recognizer)
+    found = iter([[2], [1], [], [1, 3], [3, 1, 1], [4]])
+
+    def advance(encoder_out, lengths, state):
+        from transducer_toolkit.decoding import Hypothesis
+
+        return [Hypothesis(next(found), [])], state
+
+    stream._search.advance = advance
+    texts = [stream.accept(torch.zeros(1600)) for _ in range(6)]
+    assert texts == ["a", "", "", " b", "b", " c"]
+
+
+@pytest.mark.parametrize(("name", "latency_s"), [("lstm", 0.0475), ("emformer", 0.2075)])
+def test_latency(name, latency_s):
+    """Of an impulse: after so many seconds its encoder frame is known, at the latest."""
+    recognizer = random_recognizer(ENCODERS[name]())
+    stream = StreamingRecognizer(recognizer)
+    assert stream.latency_s == pytest.approx(latency_s)
+    state, fbank, known, waited = recognizer.model.encoder.initial_state(), stream._fbank, 0, []
+    for milliseconds in range(1, 1500):
+        out, state = recognizer.model.encoder.stream(fbank.accept(torch.zeros(16)), state)
+        # From the start of each new frame.
+        waited += [milliseconds - 40 * frame for frame in range(known, known + len(out))]
+        known += len(out)
+    assert max(waited) == pytest.approx(1000 * latency_s, abs=1.0)
+
+
+def test_what_does_not_stream_is_refused():
+    class Offline(Encoder):
+        output_dim = 8
+
+        def forward(self, features, feature_lengths):
+            raise NotImplementedError
+
+        def num_output_frames(self, num_frames):
+            return num_frames
+
+    with pytest.raises(ValueError, match="Offline does not stream"):
+        StreamingRecognizer(random_recognizer(Offline()))
+    centred = ConvLstmEncoder(conv_channels=2, hidden_dim=8)
+    with pytest.raises(ValueError, match="normalization='global', got 'utterance'"):
+        StreamingRecognizer(random_recognizer(centred))

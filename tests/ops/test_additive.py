@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""additive_scores against float64 logsumexp over all cells, where products underflow too."""
+
+import pytest
+import torch
+
+from transducer_toolkit.ops.additive import additive_scores
+
+pytestmark = pytest.mark.usefixtures("stages")
+
+
+def simple_normaliser(lm, am):
+    """logsumexp_v(am[b, t, v] + lm[b, u, v]) of every cell, out of the scores of blanks."""
+    symbols = torch.zeros(lm.size(0), lm.size(1) - 1, dtype=torch.int64)
+    nothing = torch.zeros(lm.size(0), lm.size(1), dtype=torch.float64)
+    scales = {"combined_scale": 1.0, "am_only_scale": 0.0}
+    blank, _ = additive_scores(lm, am, symbols, nothing, nothing[:, 1:], blank=0, **scales)
+    return am[:, :, :1].double() - blank
+
+
+def grads_of(value, *tensors, weights=None):
+    total = (value if weights is None else value * weights).sum()
+    return torch.autograd.grad(total, tensors, retain_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [0, 80, 87, 95, 103, 120, 200, 650, 720])
+@pytest.mark.parametrize("vocab_size", [2, 37, 500])
+def test_normaliser_survives_underflow_of_the_product(dtype, gap, vocab_size):
+    # am and lm have their maxima at different symbols, `gap` above everything else.
+    am = torch.randn(2, 5, vocab_size, dtype=dtype)
+    lm = torch.randn(2, 4, vocab_size, dtype=dtype)
+    am[:, 1:, 0] += gap
+    lm[:, 1:, 1] += gap
+    am.requires_grad_(), lm.requires_grad_()
+    exact_am, exact_lm = (x.detach().double().requires_grad_() for x in (am, lm))
+    expected = (exact_am[:, :, None] + exact_lm[:, None]).logsumexp(-1)
+    actual = simple_normaliser(lm, am)
+    eps = torch.finfo(dtype).eps
+    # The result is float64: from float32 it is as exact at 700 as at 0, from float64 to rounding.
+    rounding = gap * torch.finfo(torch.float64).eps
+    assert (actual - expected).abs().max() < 40 * eps + rounding
+    weights = torch.randn_like(expected)
+    grads = grads_of(actual, lm, am, weights=weights)
+    expected_grads = grads_of(expected, exact_lm, exact_am, weights=weights)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad - expected_grad).abs().max() < 100 * eps + 10 * rounding
+
+
+@pytest.mark.parametrize("gap", [60.0, 120.0])  # a product of 2e-26, and one that underflows
+def test_huge_upstream_gradient_beside_a_tiny_product(gap):
+    am, lm = torch.zeros(1, 1, 3), torch.zeros(1, 1, 3)
+    am[..., 0], lm[..., 1] = gap, gap
+    am.requires_grad_()
+    (grad,) = grads_of(simple_normaliser(lm, am) * 1e30, am)
+    torch.testing.assert_close(grad / 1e30, torch.tensor([[[0.5, 0.5, 0.0]]]))
+
+
+def test_threads_do_not_change_a_bit():
+    am, lm = 60 * torch.randn(3, 20, 700), 60 * torch.randn(3, 9, 700)
+    am.requires_grad_(), lm.requires_grad_()
+    weights = torch.randn(3, 20, 9)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        normaliser = simple_normaliser(lm, am)
+        results.append([normaliser, *grads_of(normaliser, lm, am, weights=weights)])
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+def test_second_derivative_is_refused():
+    am = torch.zeros(1, 2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="the gradient of the gradient"):
+        total = simple_normaliser(torch.zeros(1, 2, 3), am).sum()
+        (grad,) = torch.autograd.grad(total, am, create_graph=True)
+        grad.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "combined_scale, am_only_scale", [(1.0, 0.0), (0.5, 0.2), (0.0, 0.3), (0.0, 0.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [0.0, 300.0])
+def test_scores_and_gradients_are_those_of_the_formula(gap, dtype, combined_scale, am_only_scale):
+    num_columns = 4 + (am_only_scale > 0)
+    lm, am = torch.randn(2, num_columns, 7, dtype=dtype), torch.randn(2, 5, 7, dtype=dtype)
+    lm[:, 1, 0] += gap
+    am[:, 2, 1] += gap
+    symbols = torch.tensor([[1, 6, 1], [0, 2, 3]])  # one twice, one the blank
+    context_blank, context_label = torch.randn(2, 4).double(), torch.randn(2, 3).double()
+    scales = {"combined_scale": combined_scale, "am_only_scale": am_only_scale}
+    inputs = [x.requires_grad_() for x in (lm, am, context_blank, context_label)]
+    actual = additive_scores(lm, am, symbols, context_blank, context_label, blank=2, **scales)
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    lm, am, context_blank, context_label = exact
+    normaliser = (am[:, :, None] + lm[:, None]).logsumexp(-1)
+    common = combined_scale * normaliser[:, :, :4]
+    if am_only_scale > 0:
+        common = common + am_only_scale * normaliser[:, :, 4:]
+    am_scale = combined_scale + am_only_scale
+    am_label = am.gather(2, symbols[:, None].expand(2, 5, 3))
+    expected = (
+        am_scale * am[:, :, 2:3] + context_blank[:, None] - common,
+        am_scale * am_label + context_label[:, None] - common[:, :, :3],
+    )
+    eps = torch.finfo(dtype).eps
+    rounding = 2 * gap * torch.finfo(torch.float64).eps
+    for score, expected_score in zip(actual, expected, strict=True):
+        assert (score - expected_score).abs().max() < 100 * eps + rounding
+    upstream = [torch.randn_like(score) for score in expected]
+    options = {"allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(actual, inputs, upstream, **options)
+    expected_grads = torch.autograd.grad(expected, exact, upstream, **options)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad - expected_grad).abs().max() < 500 * eps + 10 * rounding
+
+
+@pytest.mark.parametrize("am_only_scale", [0.0, 0.2])
+@pytest.mark.parametrize("gap", [0.0, 300.0])
+def test_opcheck(gap, am_only_scale):
+    lm, am = torch.randn(2, 3 + (am_only_scale > 0), 5), torch.randn(2, 4, 5)
+    lm[:, 1, 0] += gap
+    am[:, 2, 1] += gap
+    context = torch.randn(2, 3).double(), torch.randn(2, 2).double()
+    lm, am, *context = (x.requires_grad_() for x in (lm, am, *context))
+    arguments = lm, am, torch.tensor([[1, 1], [0, 4]]), *context, 0, 0.7, am_only_scale
+    torch.library.opcheck(torch.ops.transducer_toolkit.additive_scores, arguments)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Audio and its text to token and word times, with a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.data.batching import is_feasible
+from transducer_toolkit.decoding import (
+    Alignment,
+    NonFiniteScoresError,
+    align,
+    check_topology,
+    lattice_posteriors,
+)
+from transducer_toolkit.inference.recognizer import Recognizer
+from transducer_toolkit.inference.words import encoder_frame_s, word_spans
+from transducer_toolkit.ops.lattice import LatticeShape
+
+
+@dataclass(frozen=True)
+class AlignedToken:
+    """A target symbol on the best path.
+
+    Attributes:
+        symbol: as the tokenizer writes it.
+        frame: the encoder frame that emits it.
+        time_s: start of that frame, seconds from the start of the utterance.
+        posterior: probability that it is this frame which emits the symbol, given the text.
+        expected_time_s: posterior mean of the emission time, over all paths; also frame starts.
+    """
+
+    symbol: str
+    frame: int
+    time_s: float
+    posterior: float
+    expected_time_s: float
+
+
+@dataclass(frozen=True)
+class AlignedWord:
+    """A word on the best path.
+
+    Attributes:
+        word: its text.
+        start_s: start of the frame that emits its first symbol, seconds.
+        end_s: end of the frame that emits its last symbol, seconds. Of two words that share a
+            frame the first ends after the second has started.
+    """
+
+    word: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class AlignedUtterance:
+    """An utterance with the times of its text.
+
+    Attributes:
+        text: the reference.
+        tokens: its symbols, in order.
+        words: its words, in order.
+        path: the best path.
+        log_likelihood: log-probability of the text, the sum over all paths; not below that of the
+            best path.
+        occupancy: (T, U + 1) posterior of each lattice cell, CPU.
+        features: (T_in, F) what the encoder saw, CPU.
+        frame_s: duration of an encoder frame, seconds.
+        topology: of the lattice.
+    """
+
+    text: str
+    tokens: list[AlignedToken]
+    words: list[AlignedWord]
+    path: Alignment
+    log_likelihood: float
+    occupancy: Tensor
+    features: Tensor
+    frame_s: float
+    topology: str
+
+
+@torch.inference_mode()
+def align_text(
+    recognizer: Recognizer, waveform: Tensor, text: str, *, topology: str | None = None
+) -> AlignedUtterance:
+    """Align the text of one utterance to its audio.
+
+    A time is when the model emits, not when a sound begins: a model that sees no future emits a
+    symbol once it has heard enough of it.
+
+    Args:
+        recognizer: a trained recognizer.
+        waveform: (num_samples,) float32 in [-1, 1] at ``recognizer.fbank.sample_rate``, CPU.
+        text: what is said; may be empty.
+        topology: of the lattice; None is that of the loss which trained the model.
+
+    Returns:
+        Times and posteriors of all symbols and words.
+
+    Raises:
+        ValueError: if the text has a character that the tokenizer lacks; if the audio or the scores
+            of the model are not finite; if the audio is too short for a frame of features, or for
+            so many symbols in this topology.
+
+    Example:
+        >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
+        >>> align_text(recognizer, read_audio("three.wav"), "three").words  # doctest: +SKIP
+        [AlignedWord(word='three', start_s=0.2, end_s=0.48)]
+    """
+    topology = recognizer.topology if topology is None else topology
+    check_topology(topology)
+    model, tokenizer = recognizer.model, recognizer.tokenizer
+    tokens = tokenizer.encode(text)
+    features = recognizer.fbank(waveform)
+    if not bool(features.isfinite().all()):
+        raise ValueError("the audio holds samples that are NaN, infinite or huge")
+    device = next(model.parameters()).device
+    targets = torch.tensor(tokens, dtype=torch.int64, device=device).unsqueeze(0)  # (1, U)
+    encoder_out, encoder_lengths, predictor_out = model(
+        features.unsqueeze(0).to(device), torch.tensor([len(features)]), targets
+    )
+    num_frames = int(encoder_lengths[0])
+    if not is_feasible(num_frames, len(tokens), topology=topology):
+        raise ValueError(
+            f"the audio is too short for its text: {num_frames} encoder frames cannot emit "
+            f"{len(tokens)} symbols in the topology {topology!r}"
+        )
+    shape = LatticeShape.from_lengths(encoder_lengths, [len(tokens)])
+    logits = model.joiner(encoder_out, predictor_out, shape).float()
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise NonFiniteScoresError([0], names=[repr(text)])
+    path = align(logits, targets, shape, model.blank, topology=topology)[0]
+    posteriors = lattice_posteriors(logits, targets, shape, model.blank, topology=topology)
+    of_labels = posteriors.labels[0].cpu()  # (T, U)
+    expected = posteriors.expected_frames()[0].tolist()
+
+    frame_s = encoder_frame_s(model.encoder)
+    symbols = [tokenizer.symbols[token] for token in tokens]
+    return AlignedUtterance(
+        text=text,
+        tokens=[
+            AlignedToken(
+                symbol=symbol,
+                frame=frame,
+                time_s=frame * frame_s,
+                posterior=float(of_labels[frame, position]),
+                expected_time_s=expected[position] * frame_s,
+            )
+            for position, (symbol, frame) in enumerate(zip(symbols, path.frames, strict=True))
+        ],
+        words=[
+            AlignedWord(word, path.frames[first] * frame_s, (path.frames[last] + 1) * frame_s)
+            for word, first, last in word_spans(symbols)
+        ],
+        path=path,
+        log_likelihood=float(posteriors.log_likelihood[0]),
+        occupancy=posteriors.occupancy[0].cpu(),
+        features=features,
+        frame_s=frame_s,
+        topology=topology,
+    )

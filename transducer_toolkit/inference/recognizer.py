@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model with what it needs to turn audio into text, restored from one checkpoint."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.tokenizer import Tokenizer
+from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
+from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, check_topology
+from transducer_toolkit.inference.long_audio import Transcription, transcribe_file
+from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
+from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
+from transducer_toolkit.modules.transducer import Transducer
+from transducer_toolkit.ops.native import SUPPORTED_DTYPES
+
+CHECKPOINT_KEY = "recognizer"
+FORMAT_VERSION = 1
+# Of every recipe; the others have come since.
+RECIPE_KEYS = ("model", "symbols", "num_mel_bins", "max_symbols_per_frame")
+
+
+def recognizer_recipe(
+    model_config: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    fbank: Fbank,
+    *,
+    max_symbols_per_frame: int,
+    topology: str = "regular",
+) -> dict[str, Any]:
+    """Describe a recognizer in plain values, for a checkpoint that ``weights_only`` can load.
+
+    Args:
+        model_config: Hydra config of the model as plain containers, with ``_target_``,
+            ``vocab_size`` and ``blank``.
+        tokenizer: whose symbols the model emits.
+        fbank: the features that the model reads.
+        max_symbols_per_frame: bound of the greedy search.
+        topology: of the loss that trains the model, what alignments are made with.
+
+    Returns:
+        What :meth:`Recognizer.from_checkpoint` expects under ``"recognizer"``.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": dict(model_config),
+        "symbols": list(tokenizer.symbols),
+        "tokenizer": tokenizer.state(),
+        "num_mel_bins": fbank.num_mel_bins,
+        "max_symbols_per_frame": max_symbols_per_frame,
+        "topology": topology,
+    }
+
+
+class Recognizer:
+    """Model, tokenizer and features: waveforms to text.
+
+    Args:
+        model: a trained transducer; it is put into eval mode.
+        tokenizer: whose symbols the model emits.
+        fbank: the features that the model reads.
+        max_symbols_per_frame: bound of the greedy search.
+        topology: of the loss that trained the model; searches and alignments follow it.
+        search: called with the model's predictor and joiner and with ``topology``, gives the
+            search, such as ``partial(ModifiedBeamSearch, beam=8)``; greedy by default.
+
+    Example:
+        >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
+        >>> recognizer.transcribe([read_audio("three.wav")])  # doctest: +SKIP
+        ['three']
+    """
+
+    def __init__(
+        self,
+        model: Transducer,
+        tokenizer: Tokenizer,
+        fbank: Fbank,
+        *,
+        max_symbols_per_frame: int = 10,
+        topology: str = "regular",
+        search: Callable[..., Search] | None = None,
+    ) -> None:
+        check_topology(topology)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.fbank = fbank
+        self.max_symbols_per_frame = max_symbols_per_frame
+        self.topology = topology
+        if search is None:
+            search = partial(GreedySearch, max_symbols_per_frame=max_symbols_per_frame)
+        self.search = search(model.predictor, model.joiner, topology=topology)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        trusted_packages: Sequence[str] = TRUSTED_PACKAGES,
+        search: Callable[..., Search] | None = None,
+    ) -> Recognizer:
+        """Restore a recognizer from a checkpoint of ``transducer-train``, and from nothing else.
+
+        The file is read with ``weights_only=True`` and names the classes of its model; only those
+        of ``trusted_packages`` are instantiated. So a foreign checkpoint can run no foreign code.
+
+        Args:
+            path: the checkpoint.
+            device: where the model goes.
+            trusted_packages: add your own package here if your model's classes live in it.
+            search: as of the class.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not such a checkpoint, or names a class not trusted.
+        """
+        checkpoint = load_checkpoint(path)
+        recipe = checkpoint[CHECKPOINT_KEY]
+        check_model_config(recipe["model"], trusted_packages, path)
+        try:
+            recognizer = cls._restored(recipe, checkpoint["state_dict"], search)
+        except Exception as error:  # whatever classes make of a recipe that is not theirs
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{path}: its model cannot be restored: {type(error).__name__}: {reason}"
+            ) from error
+        try:
+            recognizer.model.to(device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or no room
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
+        return recognizer
+
+    @classmethod
+    def _restored(
+        cls,
+        recipe: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        search: Callable[..., Search] | None,
+    ) -> Recognizer:
+        _check_depth(recipe["model"], len(weights))
+        model = instantiate(recipe["model"], _convert_="all")
+        own = {
+            name.removeprefix("model."): value
+            for name, value in weights.items()
+            if name.startswith("model.")
+        }
+        model.load_state_dict(own)
+        # The first checkpoints were all of characters.
+        state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
+        tokenizer = tokenizer_from_state(state)
+        if (tokenizer.vocab_size, tokenizer.blank) != (model.vocab_size, model.blank):
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} symbols and blank {tokenizer.blank}, "
+                f"the model {model.vocab_size} and {model.blank}"
+            )
+        return cls(
+            model,
+            tokenizer,
+            Fbank(num_mel_bins=recipe["num_mel_bins"]),
+            max_symbols_per_frame=recipe["max_symbols_per_frame"],
+            topology=recipe.get("topology", "regular"),  # absent in the first checkpoints
+            search=search,
+        )
+
+    @torch.inference_mode()
+    def recognize(self, waveforms: Sequence[Tensor]) -> list[Hypothesis]:
+        """Recognise a batch of waveforms, symbols with their encoder frames.
+
+        Args:
+            waveforms: each (num_samples,) float32 in [-1, 1] at ``fbank.sample_rate``, on the CPU.
+
+        Returns:
+            One hypothesis a waveform.
+
+        Raises:
+            ValueError: if there are none, or one is too short for a frame of features or holds
+                samples that are not finite; if the model's scores are not.
+        """
+        if not waveforms:
+            raise ValueError("waveforms must hold at least one waveform, got none")
+        features = [self.fbank(waveform) for waveform in waveforms]
+        for index, frames in enumerate(features):
+            if not bool(frames.isfinite().all()):
+                raise ValueError(f"waveforms[{index}] holds samples that are NaN, infinite or huge")
+        lengths = torch.tensor([len(f) for f in features])
+        device = next(self.model.parameters()).device
+        padded = pad_sequence(features, batch_first=True).to(device)
+        encoder_out, encoder_lengths = self.model.encoder(padded, lengths)
+        return self.search(encoder_out, encoder_lengths)
+
+    def recognize_words(self, waveforms: Sequence[Tensor]) -> list[list[RecognizedWord]]:
+        """Recognise a batch of waveforms, words with times and confidences.
+
+        A time is when the model emits, not when a sound begins: a model that sees no future emits
+        a word once it has heard enough of it.
+
+        Args:
+            waveforms: as of :meth:`recognize`.
+
+        Returns:
+            The words of each waveform.
+        """
+        frame_s = encoder_frame_s(self.model.encoder)
+        return [
+            recognized_words(hypothesis, self.tokenizer, frame_s)
+            for hypothesis in self.recognize(waveforms)
+        ]
+
+    def transcribe(self, waveforms: Sequence[Tensor]) -> list[str]:
+        """Recognise a batch of waveforms as text; see :meth:`recognize`."""
+        return [self.tokenizer.decode(h.tokens) for h in self.recognize(waveforms)]
+
+    def transcribe_file(self, path: str | os.PathLike[str], **options: Any) -> Transcription:
+        """Transcribe an audio file of any length in bounded memory.
+
+        Args:
+            path: any format that soundfile reads, any sample rate, any number of channels.
+            options: of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`.
+        """
+        return transcribe_file(self, path, **options)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of ``transducer-train`` without running code from it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a checkpoint, or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a checkpoint of transducer-train, nor of torch at all")
+    with open(path, "rb") as file:
+        check_archive(file, path)
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # forged: the unpickler stumbles in many ways
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
+        raise ValueError(
+            f"{path} is not a checkpoint of transducer-train: it holds no {CHECKPOINT_KEY!r} entry"
+        )
+    recipe = checkpoint[CHECKPOINT_KEY]
+    version = recipe.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has the recognizer format {version}, this version of transducer_toolkit "
+            f"reads {FORMAT_VERSION}"
+        )
+    missing = [name for name in RECIPE_KEYS if name not in recipe]
+    if missing:
+        raise ValueError(f"{path}: its recognizer lacks {', '.join(missing)}")
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+        raise ValueError(f"{path}: its state_dict is no dict of tensors")
+    for name, value in weights.items():
+        _check_weight(value, f"{path}: its weight {name}")
+    return checkpoint
+
+
+def _check_weight(value: Tensor, what: str) -> None:
+    """Refuse what a model would be given by a cast that loses something, and NaN."""
+    is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+    if not is_dense or value.is_complex() or value.device.type != "cpu":
+        raise ValueError(
+            f"{what} must be a dense tensor of real numbers, got {value.dtype}, {value.layout}, on "
+            f"device {value.device.type}"
+        )
+    # An infinite one may be meant: a bias of -inf masks a symbol.
+    if value.dtype in SUPPORTED_DTYPES and bool(value.isnan().any()):
+        raise ValueError(f"{what} holds NaN")
+
+
+def _check_depth(config: Any, num_weights: int) -> None:
+    """Refuse more layers than there are weights for: a million would be made for hours."""
+    if isinstance(config, Mapping):
+        num_layers = config.get("num_layers")
+        if isinstance(num_layers, int) and num_layers > num_weights:
+            raise ValueError(f"num_layers={num_layers}, and {num_weights} weights")
+        for value in config.values():
+            _check_depth(value, num_weights)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            _check_depth(value, num_weights)

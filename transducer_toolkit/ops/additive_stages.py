@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled stages of the additive joiner (logits = am_t + lm_u); a part of native's door.
+
+The repair of normalisers runs everywhere. The others are one pass each where PyTorch needs several,
+which only a CPU feels: see `runs_here`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.ops import native
+
+
+def runs_here(tensor: Tensor) -> bool:
+    """Whether shifted_exp and AdditiveStages serve this tensor: on the CPU."""
+    with native.backend_of(tensor) as backend:
+        return not backend.is_cuda
+
+
+def lowest_product(scores: Tensor) -> float:
+    """A product of exponentials below this has lost too much to underflow."""
+    # Each of V products may have lost up to `tiny`: above this they are one rounding error.
+    limits = torch.finfo(scores.dtype)
+    return scores.size(-1) * limits.tiny / limits.eps
+
+
+def shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N, V) -> exp(rows - max) with subnormals as zero, and max (B, N)."""
+    exponentials, maxima = torch.empty_like(rows), rows.new_empty(rows.shape[:-1])
+    with native.backend_of(rows) as backend:
+        native.extension.cpu.shifted_exp(
+            dtype=native.DTYPES[rows.dtype],
+            rows=native.address(rows),
+            num_rows=maxima.numel(),
+            size=rows.size(-1),
+            **backend.queue,
+            exponentials=native.address(exponentials),
+            max=native.address(maxima),
+        )
+    return exponentials, maxima
+
+
+class AdditiveStages:
+    """The passes over all cells of an additive joiner, on the CPU (csrc/additive_scores.h).
+
+    Args:
+        contexts: (B, S + 1, V) float32 or float64, or (B, S + 2, V) with an am_only_scale.
+        am: (B, T, V), same dtype.
+        product: (B, T, columns), of the exponentials of both.
+        symbols: (B, S) int64 in [0, V).
+        context_blank: (B, S + 1) float64.
+        context_label: (B, S) float64.
+    """
+
+    def __init__(
+        self,
+        contexts: Tensor,
+        am: Tensor,
+        product: Tensor,
+        symbols: Tensor,
+        context_blank: Tensor,
+        context_label: Tensor,
+        *,
+        blank: int,
+        combined_scale: float,
+        am_only_scale: float,
+    ) -> None:
+        tensors = {
+            "lm": contexts,
+            "am": am,
+            "product": product,
+            "symbols": symbols,
+            "context_blank": context_blank,
+            "context_label": context_label,
+        }
+        self._keep_alive = tensors
+        self._product = product
+        self._num_symbols = symbols.size(1)
+        self.native = native.extension.cpu.AdditiveArguments(
+            dtype=native.DTYPES[am.dtype],
+            num_utterances=am.size(0),
+            num_frames=am.size(1),
+            num_columns=contexts.size(1),
+            vocab_size=am.size(2),
+            threshold=lowest_product(am),
+            num_symbols=symbols.size(1),
+            blank=blank,
+            combined_scale=combined_scale,
+            am_only_scale=am_only_scale,
+            **{name: native.address(tensor) for name, tensor in tensors.items()},
+        )
+
+    def scores(self, am_max: Tensor, lm_max: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """float64: normaliser (B, T, columns), blank (B, T, S + 1), label scores (B, T, S)."""
+        size, num_symbols = self._product.shape, self._num_symbols
+        normaliser = self._product.new_empty(size, dtype=native.SCORE_DTYPE)
+        blank = normaliser.new_empty(size[0], size[1], num_symbols + 1)
+        label = normaliser.new_empty(size[0], size[1], num_symbols)
+        with native.backend_of(blank) as backend:
+            native.extension.cpu.additive_scores(
+                self.native,
+                am_max=native.address(am_max),
+                lm_max=native.address(lm_max),
+                **backend.queue,
+                normaliser=native.address(normaliser),
+                blank_score=native.address(blank),
+                label_score=native.address(label),
+            )
+        return normaliser, blank, label
+
+    def weights(
+        self, grad_blank: Tensor, grad_label: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Before the products of the way back.
+
+        Returns:
+            Gradient of the normaliser (B, T, columns) float64; scale (B,) float64; weight
+            (B, T, columns); gradients of context_blank and context_label.
+        """
+        weight = torch.empty_like(self._product)
+        grad_normaliser = torch.empty_like(self._product, dtype=native.SCORE_DTYPE)
+        scale = grad_normaliser.new_empty(len(weight))
+        grad_context_blank = grad_normaliser.new_empty(len(weight), self._num_symbols + 1)
+        grad_context_label = grad_normaliser.new_empty(len(weight), self._num_symbols)
+        with native.backend_of(weight) as backend:
+            native.extension.cpu.additive_weights(
+                self.native,
+                grad_blank=native.address(grad_blank),
+                grad_label=native.address(grad_label),
+                **backend.queue,
+                grad_normaliser=native.address(grad_normaliser),
+                scale=native.address(scale),
+                weight=native.address(weight),
+                grad_context_blank=native.address(grad_context_blank),
+                grad_context_label=native.address(grad_context_label),
+            )
+        return grad_normaliser, scale, weight, grad_context_blank, grad_context_label
+
+    def gradients(self, **tensors: Tensor) -> None:
+        """After the products: overwrites grad_am and grad_lm, which hold them.
+
+        Args:
+            tensors: am_exp, lm_exp, normaliser, grad_blank, grad_label, grad_normaliser, scale,
+                grad_am, grad_lm.
+        """
+        with native.backend_of(self._product) as backend:
+            native.extension.cpu.additive_gradients(
+                self.native,
+                **backend.queue,
+                **{name: native.address(tensor) for name, tensor in tensors.items()},
+            )
+
+
+def _cells(am: Tensor, lm: Tensor, product: Tensor, threshold: float) -> dict[str, Any]:
+    return {
+        "dtype": native.DTYPES[am.dtype],
+        "num_utterances": am.size(0),
+        "num_frames": am.size(1),
+        "num_columns": lm.size(1),
+        "vocab_size": am.size(2),
+        "am": native.address(am),
+        "lm": native.address(lm),
+        "product": native.address(product),
+        "threshold": threshold,
+    }
+
+
+def repair_normaliser(
+    am: Tensor, lm: Tensor, product: Tensor, threshold: float, normaliser: Tensor
+) -> None:
+    """Overwrites `normaliser` with logsumexp(am_t + lm_u) in the cells of product < threshold.
+
+    am (B,T,V), lm (B,U+1,V), product (B,T,U+1) float32 or float64; normaliser (B,T,U+1) float64.
+    """
+    with native.backend_of(am) as backend:
+        backend.stages.repair_normaliser(
+            **_cells(am, lm, product, threshold),
+            **backend.queue,
+            normaliser=native.address(normaliser),
+        )
+
+
+def repair_normaliser_backward(
+    am: Tensor,
+    lm: Tensor,
+    product: Tensor,
+    threshold: float,
+    normaliser: Tensor,
+    grad: Tensor,
+    grad_am: Tensor,
+    grad_lm: Tensor,
+) -> None:
+    """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to grad_am, grad_lm."""
+    with native.backend_of(am) as backend:
+        backend.stages.repair_normaliser_backward(
+            **_cells(am, lm, product, threshold),
+            normaliser=native.address(normaliser),
+            grad=native.address(grad),
+            **backend.queue,
+            grad_am=native.address(grad_am),
+            grad_lm=native.address(grad_lm),
+        )

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of arguments shared by the losses: a name, what was expected, what came.
+
+Shape checks look at sizes only. Value checks read the tensors, so they run where the values are on
+the CPU already (or where the caller asked for them).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from transducer_toolkit.ops import native
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Raises a TypeError unless `value` is a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense torch.Tensor (torch.strided), got {kind}")
+
+
+def check_int(value: object, name: str) -> None:
+    """Raises a TypeError unless `value` is an int, which a bool is not."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def check_at_least(minimum: int, **values: object) -> None:
+    """Raises a TypeError or ValueError unless each of `values` is an int of at least `minimum`."""
+    for name, value in values.items():
+        check_int(value, name)
+        if value < minimum:  # type: ignore[operator]
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_probability(value: object, name: str) -> None:
+    """Raises a TypeError or ValueError unless `value` is a number in [0, 1]."""
+    check_number(value, name)
+    if not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_number(value: object, name: str) -> None:
+    """Raises a TypeError unless `value` is a real number, a 0-dimensional tensor included."""
+    if not (isinstance(value, (int, float)) or hasattr(value, "__float__")):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_flag(value: object, name: str) -> None:
+    """Raises a TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises a ValueError unless `reduction` is one of REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
+    """(B,) -> (B,) for "none", scalar for "mean" (over utterances) and "sum"."""
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def may_read(validate: bool | None, *tensors: Tensor | None) -> bool:
+    """Whether to look at values: `validate`, or, where it is None, if all are on the CPU."""
+    if validate is not None:
+        return validate
+    return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raises a RuntimeError if one carries a tangent: the operators would give zero derivatives."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "the losses have no forward-mode derivative (torch.func.jvp, forward_ad): use "
+                "backward, or torch.func.vjp"
+            )
+
+
+def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises a TypeError unless the dtype is one of `dtypes`."""
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
+
+
+def check_dropped_mass(dropped_mass: float) -> None:
+    """Raises a ValueError unless 0 <= dropped_mass < 1."""
+    check_number(dropped_mass, "dropped_mass")
+    if not 0 <= dropped_mass < 1:
+        raise ValueError(f"dropped_mass: expected 0 <= dropped_mass < 1, got {dropped_mass}")
+
+
+def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_joint(enc: Tensor, pred: Tensor) -> None:
+    """Types, dtypes, devices and sizes of what a joiner adds: (B, T, D) and (B, U + 1, D)."""
+    for name, tensor in (("enc", enc), ("pred", pred)):
+        check_tensor(tensor, name)
+        check_dtype(tensor, name, native.SUPPORTED_DTYPES)
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected shape (B, length, D), got {tuple(tensor.shape)}")
+    if pred.dtype != enc.dtype:
+        raise TypeError(f"pred: expected dtype {enc.dtype}, that of enc, got {pred.dtype}")
+    if pred.device != enc.device:
+        raise ValueError(f"pred: expected device {enc.device}, that of enc, got {pred.device}")
+    if (pred.size(0), pred.size(2)) != (enc.size(0), enc.size(2)):
+        raise ValueError(
+            f"pred: expected shape ({enc.size(0)}, U + 1, {enc.size(2)}), B and D from enc, "
+            f"got {tuple(pred.shape)}"
+        )
+
+
+def check_ranges(
+    ranges: Tensor | None, num_utterances: int, num_frames: int, device: torch.device
+) -> None:
+    """Type, dtype, size and device of ranges (B, T, R); None passes."""
+    if ranges is None:
+        return
+    check_tensor(ranges, "ranges")
+    check_dtype(ranges, "ranges", INDEX_DTYPES)
+    expected = num_utterances, num_frames
+    if ranges.dim() != 3 or tuple(ranges.shape[:2]) != expected or ranges.size(2) == 0:
+        raise ValueError(
+            f"ranges: expected shape ({num_utterances}, {num_frames}, R), R >= 1, "
+            f"got {tuple(ranges.shape)}"
+        )
+    if ranges.device != device:
+        raise ValueError(
+            f"ranges: expected device {device}, that of the logits or enc, got {ranges.device}"
+        )
+
+
+def check_targets_and_lengths(
+    targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor, device: torch.device
+) -> None:
+    """Types, ranks, sizes and devices of the three index tensors.
+
+    Raises:
+        TypeError: not a tensor, or not int32 / int64.
+        ValueError: wrong rank or size, B = 0, or on a device that is neither `device` nor, for
+            lengths, the CPU.
+    """
+    for name, tensor in (
+        ("targets", targets),
+        ("logit_lengths", logit_lengths),
+        ("target_lengths", target_lengths),
+    ):
+        check_tensor(tensor, name)
+        check_dtype(tensor, name, INDEX_DTYPES)
+    if targets.dim() != 2:
+        raise ValueError(f"targets: expected shape (B, U), got {tuple(targets.shape)}")
+    if targets.size(0) == 0:
+        raise ValueError("targets: expected at least one utterance, got B = 0")
+    for name, tensor in (("logit_lengths", logit_lengths), ("target_lengths", target_lengths)):
+        if tuple(tensor.shape) != (targets.size(0),):
+            raise ValueError(
+                f"{name}: expected shape ({targets.size(0)},), the batch size of targets, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.device not in (device, torch.device("cpu")):
+            raise ValueError(f"{name}: expected device {device} or cpu, got {tensor.device}")
+    if targets.device != device:
+        raise ValueError(f"targets: expected device {device}, that of logits, got {targets.device}")
+
+
+def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
+    """Raises a TypeError unless blank is an int, a ValueError unless 0 <= blank < V."""
+    check_int(blank, name)
+    if not 0 <= blank < vocab_size:
+        raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V of logits), got {blank}")
+
+
+def check_lengths_fit(
+    logit_lengths: Tensor, target_lengths: Tensor, *, max_frames: int, max_targets: int
+) -> None:
+    """Raises a ValueError naming the first utterance whose lengths are impossible.
+
+    Args:
+        logit_lengths: (B,) must be in [1, max_frames], T of padded or rows of packed logits.
+        target_lengths: (B,) must be in [0, max_targets], the width of targets.
+    """
+    frames, symbols = logit_lengths.tolist(), target_lengths.tolist()
+    for b, (num_frames, num_targets) in enumerate(zip(frames, symbols, strict=True)):
+        if not 1 <= num_frames <= max_frames:
+            raise ValueError(
+                f"logit_lengths[{b}]: expected 1 to {max_frames} (what logits have room for), "
+                f"got {num_frames}"
+            )
+        if not 0 <= num_targets <= max_targets:
+            raise ValueError(
+                f"target_lengths[{b}]: expected 0 to {max_targets} (width of targets), "
+                f"got {num_targets}"
+            )
+
+
+def check_packed_rows(logit_lengths: Tensor, target_lengths: Tensor, num_rows: int) -> None:
+    """Raises a ValueError unless packed logits have one row for each lattice cell."""
+    cells = int((logit_lengths.long() * (target_lengths.long() + 1)).sum())
+    if cells != num_rows:
+        raise ValueError(
+            f"logits: expected {cells} rows, sum of logit_lengths * (target_lengths + 1), for the "
+            f"packed layout, got {num_rows}"
+        )
+
+
+def check_labels(
+    targets: Tensor,
+    target_lengths: Tensor,
+    *,
+    blank: int | None,
+    vocab_size: int,
+    first: Tensor | None = None,
+    name: str = "targets",
+) -> None:
+    """Raises a ValueError naming the first label outside [0, V) or, unless None, equal to blank.
+
+    The labels of an utterance are `target_lengths` (B,) many from place `first` (B,) on, or from 0.
+    """
+    places = torch.arange(targets.size(1), device=targets.device)
+    if first is not None:
+        places = places - first.to(targets.device)[:, None]
+    real = (places >= 0) & (places < target_lengths.to(targets.device)[:, None])  # (B, U)
+    bad = (targets < 0) | (targets >= vocab_size)
+    if blank is not None:
+        bad |= targets == blank
+    bad &= real
+    if bool(bad.any()):
+        b, u = (int(i) for i in bad.nonzero()[0])
+        label = int(targets[b, u])
+        reason = (
+            f"a label other than blank ({blank})"
+            if label == blank
+            else f"a label in [0, {vocab_size})"
+        )
+        raise ValueError(f"{name}[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
+
+
+def check_boundary(boundary: object, num_utterances: int, device: torch.device) -> None:
+    """Type, shape and device of a boundary; None passes.
+
+    Raises:
+        TypeError: neither None nor an int32 or int64 tensor.
+        ValueError: not (B, 4), or on a device that is neither `device` nor the CPU.
+    """
+    if boundary is None:
+        return
+    check_tensor(boundary, "boundary")
+    assert isinstance(boundary, Tensor)
+    check_dtype(boundary, "boundary", INDEX_DTYPES)
+    if tuple(boundary.shape) != (num_utterances, 4):
+        raise ValueError(
+            f"boundary: expected shape ({num_utterances}, 4), rows [s_begin, t_begin, s_end, "
+            f"t_end], got {tuple(boundary.shape)}"
+        )
+    if boundary.device not in (device, torch.device("cpu")):
+        raise ValueError(f"boundary: expected device {device} or cpu, got {boundary.device}")
+
+
+def check_boundary_values(
+    boundary: Tensor, *, max_targets: int, max_frames: int, min_frames: int
+) -> None:
+    """Raises a ValueError naming the first utterance whose boundary is impossible.
+
+    Args:
+        boundary: (B, 4).
+        max_targets: S, no s_end is larger.
+        max_frames: T, no t_end is larger.
+        min_frames: no utterance has fewer frames.
+    """
+    for b, (s_begin, t_begin, s_end, t_end) in enumerate(boundary.tolist()):
+        if not 0 <= s_begin <= s_end <= max_targets:
+            raise ValueError(
+                f"boundary[{b}] (utterance {b}): expected 0 <= s_begin <= s_end <= {max_targets}, "
+                f"got s_begin = {s_begin}, s_end = {s_end}"
+            )
+        if not 0 <= t_begin <= t_end - min_frames <= max_frames - min_frames:
+            relation = "<" if min_frames else "<="
+            raise ValueError(
+                f"boundary[{b}] (utterance {b}): expected 0 <= t_begin {relation} t_end <= "
+                f"{max_frames}, got t_begin = {t_begin}, t_end = {t_end}"
+            )
+
+
+def check_ranges_values(
+    ranges: Tensor, logit_lengths: Tensor, max_targets: int, first: Tensor | None = None
+) -> None:
+    """Raises a ValueError naming the first frame whose window is not one.
+
+    Args:
+        ranges: (B, T, R), R consecutive symbols for each frame, all in [0, max_targets].
+        logit_lengths: (B,) how many frames to look at.
+        max_targets: U.
+        first: (B,) the first of them, or 0.
+    """
+    width = ranges.size(2)
+    frames = torch.arange(ranges.size(1)) - (0 if first is None else first.cpu()[:, None])
+    real = (frames >= 0) & (frames < logit_lengths.cpu()[:, None])
+    start = ranges[:, :, :1].cpu()
+    is_run = (ranges.cpu() == start + torch.arange(width)).all(2)
+    fits = (start[:, :, 0] >= 0) & (start[:, :, 0] <= max_targets + 1 - width)
+    bad = ~(is_run & fits) & real
+    if bool(bad.any()):
+        b, t = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"ranges[{b}, {t}] (utterance {b}): expected {width} consecutive symbols within "
+            f"0 ... {max_targets}, got {ranges[b, t].tolist()}"
+        )
+
+
+def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str) -> None:
+    """Raises a ValueError naming the first utterance that no path of `topology` can explain.
+
+    ``regular`` fits any number of symbols into one frame; ``modified`` and ``constrained`` need
+    T >= U, ``one_sym_per_frame`` needs T > U.
+    """
+    if topology == "regular":
+        return
+    extra = 1 if topology == "one_sym_per_frame" else 0
+    frames, symbols = logit_lengths.tolist(), target_lengths.tolist()
+    for b, (num_frames, num_targets) in enumerate(zip(frames, symbols, strict=True)):
+        if num_frames < num_targets + extra:
+            relation = "more frames than symbols" if extra else "at least as many frames as symbols"
+            raise ValueError(
+                f"utterance {b}: {topology} needs {relation}, "
+                f"got {num_frames} frames and {num_targets} symbols"
+            )
+
+
+def check_validate(validate: bool | None) -> None:
+    """Raises a TypeError unless `validate` is a bool or None."""
+    if validate is not None:
+        check_flag(validate, "validate")
+
+
+def check_options(fastemit_lambda: float, delay_penalty: float, clamp: float = 0.0) -> None:
+    """Raises a ValueError for a negative or non-finite weight, or a clamp that is NaN.
+
+    Or a TypeError for what is no number.
+    """
+    for name, value in (("fastemit_lambda", fastemit_lambda), ("delay_penalty", delay_penalty)):
+        check_number(value, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    check_number(clamp, "clamp")
+    if clamp != clamp:  # NaN; torch.compile traces this, but not math.isnan
+        raise ValueError("clamp: expected a number, got nan")

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of blank and labels under an additive joiner, plain and smoothed, without its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops.additive import additive_scores
+from transducer_toolkit.ops.boundary import (
+    check_rnnt_type,
+    checked_symbols,
+    real_columns,
+    real_frames,
+)
+
+
+def scores_of_cells(
+    lm: Tensor,
+    am: Tensor,
+    symbols: Tensor,
+    termination_symbol: int,
+    lm_only_scale: float,
+    am_only_scale: float,
+    boundary: Tensor,
+    rnnt_type: str,
+    feasible_topology: str,
+) -> tuple[Tensor, Tensor]:
+    """Blank scores (B, T, S + 1) and label scores (B, T, S), float64, constrained sum included."""
+    symbols, is_invalid = checked_symbols(
+        symbols,
+        boundary,
+        max_frames=am.size(1),
+        vocab_size=am.size(2),
+        topology=feasible_topology,
+    )
+    # Zeroed before any product or reduction: 0 * NaN is NaN.
+    is_context = real_columns(boundary, lm.size(1), lm.device)  # (B, S + 1)
+    is_frame = real_frames(boundary, am.size(1), am.device)  # (B, T)
+    dtype = native.compute_dtype(am.dtype)
+    lm = _zero_padding(lm.to(dtype), is_context)
+    am = _zero_padding(am.to(dtype), is_frame)
+
+    # What a context adds to its blank (B, S + 1) and to its label (B, S) at every frame.
+    lm_blank = lm[:, :, termination_symbol].to(native.SCORE_DTYPE)
+    lm_label = lm[:, :-1].gather(2, symbols[:, :, None]).squeeze(2).to(native.SCORE_DTYPE)
+    of_blank, of_label, contexts = [], [], lm
+    combined_scale = 1.0 - lm_only_scale - am_only_scale
+    if combined_scale < 1e-6:  # what check_arguments lets the sum of the others be above 1
+        combined_scale = 0.0
+    # A scale of zero leaves its term out: 0 * -inf would be NaN.
+    if combined_scale > 0:
+        of_blank.append(combined_scale * lm_blank)
+        of_label.append(combined_scale * lm_label)
+    if lm_only_scale > 0 or am_only_scale > 0:
+        normaliser = _log_sum_exp(lm)  # (B, S + 1)
+    if lm_only_scale > 0:
+        of_blank.append(lm_only_scale * (lm_blank - normaliser))
+        of_label.append(lm_only_scale * (lm_label - normaliser[:, :-1]))
+    if am_only_scale > 0:
+        prior = _log_mean_softmax(lm, normaliser[:, :, None], is_context)  # (V,)
+        contexts = torch.cat([lm, prior.expand(lm.size(0), 1, -1)], 1)
+        of_prior = am_only_scale * prior.to(native.SCORE_DTYPE)
+        of_blank.append(of_prior[termination_symbol].expand_as(lm_blank))
+        of_label.append(of_prior[symbols])
+    blank, label = additive_scores(
+        contexts,
+        am,
+        symbols,
+        sum(of_blank[1:], of_blank[0]),
+        sum(of_label[1:], of_label[0]),
+        blank=termination_symbol,
+        combined_scale=combined_scale,
+        am_only_scale=am_only_scale,
+    )
+    if is_invalid is not None:
+        label = label.masked_fill(is_invalid[:, None, :], float("nan"))
+    if rnnt_type == "constrained":
+        label = label + blank[:, :, 1:]
+    return blank, label
+
+
+def _zero_padding(rows: Tensor, is_real: Tensor) -> Tensor:
+    """(B, N, V), zero where is_real (B, N) is not; where looking is free, no copy if all are."""
+    if is_real.is_cpu and not torch.compiler.is_compiling() and bool(is_real.all()):
+        return rows
+    return rows.masked_fill(~is_real[:, :, None], 0.0)
+
+
+def _log_sum_exp(rows: Tensor) -> Tensor:
+    """(B, N, V) -> (B, N) float64; NaN where nothing in a row is finite."""
+    top = rows.detach().amax(-1, keepdim=True)
+    return (rows - top).exp().sum(-1).to(native.SCORE_DTYPE).log() + top.squeeze(-1)
+
+
+def _log_mean_softmax(lm: Tensor, normaliser: Tensor, is_context: Tensor) -> Tensor:
+    """log of the mean of softmax(lm) over the real (b, u): (B,U+1,V), (B,U+1,1), (B,U+1) -> (V,)"""
+    log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(~is_context[:, :, None], float("-inf"))
+    top = log_probs.detach().amax((0, 1))
+    top = torch.where(top == float("-inf"), 0.0, top)  # a symbol that no context allows
+    total = (log_probs - top).exp().sum((0, 1))
+    is_possible = total != 0  # NaN is kept
+    # The inner where keeps the derivative of log(0) out of the gradient.
+    log_total = torch.where(is_possible, total, 1.0).log()
+    mean = log_total + top - is_context.sum().to(lm.dtype).log()
+    return torch.where(is_possible, mean, float("-inf"))
+
+
+def check_arguments(
+    lm: Tensor,
+    am: Tensor,
+    symbols: Tensor,
+    termination_symbol: int,
+    lm_only_scale: float,
+    am_only_scale: float,
+    boundary: Tensor | None,
+    rnnt_type: str,
+) -> None:
+    check_rnnt_type(rnnt_type)
+    for name, scale in (("lm_only_scale", lm_only_scale), ("am_only_scale", am_only_scale)):
+        checks.check_number(scale, name)
+        if not 0 <= scale <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {scale}")
+    if lm_only_scale + am_only_scale > 1 + 1e-6:
+        raise ValueError(
+            "lm_only_scale, am_only_scale: expected a sum of at most 1, "
+            f"got {lm_only_scale} + {am_only_scale}"
+        )
+    for name, tensor in (("lm", lm), ("am", am)):
+        checks.check_tensor(tensor, name)
+        checks.check_dtype(tensor, name, native.SUPPORTED_DTYPES)
+        if tensor.dim() != 3:
+            axes = "(B, S + 1, V)" if name == "lm" else "(B, T, V)"
+            raise ValueError(f"{name}: expected shape {axes}, got {tuple(tensor.shape)}")
+    if am.dtype != lm.dtype:
+        raise TypeError(f"am: expected dtype {lm.dtype}, that of lm, got {am.dtype}")
+    if am.device != lm.device:
+        raise ValueError(f"am: expected device {lm.device}, that of lm, got {am.device}")
+    checks.check_tensor(symbols, "symbols")
+    checks.check_dtype(symbols, "symbols", checks.INDEX_DTYPES)
+    if symbols.dim() != 2:
+        raise ValueError(f"symbols: expected shape (B, S), got {tuple(symbols.shape)}")
+    if symbols.size(0) == 0:
+        raise ValueError("symbols: expected at least one utterance, got B = 0")
+    if symbols.device != am.device:
+        raise ValueError(f"symbols: expected device {am.device}, that of am, got {symbols.device}")
+    num_utterances, num_symbols = symbols.shape
+    vocab_size = am.size(2)
+    if tuple(lm.shape) != (num_utterances, num_symbols + 1, vocab_size):
+        raise ValueError(
+            f"lm: expected shape ({num_utterances}, {num_symbols + 1}, {vocab_size}), B and S + 1 "
+            f"from symbols {tuple(symbols.shape)}, V from am, got {tuple(lm.shape)}"
+        )
+    if am.size(0) != num_utterances or am.size(1) == 0:
+        raise ValueError(
+            f"am: expected shape ({num_utterances}, T, V) with T >= 1, B from symbols, "
+            f"got {tuple(am.shape)}"
+        )
+    checks.check_int(termination_symbol, "termination_symbol")
+    if not 0 <= termination_symbol < vocab_size:
+        raise ValueError(
+            f"termination_symbol: expected 0 <= termination_symbol < {vocab_size} (V of am), "
+            f"got {termination_symbol}"
+        )
+    checks.check_boundary(boundary, num_utterances, am.device)
+    native.require_supported_device(am.device)
