@@ -68,9 +68,7 @@ class TinyTransducer(nn.Module):
         enc = self.encoder(features.transpose(1, 2)).transpose(1, 2)
         return enc, self.predictor(nn.functional.pad(targets, (1, 0)))
 
-    def loss(
-        self, features: Tensor, targets: Tensor, shape: LatticeShape
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, features: Tensor, targets: Tensor, shape: LatticeShape) -> tuple[Tensor, Tensor]:
         """The mean loss, and the part of the cells that backward visits."""
         enc, pred = self(features, targets)
         weights = self.output.weight, self.output.bias
@@ -183,7 +181,9 @@ def main() -> None:
     )
     parser.add_argument("picture", type=Path, metavar="PNG")
     parser.add_argument(
-        "--check", action="store_true", help="only compare the picture that is there with the numbers"
+        "--check",
+        action="store_true",
+        help="compare the picture that is there with the numbers",
     )
     options = parser.parse_args()
     before, after = panels()

@@ -150,12 +150,9 @@ def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
 
 def anchors(path):
     """What a link may lead to inside of a page, as GitHub and MkDocs both name it."""
-    titles = [
-        re.findall(r"^#+ (.*)$", text, flags=re.M)
-        for language, text in fenced(path.read_text())
-        if language is None
-    ]
-    words = [re.sub(r"[^\w\s-]", "", title.lower()) for title in sum(titles, [])]
+    prose = "\n".join(text for language, text in fenced(path.read_text()) if language is None)
+    titles = re.findall(r"^#+ (.*)$", prose, flags=re.M)
+    words = [re.sub(r"[^\w\s-]", "", title.lower()) for title in titles]
     return {re.sub(r"\s", "-", title.strip()) for title in words}
 
 

@@ -57,7 +57,9 @@ def test_all_has_every_extra_but_the_developers():
 
 
 def test_the_installation_page_lists_the_extras():
-    (paragraph,) = re.findall(r"\*\*Which extras are there\?\*\*(.*?)\n\n", INSTALLATION, flags=re.S)
+    (paragraph,) = re.findall(
+        r"\*\*Which extras are there\?\*\*(.*?)\n\n", INSTALLATION, flags=re.S
+    )
     assert sorted(re.findall(r"`(\w+)`\s\(", paragraph)) == sorted(EXTRAS)
 
 
@@ -87,7 +89,9 @@ def test_versions_of_python_are_said_once():
     classified = {
         c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)
     }
-    lowest, highest = re.search(r"versions of Python\?\*\* (3\.\d+) to (3\.\d+)", INSTALLATION).groups()
+    lowest, highest = re.search(
+        r"versions of Python\?\*\* (3\.\d+) to (3\.\d+)", INSTALLATION
+    ).groups()
     minors = range(int(lowest.split(".")[1]), int(highest.split(".")[1]) + 1)
     assert classified == {f"3.{minor}" for minor in minors}
     assert PROJECT["requires-python"] == f">={lowest}"
