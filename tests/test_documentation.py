@@ -265,6 +265,10 @@ def compose_like_hydra(config_name, words):
     for flag in FLAGS_WITH_VALUE:
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
+    if "--config-dir" in words:
+        at = words.index("--config-dir")
+        _, folder = words[at : at + 2]
+        words[at : at + 2] = [f"hydra.searchpath=[file://{ROOT / folder}]"]
     # "data=OPTION": any of them.
     texts = [w for w in words if w not in FLAGS and not re.fullmatch(r"[a-z_/]+=[A-Z]+", w)]
     overrides = OverridesParser.create().parse_overrides(texts)
