@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MkDocs hooks: pages and pictures of the site that stand elsewhere in the repository.
+"""MkDocs hooks: pages, pictures and examples that stand outside of `docs/`.
 
 A page outside of `docs/`, such as CONTRIBUTING.md, is written once, for readers of the repository;
 its links are relative to its place there. These hooks add it to the site and turn its links, and
@@ -33,18 +33,23 @@ PICTURES = {
     f"benchmarks/results/{path.name}": f"images/{path.name}"
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.png"))
 }
-MOVED = PAGES | PICTURES
+SCRIPTS = {
+    str(path.relative_to(ROOT)): str(path.relative_to(ROOT))
+    for path in sorted((ROOT / "examples").rglob("*"))
+    if path.suffix in (".py", ".yaml", ".ipynb")
+}
+MOVED = PAGES | PICTURES | SCRIPTS
 PLACES = {site: repository for repository, site in PAGES.items()}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 CODE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
-    """Adds the pages and pictures that stand outside of `docs/`."""
+    """Adds what stands outside of `docs/`."""
     for repository, site in PAGES.items():
         path = ROOT / repository
         files.append(File.generated(config, site, content=path.read_text()))
-    for repository, site in PICTURES.items():
+    for repository, site in (PICTURES | SCRIPTS).items():
         files.append(File.generated(config, site, abs_src_path=str(ROOT / repository)))
     return files
 
