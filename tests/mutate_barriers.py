@@ -21,9 +21,11 @@ from pathlib import Path
 
 import torch
 
+from tests import stage_calls as stages
 from tests.backends import ORDERS, ROOT, build_emulated, load_emulated
 from tests.stage_cases import kept_rows, make_case, random_scores, random_uses, score
-from transducer_toolkit.ops import native, stages
+from transducer_toolkit.ops import native
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 # __syncthreads_or(x) is x without its barrier, which is a vote too.
 _BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|__syncthreads_or(?=\()")
@@ -41,7 +43,7 @@ def run_everything() -> list[torch.Tensor]:
     case = make_case("packed", (2, 1), (1, 2), 4500)  # a block a row
     batch = case.batch()
     results += score(torch.randn(batch.num_rows, 4500), batch, batch.all_rows())
-    for topology in native.TOPOLOGIES:
+    for topology in TOPOLOGIES:
         for frames, symbols in (((9, 40), (45, 33)), ((40, 5), (9, 4)), ((700,), (690,))):
             if topology != "regular":
                 symbols = tuple(min(pair) for pair in zip(frames, symbols, strict=True))

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.backends import emulated_module
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.registration import Operator
 
 CUDA = torch.device("cuda", 0)
 BOOL, IS_CUDA = torch.bool, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
@@ -202,26 +203,26 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def gradients(
-    operator: Any, differentiate: Callable[..., Any], setup: Callable[..., None], traffic: Traffic
+    operator: Operator[Any, Any, Any, Any], traffic: Traffic, **plan: Any
 ) -> Callable[..., tuple[Tensor, tuple[Any, ...]]]:
     """run(grad, number) -> outputs and gradients of the operator, with the arguments it had last.
 
-    The last argument of our loss operators, whether posteriors are wanted, is set; `before_last`
-    replaces those in front of it.
+    `plan` replaces parts of the operator's plan.
     """
 
-    def run(
-        loss_grad: Tensor, num_wanted: int, before_last: tuple[Any, ...] = ()
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        others = traffic.calls[operator.__name__][: -1 - len(before_last)]
-        arguments = *others, *before_last, True
-        outputs = operator(*arguments)
+    def run(loss_grad: Tensor, num_wanted: int) -> tuple[Tensor, tuple[Any, ...]]:
+        inputs, options, last_plan, _ = operator.split(traffic.calls[operator.name])
+        new_plan = last_plan._replace(**plan)
+        arguments = operator.flat(inputs, options, new_plan)
+        outputs = operator.run(*arguments)
         context = SimpleNamespace(
             needs_input_grad=(True,) * num_wanted + (False,) * (len(arguments) - num_wanted),
             set_materialize_grads=lambda value: None,
         )
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
-        setup(context, arguments, outputs)
-        return outputs[0], differentiate(context, loss_grad)
+        operator.setup_context(context, arguments, outputs)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        others = [None] * (len(outputs) - 1)
+        return outputs[0], operator.differentiate(context, loss_grad, *others)
 
     return run

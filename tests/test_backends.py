@@ -7,6 +7,7 @@ Stage 2 is in test_backends_lattice.py.
 import pytest
 import torch
 
+from tests import stage_calls as stages
 from tests.backends import accelerated, check_close, in_every_order, of
 from tests.stage_cases import (
     LAYOUTS,
@@ -19,7 +20,7 @@ from tests.stage_cases import (
     run_lattice,
     score,
 )
-from transducer_toolkit.ops import additive_stages, native, stages
+from transducer_toolkit.ops import additive_stages, native
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -231,14 +232,14 @@ def test_tiles_give_what_all_rows_give(name, layout, listed):
     logits = torch.randn(batch.num_rows, 7).to(backend.device)
     with backend.active():
         whole = score(logits, batch, batch.all_rows())
-        out = CellScores(batch, backend.device)
-        for tensor in (out.normaliser, out.blank, out.label):
+        out = CellScores.zeros(batch, backend.device)
+        for tensor in (out.normalizer, out.blank, out.label):
             tensor.fill_(7.0)
         for begin in range(0, batch.num_rows, 11):
             size = min(11, batch.num_rows - begin)
             tile = RowTile(begin, size, rows if listed else None)
             stages.cell_scores(logits[begin : begin + size], batch, tile, out, blank=0)
-    parts = out.normaliser, out.blank, out.label
+    parts = out.normalizer, out.blank, out.label
     assert all(torch.equal(*pair) for pair in zip(parts, whole, strict=True))
 
 
@@ -382,11 +383,9 @@ def test_normaliser_repair(name, dtype, vocab_size):
     def run(device):
         tensors = [tensor.to(device, copy=True) for tensor in (am, lm, product, grad)]
         normaliser = torch.full((2, 5, 4), 7.0, dtype=torch.float64, device=device)
-        additive_stages.repair_normaliser(*tensors[:3], 0.6, normaliser)
+        additive_stages.repair_normalizer(tensors[:3], 0.6, normaliser)
         grads = torch.ones_like(tensors[0]), torch.ones_like(tensors[1])
-        additive_stages.repair_normaliser_backward(
-            *tensors[:3], 0.6, normaliser, tensors[3], *grads
-        )
+        additive_stages.repair_normalizer_backward(tensors[:3], 0.6, normaliser, tensors[3], grads)
         return normaliser, *grads
 
     expected = run("cpu")

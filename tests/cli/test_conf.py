@@ -108,8 +108,8 @@ def _numbers(config):
         ("trainer.max_epochs=x", "trainer.max_epochs: expected an int, got str"),
         ("+trainer.max_steps=1.5", "trainer.max_steps: expected an int, got float"),
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be at least 1"),
-        ("loss.rnnt_type=null", "loss.rnnt_type: expected one of .* got None"),
-        ("loss.rnnt_type=linear", "loss.rnnt_type: expected one of .* got 'linear'"),
+        ("loss.topology=null", "loss.topology: expected one of .* got None"),
+        ("loss.topology=linear", "loss.topology: expected one of .* got 'linear'"),
     ],
 )
 def test_options_that_no_class_would_name_as_they_are_spelt(override, message, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transducer_toolkit.data.batching import EpochIndex, LatticeBatchSampler, is_feasible
+from transducer_toolkit.data.batching import EpochIndex, LatticeBatchSampler
+from transducer_toolkit.ops.topology import is_feasible
 
 
 def positions(sampler):
@@ -33,7 +34,7 @@ def test_feasibility(topology, slack):
 
 
 def test_unknown_topology():
-    with pytest.raises(ValueError, match=r"topology must be one of regular, .*; got 'other'"):
+    with pytest.raises(ValueError, match=r"topology: expected one of .*regular.*, got 'other'"):
         is_feasible(1, 1, topology="other")
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import stage_calls as stages
 from tests.losses.helpers import ragged_batch
 from transducer_toolkit import transducer_loss
-from transducer_toolkit.ops import native, stages
+from transducer_toolkit.ops import native
 from transducer_toolkit.ops.lattice import LatticeBatch
 
 

@@ -15,6 +15,7 @@ import transducer_toolkit as tt
 from tests.soak.decoder_calls import DECODERS
 from transducer_toolkit.compat import torchaudio
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 RNNT_TYPES = ("regular", "modified", "constrained")
 REDUCTIONS = ("none", "mean", "sum")
@@ -191,7 +192,7 @@ def _scales(random_: random.Random) -> dict[str, Any]:
 
 
 def _fused(random_: random.Random) -> dict[str, Any]:
-    topology = random_.choice(native.TOPOLOGIES)
+    topology = random_.choice(tuple(TOPOLOGIES))
     sizes = Sizes(random_, topology)
     sizes.scale = min(sizes.scale, 3.0)
     width = random_.choice([1, 3, 8])

@@ -46,6 +46,7 @@ from tests.soak.truth import (
 )
 from transducer_toolkit import LatticeShape
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 ACTIVATIONS = {
     "identity": lambda x: x,
@@ -148,7 +149,7 @@ def fused_joiner_loss(a: dict[str, Any], weights: Tensor) -> Results:
     targets = tensor(a["targets"], 2, INDICES)
     require(len(targets) > 0 and (len(targets), targets.size(1) + 1) == tuple(pred.shape[:2]))
     frames, symbols = lengths_of(a, len(targets))
-    topology = one_of(a.get("topology", "regular"), native.TOPOLOGIES)
+    topology = one_of(a.get("topology", "regular"), TOPOLOGIES)
     options = Options(
         integer(a["blank"], 0, len(weight)),
         topology,

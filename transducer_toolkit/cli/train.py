@@ -107,12 +107,11 @@ def _check_options(cfg: DictConfig) -> None:
     """Raise a ValueError or TypeError for what nobody else would name as it is spelt here."""
     from transducer_toolkit.ops.checks import (
         check_at_least,
-        check_choice,
         check_flag,
         check_int,
         check_number,
     )
-    from transducer_toolkit.ops.native import TOPOLOGIES
+    from transducer_toolkit.ops.topology import get_topology
 
     check_at_least(0, seed=cfg.seed)
     if cfg.seed >= 2**32:
@@ -131,9 +130,8 @@ def _check_options(cfg: DictConfig) -> None:
     if "accumulate_grad_batches" in cfg.trainer:
         accumulated = cfg.trainer.accumulate_grad_batches
         check_at_least(1, **{"trainer.accumulate_grad_batches": accumulated})
-    # Where the data follow the loss, they would be the first to complain, of their topology.
-    if "rnnt_type" in cfg.loss and cfg.data.get("topology") == cfg.loss.rnnt_type:
-        check_choice(cfg.loss.rnnt_type, "loss.rnnt_type", TOPOLOGIES)
+    if "topology" in cfg.loss:  # data.topology follows it, and its error would name that key
+        get_topology(cfg.loss.topology, "loss.topology")
 
 
 def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> TransducerModule:
@@ -147,6 +145,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
 
     from transducer_toolkit.decoding import GreedySearch
     from transducer_toolkit.inference.recognizer import recognizer_recipe
+    from transducer_toolkit.ops.topology import TOPOLOGIES
     from transducer_toolkit.training.ctc import CtcLoss
     from transducer_toolkit.training.lightning_module import TransducerModule
 
@@ -156,11 +155,12 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
     if loss.joiner_target is not None:
         model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
+    shares = TOPOLOGIES[loss.topology].labels_share_frames
     recipe = recognizer_recipe(
         model_config,
         tokenizer,
         datamodule.fbank,
-        max_symbols_per_frame=cfg.max_symbols_per_frame if loss.topology == "regular" else 1,
+        max_symbols_per_frame=cfg.max_symbols_per_frame if shares else 1,
         topology=loss.topology,
     )
     model = instantiate(model_config, _convert_="all")

@@ -12,10 +12,7 @@ from torch.utils.data import Sampler
 
 from transducer_toolkit.data.keyed_random import keyed_generator
 
-__all__ = ["EpochIndex", "LatticeBatchSampler", "is_feasible"]
-
-# Smallest T - U of a lattice that has a path (T >= 1 besides), by topology.
-_MIN_SLACK = {"modified": 0, "constrained": 0, "one_sym_per_frame": 1}
+__all__ = ["EpochIndex", "LatticeBatchSampler"]
 
 
 class EpochIndex(NamedTuple):
@@ -27,29 +24,6 @@ class EpochIndex(NamedTuple):
 
     epoch: int
     position: int
-
-
-def is_feasible(num_frames: int, num_targets: int, *, topology: str = "regular") -> bool:
-    """Whether a lattice of T = ``num_frames``, U = ``num_targets`` has at least one path.
-
-    Args:
-        num_frames: encoder frames, after subsampling.
-        num_targets: target symbols.
-        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
-
-    Raises:
-        ValueError: unknown topology.
-
-    Example:
-        >>> is_feasible(3, 5), is_feasible(3, 5, topology="modified")
-        (True, False)
-    """
-    if topology == "regular":
-        return num_frames >= 1
-    if topology not in _MIN_SLACK:
-        expected = ", ".join(("regular", *_MIN_SLACK))
-        raise ValueError(f"topology must be one of {expected}; got {topology!r}")
-    return num_frames >= 1 and num_frames - num_targets >= _MIN_SLACK[topology]
 
 
 class LatticeBatchSampler(Sampler[list[EpochIndex]]):

@@ -13,7 +13,7 @@ import lightning
 import torch
 
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
-from transducer_toolkit.data.batching import LatticeBatchSampler, is_feasible
+from transducer_toolkit.data.batching import LatticeBatchSampler
 from transducer_toolkit.data.corpus import Corpus
 from transducer_toolkit.data.dataset import SpeechDataset, check_on_bad_audio, collate
 from transducer_toolkit.data.features import Fbank
@@ -26,6 +26,7 @@ from transducer_toolkit.data.tokenizer import (
     check_tokenizer,
 )
 from transducer_toolkit.ops.checks import check_at_least, check_int, check_number
+from transducer_toolkit.ops.topology import get_topology, is_feasible
 
 __all__ = ["TransducerDataModule"]
 
@@ -95,7 +96,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         check_at_least(1, max_cells=max_cells, max_utterances=max_utterances)
         check_at_least(1, subsampling=subsampling)
         check_at_least(0, num_workers=num_workers)
-        is_feasible(1, 0, topology=topology)  # refuses one that is unknown
+        get_topology(topology)
         check_on_bad_audio(on_bad_audio)
         if max_duration_s is not None:
             check_number(max_duration_s, "max_duration_s")

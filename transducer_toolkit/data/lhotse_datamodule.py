@@ -13,7 +13,6 @@ from typing import Any
 from lhotse import CutSet, load_manifest_lazy
 from lhotse.cut import Cut
 
-from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.datamodule import TransducerDataModule, _init_worker
 from transducer_toolkit.data.dataset import collate
 from transducer_toolkit.data.lhotse_batching import (
@@ -28,6 +27,7 @@ from transducer_toolkit.data.lhotse_batching import (
 from transducer_toolkit.data.lhotse_sources import LOCAL_SOURCES, SOURCE_TYPES
 from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.ops.checks import check_at_least
+from transducer_toolkit.ops.topology import is_feasible
 
 __all__ = ["LhotseDataModule"]
 

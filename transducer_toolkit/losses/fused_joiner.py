@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops import fused_joiner as fused_operator
-from transducer_toolkit.ops.checks import check_reduction, reduce_losses
-from transducer_toolkit.ops.joint_tiles import are_logits_few, autocast
+from transducer_toolkit.ops.fused_joiner import FusedInputs, fused_loss
 from transducer_toolkit.ops.lattice import LatticeShape, check_shape
+from transducer_toolkit.ops.options import FusedOptions
 
 
 def fused_joiner_loss(
@@ -113,52 +112,36 @@ def fused_joiner_loss(
         recomputation as in E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
         Models", 2024.
     """
-    check_reduction(reduction)
-    checks.check_options(fastemit_lambda, delay_penalty, clamp)
-    _check_arguments(enc, pred, weight, bias, targets, logit_lengths, target_lengths, blank)
-    _check_choices(activation, topology, dropped_mass, tile_cells)
-    checks.check_validate(validate)
+    checks.check_reduction(reduction)
+    options = FusedOptions(
+        blank=blank,
+        topology=topology,
+        fastemit_lambda=fastemit_lambda,
+        delay_penalty=delay_penalty,
+        clamp=clamp,
+        validate=validate,
+        activation=activation,
+        dropped_mass=dropped_mass,
+        tile_cells=tile_cells,
+    )
     checks.check_flag(return_kept, "return_kept")
-    checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
-    native.require_supported_device(enc.device)
-    checks.refuse_forward_mode(enc, pred, weight, bias)
-    enc, pred = autocast(enc), autocast(pred)
+    inputs = FusedInputs(enc, pred, weight, bias, targets, logit_lengths, target_lengths, ranges)
+    _check_inputs(inputs, blank)
     check_shape(shape, targets.size(0))
     if shape is None:
         checks.check_lengths_fit(  # before anything is sized by them
             logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
         )
         shape = LatticeShape.from_lengths(logit_lengths, target_lengths).to(enc.device)
-    with_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (enc, pred, weight, bias)
-    )
     num_rows = shape.num_cells if ranges is None else shape.num_frames * ranges.size(2)
-    keep_logits = with_grad and tile_cells is None and are_logits_few(enc, weight.size(0), num_rows)
-    losses, _, _, _, _, num_kept, _ = fused_operator.fused_losses(
-        enc.contiguous(),
-        pred.contiguous(),
-        weight,
-        bias,
-        targets,
-        shape.logit_lengths,
-        shape.target_lengths,
-        None if ranges is None else ranges.contiguous(),
-        shape.index(enc.device),
-        num_rows,
-        blank,
-        activation,
-        topology,
-        float(fastemit_lambda),
-        float(delay_penalty),
-        float(clamp),
-        float(dropped_mass),
-        min(tile_cells or 0, num_rows),
-        validate,
-        keep_logits,
-        with_grad or return_kept,
+    inputs = inputs._replace(
+        logit_lengths=shape.logit_lengths,
+        target_lengths=shape.target_lengths,
+        shape_index=shape.index(enc.device),
     )
-    loss = reduce_losses(losses, reduction)
-    return (loss, num_kept.sum() / num_rows) if return_kept else loss
+    result = fused_loss(inputs, options, num_rows, with_uses=return_kept)
+    loss = checks.reduce_losses(result.losses, reduction)
+    return (loss, result.num_kept.sum() / num_rows) if return_kept else loss
 
 
 class FusedJoinerLoss(nn.Module):
@@ -190,9 +173,17 @@ class FusedJoinerLoss(nn.Module):
         return_kept: bool = False,
     ) -> None:
         super().__init__()
-        check_reduction(reduction)
-        checks.check_options(fastemit_lambda, delay_penalty, clamp)
-        _check_choices(activation, topology, dropped_mass, tile_cells)
+        checks.check_reduction(reduction)
+        FusedOptions(
+            blank=blank,
+            topology=topology,
+            fastemit_lambda=fastemit_lambda,
+            delay_penalty=delay_penalty,
+            clamp=clamp,
+            activation=activation,
+            dropped_mass=dropped_mass,
+            tile_cells=tile_cells,
+        )
         self.options: dict[str, Any] = {
             "blank": blank,
             "activation": activation,
@@ -236,16 +227,8 @@ class FusedJoinerLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _check_arguments(
-    enc: Tensor,
-    pred: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logit_lengths: Tensor,
-    target_lengths: Tensor,
-    blank: int,
-) -> None:
+def _check_inputs(inputs: FusedInputs, blank: int) -> None:
+    enc, pred, weight, bias, targets, logit_lengths, target_lengths, ranges, _ = inputs
     checks.check_joint(enc, pred)
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, tensor in parameters.items():
@@ -278,14 +261,4 @@ def _check_arguments(
             f"targets {tuple(targets.shape)}, got {tuple(pred.shape)}"
         )
     checks.check_blank(blank, weight.size(0))
-
-
-def _check_choices(
-    activation: str, topology: str, dropped_mass: float, tile_cells: int | None
-) -> None:
-    checks.check_choice(activation, "activation", native.ACTIVATIONS)
-    checks.check_choice(topology, "topology", native.TOPOLOGIES)
-    checks.check_dropped_mass(dropped_mass)
-    is_int = isinstance(tile_cells, int) and not isinstance(tile_cells, bool)
-    if tile_cells is not None and (not is_int or tile_cells < 1):
-        raise ValueError(f"tile_cells: expected None or an int of at least 1, got {tile_cells}")
+    checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)

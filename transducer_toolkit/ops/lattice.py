@@ -364,11 +364,26 @@ class RowTile:
         )
 
 
+@dataclass(frozen=True)
 class CellScores:
-    """What stage 1 gives for each row of a batch: three tensors (rows,) float64."""
+    """Scores of every row of a batch: the output of stage 1 and the input of stage 2.
 
-    def __init__(self, batch: LatticeBatch, device: torch.device) -> None:
-        # Zeros: the stages write real cells only, and padding must not show what the memory held.
-        self.normaliser, self.blank, self.label = (
-            torch.zeros(batch.num_rows, dtype=native.SCORE_DTYPE, device=device) for _ in range(3)
+    Attributes:
+        blank: (rows,) float64, log-probability of blank.
+        label: (rows,) float64, log-probability of the next label.
+        normalizer: (rows,) float64, logsumexp of the row's logits.
+    """
+
+    blank: Tensor
+    label: Tensor
+    normalizer: Tensor
+
+    @classmethod
+    def zeros(cls, batch: LatticeBatch, device: torch.device) -> CellScores:
+        """Returns scores for stage 1 to write. It leaves padding alone, which stays zero."""
+        return cls(
+            *(
+                torch.zeros(batch.num_rows, dtype=native.SCORE_DTYPE, device=device)
+                for _ in range(3)
+            )
         )

@@ -32,7 +32,6 @@ except ImportError as error:
         f"(original error: {error})"
     ) from error
 
-TOPOLOGIES = tuple(extension.Topology.__members__)
 ACTIVATIONS = tuple(extension.Activation.__members__)
 DTYPES = {
     torch.float16: extension.DType.float16,
