@@ -9,6 +9,7 @@ import torch
 
 from tests import stage_calls as stages
 from tests.backends import accelerated, check_close, in_every_order, of
+from tests.stage_calls import lattice_batch
 from tests.stage_cases import (
     LAYOUTS,
     cell_rows,
@@ -21,7 +22,7 @@ from tests.stage_cases import (
     score,
 )
 from transducer_toolkit.ops import additive_stages, native
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
+from transducer_toolkit.ops.lattice import CellScores, RowTile
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of single numbers that were computed in float32, and rounded to 16 bits once.
@@ -163,7 +164,7 @@ def test_nonsense_lengths_are_nan_and_touch_nothing(name, layout):
     case.target_lengths[2] = -3
     fields = dict(vars(case))
     bad = [
-        LatticeBatch(
+        lattice_batch(
             **{k: v.to(d) if hasattr(v, "to") else v for k, v in fields.items()},
             device=torch.device(d),
             num_rows=rows,

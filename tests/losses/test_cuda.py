@@ -7,9 +7,10 @@ import torch
 from tests import stage_calls as stages
 from tests.backends import Backend
 from tests.losses.helpers import ragged_batch
+from tests.stage_calls import lattice_batch
 from transducer_toolkit import LatticeShape, fused_joiner_loss, join, joiner_logits, transducer_loss
 from transducer_toolkit.ops import native
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.lattice import CellScores
 
 pytestmark = pytest.mark.skipif(
     Backend("cuda").missing is not None, reason=str(Backend("cuda").missing)
@@ -100,7 +101,7 @@ def test_stages_are_captured_into_a_graph():
     batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
     device = torch.device("cuda")
     indices = batch.logit_lengths, batch.target_lengths, batch.targets
-    lattices = LatticeBatch(
+    lattices = lattice_batch(
         *(tensor.to(device) for tensor in indices),
         max_frames=60,
         padded=False,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from transducer_toolkit.ops import checks, native, stages
 from transducer_toolkit.ops.joint_tiles import JointTiles, JointWeights, are_logits_few, autocast
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.lattice import Band, CellScores, LatticeBatch, Lengths
 from transducer_toolkit.ops.options import FusedOptions
-from transducer_toolkit.ops.registration import Backward, Operator
+from transducer_toolkit.ops.registration import Backward, Derivative, Operator
 
 
 class FusedInputs(NamedTuple):
@@ -116,18 +116,13 @@ def fused_loss(
 def _lattice_batch(
     inputs: FusedInputs, plan: FusedPlan, skip: Tensor | None = None
 ) -> LatticeBatch:
-    ranges = inputs.ranges
     return LatticeBatch(
-        inputs.logit_lengths,
-        inputs.target_lengths,
+        Lengths(inputs.logit_lengths, inputs.target_lengths, inputs.shape_index),
         inputs.targets,
         num_rows=plan.num_rows,
         max_frames=inputs.enc.size(1),
         padded=False,
-        device=inputs.enc.device,
-        band_start=None if ranges is None else ranges[:, :, 0],
-        band_width=0 if ranges is None else ranges.size(2),
-        index=inputs.shape_index,
+        band=Band.of(inputs.ranges),
         skip=skip,
     )
 
@@ -242,9 +237,11 @@ operator = Operator(
     (FusedInputs, FusedOptions, FusedPlan, FusedLoss),
     forward=_forward,
     fake=_fake,
-    backward=_backward,
-    differentiable=["enc", "pred", "weight", "bias"],
-    differentiated=["losses"],
-    unsaved=["losses"],
+    derivative=Derivative(
+        backward=_backward,
+        of=("enc", "pred", "weight", "bias"),
+        through=("losses",),
+        unsaved=("losses",),
+    ),
     functions="fused_joiner_loss",
 )
