@@ -153,6 +153,32 @@ def test_a_text_with_unknown_characters_is_named(noise_corpus):
         data.test_dataloader()
 
 
+class CountingTokenizer(CharTokenizer):
+    def __init__(self, symbols):
+        super().__init__(symbols)
+        self.texts = []
+
+    def encode(self, text):
+        self.texts.append(text)
+        return super().encode(text)
+
+
+def test_each_text_is_encoded_once(noise_corpus):
+    tokenizer = CountingTokenizer.from_texts(["one two six"])
+    data = data_module(noise_corpus, tokenizer=tokenizer)
+    for _ in range(2):  # the caller, then Lightning
+        data.setup()
+    loaders = [data.train_dataloader(), data.val_dataloader(), *data.test_dataloader()]
+    texts, encoded = [], []
+    for loader in loaders:
+        for batch in loader:
+            texts += batch.texts
+            rows = zip(batch.targets, batch.target_lengths, strict=True)
+            encoded += [tokenizer.decode(ids[:length].tolist()) for ids, length in rows]
+    list(data.train_dataloader())  # another epoch
+    assert sorted(tokenizer.texts) == sorted(texts) == sorted(encoded) and len(texts) == 12 + 5 + 3
+
+
 def test_missing_manifest(noise_corpus, tmp_path):
     corpus = manifest_corpus(noise_corpus, val=tmp_path / "none.jsonl")
     with pytest.raises(FileNotFoundError, match=r"no manifest at .*none\.jsonl"):

@@ -13,7 +13,7 @@ from tests.cuts import write_cuts
 from transducer_toolkit.data.augment import SpecAugment
 from transducer_toolkit.data.corpus import ManifestCorpus
 from transducer_toolkit.data.datamodule import TransducerDataModule
-from transducer_toolkit.data.lhotse_batching import duration_bins
+from transducer_toolkit.data.lhotse_batching import cut_targets, duration_bins, with_targets
 from transducer_toolkit.data.lhotse_datamodule import LhotseDataModule
 from transducer_toolkit.data.tokenizer import CharTokenizer
 
@@ -177,6 +177,29 @@ def test_infeasible_cuts_are_left_out(cuts, caplog):
     assert 0 < len(kept) < NUM_CUTS
     assert "is too short for its text (topology one_sym_per_frame)" in caplog.text
     assert caplog.text.count("too short") == 1
+
+
+@pytest.mark.parametrize("train", ["train.jsonl.gz", "shar"])
+def test_each_text_is_encoded_once_a_pass(cuts, train):
+    texts = []
+
+    class CountingTokenizer(CharTokenizer):
+        def encode(self, text):
+            texts.append(text)
+            return super().encode(text)
+
+    tokenizer = CountingTokenizer.from_texts(["one two six"])
+    steps = {"steps_per_epoch": NUM_CUTS} if train == "shar" else {}
+    data = data_module(cuts, train, tokenizer=tokenizer, max_utterances=1, **steps)
+    seen = [text for batch in data.train_dataloader() for text in batch.texts]
+    assert sorted(texts) == sorted(seen) and len(seen) == NUM_CUTS
+
+
+def test_cuts_without_targets_are_named(cuts):
+    cut = CutSet.from_file(cuts / "val.jsonl.gz")[0]
+    with pytest.raises(ValueError, match=r"cut 'c0' has no target symbols yet: use with_targets"):
+        cut_targets(cut)
+    assert cut_targets(with_targets(cut, CharTokenizer(["<blk>", *"\u2581enosiwtx"]))).min() > 0
 
 
 def test_long_cuts_are_left_out(cuts):

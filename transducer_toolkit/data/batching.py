@@ -92,7 +92,7 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
     def __init__(
         self,
         num_frames: Sequence[int],
-        num_targets: Sequence[int],
+        num_targets: Sequence[int] | np.ndarray,
         *,
         max_cells: int,
         max_utterances: int = 64,

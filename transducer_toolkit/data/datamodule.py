@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transducer_toolkit.data.dataset import SpeechDataset, check_on_bad_audio, c
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
+from transducer_toolkit.data.target_ids import TargetIds
 from transducer_toolkit.data.tokenizer import (
     CharTokenizer,
     Tokenizer,
@@ -122,6 +122,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = seed
         self._utterances: dict[str, list[Utterance]] = {}
+        self._targets: dict[str, TargetIds] = {}
         self._train_position: dict[str, Any] | None = None  # of a checkpoint
 
     def prepare_data(self) -> None:
@@ -129,18 +130,24 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.corpus.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the manifests that a stage ("fit", "validate", "test" or None for all) needs."""
+        """Read the manifests that a stage ("fit", "validate", "test" or None for all) needs.
+
+        A manifest that was read already is not read again: Lightning calls this before each stage.
+        """
         manifests = self.corpus.manifests()
         if self.tokenizer is None:
             texts = (utterance.text for utterance in read_manifest(manifests.train))
             self.tokenizer = self._make_tokenizer(texts)
         if stage in (None, "fit"):
-            self._utterances["train"] = self._feasible("train", manifests.train)
+            self._read_feasible("train", manifests.train)
         if stage in (None, "fit", "validate"):
-            self._utterances["val"] = self._feasible("val", manifests.val)
+            self._read_feasible("val", manifests.val)
         if stage in (None, "test"):
             for name, path in manifests.test.items():
-                self._utterances[f"test/{name}"] = _not_empty(name, path, read_manifest(path))
+                if f"test/{name}" not in self._utterances:
+                    utterances = read_manifest(path)
+                    _check_not_empty(name, path, utterances)
+                    self._utterances[f"test/{name}"] = utterances
 
     @property
     def test_names(self) -> list[str]:
@@ -183,13 +190,17 @@ class TransducerDataModule(lightning.LightningDataModule):
         """Return the dataset "train", "val" or "test/<name>"; ``training`` augments it."""
         if name not in self._utterances:
             raise ValueError(f"no set {name!r} is set up, only {sorted(self._utterances)}")
-        return self._speech(self._utterances[name], training=training)
+        targets = self._targets.get(name)
+        return self._speech(self._utterances[name], targets, training=training)
 
-    def _speech(self, utterances: list[Utterance], *, training: bool) -> SpeechDataset:
+    def _speech(
+        self, utterances: list[Utterance], targets: TargetIds | None = None, *, training: bool
+    ) -> SpeechDataset:
         return SpeechDataset(
             utterances,
             self.made_tokenizer(),
             self.fbank,
+            targets=targets,
             waveform_perturbation=self.waveform_perturbation if training else None,
             spec_augment=self.spec_augment if training else None,
             seed=self.seed,
@@ -197,11 +208,15 @@ class TransducerDataModule(lightning.LightningDataModule):
         )
 
     def _loader(self, name: str, *, training: bool = False) -> ResumableLoader:
+        if name in self._utterances and name not in self._targets:  # of a test set
+            self._targets[name] = TargetIds(self.made_tokenizer().vocab_size)
+            for utterance in self._utterances[name]:
+                self._targets[name].append(self._encode(utterance))
         dataset = self.dataset(name, training=training)
         trainer = self.trainer
         sampler = LatticeBatchSampler(
             [self._num_frames(utterance) for utterance in dataset.utterances],
-            [len(self._encode(utterance)) for utterance in dataset.utterances],
+            self._targets[name].lengths,
             max_cells=self.max_cells,
             max_utterances=self.max_utterances,
             subsampling=self.subsampling,
@@ -224,18 +239,23 @@ class TransducerDataModule(lightning.LightningDataModule):
         num_samples = round(utterance.duration_s * self.fbank.sample_rate / speed)
         return self.fbank.num_frames(num_samples)
 
-    def _feasible(self, name: str, path: Path) -> list[Utterance]:
-        """Utterances of a manifest that keep a path, even at the highest speed of training."""
+    def _read_feasible(self, name: str, path: Path) -> None:
+        """Read the utterances that keep a path, even at the highest speed of training."""
+        if name in self._utterances:
+            return
         perturbation = self.waveform_perturbation if name == "train" else None
         speed = 1.0 if perturbation is None else perturbation.max_speed
+        targets = TargetIds(self.made_tokenizer().vocab_size)
         kept: list[Utterance] = []
         dropped: list[Utterance] = []
-        utterances = self._not_too_long(name, read_manifest(path))
-        for utterance in utterances:
+        for utterance in self._not_too_long(name, read_manifest(path)):
             num_frames = -(-self._num_frames(utterance, speed=speed) // self.subsampling)
-            num_targets = len(self._encode(utterance))
-            feasible = is_feasible(num_frames, num_targets, topology=self.topology)
-            (kept if feasible else dropped).append(utterance)
+            ids = self._encode(utterance)
+            if is_feasible(num_frames, len(ids), topology=self.topology):
+                kept.append(utterance)
+                targets.append(ids)
+            else:
+                dropped.append(utterance)
         if dropped:
             logger.warning(
                 "%s: dropped %d of %d utterances that are too short for their text (topology %s), "
@@ -246,7 +266,9 @@ class TransducerDataModule(lightning.LightningDataModule):
                 self.topology,
                 ", ".join(utterance.id for utterance in dropped[:3]),
             )
-        return _not_empty(name, path, kept)
+        _check_not_empty(name, path, kept)
+        self._utterances[name] = kept
+        self._targets[name] = targets
 
     def _not_too_long(self, name: str, utterances: list[Utterance]) -> list[Utterance]:
         limit_s = math.inf if self.max_duration_s is None else self.max_duration_s
@@ -271,11 +293,9 @@ class TransducerDataModule(lightning.LightningDataModule):
             raise ValueError(f"utterance {utterance.id!r}: {error}") from error
 
 
-def _not_empty(name: str, path: Path, utterances: Iterable[Utterance]) -> list[Utterance]:
-    utterances = list(utterances)
+def _check_not_empty(name: str, path: Path, utterances: list[Utterance]) -> None:
     if not utterances:
         raise ValueError(f"set {name!r} has no usable utterances in {path}")
-    return utterances
 
 
 def _init_worker(worker_id: int) -> None:
