@@ -20,6 +20,10 @@ from transducer_toolkit.data.tokenizer import CharTokenizer
 NUM_CUTS = 40
 
 
+def fourfold(num_frames):
+    return -(-num_frames // 4)
+
+
 @pytest.fixture(scope="module")
 def cuts(tmp_path_factory):
     """``train.jsonl.gz`` and the same as shards of five in ``shar``, and as our own manifest."""
@@ -33,7 +37,8 @@ def data_module(cuts, train="train.jsonl.gz", **options):
         train=cuts / train, val=cuts / "val.jsonl.gz", test={"all": cuts / "val.jsonl.gz"}
     )
     corpus.prepare()
-    data = LhotseDataModule(corpus=corpus, **{"max_cells": 800, "num_buckets": 4, **options})
+    options = {"max_cells": 800, "num_buckets": 4, "num_output_frames": fourfold, **options}
+    data = LhotseDataModule(corpus=corpus, **options)
     data.setup()
     return data
 
@@ -52,9 +57,31 @@ def test_an_epoch_has_all_cuts_in_batches_within_the_budget(cuts):
     assert max(len(batch) for batch in batches) > 2
 
 
+@pytest.mark.parametrize("train", ["train.jsonl.gz", "shar"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_encoder_decides_the_size_of_batches_and_lattices(cuts, train, num_workers):
+    steps = {"steps_per_epoch": 5} if train == "shar" else {}
+    options = {"topology": "modified", "num_workers": num_workers, "max_cells": 400, **steps}
+    kept = {}
+    for factor in (4, 8):
+        data = data_module(
+            cuts, train, num_output_frames=lambda n, factor=factor: -(-n // factor), **options
+        )
+        ids = set()
+        for batch in data.train_dataloader():
+            frames = -(-batch.feature_lengths // factor)
+            assert int((frames * (batch.target_lengths + 1)).sum()) <= 400 or len(batch) == 1
+            assert bool((frames >= batch.target_lengths).all())
+            ids.update(batch.utterance_ids)
+        kept[factor] = ids
+    assert kept[8] < kept[4] or train == "shar"
+
+
 def test_batches_hold_what_our_own_manifests_give(cuts):
     corpus = ManifestCorpus(train=cuts / "train.jsonl", val=cuts / "train.jsonl")
-    own = TransducerDataModule(corpus=corpus, max_cells=800, max_utterances=1)
+    own = TransducerDataModule(
+        corpus=corpus, max_cells=800, max_utterances=1, num_output_frames=fourfold
+    )
     own.setup("fit")
     expected = {batch.utterance_ids[0]: batch for batch in own.val_dataloader()}
     data = data_module(cuts, max_utterances=1)

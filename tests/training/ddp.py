@@ -38,7 +38,7 @@ class JoinedRanksDataModule(TransducerDataModule):
             loader.dataset.targets.lengths,
             max_cells=old.max_cells,
             max_utterances=old.max_utterances,
-            subsampling=self.subsampling,
+            num_output_frames=self.num_output_frames,
             seed=self.seed,
             num_ranks=self.num_ranks,
         )

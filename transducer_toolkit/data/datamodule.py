@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler, is_feasible
 from transducer_toolkit.data.corpus import Corpus
 from transducer_toolkit.data.dataset import SpeechDataset, check_on_bad_audio, collate
+from transducer_toolkit.data.encoder_frames import EncoderFrames
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
@@ -47,10 +49,12 @@ class TransducerDataModule(lightning.LightningDataModule):
             ``CharTokenizer.from_texts``, the default.
         waveform_perturbation: for training, or None.
         spec_augment: for training, or None.
-        max_cells: bound on the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, T after
-            subsampling.
+        num_output_frames: feature frames to encoder frames, the encoder's method of this name. It
+            may be set later, as the attribute, but is needed before ``setup("fit")`` and before any
+            loader is made.
+        max_cells: bound on the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, T in encoder
+            frames.
         max_utterances: bound on the utterances of a batch.
-        subsampling: input frames per encoder frame.
         topology: decides which utterances are feasible, see :func:`is_feasible`.
         num_workers: processes per loader that read and augment; 0 reads in the training process.
         on_bad_audio: ``"raise"`` ends the training at audio that cannot be read, ``"skip"`` leaves
@@ -61,16 +65,20 @@ class TransducerDataModule(lightning.LightningDataModule):
         seed: of shuffling and augmentation.
 
     Attributes:
-        tokenizer: the tokenizer (after ``setup``, if none was given).
+        tokenizer: the tokenizer; None before :meth:`made_tokenizer` has made it.
 
     Raises:
         TypeError: an option is of another type, such as the name of a tokenizer.
-        ValueError: a number is out of range, ``topology`` or ``on_bad_audio`` unknown; (by
-            ``setup``) no utterance is left, or a text has unknown characters.
+        ValueError: a number is out of range, ``topology`` or ``on_bad_audio`` is unknown; (by
+            ``setup``) no utterance is left, a text has unknown characters, or
+            ``num_output_frames`` is missing.
 
     Example:
         >>> corpus = ManifestCorpus(train="train.jsonl", val="dev.jsonl")  # doctest: +SKIP
         >>> data = TransducerDataModule(corpus=corpus, max_cells=40_000)  # doctest: +SKIP
+        >>> data.prepare_data()  # doctest: +SKIP
+        >>> model = make_model(data.made_tokenizer().vocab_size)  # doctest: +SKIP
+        >>> data.num_output_frames = model.encoder.num_output_frames  # doctest: +SKIP
     """
 
     def __init__(
@@ -81,9 +89,9 @@ class TransducerDataModule(lightning.LightningDataModule):
         tokenizer: Tokenizer | TokenizerFactory = CharTokenizer.from_texts,
         waveform_perturbation: WaveformPerturbation | None = None,
         spec_augment: SpecAugment | None = None,
+        num_output_frames: Callable[[int], int] | None = None,
         max_cells: int,
         max_utterances: int = 64,
-        subsampling: int = 4,
         topology: str = "regular",
         num_workers: int = 0,
         on_bad_audio: str = "raise",
@@ -93,7 +101,6 @@ class TransducerDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         check_at_least(1, max_cells=max_cells, max_utterances=max_utterances)
-        check_at_least(1, subsampling=subsampling)
         check_at_least(0, num_workers=num_workers)
         is_feasible(1, 0, topology=topology)  # refuses one that is unknown
         check_on_bad_audio(on_bad_audio)
@@ -114,7 +121,6 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.spec_augment = spec_augment
         self.max_cells = max_cells
         self.max_utterances = max_utterances
-        self.subsampling = subsampling
         self.topology = topology
         self.num_workers = num_workers
         self.on_bad_audio = on_bad_audio
@@ -124,6 +130,31 @@ class TransducerDataModule(lightning.LightningDataModule):
         self._utterances: dict[str, list[Utterance]] = {}
         self._targets: dict[str, TargetIds] = {}
         self._train_position: dict[str, Any] | None = None  # of a checkpoint
+        self._encoder_frames: EncoderFrames | None = None
+        if num_output_frames is not None:
+            self.num_output_frames = num_output_frames
+
+    @property
+    def num_output_frames(self) -> Callable[[int], int]:
+        """Feature frames to encoder frames, as the encoder has it.
+
+        Raises:
+            ValueError: it was not set yet.
+        """
+        if self._encoder_frames is None:
+            raise ValueError(
+                "num_output_frames: expected the encoder's method, got None: the encoder decides "
+                "which utterances have a path and how large their lattices are; set "
+                "data.num_output_frames = model.encoder.num_output_frames"
+            )
+        return self._encoder_frames
+
+    @num_output_frames.setter
+    def num_output_frames(self, num_output_frames: Callable[[int], int]) -> None:
+        self._encoder_frames = EncoderFrames(num_output_frames)
+        # Sets that were read for another encoder may lack utterances, or have too many.
+        self._utterances.clear()
+        self._targets.clear()
 
     def prepare_data(self) -> None:
         """Prepare the corpus (Lightning calls this in one process per node)."""
@@ -135,9 +166,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         A manifest that was read already is not read again: Lightning calls this before each stage.
         """
         manifests = self.corpus.manifests()
-        if self.tokenizer is None:
-            texts = (utterance.text for utterance in read_manifest(manifests.train))
-            self.tokenizer = self._make_tokenizer(texts)
+        self.made_tokenizer()
         if stage in (None, "fit"):
             self._read_feasible("train", manifests.train)
         if stage in (None, "fit", "validate"):
@@ -181,10 +210,17 @@ class TransducerDataModule(lightning.LightningDataModule):
         return [self._loader(f"test/{name}") for name in self.test_names]
 
     def made_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer; a RuntimeError if neither the caller nor ``setup`` has made one."""
+        """Return the tokenizer; the first call makes it of the training texts if none was given.
+
+        The corpus must be prepared (:meth:`prepare_data`).
+        """
         if self.tokenizer is None:
-            raise RuntimeError("there is no tokenizer yet: call setup('fit') first")
+            self.tokenizer = self._make_tokenizer(self._training_texts())
         return self.tokenizer
+
+    def _training_texts(self) -> Iterable[str]:
+        train = self.corpus.manifests().train
+        return (utterance.text for utterance in read_manifest(train))
 
     def dataset(self, name: str, *, training: bool = False) -> SpeechDataset:
         """Return the dataset "train", "val" or "test/<name>"; ``training`` augments it."""
@@ -217,9 +253,9 @@ class TransducerDataModule(lightning.LightningDataModule):
         sampler = LatticeBatchSampler(
             [self._num_frames(utterance) for utterance in dataset.utterances],
             self._targets[name].lengths,
+            num_output_frames=self.num_output_frames,
             max_cells=self.max_cells,
             max_utterances=self.max_utterances,
-            subsampling=self.subsampling,
             shuffle=training,
             seed=self.seed,
             rank=0 if trainer is None else trainer.global_rank,
@@ -246,10 +282,11 @@ class TransducerDataModule(lightning.LightningDataModule):
         perturbation = self.waveform_perturbation if name == "train" else None
         speed = 1.0 if perturbation is None else perturbation.max_speed
         targets = TargetIds(self.made_tokenizer().vocab_size)
+        num_output_frames = self.num_output_frames
         kept: list[Utterance] = []
         dropped: list[Utterance] = []
         for utterance in self._not_too_long(name, read_manifest(path)):
-            num_frames = -(-self._num_frames(utterance, speed=speed) // self.subsampling)
+            num_frames = num_output_frames(self._num_frames(utterance, speed=speed))
             ids = self._encode(utterance)
             if is_feasible(num_frames, len(ids), topology=self.topology):
                 kept.append(utterance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,17 @@ class LhotseDataModule(TransducerDataModule):
         self.steps_per_epoch = steps_per_epoch
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the tokenizer of the training texts, if none was given."""
+        """Make the tokenizer, if none was given, of the training texts."""
         train = self.corpus.manifests().train
         if train.is_dir() != (self.steps_per_epoch is not None):
             raise ValueError(
                 f"steps_per_epoch is for folders of shards, which need it: got "
                 f"{self.steps_per_epoch} for {train}"
             )
-        if self.tokenizer is None:
-            self.tokenizer = self._make_tokenizer(cut_text(cut) for cut in open_texts(train))
+        self.made_tokenizer()
+
+    def _training_texts(self) -> Iterable[str]:
+        return (cut_text(cut) for cut in open_texts(self.corpus.manifests().train))
 
     def _path(self, name: str) -> Path:
         manifests = self.corpus.manifests()
@@ -221,12 +223,12 @@ class _LatticeSizes:
         perturbation = data.waveform_perturbation if name == "train" else None
         self.max_speed = 1.0 if perturbation is None else perturbation.max_speed
         self.fbank = data.fbank
-        self.subsampling = data.subsampling
+        self.num_output_frames = data.num_output_frames
         self.topology = data.topology
 
     def num_frames(self, cut: Cut, *, speed: float = 1.0) -> int:
         num_samples = round(cut.duration * self.fbank.sample_rate / speed)
-        return -(-self.fbank.num_frames(num_samples) // self.subsampling)
+        return self.num_output_frames(self.fbank.num_frames(num_samples))
 
     def num_cells(self, cut: Cut) -> int:
         return self.num_frames(cut) * (len(cut_targets(cut)) + 1)
