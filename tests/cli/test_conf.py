@@ -128,7 +128,7 @@ def test_all_data_follow_seed_and_loss(option):
     for name, overrides, seed, topology in (
         (
             "train",
-            ["~experiment", "seed=7", "loss=packed", "loss.rnnt_type=modified"],
+            ["~experiment", "seed=7", "loss=packed", "loss.topology=modified"],
             7,
             "modified",
         ),
