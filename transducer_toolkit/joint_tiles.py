@@ -56,6 +56,20 @@ def _panels(weight: Tensor) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
+# torch 2.8 and later: a product of 16-bit matrices can be handed out in float32, on CUDA only.
+_MM_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _mm_to_float32(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two 16-bit matrices as a term of a float32 sum.
+
+    On CUDA it is float32 where torch can return that. Otherwise torch rounds it to 16 bits.
+    """
+    if _MM_HAS_OUT_DTYPE and left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right)
+
+
 def autocast(tensor: Tensor) -> Tensor:
     """In the dtype that autocast, where it is on, would give a matrix product; float64 stays."""
     device_type = tensor.device.type
@@ -180,7 +194,7 @@ class JointTiles:
                 if grad_weight.dtype == columns.dtype:
                     grad_weight.addmm_(columns.t(), hidden)
                 else:
-                    grad_weight += torch.mm(columns.t(), hidden)
+                    grad_weight += _mm_to_float32(columns.t(), hidden)
         if self._grad_bias is not None:
             self._grad_bias += grad_logits.sum(0, dtype=self._grad_bias.dtype)
         if self._grad_enc is not None and self._grad_pred is not None:
