@@ -181,6 +181,7 @@ def pretend_cuda() -> Iterator[Traffic]:
         "device": lambda device: nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
         "is_current_stream_capturing": lambda: _traffic.is_capturing,
+        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=80 * 2**30),
     }
     with (
         mock.patch.object(native, "_C", SimpleNamespace(**{**names, "cuda": module.cuda})),

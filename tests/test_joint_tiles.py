@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tests.backends import Backend, of
-from transducer_toolkit import joint_tiles
+from transducer_toolkit import LatticeShape, fused_joiner_loss, joint_tiles
 from transducer_toolkit.joint_tiles import JointTiles, _mm_to_float32
+from transducer_toolkit.losses import fused_operator
 
 
 class Factor:
@@ -61,3 +62,116 @@ def test_tile_products_add_up_in_float32(monkeypatch, dtype):
 def test_tile_products_are_not_rounded_to_16_bits_on_cuda(monkeypatch, dtype):
     grad, exact = weight_gradient(dtype, of("cuda").device, monkeypatch)
     assert (grad - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+# --- the padded vocabulary ----------------------------------------------------------------------
+
+FRAMES, SYMBOLS = [9, 1, 6], [4, 0, 5]
+
+
+def inputs_of(vocab_size, dtype, bias=True, width=24):
+    shape = LatticeShape.from_lengths(FRAMES, SYMBOLS)
+    sizes = ((3, 9, width), (3, 6, width), (vocab_size, width), (vocab_size,))
+    tensors = [torch.randn(size).to(dtype) for size in sizes]
+    return shape, tensors if bias else tensors[:3], torch.randint(1, vocab_size, (3, 5))
+
+
+def losses_and_grads(shape, tensors, targets, **options):
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    bias = leaves[3] if len(leaves) == 4 else None
+    losses = fused_joiner_loss(
+        *leaves[:3], bias, targets, *shape.lengths, 0, reduction="none", shape=shape, **options
+    )
+    return losses, torch.autograd.grad(losses.nansum(), leaves)
+
+
+def with_padding(is_padded, run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint_tiles, "VOCAB_MULTIPLE", {"cpu": 8} if is_padded else {})
+        return run()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "emulated"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [11, 500, 517])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tile_cells", [None, 17], ids=["kept logits", "tiles"])
+def test_padded_vocabulary_changes_nothing(backend, dtype, vocab_size, bias, tile_cells):
+    """The CPU's stages give the same bits.
+
+    A lane of an emulated warp has other symbols to add up, so there float32 sums, and what is
+    rounded to 16 bits after them, may be different numbers.
+    """
+    inputs = inputs_of(vocab_size, dtype, bias)
+    run = lambda: losses_and_grads(*inputs, tile_cells=tile_cells)  # noqa: E731
+    with Backend(backend).active():
+        losses, grads = with_padding(False, run)
+        padded_losses, padded_grads = with_padding(True, run)
+    shape, tensors, targets = inputs
+    _, exact = losses_and_grads(shape, [x.double() for x in tensors], targets)
+    if backend == "cpu":
+        assert torch.equal(losses, padded_losses)
+        assert all(torch.equal(*pair) for pair in zip(grads, padded_grads, strict=True))
+    torch.testing.assert_close(losses, padded_losses, rtol=1e-6, atol=0)
+    for grad, padded, true in zip(grads, padded_grads, exact, strict=True):
+        assert grad.shape == padded.shape and grad.dtype == padded.dtype
+        worst = (grad.double() - true).abs().max()
+        rounding = torch.finfo(dtype).eps * true.abs().max()
+        assert (padded.double() - true).abs().max() <= worst + rounding
+
+
+@pytest.mark.parametrize("backend", ["cpu", "emulated"])
+def test_a_target_without_a_symbol_is_nan(backend):
+    """V = 11 is padded to 16: targets 11 and 15 have a column, 16 has none."""
+    shape, tensors, targets = inputs_of(11, torch.bfloat16)
+    for wrong, dtype in ((11, torch.int64), (15, torch.int32), (16, torch.int64)):
+        targets[2, 1] = wrong
+        arguments = shape, tensors, targets.to(dtype)
+        with Backend(backend).active():
+            losses, _ = with_padding(
+                True, lambda given=arguments: losses_and_grads(*given, validate=False)
+            )
+        assert losses.isnan().tolist() == [False, False, True]
+
+
+def test_kept_logits_have_the_shape_that_the_fake_says():
+    shape, tensors, targets = inputs_of(11, torch.bfloat16)
+    options = ("tanh", "regular", 0.0, 0.0, 0.0, 0.0, 0, None, True, True)
+    arguments = *tensors, targets, *shape.lengths, None, None, shape.num_cells, 0, *options
+    for is_padded, columns in ((False, 11), (True, 16)):
+        for operator in (fused_operator._forward, fused_operator._forward_fake):
+            kept = with_padding(is_padded, lambda op=operator: op(*arguments)[-1])
+            assert kept.shape == (shape.num_cells, columns)
+
+
+def test_joiner_logits_are_not_padded(monkeypatch):
+    """They are handed out: their columns are the caller's."""
+    monkeypatch.setattr(joint_tiles, "VOCAB_MULTIPLE", {"cpu": 8})
+    _, (enc, pred, weight, bias), _ = inputs_of(11, torch.bfloat16)
+    joint = JointTiles(enc, pred, weight, bias, None, activation="tanh")
+    assert joint.vocab_size == 11 and joint.weight is weight
+
+
+# --- the size of a tile -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "budget_mib"), [(80, 512), (32, 512), (16, 256), (8, 128), (2, 32)]
+)
+@pytest.mark.parametrize("beside_kept", [False, True])
+def test_a_tile_takes_a_small_share_of_a_gpu(monkeypatch, memory_gib, budget_mib, beside_kept):
+    class Properties:
+        total_memory = memory_gib * 2**30
+
+    class Encoder:
+        device = torch.device("cuda", 0)
+
+        def size(self, dim):
+            return 512
+
+        def element_size(self):
+            return 4
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    cells = joint_tiles.automatic_tile_cells(Encoder(), 500, beside_kept)
+    assert cells == budget_mib * 2**20 // (4 * (2 * 512 + 500))

@@ -18,30 +18,46 @@ from torch import Tensor
 from transducer_toolkit import native
 
 # Hidden layer, its gradient and logits of a tile together. On two CPUs tiles of 4 to 16 MiB were
-# within 10 % of each other, 4 the fastest at V = 500 and 10 at V = 5000, and others slower; a GPU
-# wants more rows to be busy.
-TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 128 * 2**20}
+# within 10 % of each other, 4 the fastest at V = 500 and 10 at V = 5000, and others slower. A GPU
+# needs more rows to be busy, and each tile costs it a round of launches.
+TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 512 * 2**20}
 # In a forward that keeps its logits smaller ones are faster: the hidden layer stays in the cache.
-TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
+TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+# A tile takes no more than this share of a GPU's memory: 128 MiB of 8 GiB.
+TILE_SHARE_OF_DEVICE = 1 / 64
 # A product on the CPU copies its right-hand side into the order it likes. So the weight goes in by
 # panels of at most this size, or that copy would be as large as the weight. A GPU makes none.
 PANEL_BYTES = {"cpu": 2 * 2**20}
 # If all logits together are no more than this, backward need not make them again.
 KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 MIN_PANEL_ROWS = 256  # narrower products are slow: at D = 8192 panels of 2 MiB took 40 % more time
+# cuBLAS takes its fast 16-bit kernels only where every row begins at a multiple of 16 bytes. So the
+# tiles of a fused loss get a vocabulary that is a multiple of this.
+VOCAB_MULTIPLE = {"cuda": 8}
 
 
 def automatic_tile_cells(enc: Tensor, vocab_size: int, beside_kept: bool) -> int:
     """Rows of a tile such that a tile takes TILE_BYTES, whatever V and D are."""
     row_bytes = (2 * enc.size(-1) + vocab_size) * enc.element_size()
     budgets = TILE_BYTES_BESIDE_KEPT if beside_kept else TILE_BYTES
-    return max(64, budgets.get(enc.device.type, budgets["cpu"]) // row_bytes)
+    budget = budgets.get(enc.device.type, budgets["cpu"])
+    if enc.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(enc.device).total_memory
+        budget = min(budget, int(memory * TILE_SHARE_OF_DEVICE))
+    return max(64, budget // row_bytes)
+
+
+def padded_vocab_size(enc: Tensor, vocab_size: int) -> int:
+    """Columns of the logits of a tile: V, for 16-bit types rounded up to VOCAB_MULTIPLE."""
+    multiple = VOCAB_MULTIPLE.get(enc.device.type, 1) if enc.dtype in native.SIXTEEN_BIT else 1
+    return -(-vocab_size // multiple) * multiple
 
 
 def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
-    """Whether (num_rows, V) logits in the dtype of enc are within KEPT_LOGITS_BYTES."""
+    """Whether logits of `num_rows` rows in the dtype of enc are within KEPT_LOGITS_BYTES."""
     budget = KEPT_LOGITS_BYTES.get(enc.device.type, 0)
-    return bool(num_rows * vocab_size * enc.element_size() <= budget)
+    row_bytes = padded_vocab_size(enc, vocab_size) * enc.element_size()
+    return bool(num_rows * row_bytes <= budget)
 
 
 def _panels(weight: Tensor) -> list[slice]:
@@ -99,6 +115,7 @@ class JointTiles:
         activation: one of native.ACTIVATIONS.
         tile_cells: rows of a tile; 0 chooses.
         beside_kept: this is a forward that keeps all logits.
+        pads_vocab: logits have :func:`padded_vocab_size` columns. Those of no symbol are -inf.
     """
 
     def __init__(
@@ -112,11 +129,16 @@ class JointTiles:
         activation: str,
         tile_cells: int = 0,
         beside_kept: bool = False,
+        pads_vocab: bool = False,
     ) -> None:
         self.enc, self.pred, self.batch, self.activation = enc, pred, batch, activation
         self.weight = weight.to(enc.dtype)
         self.bias = None if bias is None else bias.to(enc.dtype)
-        self.vocab_size, self.width = weight.shape
+        self.vocab_size, self.width = weight.shape  # vocab_size: columns of the logits
+        self._num_symbols = self.vocab_size
+        if pads_vocab:
+            self.vocab_size = padded_vocab_size(enc, self._num_symbols)
+            self._pad_vocab()
         self.tile_cells = tile_cells or automatic_tile_cells(enc, self.vocab_size, beside_kept)
         self._panels = _panels(self.weight)
         self._tile_rows = 0  # of the largest tile
@@ -125,6 +147,16 @@ class JointTiles:
         self._workspace: Tensor | None = None
         self._wanted: tuple[bool, ...] = ()
         self._parameter_dtypes = weight.dtype, None if bias is None else bias.dtype
+
+    def _pad_vocab(self) -> None:
+        """Appends to weight and bias what makes logits of -inf, which no softmax sees."""
+        padding = self.vocab_size - self._num_symbols
+        if padding == 0:
+            return
+        if self.bias is None:
+            self.bias = self.weight.new_zeros(self._num_symbols)
+        self.weight = torch.cat([self.weight, self.weight.new_zeros(padding, self.width)])
+        self.bias = torch.cat([self.bias, self.bias.new_full((padding,), -torch.inf)])
 
     def tiles(
         self, rows: Tensor | None = None, *, whole_logits: bool = False
@@ -213,7 +245,11 @@ class JointTiles:
 
     def gradients(self, scale: Tensor | None = None) -> Gradients:
         """The sums, multiplied by `scale` (a scalar tensor), in the dtypes of the inputs."""
-        sums = (self._grad_enc, self._grad_pred, self._grad_weight, self._grad_bias)
+        grad_weight, grad_bias = (
+            None if grad is None else grad[: self._num_symbols]
+            for grad in (self._grad_weight, self._grad_bias)
+        )
+        sums = (self._grad_enc, self._grad_pred, grad_weight, grad_bias)
         dtypes = (self.enc.dtype, self.pred.dtype, *self._parameter_dtypes)
         return Gradients(
             *(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit import native
-from transducer_toolkit.joint_tiles import JointTiles
+from transducer_toolkit.joint_tiles import JointTiles, padded_vocab_size
 from transducer_toolkit.losses import checks
 
 
@@ -61,8 +61,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses (B,); per row normaliser and uses; the rows to visit in backward; their number (B,).
 
-    Last the logits (rows, V), empty unless keep_logits; all but these and the losses are empty
-    unless with_uses. Of the rows to visit the first num_kept.sum() elements count.
+    Last the logits (rows, padded V), empty unless keep_logits; all but these and the losses are
+    empty unless with_uses. Of the rows to visit the first num_kept.sum() elements count.
     """
     checks.check_lengths_fit(
         logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
@@ -73,15 +73,20 @@ def _forward(
         if ranges is not None:
             checks.check_ranges_values(ranges, logit_lengths, targets.size(1))
         checks.check_labels(targets, target_lengths, blank=blank, vocab_size=weight.size(0))
+    num_columns = padded_vocab_size(enc, weight.size(0))
+    if num_columns > weight.size(0):
+        # A column without a symbol is as much out of range as those behind it: a NaN loss.
+        targets = targets.masked_fill(targets >= weight.size(0), -1)
     batch = _lattice_batch(enc, targets, logit_lengths, target_lengths, ranges, index, num_rows)
     scores = native.CellScores(batch, enc.device)
-    kept_logits = native.empty(num_rows if keep_logits else 0, weight.size(0), like=enc)
+    kept_logits = native.empty(num_rows if keep_logits else 0, num_columns, like=enc)
     with torch.autocast(enc.device.type, enabled=False):
         joint = JointTiles(
             *(enc, pred, weight, bias, batch),
             activation=activation,
             tile_cells=tile_cells,
             beside_kept=keep_logits,
+            pads_vocab=True,
         )
         for tile in joint.tiles():
             out = kept_logits[tile.begin : tile.begin + tile.size] if keep_logits else None
@@ -144,7 +149,10 @@ def _backward(
         scale = scale.to(torch.float32)
     with torch.autocast(enc.device.type, enabled=False):
         joint = JointTiles(
-            enc, pred, weight, bias, batch, activation=activation, tile_cells=tile_cells
+            *(enc, pred, weight, bias, batch),
+            activation=activation,
+            tile_cells=tile_cells,
+            pads_vocab=True,
         )
         joint.start_backward(tuple(wanted))
         # The number of kept rows is waited for; where nobody may wait, all rows are visited.
@@ -208,7 +216,7 @@ def _forward_fake(enc, pred, weight, bias, targets, logit_lengths, target_length
         *per_row,
         targets.new_empty(rows, dtype=torch.int64),
         targets.new_empty(counts, dtype=torch.int64),
-        enc.new_empty(num_rows if keep_logits else 0, weight.size(0)),
+        enc.new_empty(num_rows if keep_logits else 0, padded_vocab_size(enc, weight.size(0))),
     )
 
 
