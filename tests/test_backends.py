@@ -331,17 +331,15 @@ def test_join(name, layout, dtype, activation):
     check_close(actual[1:], expected[1:], 10 * tolerance, ("grad_enc", "grad_pred"))
 
 
-@accelerated
-@pytest.mark.parametrize("width", [1, 7, 130, 260])
-@pytest.mark.parametrize("layout", ["packed", "band"])
-def test_join_in_tiles_gives_the_same_bits(name, layout, width):
-    backend = of(name)
-    case = make_case(layout, (9, 1, 17), (12, 0, 5))
+def check_join_in_tiles(backend, case, width):
+    """All rows, and a list of rows across utterances, in tiles that cut frames anywhere."""
     rows = case.batch().num_rows
-    enc = torch.randn(3, case.max_frames, width)
-    pred = torch.randn(3, case.targets.size(1) + 1, width)
-    kept = torch.arange(rows)[torch.rand(rows) < 0.4]
-    kept_of = kept[cell_rows(case.batch())[kept]]
+    enc = torch.randn(len(case.logit_lengths), case.max_frames, width)
+    pred = torch.randn(len(case.logit_lengths), case.targets.size(1) + 1, width)
+    is_cell = cell_rows(case.batch())
+    is_kept = is_cell & (torch.rand(rows) < 0.4)
+    is_kept[is_cell.nonzero()[0]] = True
+    kept_of = is_kept.nonzero()[:, 0]
     grad_hidden = torch.randn(rows, width)
     for listed in (None, kept_of):
         count = rows if listed is None else listed.numel()
@@ -359,6 +357,24 @@ def test_join_in_tiles_gives_the_same_bits(name, layout, width):
         check_close(results[0], expected, 1e-5, ("hidden", "grad_enc", "grad_pred"))
         for result in results[1:]:
             assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+@accelerated
+@pytest.mark.parametrize("width", [1, 7, 130, 260])
+@pytest.mark.parametrize("layout", ["packed", "band"])
+def test_join_in_tiles_gives_the_same_bits(name, layout, width):
+    check_join_in_tiles(of(name), make_case(layout, (9, 1, 17), (12, 0, 5)), width)
+
+
+@accelerated
+@pytest.mark.parametrize(
+    ("frames", "symbols"),
+    [((1,), (0,)), ((1,), (40,)), ((80,), (0,)), ((70, 3, 33), (2, 6, 1)), ((1, 1), (1100, 2))],
+    ids=["one cell", "one frame", "no symbols", "more frames than lanes", "wide"],
+)
+def test_join_of_any_shape(name, frames, symbols):
+    for layout in ("packed", "padded_begins"):
+        check_join_in_tiles(of(name), make_case(layout, frames, symbols), 12)
 
 
 # --- additive joiners ---------------------------------------------------------------------------

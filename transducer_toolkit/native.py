@@ -520,6 +520,8 @@ def join_backward(
 ) -> None:
     """Adds the tile's part of the gradients of enc and pred, which are of compute_dtype."""
     with _backend_of(enc) as backend:
+        scratch_size = backend.stages.join_backward_scratch(batch.native, tile.native)
+        scratch = enc.new_empty(scratch_size, dtype=torch.int32)
         backend.stages.join_backward(
             batch.native,
             tile.native,
@@ -531,6 +533,7 @@ def join_backward(
             width=enc.size(-1),
             activation=_C.Activation.__members__[activation],
             **backend.queue,
+            scratch=_address(scratch),
             grad_enc=_address(grad_enc),
             grad_pred=_address(grad_pred),
         )
