@@ -239,6 +239,7 @@ void BindStages(pybind11::module_& m) {
 inline void BindCudaStages(pybind11::module_& m) {
   using pybind11::arg;
   BindStages<CudaBackend>(m);
+  m.def("kept_rows_scratch", &KeptRowsScratchCuda, arg("batch"));
   m.def(
       "kept_rows",
       [](const LatticeBatch& batch, Address use_blank, Address use_label, double dropped_mass,

@@ -260,6 +260,28 @@ def test_kept_rows(name, layout, dropped_mass):
 
 
 @accelerated
+@pytest.mark.parametrize("layout", ["packed", "padded", "band_begins"])
+@pytest.mark.parametrize("dropped_mass", [0.0, 1e-4, 10.0])
+def test_kept_rows_of_long_utterances(name, layout, dropped_mass):
+    """Several blocks an utterance; most cells below 2^-128, whole runs without a kept one."""
+    backend = of(name)
+    case = make_case(layout, (130, 2, 300), (80, 3, 39), band_width=34)
+    batch = case.batch()
+    uses = random_uses(batch)
+    quarter = batch.num_rows // 4
+    for use in uses:
+        use[:quarter] *= 1e-60
+        use[-quarter:] = 0
+    expected = kept_rows(uses, batch, dropped_mass)
+    there = case.batch(backend.device)
+    actual = in_every_order(
+        backend,
+        lambda: kept_rows(uses, there, dropped_mass, backend.device),
+    )
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+@accelerated
 def test_kept_rows_of_extreme_occupancies_and_bad_lengths(name):
     backend = of(name)
     case = make_case("padded", (40, 3, 26), (14, 2, 9))

@@ -443,7 +443,7 @@ def kept_rows(
             "dropped": _address(dropped),
         }
         if backend.is_cuda:
-            scratch = use_blank.new_empty(batch.num_utterances)
+            scratch = use_blank.new_empty(backend.stages.kept_rows_scratch(batch.native))
             backend.stages.kept_rows(batch.native, **arguments, scratch=_address(scratch))
         else:
             total = backend.stages.kept_rows(batch.native, **arguments)
