@@ -10,6 +10,16 @@ namespace {
 
 __device__ inline float Tanh(float x) { return tanhf(x); }
 __device__ inline double Tanh(double x) { return tanh(x); }
+// What is rounded to bfloat16 next: off by 2^-11 at most, a quarter of that rounding.
+__device__ inline float QuickTanh(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return tanhf(x);
+#endif
+}
 __device__ inline float Erf(float x) { return erff(x); }
 __device__ inline double Erf(double x) { return erf(x); }
 
@@ -22,10 +32,12 @@ __device__ inline C Sigmoid(C x) {
 constexpr double kInvSqrt2 = 0.70710678118654752440;
 constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 
-template <typename C>
+template <typename T, typename C = Compute<T>>
 __device__ inline C Activate(Activation activation, C x) {
   switch (activation) {
-    case Activation::kTanh: return Tanh(x);
+    case Activation::kTanh:
+      if constexpr (std::is_same_v<T, BFloat16>) return QuickTanh(x);
+      return Tanh(x);
     case Activation::kRelu: return x < C(0) ? C(0) : x;  // NaN stays
     case Activation::kGelu: return x * C(0.5) * (C(1) + Erf(x * static_cast<C>(kInvSqrt2)));
     case Activation::kSilu: return x * Sigmoid(x);
@@ -55,25 +67,29 @@ __device__ inline C Slope(Activation activation, C x, C y) {
 template <typename T, bool kPacked>
 struct Channels {
   static constexpr int kCount = kPacked ? Pack<T>::kSize : 1;
+  using Raw = std::conditional_t<kPacked, Pack<T>, T>;  // as in memory: half the registers
   Compute<T> values[kCount];
 
-  __device__ static Channels Load(const T* p) {
+  __device__ static Raw LoadRaw(const T* p) {
+    if constexpr (kPacked) {
+      return LoadPack(p);
+    } else {
+      return *p;
+    }
+  }
+  __device__ static Channels Of(const Raw& raw) {
     Channels result;
     if constexpr (kPacked) {
-      const Pack<T> pack = LoadPack(p);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) result.values[i] = ToCompute(pack.values[i]);
+      UnpackValues(raw, result.values);
     } else {
-      result.values[0] = ToCompute(*p);
+      result.values[0] = ToCompute(raw);
     }
     return result;
   }
+  __device__ static Channels Load(const T* p) { return Of(LoadRaw(p)); }
   __device__ void Store(T* p) const {
     if constexpr (kPacked) {
-      Pack<T> pack;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) pack.values[i] = FromCompute<T>(values[i]);
-      StorePack(p, pack);
+      StorePack(p, PackValues<T>(values));
     } else {
       *p = FromCompute<T>(values[0]);
     }
@@ -107,7 +123,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
         const Lanes y = Lanes::Load(b + d);
 #pragma unroll
         for (int k = 0; k < Lanes::kCount; ++k) {
-          x.values[k] = Activate(activation, x.values[k] + y.values[k]);
+          x.values[k] = Activate<T>(activation, x.values[k] + y.values[k]);
         }
       }
       x.Store(out + d);
@@ -117,6 +133,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
 
 // A sum asks for so many rows before it adds the first: it waits for memory a quarter as often.
 constexpr int kRowsInFlight = 4;
+// Blocks of a multiprocessor: as many as there are registers for.
+template <typename T>
+constexpr int kSumBlocksAtOnce = sizeof(T) == 4 ? 5 : sizeof(T) == 2 ? 4 : 3;
 
 // What the backward kernels read, for the channels from `channel` on.
 template <typename T, bool kPacked>
@@ -126,17 +145,18 @@ struct BackwardInputs {
   Activation activation;
 
   struct Row {
-    Channels<T, kPacked> grad, y;
+    typename Channels<T, kPacked>::Raw grad, y;
   };
   __device__ Row LoadRow(int64_t i, int64_t channel) const {  // of the tile
-    return {Channels<T, kPacked>::Load(grad_hidden + i * width + channel),
-            Channels<T, kPacked>::Load(hidden + i * width + channel)};
+    return {Channels<T, kPacked>::LoadRaw(grad_hidden + i * width + channel),
+            Channels<T, kPacked>::LoadRaw(hidden + i * width + channel)};
   }
 
   // sum += d loss / d (enc + pred) of the row, which is of this cell.
   __device__ void AddRow(const Row& row, const LatticeBatch& batch, int64_t b, int64_t t, int64_t u,
                          int64_t channel, Channels<T, kPacked>* sum) const {
     using Lanes = Channels<T, kPacked>;
+    const Lanes grad = Lanes::Of(row.grad), y = Lanes::Of(row.y);
     Lanes x{};
     if (activation == Activation::kGelu || activation == Activation::kSilu) {
       x = Lanes::Load(enc + (b * batch.max_frames + t) * width + channel);
@@ -146,7 +166,7 @@ struct BackwardInputs {
     }
 #pragma unroll
     for (int k = 0; k < Lanes::kCount; ++k) {
-      sum->values[k] += row.grad.values[k] * Slope(activation, x.values[k], row.y.values[k]);
+      sum->values[k] += grad.values[k] * Slope(activation, x.values[k], y.values[k]);
     }
   }
 
@@ -192,7 +212,7 @@ struct WarpTask {
 
 // grad_enc[b, t] += sum over the frame's rows in the tile: a run of them.
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads, kSumBlocksAtOnce<T>)
     GradEncKernel(LatticeBatch batch, RowTile tile, BackwardInputs<T, kPacked> inputs,
                   Compute<T>* grad_enc) {
   using Lanes = Channels<T, kPacked>;
@@ -262,11 +282,11 @@ class SymbolRows {
   __device__ int64_t end() const { return end_; }
 
   // Where in the tile the symbol's row of this frame is; -1: nowhere.
-  __device__ int64_t PlaceAt(int64_t t) const {
+  __device__ int32_t PlaceAt(int64_t t) const {
     if (t >= end_ || u_ < batch_.ColumnBegin(b_, t) || u_ >= batch_.ColumnEnd(b_, t)) return -1;
     const int64_t row = batch_.Row(b_, t, u_);
     if (row < first_ || row > last_) return -1;
-    return places_ != nullptr ? places_[row] : row - first_;
+    return places_ != nullptr ? places_[row] : static_cast<int32_t>(row - first_);
   }
 
  private:
@@ -279,7 +299,7 @@ class SymbolRows {
 // grad_pred[b, u] += sum over the symbol's rows in the tile: at most one a frame. Each lane asks for
 // the place of another frame, 32 frames ahead of their use.
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 4 ? 5 : 4)
+__global__ void __launch_bounds__(kRowThreads, kSumBlocksAtOnce<T>)
     GradPredKernel(LatticeBatch batch, RowTile tile, BackwardInputs<T, kPacked> inputs,
                    const int32_t* places, Compute<T>* grad_pred) {
   using Lanes = Channels<T, kPacked>;
@@ -294,20 +314,20 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 4 ? 5 : 4)
   Compute<T>* out = grad_pred + (b * num_columns + u) * inputs.width + task.channel;
   Lanes sum{};
   if (has_channel) inputs.Read(out, &sum);
-  int64_t next_place = rows.PlaceAt(rows.begin() + Lane());
+  int32_t next_place = rows.PlaceAt(rows.begin() + Lane());
   for (int64_t begin = rows.begin(); begin < rows.end(); begin += kWarp) {
-    const int64_t place = next_place;
+    const int32_t place = next_place;
     next_place = rows.PlaceAt(begin + kWarp + Lane());
     unsigned frames = __ballot_sync(kFullWarp, place >= 0);
     while (frames != 0) {
-      int64_t at[kRowsInFlight], t[kRowsInFlight];
+      int32_t at[kRowsInFlight];  // place in the tile, or -1
+      int lane_of[kRowsInFlight];
       typename BackwardInputs<T, kPacked>::Row loaded[kRowsInFlight];
 #pragma unroll
       for (int k = 0; k < kRowsInFlight; ++k) {
-        const int lane = frames != 0 ? __ffs(static_cast<int>(frames)) - 1 : 0;
-        const int64_t of_lane = __shfl_sync(kFullWarp, place, lane);
+        lane_of[k] = frames != 0 ? __ffs(static_cast<int>(frames)) - 1 : 0;
+        const int32_t of_lane = __shfl_sync(kFullWarp, place, lane_of[k]);
         at[k] = frames != 0 && has_channel ? of_lane : -1;
-        t[k] = begin + lane;
         frames &= frames - 1;  // 0 stays 0
       }
 #pragma unroll
@@ -316,7 +336,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 4 ? 5 : 4)
       }
 #pragma unroll
       for (int k = 0; k < kRowsInFlight; ++k) {
-        if (at[k] >= 0) inputs.AddRow(loaded[k], batch, b, t[k], u, task.channel, &sum);
+        if (at[k] < 0) continue;
+        inputs.AddRow(loaded[k], batch, b, begin + lane_of[k], u, task.channel, &sum);
       }
     }
   }

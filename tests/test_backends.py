@@ -399,6 +399,53 @@ def test_join_of_any_shape(name, frames, symbols):
         check_join_in_tiles(of(name), make_case(layout, frames, symbols), 12)
 
 
+@accelerated
+@pytest.mark.parametrize("width", [40, 41])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_rounded_to_nearest_even(name, dtype, width):
+    """Sums of two numbers, many of them halfway between two others, subnormal, infinite or NaN."""
+    backend = of(name)
+    case = make_case("packed", (60,), (9,))
+    enc = torch.randn(1, 60, width).to(dtype)
+    pred = (torch.randn(1, 10, width) * torch.logspace(-7, 2, 10)[:, None]).to(dtype)
+    enc[0, 0], pred[0, 0] = torch.finfo(dtype).max, torch.finfo(dtype).max
+    enc[0, 3:9] *= 1e-7
+    enc[0, 1, ::3], enc[0, 2, ::3], pred[0, 1, ::2] = torch.nan, torch.inf, -torch.inf
+    expected = (enc.float()[:, :, None] + pred.float()[:, None]).to(dtype).reshape(600, width)
+
+    def run():
+        batch = case.batch(backend.device)
+        inputs = enc.to(backend.device), pred.to(backend.device)
+        out = torch.empty(600, width, dtype=dtype, device=backend.device)
+        tile = batch.all_rows()
+        native.join_forward(*inputs, batch, tile, activation="identity", out=out)
+        return (out,)
+
+    (actual,) = in_every_order(backend, run)
+    assert torch.equal(actual.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    assert torch.equal(actual.isnan(), expected.isnan()) and expected.isnan().any()
+
+
+@accelerated
+def test_bfloat16_tanh_errs_less_than_it_is_rounded(name):
+    """A device takes tanh.approx, off by 2^-11; emulation takes tanhf, as for float32."""
+    backend = of(name)
+    case = make_case("packed", (200,), (0,))
+    enc = torch.linspace(-9, 9, 200 * 64).view(1, 200, 64).bfloat16()
+    pred = torch.zeros(1, 1, 64).bfloat16()
+    pred[..., ::2] = 2.0**-12
+    exact = torch.tanh(enc.double() + pred.double())[0]
+    with backend.active():
+        batch = case.batch(backend.device)
+        out = torch.empty(200, 64, dtype=torch.bfloat16, device=backend.device)
+        inputs = enc.to(backend.device), pred.to(backend.device)
+        native.join_forward(*inputs, batch, batch.all_rows(), activation="tanh", out=out)
+    out = out.cpu().double()
+    spacing = torch.finfo(torch.bfloat16).eps * torch.exp2(exact.abs().log2().floor())
+    allowed = 0.5 * spacing + exact.abs() * (2.0**-11 if name == "cuda" else 2.0**-22)
+    assert ((out - exact).abs() <= allowed).all()
+
+
 # --- additive joiners ---------------------------------------------------------------------------
 
 
