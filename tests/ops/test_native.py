@@ -6,6 +6,7 @@ import multiprocessing
 import resource
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,25 @@ def test_cuda_tensors_get_words():
         native.require_supported_device(torch.device("cuda"))
     with pytest.raises(RuntimeError, match="no transducer stage for device type 'meta'"):
         native.require_supported_device(torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "is_up", "devices"), [(0, True, 0), (13000, False, 2), (13000, True, 3)]
+)
+def test_build_info_does_not_initialize_the_driver(monkeypatch, runtime, is_up, devices):
+    """Only torch's count, which asks NVML, until CUDA is initialized anyway."""
+
+    class Module:
+        cuda = SimpleNamespace(device_count=lambda: 3)
+
+        @staticmethod
+        def build_info():
+            return {"cuda_runtime": runtime}
+
+    monkeypatch.setattr(native, "extension", Module)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_up)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert native.build_info()["cuda_devices"] == devices
 
 
 @with_cuda

@@ -99,7 +99,9 @@ class LatticeShape:
         """Itself, after one copy of the lengths to a device that has none yet.
 
         The copy comes from pinned memory, on the current stream of the device, and is not waited
-        for. The lengths stay on the CPU as well, so that nobody waits for a device to know a size.
+        for. As with any tensor that is copied, another stream has to wait for that one before it
+        uses the shape: ``other.wait_stream(current)``. The lengths also stay on the CPU, so that
+        reading a size needs no synchronization.
         Needed before a CUDA graph is captured; keep the shape as long as the graph. Takes the
         arguments of ``Tensor.to``, so that a trainer moves a shape with its batch.
 
