@@ -112,6 +112,8 @@ def build(name: str, sources: Path, target: Path, jobs: int) -> str:
             import pybind11
             import torch
 
+            if not torch.cuda.is_available():
+                raise NotBuilt("torch sees no GPU to build for")
             architecture = "{}{}".format(*torch.cuda.get_device_capability())
             patch_cuda(source, architecture)
             environment["FT_MAKE_ARGS"] = f"-j{jobs}"
