@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints the JSON files of the GPU benchmarks, and the output of ncu, as tables.
 
-    python3 -m benchmarks.gpu.tables gpu_benchmark.json gpu_peers.json gpu_profile.json
-    python3 -m benchmarks.gpu.tables --ncu ncu.txt
+python3 -m benchmarks.gpu.tables gpu_benchmark.json gpu_peers.json gpu_profile.json
+python3 -m benchmarks.gpu.tables --ncu ncu.txt
 """
 
 from __future__ import annotations
