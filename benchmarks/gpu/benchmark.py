@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,9 +69,10 @@ class DeviceWorkload(Workload):
 
 
 def batches(
-    device: str, max_frames: int, vocab_size: int, joiner_dim: int
+    device: str, max_frames: int, vocab_size: int, joiner_dim: int, shorten: int = 1
 ) -> dict[str, DeviceWorkload]:
-    shapes = utterance_shapes(None)
+    """Returns both batches; frames and symbols are divided by `shorten`."""
+    shapes = np.maximum(1, utterance_shapes(None) // shorten)
     unsorted = choose_batch(shapes, max_frames=10**9, batch="unsorted")[:30]
     chosen = {
         "sorted": choose_batch(shapes, max_frames=max_frames, batch="sorted"),
@@ -252,6 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=MAX_FRAMES, help="of the sorted batch")
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--joiner-dim", type=int, default=512)
+    parser.add_argument("--shorten", type=int, default=1, help="divides all lengths: a dry run")
     parser.add_argument("--batches", nargs="+", default=["sorted", "unsorted"])
     parser.add_argument("--projects", nargs="+", default=["all"], help="all, ours, torchaudio, ...")
     parser.add_argument("--peers-dir", default="", help="where peers.py has built the others")
@@ -262,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = options.device
     deadline_s = time.perf_counter() + options.seconds
     sizes = options.vocab_size, options.joiner_dim
-    workloads = batches(device, options.frames, *sizes)
+    workloads = batches(device, options.frames, *sizes, options.shorten)
     bandwidth = copy_bytes_per_s(device)
     rates = {}
     for mode in MODES:
