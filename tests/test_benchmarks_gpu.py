@@ -11,8 +11,8 @@ from benchmarks.gpu.timing import Kernel
 from benchmarks.jobs import pruned_job
 from benchmarks.workloads import Workload
 
-
-SMALL = "--device cpu --frames 60 --shorten 12 --vocab-size 12 --joiner-dim 8".split()
+SMALL = ["--device", "cpu", "--frames", "60", "--shorten", "12"]
+SMALL += ["--vocab-size", "12", "--joiner-dim", "8"]
 
 
 def test_a_dry_run_measures_every_row(monkeypatch, capsys, tmp_path):
@@ -81,6 +81,7 @@ def test_a_profile_names_the_kernels(capsys, tmp_path):
     "name, short",
     [
         ("void transducer::(anonymous namespace)::WalkKernel<float, 2>(int, float*)", "WalkKernel"),
+        ("void transducer::<unnamed>::UsesKernel<float>(float *, int)", "UsesKernel"),
         ("sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize64x64x32_warpgroupsize1x1x1",
          "sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize64x64x32_warp"),
         ("Memcpy HtoD (Pinned -> Device)", "Memcpy HtoD"),

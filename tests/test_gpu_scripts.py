@@ -22,7 +22,8 @@ from transducer_toolkit.ops import native
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the GPU machine's Python does not have of what the project uses elsewhere.
-LACKING = "hydra hydra_plugins omegaconf lhotse jiwer soundfile espeakng_loader sherpa_onnx".split()
+LACKING = ["hydra", "hydra_plugins", "omegaconf", "lhotse", "jiwer", "soundfile"]
+LACKING += ["espeakng_loader", "sherpa_onnx"]
 BLOCKER = f"""
 import sys
 
@@ -33,8 +34,8 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 """
-STAGES = "environment module parity first_failure profile table ncu memcheck racecheck synccheck \
-initcheck build_peers peers".split()
+STAGES = ["environment", "module", "parity", "first_failure", "profile", "table", "ncu"]
+STAGES += ["memcheck", "racecheck", "synccheck", "initcheck", "build_peers", "peers"]
 
 # Doubles of NVIDIA's tools: they refuse unknown options, and run the command that follows.
 SANITIZER = """#!/usr/bin/env bash
@@ -108,10 +109,10 @@ def environment(tmp_path, tools=(), **variables):
         path.write_text(text)
         path.chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    path = os.pathsep.join([str(tmp_path / "tools"), str(Path(sys.executable).parent), kept["PATH"]])
+    folders = [str(tmp_path / "tools"), str(Path(sys.executable).parent), kept["PATH"]]
     return {
         **kept,
-        "PATH": path,
+        "PATH": os.pathsep.join(folders),
         "PYTHON": sys.executable,
         "PYTHONPATH": str(tmp_path / "blocked"),
         "EMULATED_MODULE": emulated_module().__file__,
@@ -153,7 +154,10 @@ def test_a_dry_run_of_everything(tree, tmp_path):
     assert figures["profile"].startswith("device ms: fused bfloat16")
     assert re.search(r"torchaudio step TF32 [\d.]+; 40 of 40 rows", figures["table"])
     assert figures["build_peers"] == "build: none"
-    assert figures["ncu"] == "2 launches: WalkKernel 92.7 us (DRAM 71.5 %), UsesKernel 15.0 us (DRAM ?)"
+    assert (
+        figures["ncu"]
+        == "2 launches: WalkKernel 92.7 us (DRAM 71.5 %), UsesKernel 15.0 us (DRAM ?)"
+    )
     for tool, count in ("memcheck", 0), ("racecheck", 1), ("synccheck", 0), ("initcheck", 0):
         assert re.match(rf"{count} findings in our kernels; .*; 3 passed, 0 failed", figures[tool])
     assert sorted(path.name for path in out.iterdir()) == [
@@ -321,7 +325,9 @@ def test_tests_and_benchmarks_import_nothing_that_the_machine_lacks(tmp_path):
     files = sorted(ROOT.glob("tests/test_backends*.py"))
     files += sorted(ROOT.glob("tests/losses/test_cuda*.py"))
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, *map(str, files)], env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *map(str, files)], env=variables, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
     assert re.search(r"^\d{3,} tests collected", done.stdout, re.MULTILINE)
 
@@ -361,7 +367,9 @@ def test_a_lost_context_fails_one_test(tmp_path):
 
 
 def test_a_test_that_cannot_be_imported_is_a_failure(tmp_path):
-    done = run_pytest(tmp_path, "import nothing_of_this_name", "--failures", str(tmp_path / "failed"))
+    done = run_pytest(
+        tmp_path, "import nothing_of_this_name", "--failures", str(tmp_path / "failed")
+    )
     assert (tmp_path / "failed").read_text() == "test_it.py\n"
     assert "figures: 0 passed, 1 failed, 0 skipped; first failure: test_it.py" in done.stdout
 

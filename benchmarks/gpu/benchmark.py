@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times losses, steps and single stages on a GPU.
 
-    bash benchmarks/gpu/all.sh table peers      # with a module and the peers built, and a time limit
+    bash benchmarks/gpu/all.sh table build_peers peers    # within a time limit
     python3 -m benchmarks.gpu.benchmark --device cpu --frames 500    # dry: its times mean nothing
 
 LibriSpeech's shapes, V = 500, D = 512: "sorted" is 10,000 frames of a corpus sorted by length,
@@ -278,8 +278,12 @@ def main(arguments: list[str] | None = None) -> None:
         copy_gb_per_s=bandwidth / 1e9,
         product_tflops={mode: rate / 1e12 for mode, rate in rates.items()},
         batches={
-            name: {"utterances": len(workloads[name].frames), "cells": workloads[name].shape.num_cells}
-            for name in options.batches
+            name: {
+                "utterances": len(workloads[name].frames),
+                "cells": workloads[name].shape.num_cells,
+            }
+            for name, batch in workloads.items()
+            if name in options.batches
         },
     )
     for batch in options.batches:

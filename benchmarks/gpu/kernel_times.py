@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device time of each kernel of the fused and of the packed step, by torch's profiler.
 
-    python3 -m benchmarks.gpu.kernel_times --json gpu_profile.json
-    ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-stage-once
+python3 -m benchmarks.gpu.kernel_times --json gpu_profile.json
+ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-stage-once
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ def test_the_double_notices_the_default_stream():
             super().__init__(stages, device)
             self.queue = {"stream": 0}
 
-    with mock.patch.object(native, "Backend", DefaultStream):
-        with recorded_streams() as (handles, names):
-            call_every_stage()
+    patched = mock.patch.object(native, "Backend", DefaultStream)
+    with patched, recorded_streams() as (handles, names):
+        call_every_stage()
     assert sorted(handles) == sorted(names)
     assert all(set(found) == {0} for found in handles.values())
