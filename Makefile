@@ -3,6 +3,7 @@
 # make test    set up .venv, build, run the whole test-suite
 # make bench   build the other projects' losses, measure every suite, write build/benchmarks
 # make lint    style and types
+# make docs    the documentation site, in build/site
 # make soak    what is too long for every change: mutated kernels, all CUDA architectures
 # make gpu-kit   what a machine with a GPU and no network needs, into .gpu_kit (docs/cuda.md)
 # make clean   remove .venv and everything that was built (trained models in outputs/ stay)
@@ -22,7 +23,7 @@ SUITES ?= loss step pruned decode memory scaling accuracy
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
            $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
 
-.PHONY: train test bench lint soak gpu-kit clean
+.PHONY: train test bench lint docs soak gpu-kit clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -42,6 +43,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.30,<2'
+	$(BIN)/python -m benchmarks.lattice_picture docs/images/lattice.png --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 # Every barrier of the kernels is needed, and missed when it is gone; no kernel spills anywhere;
 # seeded defects are caught by the tests; fuzz; killed trainings. Hours.

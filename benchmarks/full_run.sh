@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table and picture of benchmarks/README.md for the CPU, about 40 minutes on two quiet cores:
+# Makes every table and picture of docs/benchmarks.md for the CPU: about 40 minutes on two quiet cores:
 #
 #     make bench SUITES=                    # installs the peers, once
 #     benchmarks/full_run.sh --peers-dir build/peers --shapes shapes.npy
@@ -53,5 +53,6 @@ run accuracy --peers "${FAST[@]}" --timeout 300  # no time is measured: any mach
 if compgen -G "$FRESH/*.json" >/dev/null; then
   mv "$FRESH"/*.json "$RESULTS"
 fi
-"$PYTHON" -m benchmarks.report "$RESULTS"/cpu_*.json --fill benchmarks/README.md
+"$PYTHON" -m benchmarks.report "$RESULTS"/cpu_step.json --step docs/images/step.png
+"$PYTHON" -m benchmarks.report "$RESULTS"/cpu_*.json --fill docs/benchmarks.md
 echo "== $((SECONDS / 60)) minutes"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import labels
-from benchmarks.results import Run
+from benchmarks.results import Run, fingerprint
 from benchmarks.session import Row
 
 MIB = 2**20
@@ -40,6 +40,80 @@ def draw(path: Path, runs: list[Run]) -> None:
     figure.suptitle(f"{suite}: {runs[0]['machine']}", fontsize=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def draw_step(path: Path, run: Run) -> None:
+    """Writes the picture at the top of the project's README: one training step of each loss.
+
+    Time to the right, memory upwards, a name at each point. The PNG carries the fingerprint of the
+    run (:func:`~benchmarks.results.fingerprint`), so that a test notices a picture of old numbers.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter
+
+    rows = [row for row in run["rows"] if row["status"] == "ok" and row["project"] != "floor"]
+    figure = Figure(figsize=(8, 3.8))
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.14, top=0.97)
+    axes = figure.subplots()
+    for label, color in (("this project", OURS), ("other projects", PEER)):
+        shown = [row for row in rows if row["name"].startswith("ours") == (color == OURS)]
+        seconds, mib = [row["seconds"] for row in shown], [_mib(row) for row in shown]
+        axes.plot(seconds, mib, "o", color=color, markersize=9, label=label)
+    axes.set(
+        yscale="log",
+        xlim=(0, 1.2 * max(row["seconds"] for row in rows)),
+        ylim=(0.5 * min(map(_mib, rows)), 2.5 * max(map(_mib, rows))),
+        xlabel="seconds for one step: joiner and loss, forward and backward",
+        ylabel="peak memory, MiB",
+    )
+    axes.yaxis.set_major_locator(FixedLocator([10, 30, 100, 300, 1000, 3000]))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, which="major", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    _name_points(axes, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Source": fingerprint(run)})
+
+
+# Where a name may stand, in points from its point: offset, horizontal and vertical alignment.
+NAME_PLACES = (
+    ((9, 0), "left", "center"),
+    ((-9, 0), "right", "center"),
+    ((9, 4), "left", "bottom"),
+    ((9, -4), "left", "top"),
+    ((-9, 4), "right", "bottom"),
+    ((-9, -4), "right", "top"),
+)
+
+
+def _name_points(axes: Any, rows: list[Row]) -> None:
+    """Writes each row's name beside its point, in the first place that is still free."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    canvas = FigureCanvasAgg(axes.figure)
+    canvas.draw()
+    points = [axes.transData.transform((row["seconds"], _mib(row))) for row in rows]
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in points]
+    for row in rows:
+        is_fused = row["name"] == "ours: fused"
+        name = axes.annotate(
+            row["name"].replace("ours: ", "").replace(", inplace", ", in place"),
+            (row["seconds"], _mib(row)),
+            xytext=(0, 0),
+            textcoords="offset points",
+            color=OURS if row["name"].startswith("ours") else "black",
+            weight="bold" if is_fused else "normal",
+            fontsize=10,
+        )
+        for offset, horizontal, vertical in NAME_PLACES:
+            name.set(position=offset, ha=horizontal, va=vertical)
+            box = name.get_window_extent(canvas.get_renderer())
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def _mib(row: Row) -> float:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown tables and pictures of documents that benchmarks.run has written.
+"""Markdown tables and pictures of the JSON files that benchmarks.run has written.
 
-    python -m benchmarks.report benchmarks/results/*.json            # .md and .png beside each
-    python -m benchmarks.report --fill benchmarks/README.md          # its tables anew
+    python -m benchmarks.report step.json                      # draws step.png
+    python -m benchmarks.report step.json --markdown           # also writes every table: step.md
+    python -m benchmarks.report --fill docs/benchmarks.md      # updates the tables of that page
+    python -m benchmarks.report benchmarks/results/cpu_step.json --step docs/images/step.png
 
-In a file to fill, a table stands between `<!-- results/NAME.json -->` and `<!-- end -->`.
+In a page to fill, a table stands between `<!-- PATH.json -->` and `<!-- end -->`; the path is
+relative to the page. `--step` draws the picture at the top of the README from the first run.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from benchmarks.workloads import Workload
 
 MIB = 2**20
 FRAME_S = 0.04  # an encoder frame after 4x subsampling
-MARKED = re.compile(r"<!-- (results/\S+\.json) -->\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- (\S+\.json) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def said(row: Row) -> str:
@@ -277,13 +280,21 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("documents", nargs="*", type=Path, metavar="JSON")
-    parser.add_argument("--fill", type=Path, metavar="MARKDOWN")
+    parser.add_argument("--markdown", action="store_true", help="also write every table: .md")
+    parser.add_argument("--fill", type=Path, metavar="PAGE", help="update the tables of a page")
+    parser.add_argument("--step", type=Path, metavar="PNG", help="draw the README's picture only")
     options = parser.parse_args()
+    if options.step and len(options.documents) != 1:
+        parser.error("--step: expected one JSON file")
     for path in options.documents:
         from benchmarks import plot
 
         runs = merged(read(path))
-        path.with_suffix(".md").write_text(document(runs) + "\n")
+        if options.step:
+            plot.draw_step(options.step, runs[0])
+            continue
+        if options.markdown:
+            path.with_suffix(".md").write_text(document(runs) + "\n")
         plot.draw(path.with_suffix(".png"), runs)
     if options.fill:
         options.fill.write_text(fill(options.fill.read_text(), options.fill.parent))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import platform
 import subprocess
@@ -99,6 +100,11 @@ def write(path: Path, run: Run, *, append: bool) -> None:
 def read(path: Path) -> list[Run]:
     """The runs of a document."""
     return json.loads(path.read_text())["runs"]
+
+
+def fingerprint(run: Run) -> str:
+    """SHA-256 of a run's rows: a picture names the numbers that it was drawn from."""
+    return hashlib.sha256(json.dumps(run["rows"], sort_keys=True).encode()).hexdigest()
 
 
 def merged(runs: list[Run]) -> list[Run]:

@@ -183,11 +183,19 @@ PYBIND11_MODULE(_C, m) {
       .value("float64", DType::kFloat64)
       .value("float16", DType::kFloat16)
       .value("bfloat16", DType::kBFloat16);
-  py::enum_<Topology>(m, "Topology")
-      .value("regular", Topology::kRegular)
-      .value("modified", Topology::kModified)
-      .value("constrained", Topology::kConstrained)
-      .value("one_sym_per_frame", Topology::kOneSymPerFrame);
+  py::enum_<Topology> topologies(m, "Topology");
+  for (int i = 0; i < kNumTopologies; ++i) {
+    topologies.value(kTopologies[i].name, static_cast<Topology>(i));
+  }
+  m.def("topology_traits", [](Topology topology) {
+    const TopologyTraits& traits = TraitsOf(topology);
+    py::dict row;
+    row["blank_frames"] = traits.blank_frames;
+    row["label_frames"] = traits.label_frames;
+    row["label_takes_blank"] = traits.label_takes_blank;
+    row["ends_with_label"] = traits.ends_with_label;
+    return row;
+  });
   py::enum_<Activation>(m, "Activation")
       .value("identity", Activation::kIdentity)
       .value("tanh", Activation::kTanh)

@@ -17,9 +17,6 @@ namespace transducer {
 // Element type of logits, encoder and predictor rows and of their gradients.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-// Where the arcs of the lattice lead (shared/SEMANTICS: "Topologies"; csrc/README.md).
-enum class Topology : int { kRegular = 0, kModified = 1, kConstrained = 2, kOneSymPerFrame = 3 };
-
 enum class Activation : int { kIdentity = 0, kTanh = 1, kRelu = 2, kGelu = 3, kSilu = 4 };
 
 // Scores, posteriors and the recursion are float64 on the CPU whatever the logits are: they are

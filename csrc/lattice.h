@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lattice_batch.h"
+#include "topology.h"
 
 namespace transducer {
 

@@ -29,6 +29,8 @@ constexpr int64_t kFront = 4;
 // leave a band do not exist.
 template <Topology kTopology>
 class Utterance {
+  using Traits = StaticTraits<kTopology>;
+
  public:
   Utterance(const LatticeBatch& batch, const LatticeOptions& options, int64_t b,
             const Score* blank_score, const Score* label_score)
@@ -116,7 +118,7 @@ class Utterance {
               u < labels_ ? by_label + AfterLabel(beta, here, next, t, u) - total : kLogZero;
 
           if (next.Has(u)) Push(alpha + next.offset + u, by_blank);
-          if constexpr (kLabelFrames == 0) {
+          if constexpr (Traits::kLabelFrames == 0) {
             if (here.Has(u + 1)) Push(alpha + cell + 1, by_label);
           } else {
             if (next.Has(u + 1)) Push(alpha + next.offset + u + 1, by_label);
@@ -142,9 +144,6 @@ class Utterance {
   }
 
  private:
-  // Frames that a label arc advances.
-  static constexpr int64_t kLabelFrames = kTopology == Topology::kRegular ? 0 : 1;
-
   // From logarithms of posteriors to what the caller gets.
   void FinishFrame(const Frame& frame, Score* use_blank, Score* use_label) const {
     const int64_t first = frame.offset + frame.begin, size = frame.end - frame.begin;
@@ -154,7 +153,7 @@ class Utterance {
       const Score label_gain = 1 + options_.fastemit_lambda;
       for (int64_t i = first; i < first + size; ++i) use_label[i] *= label_gain;
     }
-    if constexpr (kTopology == Topology::kConstrained) {  // the forced blank of a label is a use
+    if constexpr (Traits::kLabelTakesBlank) {  // the forced blank of a label is a use
       for (int64_t i = first + 1; i < first + size; ++i) use_blank[i] += use_label[i - 1];
     }
   }
@@ -175,7 +174,7 @@ class Utterance {
 
   Score LabelScore(const Frame& here, int64_t u, Score penalty) const {
     Score score = label_[here.offset + u];
-    if constexpr (kTopology == Topology::kConstrained) {
+    if constexpr (Traits::kLabelTakesBlank) {
       score += here.Has(u + 1) ? blank_[here.offset + u + 1] : kLogZero;
     }
     return score + penalty;
@@ -190,9 +189,9 @@ class Utterance {
   // beta at the end of the label arc from (t, u).
   Score AfterLabel(const Score* beta, const Frame& here, const Frame& next, int64_t t,
                    int64_t u) const {
-    if constexpr (kLabelFrames == 0) return here.Has(u + 1) ? beta[here.offset + u + 1] : kLogZero;
+    if constexpr (Traits::kLabelFrames == 0) return here.Has(u + 1) ? beta[here.offset + u + 1] : kLogZero;
     if (t + 1 < frames_) return next.Has(u + 1) ? beta[next.offset + u + 1] : kLogZero;
-    if constexpr (kTopology == Topology::kOneSymPerFrame) return kLogZero;  // must end in a blank
+    if constexpr (!Traits::kEndsWithLabel) return kLogZero;
     return u + 1 == labels_ ? 0 : kLogZero;
   }
 
@@ -234,16 +233,10 @@ void Run(const LatticeBatch& batch, const LatticeOptions& options, const Score* 
 void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
                 const Score* label_score, int num_threads, Score* scratch, Score* loss,
                 Score* use_blank, Score* use_label) {
-  const auto run = [&](auto function) {
-    function(batch, options, blank_score, label_score, num_threads, scratch, loss, use_blank,
-             use_label);
-  };
-  switch (options.topology) {
-    case Topology::kRegular: return run(Run<Topology::kRegular>);
-    case Topology::kModified: return run(Run<Topology::kModified>);
-    case Topology::kConstrained: return run(Run<Topology::kConstrained>);
-    case Topology::kOneSymPerFrame: return run(Run<Topology::kOneSymPerFrame>);
-  }
+  CallWithTopology(options.topology, [&](auto topology) {
+    Run<decltype(topology)::value>(batch, options, blank_score, label_score, num_threads, scratch, loss,
+                    use_blank, use_label);
+  });
 }
 
 }  // namespace transducer

@@ -58,8 +58,10 @@ struct CellInputs {
 
 template <Topology kTopology, bool kLanesAreFrames, bool kBackward, typename Math>
 class Walk {
+  using Traits = StaticTraits<kTopology>;
+
  public:
-  static_assert(kTopology == Topology::kRegular || !kLanesAreFrames, "");
+  static_assert(Traits::kLabelFrames == 0 || !kLanesAreFrames, "");
 
   __device__ Walk(const LatticeBatch& batch, const LatticeOptions& options, int b,
                   const LatticeArrays& arrays)
@@ -128,7 +130,7 @@ class Walk {
   }
 
  private:
-  static constexpr bool kSkew = kTopology == Topology::kRegular;
+  static constexpr bool kSkew = Traits::kLabelFrames == 0;
 
   __device__ int NumLanes() const { return kLanesAreFrames ? frames_ : labels_ + 1; }
   __device__ int Length() const { return kLanesAreFrames ? labels_ + 1 : frames_; }
@@ -154,18 +156,16 @@ class Walk {
     inputs.row = first_row_ + t * stride_ + u - start;
     inputs.blank = arrays_.blank_score[inputs.row];
     if (u < labels_) inputs.label = arrays_.label_score[inputs.row];
-    if (kTopology == Topology::kConstrained && u + 1 < end) {
+    if (Traits::kLabelTakesBlank && u + 1 < end) {
       inputs.forced = arrays_.blank_score[inputs.row + 1];
     }
     return inputs;
   }
 
-  // Behind the last frame, (T, U) is the end; `modified` and `constrained` also get there from
-  // (T - 1, U - 1) by a label. Before the first frame nothing hands over a label.
+  // Behind the last frame, (T, U) is the end; a label from (T - 1, U - 1) also leads there in a
+  // topology whose paths may end with one. Before the first frame nothing hands over a label.
   __device__ static Score HandedBeforeFirst(int lane) {
-    const bool ends_in_label =
-        kTopology == Topology::kModified || kTopology == Topology::kConstrained;
-    return kBackward && ends_in_label && lane == 0 ? 0 : kLogZero;
+    return kBackward && Traits::kEndsWithLabel && lane == 0 ? 0 : kLogZero;
   }
 
   // What the first lane of a strip gets. Lane 0 with lanes along the frames: the way in, or out.
@@ -179,7 +179,7 @@ class Walk {
                         Score* next_own, Score* handed, bool* has_nan) const {
     const int t = FrameAt(lane, place);
     Score label = cell.label;
-    if (kTopology == Topology::kConstrained) label += cell.forced;
+    if (Traits::kLabelTakesBlank) label += cell.forced;
     label += delay_penalty_ * (middle_ - static_cast<Score>(t));
     if (kBackward) {
       *has_nan |= cell.blank != cell.blank || cell.label != cell.label;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kUsesThreads, 4)
 }
 
 bool LanesAreFrames(const LatticeBatch& batch, Topology topology) {
-  return topology == Topology::kRegular && batch.max_frames < batch.max_targets + 1;
+  return TraitsOf(topology).label_frames == 0 && batch.max_frames < batch.max_targets + 1;
 }
 
 int64_t MostLanes(const LatticeBatch& batch, Topology topology) {
@@ -309,7 +309,7 @@ void LaunchAll(const LatticeBatch& batch, const LatticeOptions& options,
       CeilDivide(batch.num_utterances * batch.max_frames, kUsesThreads / kWarp);
   TRANSDUCER_LAUNCH(UsesKernel<Math>, blocks, kUsesThreads, stream, batch,
                     1 + options.fastemit_lambda, arrays);
-  if (kTopology == Topology::kConstrained) {
+  if (StaticTraits<kTopology>::kLabelTakesBlank) {
     TRANSDUCER_LAUNCH(ForcedBlankKernel, blocks, kUsesThreads, stream, batch, arrays);
   }
 }
@@ -317,18 +317,15 @@ void LaunchAll(const LatticeBatch& batch, const LatticeOptions& options,
 template <typename Math>
 void LaunchTopology(const LatticeBatch& batch, const LatticeOptions& options,
                     const LatticeArrays& arrays, void* stream) {
-  switch (options.topology) {
-    case Topology::kRegular:
-      return LanesAreFrames(batch, options.topology)
-                 ? LaunchAll<Topology::kRegular, true, Math>(batch, options, arrays, stream)
-                 : LaunchAll<Topology::kRegular, false, Math>(batch, options, arrays, stream);
-    case Topology::kModified:
-      return LaunchAll<Topology::kModified, false, Math>(batch, options, arrays, stream);
-    case Topology::kConstrained:
-      return LaunchAll<Topology::kConstrained, false, Math>(batch, options, arrays, stream);
-    case Topology::kOneSymPerFrame:
-      return LaunchAll<Topology::kOneSymPerFrame, false, Math>(batch, options, arrays, stream);
-  }
+  CallWithTopology(options.topology, [&](auto topology) {
+    constexpr Topology kTopology = decltype(topology)::value;
+    if constexpr (StaticTraits<kTopology>::kLabelFrames == 0) {
+      if (LanesAreFrames(batch, kTopology)) {
+        return LaunchAll<kTopology, true, Math>(batch, options, arrays, stream);
+      }
+    }
+    LaunchAll<kTopology, false, Math>(batch, options, arrays, stream);
+  });
 }
 
 }  // namespace

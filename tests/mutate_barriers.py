@@ -21,9 +21,11 @@ from pathlib import Path
 
 import torch
 
+from tests import stage_calls as stages
 from tests.backends import ORDERS, ROOT, build_emulated, load_emulated
 from tests.stage_cases import kept_rows, make_case, random_scores, random_uses, score
-from transducer_toolkit.ops import native, stages
+from transducer_toolkit.ops import native
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 # __syncthreads_or(x) is x without its barrier, which is a vote too.
 _BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|__syncthreads_or(?=\()")
@@ -41,7 +43,7 @@ def run_everything() -> list[torch.Tensor]:
     case = make_case("packed", (2, 1), (1, 2), 4500)  # a block a row
     batch = case.batch()
     results += score(torch.randn(batch.num_rows, 4500), batch, batch.all_rows())
-    for topology in native.TOPOLOGIES:
+    for topology in TOPOLOGIES:
         for frames, symbols in (((9, 40), (45, 33)), ((40, 5), (9, 4)), ((700,), (690,))):
             if topology != "regular":
                 symbols = tuple(min(pair) for pair in zip(frames, symbols, strict=True))
@@ -66,8 +68,10 @@ def run_everything() -> list[torch.Tensor]:
         arguments = logits.double().logsumexp(-1), *random_uses(batch), torch.ones(3).double()
         stages.logits_grad(logits, batch, batch.all_rows(), *arguments, blank=6, out=logits)
         results.append(logits.float())
-    for dropped_mass in (1e-6, 1e-2):
-        results += kept_rows(random_uses(batch), batch, dropped_mass)
+    several_runs = make_case("packed", (150, 4), (59, 3)).batch()
+    for lattices in (batch, several_runs):
+        for dropped_mass in (1e-6, 1e-2):
+            results += kept_rows(random_uses(lattices), lattices, dropped_mass)
     return results
 
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.backends import emulated_module
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.registration import Operator
 
 CUDA = torch.device("cuda", 0)
 BOOL, IS_CUDA = torch.bool, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
@@ -82,6 +83,8 @@ class PretendTensor(Tensor):
         args, inner = tree_map(unwrap, (args, inner))
         if target is not None and func.overloadpacket is not aten._to_copy:
             inner["device"] = "cpu"  # a new tensor
+        if func.name() == "aten::mm.dtype":  # the CPU has no such product
+            return PretendTensor(torch.mm(*(factor.to(args[2]) for factor in args[:2])))
         out = func(*args, **inner)
         if target is not None and torch.device(target).type == "cpu":
             return out
@@ -181,6 +184,7 @@ def pretend_cuda() -> Iterator[Traffic]:
         "device": lambda device: nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
         "is_current_stream_capturing": lambda: _traffic.is_capturing,
+        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=80 * 2**30),
     }
     with (
         mock.patch.object(native, "extension", SimpleNamespace(**{**names, "cuda": module.cuda})),
@@ -202,26 +206,26 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def gradients(
-    operator: Any, differentiate: Callable[..., Any], setup: Callable[..., None], traffic: Traffic
+    operator: Operator[Any, Any, Any, Any], traffic: Traffic, **plan: Any
 ) -> Callable[..., tuple[Tensor, tuple[Any, ...]]]:
     """run(grad, number) -> outputs and gradients of the operator, with the arguments it had last.
 
-    The last argument of our loss operators, whether posteriors are wanted, is set; `before_last`
-    replaces those in front of it.
+    `plan` replaces parts of the operator's plan.
     """
 
-    def run(
-        loss_grad: Tensor, num_wanted: int, before_last: tuple[Any, ...] = ()
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        others = traffic.calls[operator.__name__][: -1 - len(before_last)]
-        arguments = *others, *before_last, True
-        outputs = operator(*arguments)
+    def run(loss_grad: Tensor, num_wanted: int) -> tuple[Tensor, tuple[Any, ...]]:
+        inputs, options, last_plan, _ = operator.split(traffic.calls[operator.name])
+        new_plan = last_plan._replace(**plan)
+        arguments = operator.flat(inputs, options, new_plan)
+        outputs = operator.run(*arguments)
         context = SimpleNamespace(
             needs_input_grad=(True,) * num_wanted + (False,) * (len(arguments) - num_wanted),
             set_materialize_grads=lambda value: None,
         )
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
-        setup(context, arguments, outputs)
-        return outputs[0], differentiate(context, loss_grad)
+        operator.setup_context(context, arguments, outputs)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        others = [None] * (len(outputs) - 1)
+        return outputs[0], operator.differentiate(context, loss_grad, *others)
 
     return run

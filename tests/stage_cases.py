@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import stages
+from tests import stage_calls as stages
+from tests.stage_calls import lattice_batch
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 
 LAYOUTS = ("packed", "padded", "padded_begins", "band", "band_begins", "packed_band")
@@ -32,7 +33,7 @@ class Case:
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        return LatticeBatch(**fields, device=torch.device(device))
+        return lattice_batch(**fields, device=torch.device(device))
 
 
 def make_case(
@@ -79,7 +80,7 @@ def make_case(
 
 def cell_rows(batch: LatticeBatch) -> Tensor:
     """(rows,) bool: which rows are cells and not padding."""
-    scores = CellScores(batch, torch.device("cpu"))
+    scores = CellScores.zeros(batch, torch.device("cpu"))
     scores.label.fill_(5.0)
     logits = torch.zeros(batch.num_rows, 2, dtype=torch.float64)
     stages.cell_scores(logits, batch, batch.all_rows(), scores, blank=0, from_log_softmax=True)
@@ -100,11 +101,11 @@ def score(
     logits: Tensor, batch: LatticeBatch, tile: RowTile, **options: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 1: normaliser, blank score and label score; what is not written is 7."""
-    out = CellScores(batch, logits.device)
-    for tensor in (out.normaliser, out.blank, out.label):
+    out = CellScores.zeros(batch, logits.device)
+    for tensor in (out.normalizer, out.blank, out.label):
         tensor.fill_(7.0)
     stages.cell_scores(logits, batch, tile, out, **{"blank": 0, **options})
-    return out.normaliser, out.blank, out.label
+    return out.normalizer, out.blank, out.label
 
 
 def random_scores(batch: LatticeBatch, scale: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from tests.backends import accelerated, check_close, in_every_order, of
 from tests.stage_cases import LAYOUTS, make_case, random_scores, run_lattice
-from transducer_toolkit.ops import native
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 SHAPES = {  # frames, symbols
     "ragged": ((9, 1, 6, 7), (4, 0, 5, 2)),
@@ -32,7 +32,7 @@ def check_stage_2(backend, case, scores=None, *, exact, tolerance=None, **option
 
 @accelerated
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("topology", native.TOPOLOGIES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("exact", [True, False])
 def test_lattice(name, layout, topology, exact):
     for options in ({}, {"delay_penalty": 0.3, "fastemit_lambda": 0.5}):
@@ -43,7 +43,7 @@ def test_lattice(name, layout, topology, exact):
 
 @accelerated
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("topology", native.TOPOLOGIES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_lattice_loss_alone(name, layout, topology):
     backend = of(name)
     case = make_case(layout)
@@ -59,7 +59,7 @@ def test_lattice_loss_alone(name, layout, topology):
 
 
 @accelerated
-@pytest.mark.parametrize("topology", native.TOPOLOGIES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("shape", ["long", "wide", "square"])
 @pytest.mark.parametrize("layout", ["packed", "band"])
 def test_lattice_of_any_shape(name, shape, topology, layout):
@@ -105,7 +105,7 @@ def test_float32_transcendentals_keep_posteriors_within_1e_5(name, peak):
 
 
 @accelerated
-@pytest.mark.parametrize("topology", native.TOPOLOGIES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_lattice_of_nan_and_of_no_path(name, topology):
     case = make_case("padded", (5, 5, 5, 5), (3, 3, 3, 3))
     batch = case.batch()

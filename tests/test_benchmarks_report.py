@@ -92,9 +92,10 @@ def test_marked_tables_are_made_anew(tmp_path):
     assert report.fill(filled, tmp_path) == filled
 
 
-def test_tables_of_the_readme_are_those_of_the_documents():
-    readme = PROJECT_ROOT / "benchmarks" / "README.md"
-    assert report.fill(readme.read_text(), readme.parent) == readme.read_text()
+def test_tables_of_the_page_are_those_of_the_documents():
+    page = PROJECT_ROOT / "docs" / "benchmarks.md"
+    assert len(report.MARKED.findall(page.read_text())) == 7
+    assert report.fill(page.read_text(), page.parent) == page.read_text()
 
 
 def test_every_command_of_the_full_run_is_understood(tmp_path):
@@ -108,7 +109,7 @@ def test_every_command_of_the_full_run_is_understood(tmp_path):
         check=True,
         capture_output=True,
     )
-    *commands, last = said.read_text().splitlines()
+    *commands, picture, last = said.read_text().splitlines()
     suites = set()
     for command in commands:
         options = run.parser().parse_args(command.removeprefix("-m benchmarks.run ").split())
@@ -116,4 +117,6 @@ def test_every_command_of_the_full_run_is_understood(tmp_path):
         assert options.append and options.peers_dir == Path("peers")
         suites.add(options.suite)
     assert suites == set(run.SUITES)
-    assert last.startswith("-m benchmarks.report ") and last.endswith("--fill benchmarks/README.md")
+    assert picture.startswith("-m benchmarks.report ")
+    assert picture.endswith("--step docs/images/step.png")
+    assert last.startswith("-m benchmarks.report ") and last.endswith("--fill docs/benchmarks.md")

@@ -28,11 +28,14 @@ run_folder.register()
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("recipes/*/README.md")),
+    ROOT / "examples" / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "csrc" / "README.md",
 ]
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "CODE_OF_CONDUCT.md"]
 HYDRA_COMMANDS = ("train", "evaluate", "prepare")
 FLAGS, FLAGS_WITH_VALUE = ("--multirun", "--help", "--hydra-help"), ("--cfg", "--info")
 ON_PURPOSE = ("loss=packd",)  # docs/scale.md shows what a misspelt option gets
@@ -142,6 +145,67 @@ def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
     assert next(makers, None) is None  # and what it asserts at its end
 
 
+# --- links and the API reference ------------------------------------------------------------------
+
+
+def anchors(path):
+    """What a link may lead to inside of a page, as GitHub and MkDocs both name it."""
+    prose = "\n".join(text for language, text in fenced(path.read_text()) if language is None)
+    titles = re.findall(r"^#+ (.*)$", prose, flags=re.M)
+    words = [re.sub(r"[^\w\s-]", "", title.lower()) for title in titles]
+    return {re.sub(r"\s", "-", title.strip()) for title in words}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_links_lead_to_something(page):
+    prose = "".join(text for language, text in fenced(page.read_text()) if language is None)
+    for target in re.findall(r"\]\(([^()\s]+)\)", prose):
+        path, _, anchor = target.partition("#")
+        if "://" in path or path.startswith("../../actions/"):  # CI, where this is hosted
+            continue
+        meant = (page.parent / path).resolve() if path else page
+        assert meant.exists() and meant.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in anchors(meant), target
+
+
+def test_every_page_stands_in_the_menu_of_the_site():
+    hooks = (ROOT / "docs" / "site_hooks.py").read_text()
+    menu = set(re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M))
+    written = {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
+    written |= set(re.findall(r': "(\w+\.md)"', hooks))
+    written |= {f"recipes/{page.parent.name}.md" for page in ROOT.glob("recipes/*/README.md")}
+    assert menu == written
+
+
+def documented():
+    """Dotted names in the pages of the API reference."""
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        yield from re.findall(r"^::: (\S+)$", page.read_text(), flags=re.M)
+
+
+def resolve(name):
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[length:], value)
+    raise AssertionError(name)
+
+
+def test_the_api_reference_is_complete():
+    there = {id(resolve(name)) for name in documented()}
+    for package in ("", ".losses", ".modules", ".decoding", ".inference", ".export",
+                    ".training.stages", ".training.callbacks", ".data.corpora"):  # fmt: skip
+        module = importlib.import_module(f"transducer_toolkit{package}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value) and name not in ("check_topology",):
+                assert id(value) in there, f"{module.__name__}.{name}"
+
+
 # --- command lines --------------------------------------------------------------------------------
 
 
@@ -201,6 +265,10 @@ def compose_like_hydra(config_name, words):
     for flag in FLAGS_WITH_VALUE:
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
+    if "--config-dir" in words:
+        at = words.index("--config-dir")
+        _, folder = words[at : at + 2]
+        words[at : at + 2] = [f"hydra.searchpath=[file://{ROOT / folder}]"]
     # "data=OPTION": any of them.
     texts = [w for w in words if w not in FLAGS and not re.fullmatch(r"[a-z_/]+=[A-Z]+", w)]
     overrides = OverridesParser.create().parse_overrides(texts)

@@ -17,7 +17,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-README = (ROOT / "README.md").read_text()
+INSTALLATION = (ROOT / "docs" / "installation.md").read_text()
 # GHSA-w37p-236h-pfx3: uploads by a thief. https://github.com/advisories/GHSA-w37p-236h-pfx3
 STOLEN = {"lightning": ["2.6.2", "2.6.3"]}
 
@@ -53,12 +53,22 @@ def test_the_core_needs_torch_and_numpy_only():
 
 def test_all_has_every_extra_but_the_developers():
     (own,) = (r for r in requirements("all") if r.name == PROJECT["name"])
-    assert own.extras == set(EXTRAS) - {"all", "lint"}
+    assert own.extras == set(EXTRAS) - {"all", "lint", "docs"}
 
 
-def test_the_readme_lists_the_extras():
-    (paragraph,) = re.findall(r"\*\*Which extras are there\?\*\*(.*?)\n\n", README, flags=re.S)
+def test_the_installation_page_lists_the_extras():
+    (paragraph,) = re.findall(
+        r"\*\*Which extras are there\?\*\*(.*?)\n\n", INSTALLATION, flags=re.S
+    )
     assert sorted(re.findall(r"`(\w+)`\s\(", paragraph)) == sorted(EXTRAS)
+
+
+@pytest.mark.parametrize("extra", ["lint", "docs"])
+def test_make_installs_what_the_extra_names(extra):
+    (recipe,) = re.findall(
+        rf"^{extra}: .*\n\t.* install --quiet (.*)$", (ROOT / "Makefile").read_text(), flags=re.M
+    )
+    assert re.findall(r"'([^']+)'", recipe) == EXTRAS[extra]
 
 
 def test_every_extra_that_is_named_exists():
@@ -79,7 +89,9 @@ def test_versions_of_python_are_said_once():
     classified = {
         c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)
     }
-    lowest, highest = re.search(r"versions of Python\?\*\* (3\.\d+) to (3\.\d+)", README).groups()
+    lowest, highest = re.search(
+        r"versions of Python\?\*\* (3\.\d+) to (3\.\d+)", INSTALLATION
+    ).groups()
     minors = range(int(lowest.split(".")[1]), int(highest.split(".")[1]) + 1)
     assert classified == {f"3.{minor}" for minor in minors}
     assert PROJECT["requires-python"] == f">={lowest}"

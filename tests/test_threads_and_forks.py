@@ -13,17 +13,18 @@ SETUP = """
 import os, threading, time
 import torch
 import transducer_toolkit as tt
-from transducer_toolkit.ops import stages
+from tests import stage_calls as stages
+from tests.stage_calls import lattice_batch
 from transducer_toolkit.ops.lattice import LatticeBatch, CellScores
 
 torch.set_num_threads(2)
 torch.manual_seed(0)
 x = torch.randn(3 * 40 * 11, 300)
-batch = LatticeBatch(
+batch = lattice_batch(
     *(torch.tensor([n] * 3) for n in (40, 10)), torch.ones(3, 10, dtype=torch.int64),
     max_frames=40, padded=True, device=x.device,
 )
-expected, again = (CellScores(batch, x.device) for _ in range(2))
+expected, again = (CellScores.zeros(batch, x.device) for _ in range(2))
 
 def score(out):
     stages.cell_scores(x, batch, batch.all_rows(), out, blank=0)
@@ -35,7 +36,7 @@ def score_forever(out):
 score(expected)
 # Nothing but a stage, with the pool's help: what torch does in a fork is torch's own.
 for _ in range(3):
-    out = CellScores(batch, x.device)
+    out = CellScores.zeros(batch, x.device)
     threading.Thread(target=score_forever, args=(out,), daemon=True).start()
 """
 
@@ -99,7 +100,7 @@ for _ in range(6):
     child = os.fork()
     if child == 0:
         score(again)
-        os._exit(0 if again.normaliser.tolist() == expected.normaliser.tolist() else 3)
+        os._exit(0 if again.normalizer.tolist() == expected.normalizer.tolist() else 3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 os._exit(0)
 """

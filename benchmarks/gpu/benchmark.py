@@ -38,13 +38,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.records import Record, Row
+from benchmarks.gpu.single_stages import SingleStages
 from benchmarks.gpu.tables import benchmark_figures, benchmark_table
 from benchmarks.gpu.timing import arithmetic, kernels_of, timed
 from benchmarks.jobs import Implementation, Job
 from benchmarks.peers import Absent, implementations, require_present
 from benchmarks.workloads import LATTICE_SCALES, Workload, choose_batch, utterance_shapes
-from transducer_toolkit.ops import stages
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
 
 EXTRA = ("benchmarks.gpu.extra",)
 MODES = ("float32", "tf32", "bfloat16")
@@ -177,47 +176,16 @@ def suite_rows(
 
 def stage_rows(workload: Workload, bandwidth: float, dtype: torch.dtype) -> Iterator[Row]:
     """Yields a row for each stage on packed logits; its roofline moves what the stage must."""
-    shape, device = workload.shape, torch.device(workload.device)
-    targets, logits = workload.targets(), workload.logits().to(dtype)
-    lattices = LatticeBatch(
-        shape.logit_lengths,
-        shape.target_lengths,
-        targets,
-        max_frames=shape.max_frames,
-        padded=False,
-        device=device,
-    )
-    tile, scores = lattices.all_rows(), CellScores(lattices, device)
-    options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
-    loss_grad = torch.ones(shape.num_utterances, dtype=torch.float64, device=device)
-    grad = torch.empty_like(logits)
-
-    def stage_1() -> None:
-        stages.cell_scores(logits, lattices, tile, scores, blank=0)
-
-    def stage_2(exact: bool = False) -> tuple[torch.Tensor, ...]:
-        return stages.lattice(
-            scores.blank, scores.label, lattices, with_uses=True, exact=exact, **options
-        )
-
-    stage_1()
-    _, *uses = stage_2()
-
-    def stage_3() -> None:
-        stages.logits_grad(
-            logits, lattices, tile, scores.normaliser, *uses, loss_grad, blank=0, out=grad
-        )
-
-    def filter_rows() -> None:
-        stages.kept_rows(*uses, lattices, dropped_mass=1e-6)
-
-    logits_s = logits.nbytes / bandwidth
+    single = SingleStages(workload, dtype)
+    single.cell_scores()
+    single.lattice()
+    logits_s = single.logits.nbytes / bandwidth
     for name, run, floor_s in (
-        ("1 cell_scores", stage_1, logits_s),
-        ("2 lattice", stage_2, 0.0),
-        ("2 lattice, exact", lambda: stage_2(True), 0.0),
-        ("3 logits_grad", stage_3, 2 * logits_s),
-        ("kept_rows", filter_rows, 0.0),
+        ("1 cell_scores", single.cell_scores, logits_s),
+        ("2 lattice", single.lattice, 0.0),
+        ("2 lattice, exact", lambda: single.lattice(exact=True), 0.0),
+        ("3 logits_grad", single.logits_grad, 2 * logits_s),
+        ("kept_rows", single.kept_rows, 0.0),
     ):
         row: Row = {"suite": "stage", "mode": str(dtype).removeprefix("torch."), "name": name}
         row |= {"project": "ours", "ms": 1e3 * timed(run)}
@@ -282,8 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "utterances": len(workloads[name].frames),
                 "cells": workloads[name].shape.num_cells,
             }
-            for name, batch in workloads.items()
-            if name in options.batches
+            for name in options.batches
         },
     )
     for batch in options.batches:

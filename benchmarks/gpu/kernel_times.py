@@ -15,11 +15,10 @@ import torch
 
 from benchmarks.gpu.benchmark import DeviceWorkload, batches
 from benchmarks.gpu.records import Record
+from benchmarks.gpu.single_stages import SingleStages
 from benchmarks.gpu.tables import profile_figures, profile_table
 from benchmarks.gpu.timing import arithmetic, kernels_of, timed
 from benchmarks.peers import implementations
-from transducer_toolkit.ops import stages
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 
 STEPS = (
     ("ours: fused", "bfloat16"),
@@ -28,7 +27,6 @@ STEPS = (
     ("ours: packed", "tf32"),
 )
 RUNS = 3
-TILE_ROWS = 22_000  # about what a tile of the fused step has on a GPU at V = 500, D = 512
 
 
 def profile_steps(record: Record, workload: DeviceWorkload) -> None:
@@ -54,53 +52,16 @@ def profile_steps(record: Record, workload: DeviceWorkload) -> None:
 
 def each_stage_once(workload: DeviceWorkload, dtype: torch.dtype) -> None:
     """Calls each stage on realistic sizes; only these calls are seen by a profiler of CUDA."""
-    shape, device = workload.shape, torch.device(workload.device)
-    lattices = LatticeBatch(
-        shape.logit_lengths,
-        shape.target_lengths,
-        workload.targets(),
-        max_frames=shape.max_frames,
-        padded=False,
-        device=device,
-    )
-    logits = workload.logits().to(dtype)
-    enc, pred, _, _ = (tensor.to(dtype) for tensor in workload.joiner_inputs())
-    scores = CellScores(lattices, device)
-    loss_grad = torch.ones(shape.num_utterances, dtype=torch.float64, device=device)
-    grad = torch.empty_like(logits)
-    tile = RowTile(0, min(TILE_ROWS, lattices.num_rows))
-    hidden = torch.zeros(tile.size, enc.size(-1), dtype=dtype, device=device)
-    grad_enc, grad_pred = torch.zeros_like(enc).float(), torch.zeros_like(pred).float()
+    single = SingleStages(workload, dtype)
+    device = torch.device(workload.device)
 
     def run() -> None:
-        stages.join_forward(enc, pred, lattices, tile, activation="tanh", out=hidden)
-        stages.cell_scores(logits, lattices, lattices.all_rows(), scores, blank=0)
-        options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
-        _, *uses = stages.lattice(
-            scores.blank, scores.label, lattices, with_uses=True, exact=False, **options
-        )
-        stages.kept_rows(*uses, lattices, dropped_mass=1e-7)
-        stages.logits_grad(
-            logits,
-            lattices,
-            lattices.all_rows(),
-            scores.normaliser,
-            *uses,
-            loss_grad,
-            blank=0,
-            out=grad,
-        )
-        stages.join_backward(
-            hidden,  # any gradient of that size
-            hidden,
-            enc,
-            pred,
-            lattices,
-            tile,
-            activation="tanh",
-            grad_enc=grad_enc,
-            grad_pred=grad_pred,
-        )
+        single.join_forward()
+        single.cell_scores()
+        single.lattice()
+        single.kept_rows()
+        single.logits_grad()
+        single.join_backward()
 
     run()
     if device.type == "cuda":

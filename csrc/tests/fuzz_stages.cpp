@@ -93,7 +93,7 @@ Problem MakeProblem(Bytes* bytes) {
   p.vocab_size = 1 + bytes->Below(20);
   p.blank = bytes->Below(p.vocab_size);
   p.from_log_softmax = bytes->Flip();
-  p.options.topology = static_cast<Topology>(bytes->Below(4));
+  p.options.topology = static_cast<Topology>(bytes->Below(kNumTopologies));
   p.options.delay_penalty = bytes->Below(3) * 0.25;
   p.options.fastemit_lambda = bytes->Below(3) * 0.5;
   int64_t rows = 0;
@@ -222,7 +222,7 @@ Score PlainLoss(const Problem& p, const Results& r, int64_t b) {
   const auto at = [&](int64_t t, int64_t u) -> Score& { return alpha[t * (labels + 2) + u]; };
   const int64_t first_frame = batch.first_frame != nullptr ? batch.first_frame[b] : 0;
   const Score middle = 0.5 * static_cast<Score>(frames - 1 - first_frame);
-  const Topology topology = p.options.topology;
+  const TopologyTraits& traits = TraitsOf(p.options.topology);
   bool has_nan = false;
   at(0, 0) = has(0, 0) ? 0 : kLogZero;
   for (int64_t t = 0; t < frames; ++t) {
@@ -236,14 +236,14 @@ Score PlainLoss(const Problem& p, const Results& r, int64_t b) {
       }
       if (u == labels) continue;
       Score score = r.label[row] + p.options.delay_penalty * (middle - static_cast<Score>(t));
-      if (topology == Topology::kRegular) {
+      if (traits.label_frames == 0) {
         if (has(t, u + 1)) at(t, u + 1) = LogAdd(at(t, u + 1), at(t, u) + score);
         continue;
       }
-      if (topology == Topology::kConstrained) {
+      if (traits.label_takes_blank) {
         score += has(t, u + 1) ? r.blank[batch.Row(b, t, u + 1)] : kLogZero;
       }
-      const bool may_end = u + 1 == labels && topology != Topology::kOneSymPerFrame;
+      const bool may_end = u + 1 == labels && traits.ends_with_label;
       if (is_last ? may_end : has(t + 1, u + 1)) {
         at(t + 1, u + 1) = LogAdd(at(t + 1, u + 1), at(t, u) + score);
       }

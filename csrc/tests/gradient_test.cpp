@@ -186,8 +186,8 @@ void TestMaskedByZeroGradient() {
 
 int main() {
   using transducer::Topology;
-  for (const auto topology : {Topology::kRegular, Topology::kModified, Topology::kConstrained,
-                              Topology::kOneSymPerFrame}) {
+  for (int i = 0; i < transducer::kNumTopologies; ++i) {
+    const auto topology = static_cast<Topology>(i);
     for (const auto layout : transducer::kLayouts) {
       transducer::TestAgainstDifferences(topology, layout, false);
       transducer::TestAgainstDifferences(topology, layout, true);

@@ -111,8 +111,8 @@ void TestManyCallers(Topology topology, Layout layout) {
 
 int main() {
   using transducer::Topology;
-  for (const auto topology : {Topology::kRegular, Topology::kModified, Topology::kConstrained,
-                              Topology::kOneSymPerFrame}) {
+  for (int i = 0; i < transducer::kNumTopologies; ++i) {
+    const auto topology = static_cast<Topology>(i);
     for (const auto layout : transducer::kLayouts) transducer::TestManyCallers(topology, layout);
   }
   return expect::Finish();

@@ -51,6 +51,6 @@ def test_exports_for_the_streaming_client_only(checkpoint, tmp_path, capsys):
     assert export.main([str(checkpoint), "--output", str(tmp_path), "--streaming"]) == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 4
-    assert "several symbols" not in captured.err  # rnnt_type=modified has one a frame
+    assert "several symbols" not in captured.err  # topology=modified has one a frame
     assert export.main([str(checkpoint), "--output", str(tmp_path)]) == 1
     assert "streaming=True (--streaming) only" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_fast_dev_run(tmp_path, console, train_overrides, capsys):
 
 
 def test_checkpoints_carry_the_topology_of_the_loss(tmp_path, console, train_overrides, trained):
-    options = ["loss.rnnt_type=one_sym_per_frame", "test=false", "trainer.max_epochs=1"]
+    options = ["loss.topology=one_sym_per_frame", "test=false", "trainer.max_epochs=1"]
     console(main, tmp_path, *train_overrides, *options)
     paths = [trained, tmp_path / "outputs" / "transducer" / "run"]
     topologies = [

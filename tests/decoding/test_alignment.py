@@ -75,7 +75,7 @@ def test_of_equal_paths_the_later_labels_are_taken(topology, expected):
 
 
 def test_best_path_names_an_unknown_topology():
-    with pytest.raises(ValueError, match=r"topology must be one of regular, .*; got 'ctc'"):
+    with pytest.raises(ValueError, match=r"topology: expected one of .*regular.*, got 'ctc'"):
         best_path(torch.zeros(3, 2), torch.zeros(3, 1), topology="ctc")
 
 

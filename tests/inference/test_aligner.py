@@ -107,7 +107,7 @@ def test_scores_that_are_not_finite_are_an_error(recognizer, waveform, value):
 def test_what_cannot_be_aligned_is_named(recognizer, waveform):
     with pytest.raises(ValueError, match="character 'x' of 'ax' is not among"):
         align_text(recognizer, waveform, "ax")
-    with pytest.raises(ValueError, match=r"topology must be one of .*; got 'ctc'"):
+    with pytest.raises(ValueError, match=r"topology: expected one of .*, got 'ctc'"):
         align_text(recognizer, waveform, TEXT, topology="ctc")
-    with pytest.raises(ValueError, match=r"topology must be one of .*; got 'ctc'"):
+    with pytest.raises(ValueError, match=r"topology: expected one of .*, got 'ctc'"):
         Recognizer(recognizer.model, recognizer.tokenizer, Fbank(), topology="ctc")

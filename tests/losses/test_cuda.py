@@ -4,11 +4,13 @@
 import pytest
 import torch
 
+from tests import stage_calls as stages
 from tests.backends import Backend
 from tests.losses.helpers import ragged_batch
+from tests.stage_calls import lattice_batch
 from transducer_toolkit import LatticeShape, fused_joiner_loss, join, joiner_logits, transducer_loss
-from transducer_toolkit.ops import native, stages
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops import native
+from transducer_toolkit.ops.lattice import CellScores
 
 pytestmark = pytest.mark.skipif(
     Backend("cuda").missing is not None, reason=str(Backend("cuda").missing)
@@ -168,7 +170,7 @@ def test_stages_are_captured_into_a_graph():
     batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
     device = torch.device("cuda")
     indices = batch.logit_lengths, batch.target_lengths, batch.targets
-    lattices = LatticeBatch(
+    lattices = lattice_batch(
         *(tensor.to(device) for tensor in indices),
         max_frames=60,
         padded=False,
@@ -180,7 +182,7 @@ def test_stages_are_captured_into_a_graph():
     options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
 
     def step():
-        scores = CellScores(lattices, device)
+        scores = CellScores.zeros(lattices, device)
         tile = lattices.all_rows()
         stages.cell_scores(logits, lattices, tile, scores, blank=0)
         loss, *uses = stages.lattice(
@@ -188,7 +190,7 @@ def test_stages_are_captured_into_a_graph():
         )
         kept = stages.kept_rows(*uses, lattices, dropped_mass=1e-6)
         stages.logits_grad(
-            logits, lattices, tile, scores.normaliser, *uses, loss_grad, blank=0, out=grad
+            logits, lattices, tile, scores.normalizer, *uses, loss_grad, blank=0, out=grad
         )
         return loss, kept[1]
 

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 import transducer_toolkit as tt
 from transducer_toolkit.losses.reference import arc_scores, lattice_paths
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES
 
 pytestmark = pytest.mark.usefixtures("stages")
 
-RNNT_TYPES = ("regular", "modified", "constrained")
+RNNT_TYPES = tuple(K2_TOPOLOGIES)
 
 
 class Batch:
@@ -310,7 +311,7 @@ def test_seed_readme_pruned_example():
         ({"boundary": torch.tensor([[0, 0, 3, 5], [0, 2, 3, 2]])}, ValueError, r"boundary\[1\]"),
         ({"boundary": torch.tensor([[0, 0, 3, 5], [0, 0, 4, 5]])}, ValueError, r"boundary\[1\]"),
         ({"boundary": torch.tensor([[0, 0, 3, 5], [0, 3, 3, 5]]), "rnnt_type": "modified"},
-         ValueError, "utterance 1: modified needs at least as many frames"),
+         ValueError, "utterance 1: topology 'modified' needs at least"),
         ({"delay_penalty": -1.0}, ValueError, "delay_penalty: expected a finite number >= 0"),
     ],
 )  # fmt: skip

@@ -13,9 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from transducer_toolkit import FusedJoinerLoss, LatticeShape, fused_joiner_loss
 from transducer_toolkit.ops import joint_tiles
+from transducer_toolkit.ops.fused_joiner import FusedInputs, FusedPlan, operator
 from transducer_toolkit.ops.join import _ACTIVATIONS
-from transducer_toolkit.ops.logits_loss import logits_loss
-from transducer_toolkit.ops.native import ACTIVATIONS, TOPOLOGIES
+from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
+from transducer_toolkit.ops.native import ACTIVATIONS
+from transducer_toolkit.ops.options import FusedOptions, LossOptions
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 pytestmark = pytest.mark.usefixtures("stages", "logits_kept")
 
@@ -78,10 +81,8 @@ class Case:
         logits = functional.linear(
             _ACTIVATIONS[activation](enc[:, :, None] + columns), weight, bias
         )
-        return logits_loss(
-            logits, self.targets, *self.lengths, blank=self.blank, topology=topology,
-            ranges=self.ranges, **options
-        ).losses  # fmt: skip
+        inputs = LogitsInputs(logits, self.targets, *self.lengths, ranges=self.ranges)
+        return logits_loss(inputs, LossOptions(self.blank, topology, **options)).losses
 
     def fused(self, **options):
         joint = self.enc, self.pred, self.weight, self.bias
@@ -119,7 +120,7 @@ def test_activations_and_bias(activation, bias):
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1, max_size=4),
-    topology=st.sampled_from(TOPOLOGIES),
+    topology=st.sampled_from(tuple(TOPOLOGIES)),
     band=st.integers(0, 4),
     tile_cells=st.sampled_from([None, 1, 4, 7]),
     scale=st.sampled_from([0.1, 3.0, 30.0]),
@@ -230,15 +231,13 @@ def test_sixteen_bit(dtype, autocast):
 
 def test_opcheck_and_second_derivative():
     case = Case()
-    arguments = (
-        case.enc, case.pred, case.weight, case.bias, case.targets, *case.lengths, None,
-        case.shape.index(case.enc.device), case.shape.num_cells,
-        case.blank, "tanh", "regular", 0.0, 0.0, 0.0, 0.0, 0, True,
-    )  # fmt: skip
+    joint = case.enc, case.pred, case.weight, case.bias
+    inputs = FusedInputs(*joint, case.targets, *case.lengths)
+    options = FusedOptions(case.blank, dropped_mass=0.0)
     for keep_logits in (False, True):
-        torch.library.opcheck(
-            torch.ops.transducer_toolkit.fused_joiner_loss, (*arguments, keep_logits, True)
-        )
+        plan = FusedPlan(case.shape.num_cells, keep_logits=keep_logits, with_uses=True)
+        arguments = tuple(operator.flat(inputs, options, plan))
+        torch.library.opcheck(torch.ops.transducer_toolkit.fused_joiner_loss, arguments)
     with pytest.raises(RuntimeError, match="gradient of the gradient"):
         (grad,) = torch.autograd.grad(case.fused().sum(), case.enc, create_graph=True)
         grad.sum().backward()

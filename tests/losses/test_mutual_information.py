@@ -179,7 +179,8 @@ def test_opcheck(open_end, topology):
         py.transpose(1, 2),
         px.transpose(1, 2),
         torch.tensor([[0, 0, 2, 3], [1, 1, 2, 3]]),
-        *(topology, open_end, True, True),
+        *(topology, open_end),
+        *(True, True),  # exact, with_posteriors
     )
     torch.library.opcheck(torch.ops.transducer_toolkit.lattice_losses, arguments)
 

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from tests.losses.helpers import ragged_batch, zero_padding
 from transducer_toolkit import Joiner, LatticeShape, TransducerLoss, transducer_loss
 from transducer_toolkit.losses.reference import reference_loss
+from transducer_toolkit.ops.logits_loss import LogitsInputs, LogitsPlan, operator
+from transducer_toolkit.ops.options import LossOptions
 
 pytestmark = pytest.mark.usefixtures("stages")
 
@@ -311,9 +313,10 @@ def test_opcheck(packed):
     batch = ragged_batch([3, 2], [1, 2], 4, padding=0.0)
     logits = batch.packed() if packed else batch.logits
     indices = batch.targets, batch.logit_lengths, batch.target_lengths
-    options = False, "regular", 0.0, 0.0, 0.0, True, False, True
-    arguments = (logits, *indices, None, None, None, batch.blank, *options)
-    torch.library.opcheck(torch.ops.transducer_toolkit.transducer_loss, arguments)
+    arguments = operator.flat(
+        LogitsInputs(logits, *indices), LossOptions(batch.blank), LogitsPlan(with_uses=True)
+    )
+    torch.library.opcheck(torch.ops.transducer_toolkit.transducer_loss, tuple(arguments))
 
 
 def test_compiles_into_one_graph():

@@ -82,7 +82,7 @@ CASES = [
     (
         {"one_sym_per_frame": True, "logit_lengths": torch.tensor([2, 3])},
         ValueError,
-        "utterance 0: one_sym_per_frame needs more frames than symbols, got 2 frames and 2 symbols",
+        "utterance 0: topology 'one_sym_per_frame' needs at least 3 frames for 2 symbols, got 2",
     ),
     ({"targets": lambda x: x.to("meta")}, ValueError, "targets: expected device cpu"),
     ({"target_lengths": lambda x: x.to("meta")}, ValueError, "target_lengths: expected device"),

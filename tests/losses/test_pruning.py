@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.losses.additive import additive_batch, boundary_row
 from transducer_toolkit import do_rnnt_pruning, get_rnnt_prune_ranges, rnnt_loss_simple
-from transducer_toolkit.losses.pruning import EQUAL_MASS
-from transducer_toolkit.ops.boundary import RNNT_TYPES
+from transducer_toolkit.ops.prune_windows import EQUAL_MASS
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES
 
 
 def posteriors_of(batch, rnnt_type):
@@ -63,7 +63,7 @@ def repaired(best, row, width, step):
         min_size=1,
         max_size=3,
     ),
-    rnnt_type=st.sampled_from(RNNT_TYPES),
+    rnnt_type=st.sampled_from(tuple(K2_TOPOLOGIES)),
     s_range=st.integers(1, 6),
     scale=st.sampled_from([0.1, 2.0, 20.0]),
     extra=st.integers(0, 2),
@@ -159,7 +159,7 @@ def test_ties_take_the_lowest_start():
     assert optimal[0, :, 0].tolist() == [0, 0, 0, 0, 2]
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("rnnt_type", K2_TOPOLOGIES)
 @pytest.mark.parametrize("method", ["greedy", "optimal"])
 def test_starts_climb_from_the_first_frame_as_fast_as_they_may(rnnt_type, method):
     # All mass is at the top from the first real frame (t = 2) on.
@@ -219,7 +219,7 @@ def test_no_warning_where_nothing_is_raised():
         grads = posteriors_of(batch, "modified")
         assert get_rnnt_prune_ranges(*grads, batch.boundary, 1).size(2) == 1
         assert get_rnnt_prune_ranges(*grads, batch.boundary, 50).size(2) == 4
-        for rnnt_type in RNNT_TYPES:  # no symbols anywhere
+        for rnnt_type in K2_TOPOLOGIES:  # no symbols anywhere
             batch = additive_batch([boundary_row(5, 0)] * 2, extra=0)
             grads = posteriors_of(batch, rnnt_type)
             ranges = get_rnnt_prune_ranges(*grads, None, 1, rnnt_type=rnnt_type)

@@ -16,7 +16,7 @@ from transducer_toolkit import (
     rnnt_loss_smoothed,
     transducer_loss,
 )
-from transducer_toolkit.ops.boundary import RNNT_TYPES
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES
 
 pytestmark = pytest.mark.usefixtures("stages")
 
@@ -53,7 +53,7 @@ def assert_equals_oracle(batch, rnnt_type, tolerance=1e-10, enumerate_paths=Fals
         min_size=1,
         max_size=3,
     ),
-    rnnt_type=st.sampled_from(RNNT_TYPES),
+    rnnt_type=st.sampled_from(tuple(K2_TOPOLOGIES)),
     vocab_size=st.integers(1, 7),
     scales=st.sampled_from(
         [(0.0, 0.0), (0.25, 0.0), (0.0, 0.2), (0.1, 0.1), (1.0, 0.0), (0.4, 0.6)]
@@ -87,7 +87,7 @@ def test_any_batch_equals_oracle(
     )
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("rnnt_type", K2_TOPOLOGIES)
 @pytest.mark.parametrize("scales", [(0.0, 0.0), (0.1, 0.2)])
 def test_gradcheck(rnnt_type, scales):
     batch = additive_batch(RAGGED, padding=0.5)
@@ -144,7 +144,7 @@ def test_first_usage_example_of_the_family():
 # --- the scores ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("rnnt_type", K2_TOPOLOGIES)
 @pytest.mark.parametrize("scales", [None, (0.3, 0.1)])
 def test_logprobs_lead_to_the_loss(rnnt_type, scales):
     batch = additive_batch(RAGGED)
@@ -184,7 +184,7 @@ def test_probabilities_of_a_cell_sum_to_one():
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("rnnt_type", K2_TOPOLOGIES)
 def test_posteriors_sum_to_the_lengths(rnnt_type):
     batch = additive_batch(RAGGED)
     _, (px_grad, py_grad) = rnnt_loss_simple(
@@ -210,7 +210,7 @@ def test_saturated_loss_in_float32(gap):
     with torch.no_grad():
         exact.lm.copy_(batch.lm), exact.am.copy_(batch.am)
     exact.symbols = batch.symbols
-    for rnnt_type in RNNT_TYPES:
+    for rnnt_type in K2_TOPOLOGIES:
         options = {"boundary": batch.boundary, "rnnt_type": rnnt_type, "reduction": "none"}
         actual = rnnt_loss_simple(*batch.arguments, **options)
         expected = exact.expected(rnnt_type)
@@ -266,7 +266,7 @@ def test_masked_vocabulary_in_the_smoothed_loss():
 # --- shapes, dtypes, padding --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("rnnt_type", K2_TOPOLOGIES)
 @pytest.mark.parametrize("padding", [float("nan"), float("inf"), 1e8])
 def test_padding_reaches_nothing(rnnt_type, padding):
     reference = None
@@ -290,7 +290,7 @@ def test_padding_reaches_nothing(rnnt_type, padding):
         assert all(torch.equal(x, y) for x, y in zip(result, reference, strict=True))
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("rnnt_type", K2_TOPOLOGIES)
 def test_empty_references(rnnt_type):
     lm, am = torch.randn(2, 1, 5).double(), torch.randn(2, 3, 5).double()
     symbols = torch.zeros(2, 0, dtype=torch.int64)
@@ -395,7 +395,7 @@ def test_opcheck_of_the_symbols():
     torch.library.opcheck(torch.ops.transducer_toolkit.checked_symbols, arguments)
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("rnnt_type", K2_TOPOLOGIES)
 def test_compiles_into_one_graph(rnnt_type):
     torch.compiler.reset()
     batch = additive_batch(RAGGED, padding=0.0)

@@ -71,8 +71,9 @@ def test_gradient_is_the_same_on_any_number_of_threads():
 
 def test_join_opcheck_and_second_derivative():
     enc, pred = inputs(3)
-    shape = *SHAPE.lengths, SHAPE.index(enc.device), SHAPE.num_cells
-    torch.library.opcheck(torch.ops.transducer_toolkit.join, (enc, pred, *shape, "tanh"))
+    shape = *SHAPE.lengths, SHAPE.index(enc.device)
+    arguments = enc, pred, *shape, "tanh", SHAPE.num_cells
+    torch.library.opcheck(torch.ops.transducer_toolkit.join, arguments)
     with pytest.raises(RuntimeError, match="gradient of the gradient"):
         (grad,) = torch.autograd.grad(join(enc, pred, SHAPE).sum(), enc, create_graph=True)
         grad.sum().backward()

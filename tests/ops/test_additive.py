@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from transducer_toolkit.ops.additive import additive_scores
+from transducer_toolkit.ops.additive_stages import AdditiveInputs, AdditiveOptions
 
 pytestmark = pytest.mark.usefixtures("stages")
 
@@ -13,8 +14,8 @@ def simple_normaliser(lm, am):
     """logsumexp_v(am[b, t, v] + lm[b, u, v]) of every cell, out of the scores of blanks."""
     symbols = torch.zeros(lm.size(0), lm.size(1) - 1, dtype=torch.int64)
     nothing = torch.zeros(lm.size(0), lm.size(1), dtype=torch.float64)
-    scales = {"combined_scale": 1.0, "am_only_scale": 0.0}
-    blank, _ = additive_scores(lm, am, symbols, nothing, nothing[:, 1:], blank=0, **scales)
+    inputs = AdditiveInputs(lm, am, symbols, nothing, nothing[:, 1:])
+    blank, _ = additive_scores(inputs, AdditiveOptions(0, combined_scale=1.0, am_only_scale=0.0))
     return am[:, :, :1].double() - blank
 
 
@@ -91,7 +92,10 @@ def test_scores_and_gradients_are_those_of_the_formula(gap, dtype, combined_scal
     context_blank, context_label = torch.randn(2, 4).double(), torch.randn(2, 3).double()
     scales = {"combined_scale": combined_scale, "am_only_scale": am_only_scale}
     inputs = [x.requires_grad_() for x in (lm, am, context_blank, context_label)]
-    actual = additive_scores(lm, am, symbols, context_blank, context_label, blank=2, **scales)
+    actual = additive_scores(
+        AdditiveInputs(lm, am, symbols, context_blank, context_label),
+        AdditiveOptions(2, **scales),
+    )
 
     exact = [x.detach().double().requires_grad_() for x in inputs]
     lm, am, context_blank, context_label = exact

@@ -7,9 +7,7 @@ import torch
 from tests.losses.helpers import ragged_batch
 from tests.pretend_cuda import CUDA, gradients, pretend_cuda, to_cuda, to_host
 from transducer_toolkit import LatticeShape, fused_joiner_loss, joiner_logits, transducer_loss
-from transducer_toolkit.ops import fused_joiner as fused_operator
-from transducer_toolkit.ops import join as joint
-from transducer_toolkit.ops import logits_loss as operator
+from transducer_toolkit.ops import fused_joiner, join, logits_loss
 from transducer_toolkit.ops.additive import pick_rows
 
 FRAMES, SYMBOLS = [6, 4, 1], [3, 0, 2]
@@ -22,12 +20,11 @@ def logits_case(layout, dtype=torch.float32):
 
 
 def of_logits(traffic):
-    return gradients(ops.transducer_loss, operator._differentiate, operator._setup_context, traffic)
+    return gradients(logits_loss.operator, traffic, with_uses=True)
 
 
-def of_joiner(traffic):
-    parts = fused_operator._differentiate, fused_operator._setup_context
-    return gradients(ops.fused_joiner_loss, *parts, traffic)
+def of_joiner(traffic, keep_logits):
+    return gradients(fused_joiner.operator, traffic, keep_logits=keep_logits, with_uses=True)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -90,7 +87,7 @@ def test_fused_loss_with_a_shape_is_captured(dtype, band, mask_out, keep_logits)
         grad_of_losses = to_cuda(loss_grad)
         with traffic.capture():
             fused_joiner_loss(*there, *shape.lengths, 0, tile_cells=7, **options)
-            losses, grads = of_joiner(traffic)(grad_of_losses, 4, (keep_logits,))
+            losses, grads = of_joiner(traffic, keep_logits)(grad_of_losses, 4)
         assert traffic.events == ["host to device"]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(to_host(losses), expected, rtol=1e-5, atol=0, equal_nan=True)
@@ -108,7 +105,7 @@ def test_fused_loss_outside_of_a_capture_waits_once(keep_logits):
         fused_joiner_loss(*there, *shape.lengths, 0)
         assert traffic.events == ["host to device"]
         traffic.events.clear()
-        _, grads = of_joiner(traffic)(ones, 4, (keep_logits,))
+        _, grads = of_joiner(traffic, keep_logits)(ones, 4)
         assert traffic.events == ["waits: __int__"]
     leaves = [tensor.requires_grad_() for tensor in inputs]
     loss = fused_joiner_loss(*leaves, targets, *shape.lengths, 0, reduction="sum")
@@ -128,11 +125,10 @@ def test_packed_logits_with_a_shape_are_captured():
         grad_there = to_cuda(grad_of_logits)
         with traffic.capture():
             actual = joiner_logits(*there, shape)
-            *tensors, _, activation = traffic.calls["joiner_logits"]
-            grads = joint._logits_backward(grad_there, *tensors, activation, [True] * 4)
+            _, grads = gradients(join.logits_operator, traffic)(grad_there, 4)
         assert traffic.events == ["host to device"]
     torch.testing.assert_close(to_host(actual), logits)
-    for grad, exact in zip(grads, wanted, strict=True):
+    for grad, exact in zip(grads[:4], wanted, strict=True):
         torch.testing.assert_close(to_host(grad), exact, rtol=1e-5, atol=1e-5)
 
 

@@ -142,7 +142,7 @@ def _advance_call(random_: random.Random) -> dict[str, Any]:
     call = _model(random_)
     return call | {
         "state": len(call["encoder_out"]),
-        "topology": random_.choice(decoding.TOPOLOGIES),
+        "topology": random_.choice(tuple(decoding.TOPOLOGIES)),
     }
 
 
@@ -150,7 +150,7 @@ def _nbest_call(random_: random.Random) -> dict[str, Any]:
     call = _model(random_)
     options = {
         "beam": random_.choice([1, 2, 4, 7]),
-        "topology": random_.choice(decoding.TOPOLOGIES),
+        "topology": random_.choice(tuple(decoding.TOPOLOGIES)),
         "length_normalised": random_.random() < 0.5,
         "lm": BigramModel(call["predictor"].vocab_size, random_.randrange(100)),
         "lm_weight": random_.choice([0.0, 0.3, -0.3]),
@@ -159,7 +159,7 @@ def _nbest_call(random_: random.Random) -> dict[str, Any]:
 
 
 def _lattices(random_: random.Random) -> dict[str, Any]:
-    topology = random_.choice(decoding.TOPOLOGIES)
+    topology = random_.choice(tuple(decoding.TOPOLOGIES))
     size, vocab_size = random_.choice([1, 2, 3]), random_.choice([2, 3, 6])
     frames = [random_.choice([1, 2, 4, 6]) for _ in range(size)]
     symbols = [random_.choice([0, 1, 3]) for _ in range(size)]
@@ -178,7 +178,7 @@ def _lattices(random_: random.Random) -> dict[str, Any]:
 
 
 def _one_lattice(random_: random.Random) -> dict[str, Any]:
-    topology = random_.choice(decoding.TOPOLOGIES)
+    topology = random_.choice(tuple(decoding.TOPOLOGIES))
     frames = random_.choice([1, 2, 5, 8])
     symbols = random_.choice([0, 1, 4])
     if topology != "regular":

@@ -25,7 +25,7 @@ def exact_posteriors(
     Args:
         blank: (T, U + 1) scores, of Exact.
         label: (T, U) scores.
-        topology: one of native.TOPOLOGIES.
+        topology: one of TOPOLOGIES.
     """
     num_frames, columns = blank.shape
     if topology == "constrained":

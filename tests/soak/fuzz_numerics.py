@@ -22,7 +22,7 @@ from torch import Tensor
 
 import transducer_toolkit as tt
 from tests.soak.exact import exact_solution, plain_solution
-from transducer_toolkit.ops import native
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 # What is allowed beyond the error of plain torch: of the loss relatively, of a gradient entry.
 TOLERANCE = {
@@ -58,7 +58,7 @@ def make_case(seed: int, *, large: bool = False) -> Case:
     """The case of a seed."""
     random_ = random.Random(seed)
     torch.manual_seed(seed)
-    topology = random_.choice(native.TOPOLOGIES)
+    topology = random_.choice(tuple(TOPOLOGIES))
     frames, symbols = random_.choice(LARGE_SIZES if large else SIZES)
     if topology != "regular":
         symbols = min(symbols, frames - (topology == "one_sym_per_frame"))

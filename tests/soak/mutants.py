@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant(
         "one_sym_per_frame may end with a label",
         "csrc/lattice_cpu.cpp",
-        "if constexpr (kTopology == Topology::kOneSymPerFrame) return kLogZero;",
+        "if constexpr (!Traits::kEndsWithLabel) return kLogZero;",
         "if constexpr (false) return kLogZero;",
         (PACKED, FUSED),
     ),
@@ -260,15 +260,15 @@ MUTANTS = [
     Mutant(
         "pruning steps over too many symbols",
         _LOSSES + "pruning.py",
-        'step = width - 1 if rnnt_type == "regular" else 1',
+        "step = width - 1 if topology.labels_share_frames else 1",
         "step = width - 1",
         (PRUNING,),
     ),
     Mutant(
         "smoothing averages the padding in",
         _OPS + "simple_scores.py",
-        "log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(",
-        "log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(False & ",
+        "log_probs = (lm - normalizer.to(lm.dtype)).masked_fill(",
+        "log_probs = (lm - normalizer.to(lm.dtype)).masked_fill(False & ",
         (SIMPLE,),
     ),
     Mutant(
@@ -288,20 +288,20 @@ MUTANTS = [
     Mutant(
         "an utterance masked out by 0 poisons the weights",
         _OPS + "fused_joiner.py",
-        "batch = _lattice_batch(enc, *lattices, skip=loss_grad == 0)",
-        "batch = _lattice_batch(enc, *lattices, skip=None)",
+        "batch = _lattice_batch(inputs, plan, skip=loss_grad == 0)",
+        "batch = _lattice_batch(inputs, plan, skip=None)",
         (FUSED,),
     ),
     Mutant(
         "the gradient of a fused loss forgets its scale",
         _OPS + "joint_tiles.py",
-        "(grad if scale is None else grad * scale)",
-        "grad",
+        "(total if scale is None else total * scale)",
+        "total",
         (FUSED,),
     ),
     Mutant(
         "lengths wrap round in a packed batch",
-        _OPS + "native.py",
+        _OPS + "lattice.py",
         "columns = stride or (num_targets.clamp(-1, max_targets) + 1)",
         "columns = stride or (num_targets + 1)",
         (BAD_INPUT, NATIVE),

@@ -83,7 +83,7 @@ def test_what_is_missing_is_named():
 
 @pytest.mark.parametrize("topology", ["regular", "one_sym_per_frame"])
 def test_symbol_delays_are_those_of_the_best_path(topology):
-    loss = PackedLoss(rnnt_type=topology)
+    loss = PackedLoss(topology=topology)
     module = make_module(loss=loss).eval()
     assert module.topology == topology
     space, a, b = (TOKENIZER.encode("a b")[k] for k in (1, 0, 2))
@@ -113,7 +113,7 @@ def test_symbol_delays_are_those_of_the_best_path(topology):
 
 
 def test_symbol_delays_leave_out_what_has_no_path_or_no_times():
-    module = make_module(loss=PackedLoss(rnnt_type="one_sym_per_frame")).eval()
+    module = make_module(loss=PackedLoss(topology="one_sym_per_frame")).eval()
     batch = make_batch([0, 1])
     double = batch.features.double()
     encoder_out, encoder_lengths = module.model.encoder(double, batch.feature_lengths)

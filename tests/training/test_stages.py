@@ -15,12 +15,14 @@ from transducer_toolkit.modules import (
     StatelessPredictor,
     Transducer,
 )
-from transducer_toolkit.ops.logits_loss import logits_loss
+from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES
 from transducer_toolkit.training import stages
 from transducer_toolkit.training.callbacks.clock import StepClock
 from transducer_toolkit.training.stages import LossInput
 
-RNNT_TYPES = ("regular", "modified", "constrained")
+RNNT_TYPES = tuple(K2_TOPOLOGIES)
 
 
 @pytest.fixture
@@ -54,38 +56,36 @@ def test_all_exact_stages_agree_with_torchaudio(batch):
         check_same(run(stage, batch), yardstick)
 
 
-@pytest.mark.parametrize("rnnt_type", [*RNNT_TYPES, "one_sym_per_frame"])
-def test_stages_pass_their_options_on(batch, rnnt_type):
+@pytest.mark.parametrize("topology", [*RNNT_TYPES, "one_sym_per_frame"])
+def test_stages_pass_their_options_on(batch, topology):
     options = {"fastemit_lambda": 0.5, "delay_penalty": 0.1}
     clamped = options | {"clamp": 0.01}
 
     def expected(**options):
         shape = batch.shape
         logits = batch.joiner(batch.encoder_out, batch.predictor_out, shape)
-        losses = logits_loss(
-            logits, batch.targets, shape.logit_lengths, shape.target_lengths, blank=0,
-            topology=rnnt_type, **options
-        ).losses  # fmt: skip
+        inputs = LogitsInputs(logits, batch.targets, *shape.lengths)
+        losses = logits_loss(inputs, LossOptions(0, topology, **options)).losses
         leaves = [batch.encoder_out, batch.predictor_out, *batch.joiner.parameters()]
         return losses, torch.autograd.grad(losses.sum(), leaves)
 
     for stage_class in (stages.PackedLoss, stages.FusedLoss):
-        stage = stage_class(rnnt_type=rnnt_type, **clamped)
-        assert stage.topology == rnnt_type
+        stage = stage_class(topology=topology, **clamped)
+        assert stage.topology == topology
         check_same(run(stage, batch), expected(**clamped))
-    if rnnt_type in RNNT_TYPES:
-        check_same(run(stages.FullLoss(rnnt_type=rnnt_type, **options), batch), expected(**options))
-    with pytest.raises(ValueError, match="rnnt_type: expected one of"):
-        stages.PackedLoss(rnnt_type="free")
+    if topology in RNNT_TYPES:
+        check_same(run(stages.FullLoss(topology=topology, **options), batch), expected(**options))
+    with pytest.raises(ValueError, match="topology: expected one of"):
+        stages.PackedLoss(topology="free")
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
-def test_simple_loss_is_the_loss_of_the_additive_joiner(batch, rnnt_type):
+@pytest.mark.parametrize("topology", RNNT_TYPES)
+def test_simple_loss_is_the_loss_of_the_additive_joiner(batch, topology):
     batch = batch._replace(joiner=AdditiveJoiner(8, 6, 7))
-    packed = run(stages.PackedLoss(rnnt_type=rnnt_type, delay_penalty=0.1), batch)
-    simple = stages.SimpleLoss(rnnt_type=rnnt_type, delay_penalty=0.1)
+    packed = run(stages.PackedLoss(topology=topology, delay_penalty=0.1), batch)
+    simple = stages.SimpleLoss(topology=topology, delay_penalty=0.1)
     check_same(run(simple, batch), packed)
-    smoothed = stages.SmoothedLoss(rnnt_type=rnnt_type, lm_only_scale=0.3, am_only_scale=0.2)
+    smoothed = stages.SmoothedLoss(topology=topology, lm_only_scale=0.3, am_only_scale=0.2)
     assert not torch.allclose(run(smoothed, batch)[0], packed[0])
     with pytest.raises(TypeError, match="SimpleLoss trains an AdditiveJoiner, got Joiner"):
         simple(batch._replace(joiner=Joiner(8, 6, 16, 7)))
@@ -100,15 +100,15 @@ def test_additive_joiner_forms_agree(batch):
     torch.testing.assert_close(step, padded[:, 2, 1])
 
 
-@pytest.mark.parametrize("rnnt_type", RNNT_TYPES)
+@pytest.mark.parametrize("topology", RNNT_TYPES)
 @pytest.mark.parametrize("method", ["greedy", "optimal"])
-def test_pruned_stages(batch, rnnt_type, method):
-    options = {"rnnt_type": rnnt_type, "method": method, "delay_penalty": 0.1,
+def test_pruned_stages(batch, topology, method):
+    options = {"topology": topology, "method": method, "delay_penalty": 0.1,
                "fastemit_lambda": 0.2, "simple_joiner": AdditiveJoiner(8, 6, 7)}  # fmt: skip
     wide = stages.PrunedLoss(prune_range=9, **options)  # every symbol: the full loss
-    full = stages.FullLoss(rnnt_type=rnnt_type, delay_penalty=0.1, fastemit_lambda=0.2)
+    full = stages.FullLoss(topology=topology, delay_penalty=0.1, fastemit_lambda=0.2)
     smoothed = stages.SmoothedLoss(
-        rnnt_type=rnnt_type, lm_only_scale=0.25, am_only_scale=0.0, delay_penalty=0.1
+        topology=topology, lm_only_scale=0.25, am_only_scale=0.0, delay_penalty=0.1
     )
     simple = smoothed(batch._replace(joiner=wide.simple_joiner)).losses
     torch.testing.assert_close(wide(batch).losses, 0.5 * simple + full(batch).losses)
@@ -245,7 +245,7 @@ def test_options_are_checked_at_once():
         (stages.SmoothedLoss, {"am_only_scale": 2.0}, r"am_only_scale must be in \[0, 1\]"),
         (stages.FusedLoss, {"dropped_mass": -1.0}, "dropped_mass: expected"),
         (stages.FusedPrunedLoss, {"dropped_mass": 2.0}, "dropped_mass: expected"),
-        (stages.SimpleLoss, {"rnnt_type": "one_sym_per_frame"}, "rnnt_type: expected one of"),
+        (stages.SimpleLoss, {"topology": "one_sym_per_frame"}, "topology: expected one of"),
     ):
         with pytest.raises(ValueError, match=message):
             stage_class(**options)

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             "note: this model was trained to emit several symbols on one frame; sherpa-onnx takes "
             "one at most. Compare `transducer-evaluate search.max_symbols_per_frame=1`; "
-            "loss.rnnt_type=modified trains for it.",
+            "loss.topology=modified trains for it.",
             file=sys.stderr,
         )
     return 0

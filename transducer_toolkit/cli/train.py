@@ -13,6 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from transducer_toolkit.cli import hints, resume, run_folder
+from transducer_toolkit.cli.removed_keys import refuse_removed_keys
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -57,12 +58,14 @@ def train(cfg: DictConfig) -> float | None:
         torch.set_flush_denormal(True)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
-    # The vocabulary decides the model's sizes, so the data come first.
+    # The data decide the vocabulary and so the model's sizes. Its encoder then decides which
+    # utterances have a path, and the sizes of lattices.
     ckpt_path = resume.find_checkpoint(cfg.ckpt_path, Path(cfg.run_dir), name=cfg.name)
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
-    datamodule.setup("fit")
     module = build_module(cfg, datamodule)
+    datamodule.num_output_frames = module.model.encoder.num_output_frames
+    datamodule.setup("fit")
     if cfg.init_from is not None and ckpt_path is None:
         start_from(module, cfg.init_from)
 
@@ -107,13 +110,13 @@ def _check_options(cfg: DictConfig) -> None:
     """Raise a ValueError or TypeError for what nobody else would name as it is spelt here."""
     from transducer_toolkit.ops.checks import (
         check_at_least,
-        check_choice,
         check_flag,
         check_int,
         check_number,
     )
-    from transducer_toolkit.ops.native import TOPOLOGIES
+    from transducer_toolkit.ops.topology import get_topology
 
+    refuse_removed_keys(cfg)
     check_at_least(0, seed=cfg.seed)
     if cfg.seed >= 2**32:
         raise ValueError(f"seed must be below 2^32, got {cfg.seed}")
@@ -131,9 +134,8 @@ def _check_options(cfg: DictConfig) -> None:
     if "accumulate_grad_batches" in cfg.trainer:
         accumulated = cfg.trainer.accumulate_grad_batches
         check_at_least(1, **{"trainer.accumulate_grad_batches": accumulated})
-    # Where the data follow the loss, they would be the first to complain, of their topology.
-    if "rnnt_type" in cfg.loss and cfg.data.get("topology") == cfg.loss.rnnt_type:
-        check_choice(cfg.loss.rnnt_type, "loss.rnnt_type", TOPOLOGIES)
+    if "topology" in cfg.loss:  # data.topology follows it, and its error would name that key
+        get_topology(cfg.loss.topology, "loss.topology")
 
 
 def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> TransducerModule:
@@ -141,12 +143,13 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
 
     Args:
         cfg: the composed config.
-        datamodule: after ``setup``, which makes the tokenizer.
+        datamodule: its corpus is prepared; it makes the tokenizer.
     """
     from hydra.utils import instantiate
 
     from transducer_toolkit.decoding import GreedySearch
     from transducer_toolkit.inference.recognizer import recognizer_recipe
+    from transducer_toolkit.ops.topology import TOPOLOGIES
     from transducer_toolkit.training.ctc import CtcLoss
     from transducer_toolkit.training.lightning_module import TransducerModule
 
@@ -156,11 +159,12 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
     if loss.joiner_target is not None:
         model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
+    shares = TOPOLOGIES[loss.topology].labels_share_frames
     recipe = recognizer_recipe(
         model_config,
         tokenizer,
         datamodule.fbank,
-        max_symbols_per_frame=cfg.max_symbols_per_frame if loss.topology == "regular" else 1,
+        max_symbols_per_frame=cfg.max_symbols_per_frame if shares else 1,
         topology=loss.topology,
     )
     model = instantiate(model_config, _convert_="all")

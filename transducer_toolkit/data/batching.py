@@ -12,10 +12,7 @@ from torch.utils.data import Sampler
 
 from transducer_toolkit.data.keyed_random import keyed_generator
 
-__all__ = ["EpochIndex", "LatticeBatchSampler", "is_feasible"]
-
-# Smallest T - U of a lattice that has a path (T >= 1 besides), by topology.
-_MIN_SLACK = {"modified": 0, "constrained": 0, "one_sym_per_frame": 1}
+__all__ = ["EpochIndex", "LatticeBatchSampler"]
 
 
 class EpochIndex(NamedTuple):
@@ -27,29 +24,6 @@ class EpochIndex(NamedTuple):
 
     epoch: int
     position: int
-
-
-def is_feasible(num_frames: int, num_targets: int, *, topology: str = "regular") -> bool:
-    """Whether a lattice of T = ``num_frames``, U = ``num_targets`` has at least one path.
-
-    Args:
-        num_frames: encoder frames, after subsampling.
-        num_targets: target symbols.
-        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
-
-    Raises:
-        ValueError: unknown topology.
-
-    Example:
-        >>> is_feasible(3, 5), is_feasible(3, 5, topology="modified")
-        (True, False)
-    """
-    if topology == "regular":
-        return num_frames >= 1
-    if topology not in _MIN_SLACK:
-        expected = ", ".join(("regular", *_MIN_SLACK))
-        raise ValueError(f"topology must be one of {expected}; got {topology!r}")
-    return num_frames >= 1 and num_frames - num_targets >= _MIN_SLACK[topology]
 
 
 class LatticeBatchSampler(Sampler[list[EpochIndex]]):
@@ -64,11 +38,12 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
     number is right. (Where even single utterances are too many for that, the smallest are joined.)
 
     Args:
-        num_frames: input frames of each utterance, before subsampling.
+        num_frames: feature frames of each utterance, the encoder's input.
         num_targets: target symbols of each utterance (U_b).
+        num_output_frames: feature frames to encoder frames T_b, such as
+            :meth:`transducer_toolkit.modules.Encoder.num_output_frames`.
         max_cells: bound on the cells of a batch.
         max_utterances: bound on the utterances of a batch.
-        subsampling: input frames per encoder frame; T is the quotient, rounded up.
         shuffle: new batches in a new order each epoch; otherwise by length, longest first (so that
             running out of memory happens at once).
         seed: of the shuffling.
@@ -80,7 +55,13 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
             there are fewer utterances than processes.
 
     Example:
-        >>> sampler = LatticeBatchSampler([400, 80, 100], [9, 2, 3], max_cells=1000, shuffle=False)
+        >>> sampler = LatticeBatchSampler(
+        ...     [400, 80, 100],
+        ...     [9, 2, 3],
+        ...     num_output_frames=lambda num_frames: -(-num_frames // 4),
+        ...     max_cells=1000,
+        ...     shuffle=False,
+        ... )
         >>> [[index for _, index in batch] for batch in sampler]
         [[0], [2, 1]]
     """
@@ -92,11 +73,11 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
     def __init__(
         self,
         num_frames: Sequence[int],
-        num_targets: Sequence[int],
+        num_targets: Sequence[int] | np.ndarray,
         *,
+        num_output_frames: Callable[[int], int],
         max_cells: int,
         max_utterances: int = 64,
-        subsampling: int = 4,
         shuffle: bool = True,
         seed: int = 0,
         rank: int = 0,
@@ -110,7 +91,6 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         options = {
             "max_cells": max_cells,
             "max_utterances": max_utterances,
-            "subsampling": subsampling,
             "world_size": world_size,
         }
         for name, value in options.items():
@@ -128,7 +108,10 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         if len(frames) and (frames.min() < 1 or targets.min() < 0):
             raise ValueError("num_frames must be positive and num_targets not negative")
         self._frames = frames
-        self._cells = -(-frames // subsampling) * (targets + 1)
+        lengths, which = np.unique(frames, return_inverse=True)
+        encoder_frames = np.array([num_output_frames(length) for length in lengths.tolist()])
+        # An utterance without a frame, as a test set may have, still takes its place in a batch.
+        self._cells = np.maximum(encoder_frames, 1)[which] * (targets + 1)
         self.max_cells = max_cells
         self.max_utterances = max_utterances
         self.shuffle = shuffle

@@ -2,11 +2,9 @@
 """From encoder frames to symbols and their times."""
 
 from transducer_toolkit.decoding.alignment import (
-    TOPOLOGIES,
     Alignment,
     align,
     best_path,
-    check_topology,
     lattice_scores,
 )
 from transducer_toolkit.decoding.beam_search import (
@@ -21,6 +19,7 @@ from transducer_toolkit.decoding.posteriors import (
     lattice_posteriors,
 )
 from transducer_toolkit.decoding.search import Hypothesis, NonFiniteScoresError, Search
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 __all__ = [
     "TOPOLOGIES",
@@ -36,7 +35,6 @@ __all__ = [
     "Search",
     "align",
     "best_path",
-    "check_topology",
     "greedy_search",
     "lattice_occupancy",
     "lattice_posteriors",

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops import checks, native, stages
 from transducer_toolkit.ops.checks import check_tensor
-from transducer_toolkit.ops.lattice import LatticeShape
-
-TOPOLOGIES = ("regular", "modified", "constrained", "one_sym_per_frame")
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, LatticeShape, Lengths
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import get_topology
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,6 @@ class Alignment:
 
     frames: list[int]
     log_prob: float
-
-
-def check_topology(topology: str) -> None:
-    """Raise a ValueError unless ``topology`` is one of :data:`TOPOLOGIES`."""
-    if topology not in TOPOLOGIES:
-        raise ValueError(f"topology must be one of {', '.join(TOPOLOGIES)}; got {topology!r}")
 
 
 def check_lattice(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int) -> None:
@@ -99,7 +93,7 @@ def best_path(
         >>> best_path(blank, label, topology="one_sym_per_frame").frames
         [0]
     """
-    check_topology(topology)
+    row = get_topology(topology)
     for name, scores in (
         ("blank_log_probs", blank_log_probs),
         ("label_log_probs", label_log_probs),
@@ -121,13 +115,13 @@ def best_path(
             f"got {tuple(label_log_probs.shape)}"
         )
     blank, label = blank_log_probs.detach().double(), label_log_probs.detach().double()
-    if topology == "constrained":
+    if row.label_takes_blank:
         label = label + blank[:, 1:]
-    elif topology == "one_sym_per_frame":
+    if not row.may_label_last_frame:
         label = label.clone()
         label[-1] = -math.inf
     # Lists: the recursion runs cell by cell, where Python's own floats are the faster ones.
-    search = _labels_stay if topology == "regular" else _labels_advance
+    search = _labels_stay if row.labels_share_frames else _labels_advance
     frames, log_prob = search(blank.tolist(), label.tolist())
     if not math.isfinite(log_prob):
         raise ValueError(
@@ -215,34 +209,22 @@ def lattice_scores(
         [(1, 3, 3), (1, 3, 2)]
     """
     check_lattice(logits, targets, shape, blank)
-    log_probs = shape.unpack(logits.log_softmax(-1), fill=-torch.inf)  # (B, T, U + 1, V)
-    return log_probs[..., blank], at_targets(log_probs, targets, shape, fill=-torch.inf)
-
-
-def at_targets(padded: Tensor, targets: Tensor, shape: LatticeShape, *, fill: float) -> Tensor:
-    """Pick the entry of the next target symbol in every cell that has one.
-
-    Args:
-        padded: (B, T, U + 1, V), T and U those of ``shape``.
-        targets: (B, U) integer; padding may hold any value.
-        shape: the batch's lattices.
-        fill: what stands in the columns of padding.
-
-    Returns:
-        (B, T, U), of the dtype and on the device of ``padded``.
-
-    Example:
-        >>> shape = LatticeShape.from_lengths([1, 1], [1, 0])
-        >>> padded = torch.tensor([[[[5.0, 6.0]] * 2]] * 2)
-        >>> at_targets(padded, torch.tensor([[1], [-1]]), shape, fill=0.0).tolist()
-        [[[6.0]], [[0.0]]]
-    """
-    num_frames, num_targets = padded.size(1), padded.size(2) - 1
-    real = torch.arange(num_targets) < shape.target_lengths.unsqueeze(1)  # (B, U)
-    symbols = targets[:, :num_targets].long().cpu().where(real, 0).to(padded.device)
-    index = symbols[:, None, :, None].expand(-1, num_frames, -1, 1)  # (B, T, U, 1)
-    values = padded[:, :, :num_targets].gather(-1, index).squeeze(-1)
-    return values.masked_fill(~real[:, None].to(padded.device), fill)
+    native.require_supported_device(logits.device)
+    logits = logits.detach().contiguous()
+    batch = LatticeBatch(
+        Lengths(*shape.lengths, shape.index(logits.device)),
+        targets.to(logits.device),
+        max_frames=shape.max_frames,
+        padded=False,
+        num_rows=shape.num_cells,
+    )
+    scores = CellScores.zeros(batch, logits.device)
+    stages.cell_scores(logits, batch, batch.all_rows(), LossOptions(blank), scores)
+    blank_log_probs, label_log_probs = (
+        shape.unpack(score, fill=-torch.inf).to(logits.dtype)
+        for score in (scores.blank, scores.label)
+    )  # (B, T, U + 1)
+    return blank_log_probs, label_log_probs[:, :, :-1]
 
 
 def align(
@@ -276,7 +258,7 @@ def align(
         >>> [len(a.frames) for a in align(torch.randn(13, 5), targets, shape, blank=0)]
         [2, 1]
     """
-    check_topology(topology)
+    get_topology(topology)
     blank_log_probs, label_log_probs = lattice_scores(logits, targets, shape, blank)
     lengths = zip(shape.logit_lengths.tolist(), shape.target_lengths.tolist(), strict=True)
     found = []

@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from transducer_toolkit.decoding.alignment import check_topology
 from transducer_toolkit.decoding.search import (
     Hypothesis,
     check_encoder_lengths,
@@ -23,6 +22,7 @@ from transducer_toolkit.decoding.search import (
 from transducer_toolkit.modules.joiner import Joiner
 from transducer_toolkit.modules.predictor import Predictor
 from transducer_toolkit.ops.checks import check_flag, check_int, check_number
+from transducer_toolkit.ops.topology import get_topology
 
 MAX_BEAM = 2**20  # beyond it sizes would overflow
 
@@ -142,7 +142,6 @@ class ModifiedBeamSearch:
         lm: LanguageModel | None = None,
         lm_weight: float = 0.3,
     ) -> None:
-        check_topology(topology)
         check_model(predictor, joiner)
         check_int(beam, "beam")
         if beam < 1:
@@ -158,7 +157,7 @@ class ModifiedBeamSearch:
         self.predictor = predictor
         self.joiner = joiner
         self.beam = beam
-        self.topology = topology
+        self.topology = get_topology(topology)
         self.length_normalised = length_normalised
         self.lm = lm if lm_weight != 0 else None
         self.lm_weight = float(lm_weight)
@@ -210,7 +209,7 @@ class ModifiedBeamSearch:
             if self.lm is not None:
                 lm_scores = lm_log_probs.view(log_probs.shape).to(log_probs.dtype)
                 label_scores = log_probs + self.lm_weight * lm_scores
-            if self.topology == "one_sym_per_frame":
+            if not self.topology.may_label_last_frame:
                 is_last = (lengths == frame + 1).view(-1, 1, 1)
                 label_scores = label_scores.masked_fill(is_last, -torch.inf)
             beam, step = self._grow(beam, log_probs, label_scores)
@@ -226,7 +225,7 @@ class ModifiedBeamSearch:
                 lm_log_probs, lm_state = step_where(
                     emits, self.lm.step, tokens, lm_log_probs[rows], lm_state[rows]
                 )
-            if self.topology == "constrained":
+            if self.topology.label_takes_blank:
                 forced = self._log_probs(encoder_frame, predictor_out)[..., blank]  # (B, K)
                 scores = beam.scores + torch.where(emits.view(forced.shape), forced, 0)
                 beam = beam._replace(scores=scores)
@@ -273,7 +272,7 @@ class ModifiedBeamSearch:
         own_column = torch.arange(num_slots, device=scores.device) * vocab_size + blank  # (K,)
         column = torch.where(merges, prefix_slot * vocab_size + beam.last_token, own_column)
         arriving = scores.gather(1, column)
-        if self.topology == "constrained":
+        if self.topology.label_takes_blank:
             arriving = arriving + blank_log_probs
         arriving = arriving.masked_fill(~merges, -torch.inf)
         scores = scores.scatter(1, column, -torch.inf)

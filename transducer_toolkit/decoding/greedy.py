@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transducer_toolkit.decoding.alignment import check_topology
 from transducer_toolkit.decoding.search import (
     Hypothesis,
     check_encoder_lengths,
@@ -21,6 +20,7 @@ from transducer_toolkit.decoding.search import (
 from transducer_toolkit.modules.joiner import Joiner
 from transducer_toolkit.modules.predictor import Predictor
 from transducer_toolkit.ops.checks import check_int
+from transducer_toolkit.ops.topology import get_topology
 
 FRAMES_AHEAD = 8  # frames scored in one call: the predictor's output holds until the next label
 
@@ -85,7 +85,7 @@ class GreedySearch:
         max_symbols_per_frame: int = 10,
         topology: str = "regular",
     ) -> None:
-        check_topology(topology)
+        row = get_topology(topology)
         check_model(predictor, joiner)
         check_int(max_symbols_per_frame, "max_symbols_per_frame")
         if max_symbols_per_frame < 1:
@@ -96,7 +96,7 @@ class GreedySearch:
         self.joiner = joiner
         # Bounded by what an int64 holds: any more is as good as no limit.
         limit = min(max_symbols_per_frame, 2**62)
-        self.max_symbols_per_frame = limit if topology == "regular" else 1
+        self.max_symbols_per_frame = limit if row.labels_share_frames else 1
 
     @torch.inference_mode()
     def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> GreedyState:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transducer_toolkit.decoding.alignment import check_lattice, check_topology
+from transducer_toolkit.decoding.alignment import check_lattice
 from transducer_toolkit.ops.lattice import LatticeShape
-from transducer_toolkit.ops.logits_loss import logits_loss
+from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
+from transducer_toolkit.ops.options import LossOptions
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,9 @@ def lattice_posteriors(
         >>> posteriors.labels.shape, round(float(posteriors.labels.sum()), 4)
         (torch.Size([1, 3, 2]), 2.0)
     """
-    check_topology(topology)
     check_lattice(logits, targets, shape, blank)
-    result = logits_loss(
-        logits.detach(),
-        targets,
-        shape.logit_lengths,
-        shape.target_lengths,
-        blank=blank,
-        topology=topology,
-        with_uses=True,
-    )
+    inputs = LogitsInputs(logits.detach(), targets, *shape.lengths)
+    result = logits_loss(inputs, LossOptions(blank, topology), with_uses=True)
     use_blank, use_label = (
         shape.unpack(uses.to(logits.dtype)) for uses in (result.use_blank, result.use_label)
     )  # (B, T, U + 1)

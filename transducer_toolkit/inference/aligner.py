@@ -8,17 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.decoding import (
     Alignment,
     NonFiniteScoresError,
     align,
-    check_topology,
     lattice_posteriors,
 )
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.words import encoder_frame_s, word_spans
 from transducer_toolkit.ops.lattice import LatticeShape
+from transducer_toolkit.ops.topology import get_topology, is_feasible
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def align_text(
         [AlignedWord(word='three', start_s=0.2, end_s=0.48)]
     """
     topology = recognizer.topology if topology is None else topology
-    check_topology(topology)
+    get_topology(topology)
     model, tokenizer = recognizer.model, recognizer.tokenizer
     tokens = tokenizer.encode(text)
     features = recognizer.fbank(waveform)

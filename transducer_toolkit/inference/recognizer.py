@@ -18,12 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
-from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search, check_topology
+from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
 from transducer_toolkit.inference.long_audio import Transcription, transcribe_file
 from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.native import SUPPORTED_DTYPES
+from transducer_toolkit.ops.topology import get_topology
 
 CHECKPOINT_KEY = "recognizer"
 FORMAT_VERSION = 1
@@ -91,7 +92,7 @@ class Recognizer:
         topology: str = "regular",
         search: Callable[..., Search] | None = None,
     ) -> None:
-        check_topology(topology)
+        get_topology(topology)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.fbank = fbank

@@ -1,18 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact transducer loss of a joiner whose logits never exist as a whole."""
+"""The exact transducer loss of a joiner, computed without its logits."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops import fused_joiner as fused_operator
-from transducer_toolkit.ops.checks import check_reduction, reduce_losses
-from transducer_toolkit.ops.joint_tiles import are_logits_few, autocast
+from transducer_toolkit.ops.fused_joiner import FusedInputs, fused_loss
 from transducer_toolkit.ops.lattice import LatticeShape, check_shape
+from transducer_toolkit.ops.options import FusedOptions
+
+
+@overload
+def fused_joiner_loss(
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    *,
+    activation: str = "tanh",
+    ranges: Tensor | None = None,
+    topology: str = "regular",
+    reduction: str = "mean",
+    fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
+    clamp: float = 0.0,
+    dropped_mass: float = 1e-7,
+    tile_cells: int | None = None,
+    shape: LatticeShape | None = None,
+    validate: bool | None = None,
+    return_kept: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_joiner_loss(
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    *,
+    activation: str = "tanh",
+    ranges: Tensor | None = None,
+    topology: str = "regular",
+    reduction: str = "mean",
+    fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
+    clamp: float = 0.0,
+    dropped_mass: float = 1e-7,
+    tile_cells: int | None = None,
+    shape: LatticeShape | None = None,
+    validate: bool | None = None,
+    return_kept: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def fused_joiner_loss(
@@ -37,60 +88,66 @@ def fused_joiner_loss(
     shape: LatticeShape | None = None,
     validate: bool | None = None,
     return_kept: bool = False,
-) -> Any:
-    """The transducer loss of ``Linear(activation(enc_t + pred_u))`` without its logits.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Computes the transducer loss of ``Linear(activation(enc_t + pred_u))`` without its logits.
 
     ::
 
         logits(b, t, u) = activation(enc[b, t] + pred[b, u]) @ weight.T + bias
         loss = transducer_loss(logits, ...)
 
-    equal in value and in the gradients of enc, pred, weight and bias to the unfused computation.
-    Cells go through the joiner a tile at a time; three numbers of each survive until the lattice
-    has been summed up. Backward makes tiles again, of those cells only that carry gradient: after
-    the forward-backward recursion each cell's occupancy is known, and most are zero to rounding.
-    So peak memory depends on neither ``cells * V`` nor ``cells * D``, and of the three matrix
-    products of a joiner's backward a fraction is done. (Logits that are 16 MiB or less in all, 128
-    on a GPU, are kept, and two products are left. A band often has so few.)
+    The loss and the gradients of enc, pred, weight and bias equal those of the unfused computation.
+    Forward takes the cells of the lattice through the joiner a tile at a time and keeps three
+    numbers of each cell. The forward-backward recursion then gives each cell's occupancy: the
+    probability that a path uses it. Backward computes the tiles again, but only those cells whose
+    occupancy matters. So peak memory depends on neither ``cells * V`` nor ``cells * D``, and
+    backward skips most of the matrix products of a joiner.
+
+    If the logits of the whole batch are small (16 MiB on the CPU, 128 MiB on a GPU), they are kept,
+    and backward does not compute them again. The logits of a band are often that small.
 
     Args:
-        enc: (B, T, D) encoder frames in joiner width, float16, bfloat16, float32 or float64; T at
-            least the longest logit length. Under autocast it is cast to autocast's dtype.
+        enc: (B, T, D) encoder frames in joiner width, float16, bfloat16, float32 or float64; T is
+            at least the longest logit length. Autocast casts it.
         pred: (B, U + 1, D) predictor outputs in joiner width, dtype and device of enc.
-        weight: (V, D) of the output layer, dtype of enc, or float32 beside 16-bit enc.
-        bias: (V,) like weight, or None.
-        targets: (B, U) int32 or int64 labels in [0, V) other than blank; anything in padding.
-        logit_lengths: (B,) int32 or int64, frames T_b >= 1, best on the CPU.
-        target_lengths: (B,) int32 or int64, symbols U_b >= 0, best on the CPU.
+        weight: (V, D) of the output layer, dtype of enc, or float32 with 16-bit enc.
+        bias: (V,) of the output layer, dtype as weight, or None.
+        targets: (B, U) int32 or int64 labels in [0, V) other than blank. Padding may hold any
+            value.
+        logit_lengths: (B,) int32 or int64, the number of frames T_b >= 1 of each utterance,
+            preferably on the CPU.
+        target_lengths: (B,) int32 or int64, the number of labels U_b >= 0 of each utterance,
+            preferably on the CPU.
         blank: index of blank in [0, V).
         activation: "tanh", "relu", "gelu", "silu" or "identity".
-        ranges: (B, T, R) int32 or int64, for each frame the R consecutive symbols whose cells
-            exist, as from :func:`~transducer_toolkit.get_rnnt_prune_ranges`; None: all of them.
-        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
+        ranges: (B, T, R) int32 or int64; for each frame the R consecutive symbols whose cells
+            exist, as :func:`~transducer_toolkit.get_rnnt_prune_ranges` returns them. None: all
+            cells exist.
+        topology: "regular", "modified", "constrained" or "one_sym_per_frame", as in
+            :func:`~transducer_toolkit.transducer_loss`.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`.
         delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
         clamp: as in :func:`~transducer_toolkit.transducer_loss`.
-        dropped_mass: >= 0; backward leaves out, for each utterance, the cells of lowest occupancy
-            as long as theirs sum to at most ``dropped_mass * (T_b + U_b)``. The L1 norm of the
-            error of the logits' gradient is at most twice that times the upstream gradient. The
-            default adds less to the error of the parameters' gradients than float32 itself makes
-            (benchmarks/README.md). 0 is exact to rounding.
-        tile_cells: cells of a tile, and no logits are kept; None takes what keeps a tile in the
+        dropped_mass: >= 0. For each utterance, backward leaves out the cells of lowest occupancy as
+            long as their occupancies sum to at most ``dropped_mass * (T_b + U_b)``. The L1 norm of
+            the error of the logits' gradient is at most twice that sum times the upstream gradient.
+            0 leaves out cells of occupancy zero only. ``python -m benchmarks.dropped_mass``
+            measures how much accuracy the default costs.
+        tile_cells: cells of a tile; no logits are kept then. None chooses a size that suits the
             processor's cache.
-        shape: the lattices, if the caller has them: lengths then stay on the CPU, and
-            torch.compile(fullgraph=True) works. Must hold the same lengths. If it has been moved to
-            the device of enc, nothing is copied there, and the loss and its gradient can be
-            captured in a CUDA graph: backward then visits all cells, as nobody can wait for the
-            number of those that count.
-        validate: as in :func:`~transducer_toolkit.transducer_loss`, but lengths are checked
-            always: they decide how much memory is needed.
-        return_kept: also return which part of the cells backward visits.
+        shape: the lattices, with the same lengths. With it, the lengths stay on the CPU, and
+            ``torch.compile(fullgraph=True)`` works. After ``shape.to(device)`` nothing is copied to
+            the device, and the loss and its gradient can be captured in a CUDA graph. Backward
+            visits every cell in a capture, because it may not wait for the number of kept cells.
+        validate: as in :func:`~transducer_toolkit.transducer_loss`, but lengths are always checked,
+            because they decide how much memory is needed.
+        return_kept: also return the fraction of cells that backward visits.
 
     Returns:
         The loss in nats, float64 for float64 inputs and float32 otherwise; non-finite values as in
-        :func:`~transducer_toolkit.transducer_loss`. With return_kept a pair of it and a float32
-        scalar in [0, 1].
+        :func:`~transducer_toolkit.transducer_loss`. With return_kept, the pair of the loss and a
+        float32 scalar in [0, 1].
 
     Raises:
         TypeError: not a tensor, a wrong dtype, or a sharded weight (DTensor).
@@ -109,60 +166,40 @@ def fused_joiner_loss(
         >>> loss.backward()
 
     Source:
-        The lattice as in A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012;
-        recomputation as in E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
-        Models", 2024.
+        A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012, for the lattice;
+        E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, for the
+        recomputation.
     """
-    check_reduction(reduction)
-    checks.check_options(fastemit_lambda, delay_penalty, clamp)
-    _check_arguments(enc, pred, weight, bias, targets, logit_lengths, target_lengths, blank)
-    _check_choices(activation, topology, dropped_mass, tile_cells)
-    checks.check_validate(validate)
+    checks.check_reduction(reduction)
+    options = FusedOptions(
+        blank=blank,
+        topology=topology,
+        fastemit_lambda=fastemit_lambda,
+        delay_penalty=delay_penalty,
+        clamp=clamp,
+        validate=validate,
+        activation=activation,
+        dropped_mass=dropped_mass,
+        tile_cells=tile_cells,
+    )
     checks.check_flag(return_kept, "return_kept")
-    checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
-    native.require_supported_device(enc.device)
-    checks.refuse_forward_mode(enc, pred, weight, bias)
-    enc, pred = autocast(enc), autocast(pred)
+    joint = enc, pred, weight, bias, targets
+    _check_inputs(FusedInputs(*joint, logit_lengths, target_lengths, ranges), blank)
     check_shape(shape, targets.size(0))
     if shape is None:
-        checks.check_lengths_fit(  # before anything is sized by them
+        checks.check_lengths_fit(  # before they decide any size
             logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
         )
         shape = LatticeShape.from_lengths(logit_lengths, target_lengths).to(enc.device)
-    with_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (enc, pred, weight, bias)
-    )
     num_rows = shape.num_cells if ranges is None else shape.num_frames * ranges.size(2)
-    keep_logits = with_grad and tile_cells is None and are_logits_few(enc, weight.size(0), num_rows)
-    losses, _, _, _, _, num_kept, _ = fused_operator.fused_losses(
-        enc.contiguous(),
-        pred.contiguous(),
-        weight,
-        bias,
-        targets,
-        shape.logit_lengths,
-        shape.target_lengths,
-        None if ranges is None else ranges.contiguous(),
-        shape.index(enc.device),
-        num_rows,
-        blank,
-        activation,
-        topology,
-        float(fastemit_lambda),
-        float(delay_penalty),
-        float(clamp),
-        float(dropped_mass),
-        min(tile_cells or 0, num_rows),
-        validate,
-        keep_logits,
-        with_grad or return_kept,
-    )
-    loss = reduce_losses(losses, reduction)
-    return (loss, num_kept.sum() / num_rows) if return_kept else loss
+    inputs = FusedInputs(*joint, *shape.lengths, ranges, shape.index(enc.device))
+    result = fused_loss(inputs, options, num_rows, with_uses=return_kept)
+    loss = checks.reduce_losses(result.losses, reduction)
+    return (loss, result.num_kept.sum() / num_rows) if return_kept else loss
 
 
 class FusedJoinerLoss(nn.Module):
-    """Module form of :func:`fused_joiner_loss`: options here, tensors in forward.
+    """Module form of :func:`fused_joiner_loss`: it takes options here and tensors in forward.
 
     Example:
         >>> import torch
@@ -190,9 +227,17 @@ class FusedJoinerLoss(nn.Module):
         return_kept: bool = False,
     ) -> None:
         super().__init__()
-        check_reduction(reduction)
-        checks.check_options(fastemit_lambda, delay_penalty, clamp)
-        _check_choices(activation, topology, dropped_mass, tile_cells)
+        checks.check_reduction(reduction)
+        FusedOptions(
+            blank=blank,
+            topology=topology,
+            fastemit_lambda=fastemit_lambda,
+            delay_penalty=delay_penalty,
+            clamp=clamp,
+            activation=activation,
+            dropped_mass=dropped_mass,
+            tile_cells=tile_cells,
+        )
         self.options: dict[str, Any] = {
             "blank": blank,
             "activation": activation,
@@ -218,7 +263,7 @@ class FusedJoinerLoss(nn.Module):
         target_lengths: Tensor,
         ranges: Tensor | None = None,
         shape: LatticeShape | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return fused_joiner_loss(
             enc,
             pred,
@@ -236,21 +281,13 @@ class FusedJoinerLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _check_arguments(
-    enc: Tensor,
-    pred: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logit_lengths: Tensor,
-    target_lengths: Tensor,
-    blank: int,
-) -> None:
+def _check_inputs(inputs: FusedInputs, blank: int) -> None:
+    enc, pred, weight, bias, targets, logit_lengths, target_lengths, ranges, _ = inputs
     checks.check_joint(enc, pred)
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, tensor in parameters.items():
         checks.check_tensor(tensor, name)
-        # (torch 2.4 cannot trace the question.)
+        # torch 2.4 cannot trace hasattr.
         if not torch.compiler.is_compiling() and hasattr(tensor, "placements"):
             raise TypeError(
                 f"{name}: expected a whole tensor, got a sharded one (DTensor): call the loss "
@@ -278,14 +315,6 @@ def _check_arguments(
             f"targets {tuple(targets.shape)}, got {tuple(pred.shape)}"
         )
     checks.check_blank(blank, weight.size(0))
-
-
-def _check_choices(
-    activation: str, topology: str, dropped_mass: float, tile_cells: int | None
-) -> None:
-    checks.check_choice(activation, "activation", native.ACTIVATIONS)
-    checks.check_choice(topology, "topology", native.TOPOLOGIES)
-    checks.check_dropped_mass(dropped_mass)
-    is_int = isinstance(tile_cells, int) and not isinstance(tile_cells, bool)
-    if tile_cells is not None and (not is_int or tile_cells < 1):
-        raise ValueError(f"tile_cells: expected None or an int of at least 1, got {tile_cells}")
+    checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
+    native.require_supported_device(enc.device)
+    checks.refuse_forward_mode(enc, pred, weight, bias)

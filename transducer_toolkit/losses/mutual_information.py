@@ -10,7 +10,12 @@ from torch import Tensor
 
 from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.boundary import boundary_or_everything
-from transducer_toolkit.ops.recursion import lattice_losses, posteriors_of_symbols_and_frames
+from transducer_toolkit.ops.recursion import (
+    DenseScores,
+    RecursionOptions,
+    lattice_losses,
+    posteriors_of_symbols_and_frames,
+)
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -65,13 +70,9 @@ def mutual_information_recursion(
     boundary = boundary_or_everything(boundary, px.size(0), px.size(1), py.size(2))
     with_uses = return_grad or (torch.is_grad_enabled() and (px.requires_grad or py.requires_grad))
     losses, blank_posteriors, label_posteriors = lattice_losses(
-        py.transpose(1, 2),
-        px.transpose(1, 2),
-        boundary,
-        topology=topology,
-        open_end=True,
+        DenseScores(py.transpose(1, 2), px.transpose(1, 2), boundary),
+        RecursionOptions(topology, open_end=True, exact=px.dtype == torch.float64),
         with_posteriors=with_uses,
-        exact=px.dtype == torch.float64,
     )
     scores = -losses.to(px.dtype)
     if not return_grad:
@@ -136,13 +137,9 @@ def joint_mutual_information_recursion(
     all_px, all_py = (torch.stack(list(scores)).double() for scores in (px, py))
     with torch.no_grad():
         losses, blank_posteriors, label_posteriors = lattice_losses(
-            all_py.sum(0).transpose(1, 2),
-            all_px.sum(0).transpose(1, 2),
-            boundary,
-            topology=topology,
-            open_end=True,
+            DenseScores(all_py.sum(0).transpose(1, 2), all_px.sum(0).transpose(1, 2), boundary),
+            RecursionOptions(topology, open_end=True, exact=px[0].dtype == torch.float64),
             with_posteriors=True,
-            exact=px[0].dtype == torch.float64,
         )
     terms = _expectation(label_posteriors.transpose(1, 2), all_px) + _expectation(
         blank_posteriors.transpose(1, 2), all_py

@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops.checks import check_reduction, reduce_losses
 from transducer_toolkit.ops.lattice import LatticeShape, check_shape
-from transducer_toolkit.ops.logits_loss import logits_loss
+from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import get_topology
 
 
 def transducer_loss(
@@ -21,6 +22,7 @@ def transducer_loss(
     one_sym_per_frame: bool = False,
     reduction: str = "mean",
     *,
+    topology: str = "regular",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
     clamp: float = 0.0,
@@ -28,56 +30,63 @@ def transducer_loss(
     shape: LatticeShape | None = None,
     validate: bool | None = None,
 ) -> Tensor:
-    """Negative log-probability of the targets under an RNN-Transducer.
+    """Computes the negative log-probability of the targets under an RNN-Transducer.
 
-    The probability of a target sequence is the sum over all lattice paths from cell (0, 0) to a
-    final blank at (T_b - 1, U_b) of the product of the blank and label probabilities on the path::
+    The probability of a target sequence is a sum over all paths through the lattice, from cell
+    (0, 0) to a final blank in cell (T_b - 1, U_b). The probability of a path is the product of its
+    blank and label probabilities::
 
         loss_b = -log alpha(T_b - 1, U_b) - log_softmax(logits(T_b - 1, U_b))[blank]
         alpha(t, u) = alpha(t - 1, u) * P(blank | t - 1, u) + alpha(t, u - 1) * P(y_u | t, u - 1)
 
-    Forward reads the logits once; backward reads them once more and writes their gradient. Nothing
-    else of the logits' size is made. Equal to ``torchaudio.functional.rnnt_loss`` on padded logits
-    (with gradients a thousand times closer to float64), and to optimized_transducer's function of
-    the same name and argument order on packed ones.
+    Forward reads the logits once. Backward reads them again and writes their gradient. No other
+    tensor of the logits' size is made.
+
+    With padded logits the loss equals ``torchaudio.functional.rnnt_loss``; with packed logits it
+    equals ``optimized_transducer.transducer_loss``, whose argument order it has.
 
     Args:
-        logits: joiner outputs, float16, bfloat16, float32 or float64. Packed
+        logits: joiner outputs, float16, bfloat16, float32 or float64; packed
             ``(sum_b T_b * (U_b + 1), V)``, in the order of
-            :class:`~transducer_toolkit.LatticeShape`, or padded ``(B, T, U + 1, V)``. Unnormalised
-            unless `from_log_softmax`. -inf means probability zero.
+            :class:`~transducer_toolkit.LatticeShape`, or padded ``(B, T, U + 1, V)``. They are not
+            normalized, unless `from_log_softmax`. -inf means probability zero.
         targets: (B, U) int32 or int64 labels in [0, V) other than blank, on the device of logits.
-            What stands beyond an utterance's length does not matter.
-        logit_lengths: (B,) int32 or int64, frames T_b >= 1 of each utterance; on the CPU (best: no
-            synchronisation) or on the device of logits.
-        target_lengths: (B,) int32 or int64, symbols U_b >= 0; likewise.
+            Padding may hold any value.
+        logit_lengths: (B,) int32 or int64, the number of frames T_b >= 1 of each utterance; on the
+            CPU (preferred, since it needs no synchronization) or on the device of logits.
+        target_lengths: (B,) int32 or int64, the number of labels U_b >= 0 of each utterance; on the
+            CPU or on the device of logits.
         blank: index of the blank symbol in [0, V).
-        from_log_softmax: logits are log-probabilities already; the gradient is with respect to
-            them. Only the entries of blank and label are read, and get a gradient.
-        one_sym_per_frame: a label advances to the next frame, so that a frame emits at most one;
-            the path ends with a blank on the last frame. Needs T_b > U_b.
+        from_log_softmax: the logits are log-probabilities already, and the gradient is with respect
+            to them. Only the entries of blank and label are read and get a gradient.
+        one_sym_per_frame: another way to write ``topology="one_sym_per_frame"``.
         reduction: "none" (B,), "mean" over utterances, or "sum".
-        fastemit_lambda: >= 0; gradients through label arcs are multiplied by 1 + lambda, which
-            favours early symbols (FastEmit). The reported loss is unchanged.
+        topology: which arcs the lattice has. "regular": a label stays on its frame. The others
+            advance one frame with every label: "modified" (a path may end with a label),
+            "constrained" (a blank follows every label on its frame) and "one_sym_per_frame" (a path
+            ends with a blank).
+        fastemit_lambda: >= 0; multiplies the gradient through label arcs by 1 + lambda, which makes
+            labels earlier (FastEmit). The value of the loss does not change.
         delay_penalty: >= 0; adds ``delay_penalty * ((T_b - 1) / 2 - t)`` to the log-probability of
-            every label at frame t. Changes the loss.
+            every label at frame t. The value of the loss changes.
         clamp: > 0 limits each d loss_b / d logit to [-clamp, clamp] before the upstream gradient
-            multiplies it; <= 0 does not.
-        inplace: backward writes the gradient over the logits instead of into a new tensor. Eager
-            mode only; logits must be neither a leaf nor a view (padded logits straight from
-            ``nn.Linear`` are one) nor needed by another backward; a second backward raises.
-        shape: the lattices, if the caller has them; must hold the same lengths. If it has been
-            moved to the device of logits, nothing is copied there, and the loss and its gradient
-            can be captured in a CUDA graph.
-        validate: check lengths and labels. None: those that can be read without waiting for a
-            device. Unchecked nonsense gives that utterance a NaN loss, never a wild access.
+            multiplies it; <= 0 is off.
+        inplace: backward writes the gradient over the logits instead of into a new tensor. This
+            works in eager mode only. The logits must be neither a leaf nor a view (``nn.Linear``
+            returns a view for padded input), and no other backward may need them. A second backward
+            raises an error.
+        shape: the lattices, with the same lengths. After ``shape.to(device)`` the loss copies
+            nothing to the device, so that it can be captured in a CUDA graph.
+        validate: whether to check lengths and labels. None checks those that can be read without
+            waiting for a device. Without a check, an invalid label or length gives its utterance a
+            NaN loss and never reads outside of a tensor.
 
     Returns:
-        The loss in nats, float64 for float64 logits and float32 otherwise. An utterance none of
-        whose paths survives -inf logits has loss +inf and zero gradient; one with a NaN, a +inf or
-        an all -inf row has NaN loss and NaN gradient, the others are untouched. An utterance whose
-        upstream gradient is 0 gets zeros, so a non-finite loss can be masked out with
-        ``torch.where``.
+        The loss in nats, float64 for float64 logits and float32 otherwise. If -inf logits leave an
+        utterance no path, its loss is +inf and its gradient zero. If its logits hold NaN, +inf or a
+        row of nothing but -inf, its loss and its gradient are NaN; other utterances are not
+        affected. An utterance whose upstream gradient is 0 gets a zero gradient, so that
+        ``torch.where`` can mask a non-finite loss.
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
@@ -106,34 +115,23 @@ def transducer_loss(
         A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012, eq. 12-22; packing:
         J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019.
     """
-    topology = "one_sym_per_frame" if one_sym_per_frame else "regular"
-    check_reduction(reduction)
+    checks.check_reduction(reduction)
     _check_arguments(logits, targets, logit_lengths, target_lengths, blank)
-    checks.check_options(fastemit_lambda, delay_penalty, clamp)
-    for name, flag in (
-        ("from_log_softmax", from_log_softmax),
-        ("one_sym_per_frame", one_sym_per_frame),
-        ("inplace", inplace),
-    ):
-        checks.check_flag(flag, name)
-    checks.check_validate(validate)
-    check_shape(shape, targets.size(0))
-    lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
-    losses = logits_loss(
-        logits,
-        targets,
-        *lengths,
+    options = LossOptions(
         blank=blank,
+        topology=_topology(topology, one_sym_per_frame),
         from_log_softmax=from_log_softmax,
-        topology=topology,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
         clamp=clamp,
-        inplace=inplace,
-        index=None if shape is None else shape.index(logits.device),
         validate=validate,
-    ).losses
-    return reduce_losses(losses, reduction)
+    )
+    checks.check_flag(inplace, "inplace")
+    check_shape(shape, targets.size(0))
+    lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
+    index = None if shape is None else shape.index(logits.device)
+    inputs = LogitsInputs(logits, targets, *lengths, shape_index=index)
+    return checks.reduce_losses(logits_loss(inputs, options, inplace=inplace).losses, reduction)
 
 
 class TransducerLoss(nn.Module):
@@ -154,6 +152,7 @@ class TransducerLoss(nn.Module):
         one_sym_per_frame: bool = False,
         reduction: str = "mean",
         *,
+        topology: str = "regular",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
@@ -161,13 +160,20 @@ class TransducerLoss(nn.Module):
         validate: bool | None = None,
     ) -> None:
         super().__init__()
-        check_reduction(reduction)
-        checks.check_options(fastemit_lambda, delay_penalty, clamp)
+        checks.check_reduction(reduction)
+        LossOptions(
+            blank=blank,
+            topology=_topology(topology, one_sym_per_frame),
+            fastemit_lambda=fastemit_lambda,
+            delay_penalty=delay_penalty,
+            clamp=clamp,
+        )
         self.options: dict[str, Any] = {
             "blank": blank,
             "from_log_softmax": from_log_softmax,
             "one_sym_per_frame": one_sym_per_frame,
             "reduction": reduction,
+            "topology": topology,
             "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty,
             "clamp": clamp,
@@ -188,6 +194,17 @@ class TransducerLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _topology(topology: str, one_sym_per_frame: bool) -> str:
+    """Returns the topology; `one_sym_per_frame` is another name for one."""
+    checks.check_flag(one_sym_per_frame, "one_sym_per_frame")
+    get_topology(topology)
+    if not one_sym_per_frame:
+        return topology
+    if topology not in ("regular", "one_sym_per_frame"):
+        raise ValueError(f"one_sym_per_frame: expected False with topology {topology!r}, got True")
+    return "one_sym_per_frame"
 
 
 def _check_arguments(

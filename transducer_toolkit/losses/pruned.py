@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transducer loss on a band of the lattice; names and arguments are k2's."""
+"""The transducer loss on a band of the lattice, with k2's names and arguments."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from transducer_toolkit.losses.full import LossAndGrads, joint_logprobs, joint_loss
+from transducer_toolkit.losses.full import LossAndGrads, k2_options, reduced_grid_loss
+from transducer_toolkit.ops.grid import GridInputs, grid_logprobs
 
 
 def rnnt_loss_pruned(
@@ -21,7 +22,7 @@ def rnnt_loss_pruned(
     *,
     fastemit_lambda: float = 0.0,
 ) -> Tensor | LossAndGrads:
-    """Transducer loss over the paths that stay within R symbols of each frame.
+    """Computes the transducer loss over the paths that stay within R symbols of each frame.
 
     The recursion runs on the ``(T, R)`` band itself: time and memory do not grow with the number
     of symbols. Arcs that leave the band do not exist, so the loss is never below the full one, and
@@ -65,10 +66,9 @@ def rnnt_loss_pruned(
         F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022, section 3.
     """
     _require_ranges(ranges)
-    return joint_loss(
-        logits, symbols, ranges, termination_symbol, boundary, rnnt_type, delay_penalty, reduction,
-        return_grad, fastemit_lambda,
-    )  # fmt: skip
+    options = k2_options(termination_symbol, rnnt_type, delay_penalty, fastemit_lambda)
+    inputs = GridInputs(logits, symbols, boundary, ranges)
+    return reduced_grid_loss(inputs, options, reduction=reduction, return_grad=return_grad)
 
 
 def get_rnnt_logprobs_pruned(
@@ -79,17 +79,18 @@ def get_rnnt_logprobs_pruned(
     boundary: Tensor | None = None,
     rnnt_type: str = "regular",
 ) -> tuple[Tensor, Tensor]:
-    """Scores of :func:`rnnt_loss_pruned` in the form of ``mutual_information_recursion``.
+    """Returns the scores of :func:`rnnt_loss_pruned` for ``mutual_information_recursion``.
 
-    In plain torch, with a temporary of the logits' size: the loss itself does not use it.
+    It is written in plain torch and makes a temporary tensor of the logits' size. The loss does not
+    use it.
 
     Args:
-        logits: (B, T, R, V), as in :func:`rnnt_loss_pruned`; and so on.
-        symbols: (B, S), likewise.
-        ranges: (B, T, R), likewise.
-        termination_symbol: likewise.
-        boundary: likewise.
-        rnnt_type: likewise.
+        logits: (B, T, R, V), as in :func:`rnnt_loss_pruned`.
+        symbols: (B, S), as in :func:`rnnt_loss_pruned`.
+        ranges: (B, T, R), as in :func:`rnnt_loss_pruned`.
+        termination_symbol: as in :func:`rnnt_loss_pruned`.
+        boundary: as in :func:`rnnt_loss_pruned`.
+        rnnt_type: as in :func:`rnnt_loss_pruned`.
 
     Returns:
         As :func:`~transducer_toolkit.get_rnnt_logprobs`, -inf outside of the band.
@@ -106,7 +107,9 @@ def get_rnnt_logprobs_pruned(
         (6, 8)
     """
     _require_ranges(ranges)
-    return joint_logprobs(logits, symbols, ranges, termination_symbol, boundary, rnnt_type)
+    inputs = GridInputs(logits, symbols, boundary, ranges)
+    inputs.check(termination_symbol)
+    return grid_logprobs(inputs, k2_options(termination_symbol, rnnt_type))
 
 
 def _require_ranges(ranges: object) -> None:

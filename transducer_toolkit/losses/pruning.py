@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
@@ -12,15 +10,18 @@ from transducer_toolkit.ops import checks
 from transducer_toolkit.ops.additive import pick_rows
 from transducer_toolkit.ops.boundary import (
     boundary_or_everything,
-    check_rnnt_type,
     real_columns,
     real_frames,
 )
+from transducer_toolkit.ops.prune_windows import (
+    feasible_width,
+    greedy_starts,
+    optimal_starts,
+    window_mass,
+)
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES, Topology, get_topology
 
 METHODS = ("greedy", "optimal")
-# float32 posteriors make windows that hold all of the mass unequal in the seventh digit; a start
-# chosen by that is chosen at random.
-EQUAL_MASS = 2.0**-20
 
 
 def get_rnnt_prune_ranges(
@@ -76,15 +77,15 @@ def get_rnnt_prune_ranges(
     Source:
         F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022, eq. 14-17.
     """
-    rnnt_type = _check_arguments(px_grad, py_grad, boundary, s_range, rnnt_type, method)
+    topology = _check_arguments(px_grad, py_grad, boundary, s_range, rnnt_type, method)
     num_utterances, num_symbols = px_grad.shape[:2]
     num_frames = py_grad.size(2)
     boundary = boundary_or_everything(boundary, num_utterances, num_symbols, num_frames).cpu()
     checks.check_boundary_values(
         boundary, max_targets=num_symbols, max_frames=num_frames, min_frames=1
     )
-    width = _feasible_width(s_range, boundary, num_symbols, rnnt_type)
-    step = width - 1 if rnnt_type == "regular" else 1
+    width = feasible_width(s_range, boundary, num_symbols, topology)
+    step = width - 1 if topology.labels_share_frames else 1
 
     s_begin, t_begin, s_end, t_end = boundary.to(px_grad.device).unbind(1)
     padding = (s_end - width + 1).clamp(min=0)  # (B,)
@@ -92,8 +93,8 @@ def get_rnnt_prune_ranges(
     first = torch.minimum(s_begin, padding)
     last = torch.minimum(padding, first + step * (t_end - t_begin - 1))
     # No window of a NaN is better; and sums over frames stay numbers.
-    mass = _window_mass(px_grad, py_grad, width).nan_to_num().clamp(-1e30, 1e30)
-    find = _greedy_starts if method == "greedy" else _optimal_starts
+    mass = window_mass(px_grad, py_grad, width).nan_to_num().clamp(-1e30, 1e30)
+    find = greedy_starts if method == "greedy" else optimal_starts
     starts = find(mass, t_begin, t_end, first, last, step)
     is_frame = real_frames(boundary, num_frames, px_grad.device)
     starts = torch.where(is_frame, starts, padding[:, None])
@@ -146,91 +147,6 @@ def do_rnnt_pruning(
     return am[:, :, None].expand(-1, -1, width, -1), lm_pruned
 
 
-# --- windows ------------------------------------------------------------------------------------
-
-
-def _window_mass(px_grad: Tensor, py_grad: Tensor, width: int) -> Tensor:
-    """(B, T, S + 2 - R) float64: mass of each frame's window by its start."""
-    blank = py_grad.detach().to(torch.float64)
-    num_starts = blank.size(1) - width + 1
-    mass = blank[:, :num_starts].clone()
-    for column in range(1, width):
-        mass += blank[:, column : column + num_starts]
-    # What enters from below; no symbol enters at column 0.
-    mass[:, 1:] -= px_grad.detach()[:, : num_starts - 1, : blank.size(2)]
-    return mass.transpose(1, 2)
-
-
-def _lowest_from_here_on(values: Tensor) -> Tensor:
-    """out[b, t] = min over t' >= t of values[b, t']."""
-    return values.flip(1).cummin(1).values.flip(1)
-
-
-def _greedy_starts(
-    mass: Tensor, t_begin: Tensor, t_end: Tensor, first: Tensor, last: Tensor, step: int
-) -> Tensor:
-    """Best window of each frame, repaired; (B, T), of no meaning in padding."""
-    frames = torch.arange(mass.size(1), device=mass.device)
-    starts = torch.round(mass / EQUAL_MASS).argmax(2)  # the lowest of equals
-    # The last real frame's start is given, and is the upper bound for the frames before it.
-    starts = torch.where(frames < t_end[:, None] - 1, starts, last[:, None])
-    starts = torch.maximum(_lowest_from_here_on(starts), first[:, None])
-    # A step of at most `step` means that step * t - start never decreases.
-    slack = _lowest_from_here_on(step * frames - starts)
-    # And the first real frame starts at `first`: nothing before it can be further than that allows.
-    return torch.minimum(step * frames - slack, first[:, None] + step * (frames - t_begin[:, None]))
-
-
-def _optimal_starts(
-    mass: Tensor, t_begin: Tensor, t_end: Tensor, first: Tensor, last: Tensor, step: int
-) -> Tensor:
-    """The feasible sequence of largest total mass; of equals, the lower starts from the end on."""
-    num_utterances, num_frames, num_starts = mass.shape
-    impossible = mass.new_full((num_utterances, num_starts), float("-inf"))
-    everywhere = torch.arange(num_starts, device=mass.device)
-    step = min(step, num_starts - 1)
-    best = impossible  # total mass of the best way to each start
-    steps_back = []
-    for t in range(num_frames):
-        # Windows over the possible predecessors s - step ... s of each start s.
-        padded = torch.nn.functional.pad(best, (step, 0), value=float("-inf"))
-        came_from = padded.unfold(1, step + 1, 1)  # (B, starts, step + 1)
-        choice = came_from.argmax(2)
-        arrived = came_from.gather(2, choice[:, :, None]).squeeze(2) + mass[:, t]
-        begun = torch.where(everywhere == first[:, None], mass[:, t], impossible)
-        is_first, is_inside = t_begin == t, (t_begin < t) & (t_end > t)
-        best = torch.where(is_first[:, None], begun, best)
-        best = torch.where(is_inside[:, None], arrived, best)
-        steps_back.append(torch.where(is_inside[:, None], step - choice, 0))
-    start = last
-    starts = []
-    for t in range(num_frames - 1, -1, -1):
-        starts.append(start)
-        start = start - steps_back[t].gather(1, start[:, None]).squeeze(1)
-    return torch.stack(starts[::-1], 1)
-
-
-def _feasible_width(s_range: int, boundary: Tensor, num_symbols: int, rnnt_type: str) -> int:
-    """R raised to what the utterances need, with a warning, and cut to S + 1."""
-    symbols, frames = (boundary[:, 2:] - boundary[:, :2]).unbind(1)
-    needed = torch.ones_like(symbols)
-    if rnnt_type == "regular":
-        # R - 1 columns a frame, T frames: (R - 1) * T >= U.
-        needed = torch.div(symbols - 1, frames, rounding_mode="floor") + 2
-    elif rnnt_type == "constrained":  # a label needs the blank of the column it leads to
-        needed = needed + (symbols > 0)
-    utterance = int(needed.argmax())
-    width = max(s_range, int(needed[utterance]))
-    if width > s_range:
-        warnings.warn(
-            f"s_range: utterance {utterance} ({int(symbols[utterance])} symbols, "
-            f"{int(frames[utterance])} frames) needs at least {width} for rnnt_type "
-            f"{rnnt_type!r}, got {s_range}: using {width}",
-            stacklevel=3,
-        )
-    return min(width, num_symbols + 1)
-
-
 # --- checks -------------------------------------------------------------------------------------
 
 
@@ -241,8 +157,8 @@ def _check_arguments(
     s_range: int,
     rnnt_type: str | None,
     method: str,
-) -> str:
-    """Raises for everything but boundary values; returns rnnt_type."""
+) -> Topology:
+    """Checks everything but the values of the boundary; returns the topology."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     checks.check_int(s_range, "s_range")
@@ -273,7 +189,7 @@ def _check_arguments(
         rnnt_type = next((t for t in shapes if shapes[t] == tuple(px_grad.shape)), None)
         expected = f"{shapes['regular']} or {shapes['modified']}"
     else:
-        check_rnnt_type(rnnt_type)
+        get_topology(rnnt_type, "rnnt_type", k2=True)
         expected = f"{shapes[rnnt_type]} for rnnt_type {rnnt_type!r}"
     if rnnt_type is None or shapes[rnnt_type] != tuple(px_grad.shape):
         raise ValueError(
@@ -281,7 +197,7 @@ def _check_arguments(
             f"got {tuple(px_grad.shape)}"
         )
     checks.check_boundary(boundary, num_utterances, px_grad.device)
-    return rnnt_type
+    return K2_TOPOLOGIES[rnnt_type]
 
 
 def _check_pruning_arguments(

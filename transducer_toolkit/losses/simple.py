@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops.boundary import boundary_or_everything
-from transducer_toolkit.ops.checks import check_reduction, reduce_losses
 from transducer_toolkit.ops.recursion import (
+    DenseScores,
+    RecursionOptions,
     append_one,
     lattice_losses,
     posteriors_of_symbols_and_frames,
 )
-from transducer_toolkit.ops.simple_scores import check_arguments, scores_of_cells
+from transducer_toolkit.ops.simple_scores import (
+    SimpleInputs,
+    SimpleOptions,
+    check_inputs,
+    scores_of_cells,
+)
 
 LossAndGrads = tuple[Tensor, tuple[Tensor, Tensor]]
 
@@ -92,10 +97,9 @@ def rnnt_loss_simple(
         constrained: W. Kang et al., "Fast and parallel decoding for transducer", 2022; delay
         penalty: W. Kang et al., "Delay-penalized transducer for low-latency streaming ASR", 2022.
     """
-    return _loss(
-        *(lm, am, symbols, termination_symbol, 0.0, 0.0),
-        *(boundary, rnnt_type, delay_penalty, reduction, return_grad),
-    )
+    options = SimpleOptions(termination_symbol, rnnt_type, delay_penalty=delay_penalty)
+    inputs = SimpleInputs(lm, am, symbols, boundary)
+    return _loss(inputs, options, reduction=reduction, return_grad=return_grad)
 
 
 def rnnt_loss_smoothed(
@@ -153,10 +157,11 @@ def rnnt_loss_smoothed(
     Source:
         F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022, section 3.4.
     """
-    return _loss(
-        *(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale),
-        *(boundary, rnnt_type, delay_penalty, reduction, return_grad),
+    options = SimpleOptions(
+        termination_symbol, rnnt_type, lm_only_scale, am_only_scale, delay_penalty
     )
+    inputs = SimpleInputs(lm, am, symbols, boundary)
+    return _loss(inputs, options, reduction=reduction, return_grad=return_grad)
 
 
 def get_rnnt_logprobs(
@@ -191,10 +196,8 @@ def get_rnnt_logprobs(
         >>> px.shape, py.shape
         (torch.Size([1, 2, 5]), torch.Size([1, 3, 4]))
     """
-    return _logprobs(
-        *(lm, am, symbols, termination_symbol, 0.0, 0.0),
-        *(boundary, rnnt_type),
-    )
+    inputs = SimpleInputs(lm, am, symbols, boundary)
+    return _logprobs(inputs, SimpleOptions(termination_symbol, rnnt_type))
 
 
 def get_rnnt_logprobs_smoothed(
@@ -232,83 +235,50 @@ def get_rnnt_logprobs_smoothed(
         >>> px.shape, py.shape
         (torch.Size([1, 2, 5]), torch.Size([1, 3, 4]))
     """
-    return _logprobs(
-        *(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale),
-        *(boundary, rnnt_type),
-    )
+    options = SimpleOptions(termination_symbol, rnnt_type, lm_only_scale, am_only_scale)
+    return _logprobs(SimpleInputs(lm, am, symbols, boundary), options)
 
 
 def _loss(
-    lm: Tensor,
-    am: Tensor,
-    symbols: Tensor,
-    termination_symbol: int,
-    lm_only_scale: float,
-    am_only_scale: float,
-    boundary: Tensor | None,
-    rnnt_type: str,
-    delay_penalty: float,
-    reduction: str,
-    return_grad: bool,
+    inputs: SimpleInputs, options: SimpleOptions, *, reduction: str, return_grad: bool
 ) -> Tensor | LossAndGrads:
-    check_reduction(reduction)
-    checks.check_options(0.0, delay_penalty)
+    checks.check_reduction(reduction)
     checks.check_flag(return_grad, "return_grad")
-    check_arguments(
-        lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale, boundary, rnnt_type
-    )
+    check_inputs(inputs, options.termination_symbol)
+    lm, am = inputs.lm, inputs.am
     checks.refuse_forward_mode(am, lm)
-    boundary = boundary_or_everything(boundary, am.size(0), symbols.size(1), am.size(1))
+    boundary = inputs.whole_boundary()
     needs_gradient = torch.is_grad_enabled() and (lm.requires_grad or am.requires_grad)
-    blank, label = scores_of_cells(
-        *(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale),
-        *(boundary, rnnt_type, rnnt_type),
-    )
-    if delay_penalty > 0:
-        label = label + _delay_penalty(boundary.to(am.device), am.size(1), delay_penalty)
+    blank, label = scores_of_cells(inputs, options, boundary, must_be_feasible=True)
+    if options.delay_penalty > 0:
+        label = label + _delay_penalty(boundary.to(am.device), am.size(1), options.delay_penalty)
+    topology = options.topology
+    # The label scores of "constrained" include the forced blank by now.
+    rest = "modified" if topology.label_takes_blank else topology.name
     losses, blank_posteriors, label_posteriors = lattice_losses(
-        blank,
-        label,
-        boundary,
-        # The forced blank is in the label score by now.
-        topology="modified" if rnnt_type == "constrained" else rnnt_type,
-        open_end=False,
+        DenseScores(blank, label, boundary),
+        RecursionOptions(rest, open_end=False, exact=am.dtype == torch.float64),
         with_posteriors=return_grad or needs_gradient,
-        exact=am.dtype == torch.float64,
     )
     dtype = native.compute_dtype(am.dtype)
-    loss = reduce_losses(losses.to(dtype), reduction)
+    loss = checks.reduce_losses(losses.to(dtype), reduction)
     if not return_grad:
         return loss
-    if rnnt_type == "regular":  # no symbol after the last frame
+    if topology.labels_share_frames:  # k2 has a column for symbols after the last frame
         label_posteriors = append_one(label_posteriors, 1)
     return loss, posteriors_of_symbols_and_frames(label_posteriors, blank_posteriors, dtype)
 
 
-def _logprobs(
-    lm: Tensor,
-    am: Tensor,
-    symbols: Tensor,
-    termination_symbol: int,
-    lm_only_scale: float,
-    am_only_scale: float,
-    boundary: Tensor | None,
-    rnnt_type: str,
-) -> tuple[Tensor, Tensor]:
-    check_arguments(
-        lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale, boundary, rnnt_type
-    )
-    boundary = boundary_or_everything(boundary, am.size(0), symbols.size(1), am.size(1))
-    blank, label = scores_of_cells(
-        *(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale),
-        *(boundary, rnnt_type, ""),
-    )
-    if rnnt_type == "regular":
+def _logprobs(inputs: SimpleInputs, options: SimpleOptions) -> tuple[Tensor, Tensor]:
+    check_inputs(inputs, options.termination_symbol)
+    boundary = inputs.whole_boundary()
+    blank, label = scores_of_cells(inputs, options, boundary, must_be_feasible=False)
+    if options.topology.labels_share_frames:
         label = append_one(label, 1, float("-inf"))
         frames = torch.arange(label.size(1), device=label.device)
         is_over = frames >= boundary[:, 3, None].to(label.device)  # (B, T + 1)
         label = label.masked_fill(is_over[:, :, None], float("-inf"))
-    dtype = native.compute_dtype(am.dtype)
+    dtype = native.compute_dtype(inputs.am.dtype)
     px, py = (scores.transpose(1, 2).to(dtype).contiguous() for scores in (label, blank))
     return px, py
 

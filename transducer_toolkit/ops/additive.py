@@ -7,20 +7,12 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import additive_stages, native
+from transducer_toolkit.ops.additive_stages import AdditiveInputs, AdditiveOptions, AdditiveScores
+from transducer_toolkit.ops.registration import Backward, Derivative, NoPlan, Operator
 
 
-def additive_scores(
-    contexts: Tensor,
-    am: Tensor,
-    symbols: Tensor,
-    context_blank: Tensor,
-    context_label: Tensor,
-    *,
-    blank: int,
-    combined_scale: float,
-    am_only_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Blank and label scores, without the logits ``am[b, t] + contexts[b, k]``; differentiable.
+def additive_scores(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, Tensor]:
+    """Returns blank and label scores without the logits ``am[b, t] + contexts[b, k]``.
 
     ::
 
@@ -30,20 +22,13 @@ def additive_scores(
         blank[t, u] = am_scale * am[t, blank]      + context_blank[u] + common
         label[t, u] = am_scale * am[t, symbols[u]] + context_label[u] + common
 
-    with ``am_scale = combined_scale + am_only_scale``; a term of scale zero is left out. Where the
+    with ``am_scale = combined_scale + am_only_scale``. A term of scale zero is left out. Where the
     product has lost digits to underflow (am and a context have their maxima at different symbols)
-    the cell is computed again, term by term, in value and in gradient.
+    the cell is computed again, term by term, in value and in gradient. Differentiable.
 
     Args:
-        contexts: (B, S + 1, V) float32 or float64, and with an am_only_scale one row more. -inf
-            means probability zero.
-        am: (B, T, V), same dtype and device.
-        symbols: (B, S) int64 in [0, V).
-        context_blank: (B, S + 1) float64.
-        context_label: (B, S) float64.
-        blank: in [0, V).
-        combined_scale: >= 0.
-        am_only_scale: >= 0.
+        inputs: the tensors.
+        options: blank and the two scales.
 
     Returns:
         (B, T, S + 1) and (B, T, S) float64. NaN where am or contexts hold NaN or +inf, or nothing
@@ -53,23 +38,21 @@ def additive_scores(
         >>> lm, am = torch.zeros(1, 2, 5), torch.ones(1, 3, 5)
         >>> nothing = torch.zeros(1, 2, dtype=torch.float64)
         >>> blank, label = additive_scores(
-        ...     lm, am, torch.tensor([[4]]), nothing, nothing[:, :1],
-        ...     blank=0, combined_scale=1.0, am_only_scale=0.0,
+        ...     AdditiveInputs(lm, am, torch.tensor([[4]]), nothing, nothing[:, :1]),
+        ...     AdditiveOptions(blank=0, combined_scale=1.0, am_only_scale=0.0),
         ... )
         >>> blank.shape, label.shape, round(blank.exp()[0, 0, 0].item(), 4)
         (torch.Size([1, 3, 2]), torch.Size([1, 3, 1]), 0.2)
     """
-    blank_score, label_score, _, _ = torch.ops.transducer_toolkit.additive_scores(
-        contexts.contiguous(),
-        am.contiguous(),
-        symbols,
-        context_blank.contiguous(),
-        context_label.contiguous(),
-        blank,
-        combined_scale,
-        am_only_scale,
+    contiguous = AdditiveInputs(
+        inputs.contexts.contiguous(),
+        inputs.am.contiguous(),
+        inputs.symbols,
+        inputs.context_blank.contiguous(),
+        inputs.context_label.contiguous(),
     )
-    return blank_score, label_score
+    scores = operator(contiguous, options, NoPlan())
+    return scores.blank, scores.label
 
 
 def _shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,92 +69,61 @@ def _flush(values: Tensor) -> Tensor:
     return torch.ops.aten.hardshrink.out(values, torch.finfo(values.dtype).tiny, out=values)
 
 
-def _forward(
-    contexts: Tensor,
-    am: Tensor,
-    symbols: Tensor,
-    context_blank: Tensor,
-    context_label: Tensor,
-    blank: int,
-    combined_scale: float,
-    am_only_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of blank and labels, the normaliser, and the product of exponentials."""
+def _forward(inputs: AdditiveInputs, options: AdditiveOptions, plan: NoPlan) -> AdditiveScores:
+    contexts, am, symbols, context_blank, context_label = inputs
     with torch.autocast(am.device.type, enabled=False):
         am_exp, am_max = _shifted_exp(am)
         lm_exp, lm_max = _shifted_exp(contexts)
         product = torch.bmm(am_exp, lm_exp.transpose(1, 2))
     if additive_stages.runs_here(am):
-        stages = additive_stages.AdditiveStages(
-            *(contexts, am, product, symbols, context_blank, context_label),
-            blank=blank,
-            combined_scale=combined_scale,
-            am_only_scale=am_only_scale,
-        )
-        normaliser, blank_score, label_score = stages.scores(am_max, lm_max)
-        return blank_score, label_score, normaliser, product
+        stages = additive_stages.AdditiveStages(inputs, product, options)
+        normalizer, blank_score, label_score = stages.scores(am_max, lm_max)
+        return AdditiveScores(blank_score, label_score, normalizer, product)
 
     # V-free from here, so in float64: scores are differences of large numbers.
     score, num_symbols = native.SCORE_DTYPE, symbols.size(1)
-    normaliser = product.to(score).log()
-    normaliser += am_max.to(score)[:, :, None] + lm_max.to(score)[:, None, :]
+    normalizer = product.to(score).log()
+    normalizer += am_max.to(score)[:, :, None] + lm_max.to(score)[:, None, :]
     lowest = additive_stages.lowest_product(am)
-    additive_stages.repair_normaliser(am, contexts, product, lowest, normaliser)
-    common = normaliser.new_zeros(am.size(0), am.size(1), num_symbols + 1)
-    if combined_scale != 0:
-        common -= combined_scale * normaliser[:, :, : num_symbols + 1]
-    if am_only_scale != 0:
-        common -= am_only_scale * normaliser[:, :, -1:]
+    additive_stages.repair_normalizer((am, contexts, product), lowest, normalizer)
+    common = normalizer.new_zeros(am.size(0), am.size(1), num_symbols + 1)
+    if options.combined_scale != 0:
+        common -= options.combined_scale * normalizer[:, :, : num_symbols + 1]
+    if options.am_only_scale != 0:
+        common -= options.am_only_scale * normalizer[:, :, -1:]
     blank_score = common + context_blank[:, None]
     label_score = common[:, :, :-1] + context_label[:, None]
-    if combined_scale + am_only_scale != 0:
+    am_scale = options.combined_scale + options.am_only_scale
+    if am_scale != 0:
         am_label = pick_rows(am.transpose(1, 2), symbols).transpose(1, 2)
-        blank_score += (combined_scale + am_only_scale) * am[:, :, blank, None].to(score)
-        label_score += (combined_scale + am_only_scale) * am_label.to(score)
-    return blank_score, label_score, normaliser, product
+        blank_score += am_scale * am[:, :, options.blank, None].to(score)
+        label_score += am_scale * am_label.to(score)
+    return AdditiveScores(blank_score, label_score, normalizer, product)
 
 
-torch.library.custom_op(
-    "transducer_toolkit::additive_scores",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor contexts, Tensor am, Tensor symbols, Tensor context_blank, "
-    "Tensor context_label, int blank, float combined_scale, float am_only_scale) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("transducer_toolkit::additive_scores")
-def _forward_fake(contexts, am, symbols, context_blank, context_label, *options):
+def _fake(inputs: AdditiveInputs, options: AdditiveOptions, plan: NoPlan) -> AdditiveScores:
+    contexts, am, symbols = inputs.contexts, inputs.am, inputs.symbols
     size = am.size(0), am.size(1)
-    widths = symbols.size(1) + 1, symbols.size(1), contexts.size(1)
-    scores = (context_blank.new_empty(*size, width) for width in widths)
-    return *scores, am.new_empty(*size, contexts.size(1))
+    like = inputs.context_blank
+    return AdditiveScores(
+        like.new_empty(*size, symbols.size(1) + 1),
+        like.new_empty(*size, symbols.size(1)),
+        like.new_empty(*size, contexts.size(1)),
+        am.new_empty(*size, contexts.size(1)),
+    )
 
 
-def _backward(
-    contexts: Tensor,
-    am: Tensor,
-    symbols: Tensor,
-    context_blank: Tensor,
-    context_label: Tensor,
-    normaliser: Tensor,
-    product: Tensor,
-    grad_blank: Tensor,
-    grad_label: Tensor,
-    blank: int,
-    combined_scale: float,
-    am_only_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of contexts, am, context_blank and context_label."""
-    grad_blank, grad_label = grad_blank.contiguous(), grad_label.contiguous()
+def _backward(call: Backward) -> dict[str, Tensor]:
+    inputs, options = call.inputs, call.options
+    contexts, am, symbols = inputs.contexts, inputs.am, inputs.symbols
+    normalizer, product = call.outputs.normalizer, call.outputs.product
+    columns = {"blank": symbols.size(1) + 1, "label": symbols.size(1)}
+    grad_blank, grad_label = (
+        grad.contiguous() if grad.numel() else normalizer.new_zeros(*am.shape[:2], columns[name])
+        for name, grad in call.grads.items()
+    )
     if additive_stages.runs_here(am):
-        stages = additive_stages.AdditiveStages(
-            *(contexts, am, product, symbols, context_blank, context_label),
-            blank=blank,
-            combined_scale=combined_scale,
-            am_only_scale=am_only_scale,
-        )
+        stages = additive_stages.AdditiveStages(inputs, product, options)
         grad, scale, weight, grad_context_blank, grad_context_label = stages.weights(
             grad_blank, grad_label
         )
@@ -182,20 +134,25 @@ def _backward(
         stages.gradients(
             am_exp=am_exp,
             lm_exp=lm_exp,
-            normaliser=normaliser,
+            normalizer=normalizer,
             grad_blank=grad_blank,
             grad_label=grad_label,
-            grad_normaliser=grad,
+            grad_normalizer=grad,
             scale=scale,
             grad_am=grad_am,
             grad_lm=grad_lm,
         )
-        return grad_lm, grad_am, grad_context_blank, grad_context_label
+        return {
+            "contexts": grad_lm,
+            "am": grad_am,
+            "context_blank": grad_context_blank,
+            "context_label": grad_context_label,
+        }
 
     of_cell = torch.cat([grad_blank[:, :, :-1] + grad_label, grad_blank[:, :, -1:]], 2)
-    grad = -combined_scale * of_cell
-    if am_only_scale != 0:
-        grad = torch.cat([grad, -am_only_scale * of_cell.sum(2, keepdim=True)], 2)
+    grad = -options.combined_scale * of_cell
+    if options.am_only_scale != 0:
+        grad = torch.cat([grad, -options.am_only_scale * of_cell.sum(2, keepdim=True)], 2)
     # An upstream gradient of 10^30 over a product near the threshold would overflow float32.
     scale = grad.abs().amax((1, 2), keepdim=True)
     is_idle = scale == 0
@@ -209,59 +166,36 @@ def _backward(
     scale = scale.to(am.dtype)
     # Nothing asked for (a NaN loss that was masked out): zero, not 0 * NaN.
     grad_am, grad_lm = (_flush(x.mul_(scale)).masked_fill_(is_idle, 0) for x in (grad_am, grad_lm))
-    am_scale = combined_scale + am_only_scale
+    am_scale = options.combined_scale + options.am_only_scale
     if am_scale != 0:
-        grad_am[:, :, blank] += (am_scale * grad_blank.sum(2)).to(am.dtype)
+        grad_am[:, :, options.blank] += (am_scale * grad_blank.sum(2)).to(am.dtype)
         utterances = torch.arange(len(am), device=am.device)[:, None]
         picked = (am_scale * grad_label).transpose(1, 2).to(am.dtype)
         # Indexing, not scatter_add: on CUDA it adds in the same order each time.
         grad_am.transpose(1, 2).index_put_((utterances, symbols), picked, accumulate=True)
-    additive_stages.repair_normaliser_backward(
-        am, contexts, product, lowest, normaliser, grad.contiguous(), grad_am, grad_lm
+    additive_stages.repair_normalizer_backward(
+        (am, contexts, product), lowest, normalizer, grad.contiguous(), (grad_am, grad_lm)
     )
-    return grad_lm, grad_am, grad_blank.sum(1), grad_label.sum(1)
+    return {
+        "contexts": grad_lm,
+        "am": grad_am,
+        "context_blank": grad_blank.sum(1),
+        "context_label": grad_label.sum(1),
+    }
 
 
-torch.library.custom_op(
-    "transducer_toolkit::additive_scores_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor contexts, Tensor am, Tensor symbols, Tensor context_blank, "
-    "Tensor context_label, Tensor normaliser, Tensor product, Tensor grad_blank, "
-    "Tensor grad_label, int blank, float combined_scale, float am_only_scale) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("transducer_toolkit::additive_scores_backward")
-def _backward_fake(contexts, am, symbols, context_blank, context_label, *arguments):
-    return tuple(torch.empty_like(x) for x in (contexts, am, context_blank, context_label))
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], *output[2:])
-    ctx.options = inputs[5:]
-
-
-def _differentiate(ctx, grad_blank, grad_label, *_):
-    grad_lm, grad_am, *grad_context = torch.ops.transducer_toolkit.additive_scores_backward(
-        *ctx.saved_tensors, grad_blank, grad_label, *ctx.options
-    )
-    return grad_lm, grad_am, None, *grad_context, None, None, None
-
-
-def _refuse_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "rnnt_loss_simple, rnnt_loss_smoothed, get_rnnt_logprobs: the gradient of the gradient "
-        "(create_graph=True) is not implemented"
-    )
-
-
-torch.library.register_autograd(
-    "transducer_toolkit::additive_scores", _differentiate, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    "transducer_toolkit::additive_scores_backward", _refuse_second_derivative
+operator = Operator(
+    "additive_scores",
+    (AdditiveInputs, AdditiveOptions, NoPlan, AdditiveScores),
+    forward=_forward,
+    fake=_fake,
+    derivative=Derivative(
+        backward=_backward,
+        of=("contexts", "am", "context_blank", "context_label"),
+        through=("blank", "label"),
+        unsaved=("blank", "label"),
+    ),
+    functions="rnnt_loss_simple, rnnt_loss_smoothed, get_rnnt_logprobs",
 )
 
 

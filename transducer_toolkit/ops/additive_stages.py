@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled stages of the additive joiner (logits = am_t + lm_u); a part of native's door.
+"""The compiled stages of the additive joiner (logits = am_t + lm_u).
 
-The repair of normalisers runs everywhere. The others are one pass each where PyTorch needs several,
-which only a CPU feels: see `runs_here`.
+The repair of normalizers runs on every device. The others are one pass where PyTorch needs several;
+they exist on the CPU only, see :func:`runs_here`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,31 +45,54 @@ def shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
     return exponentials, maxima
 
 
-class AdditiveStages:
-    """The passes over all cells of an additive joiner, on the CPU (csrc/additive_scores.h).
+class AdditiveInputs(NamedTuple):
+    """The two sides of an additive joiner.
 
-    Args:
-        contexts: (B, S + 1, V) float32 or float64, or (B, S + 2, V) with an am_only_scale.
-        am: (B, T, V), same dtype.
-        product: (B, T, columns), of the exponentials of both.
+    Attributes:
+        contexts: (B, S + 1, V) float32 or float64, and with an am_only_scale one row more. -inf
+            means probability zero.
+        am: (B, T, V), same dtype and device.
         symbols: (B, S) int64 in [0, V).
         context_blank: (B, S + 1) float64.
         context_label: (B, S) float64.
     """
 
-    def __init__(
-        self,
-        contexts: Tensor,
-        am: Tensor,
-        product: Tensor,
-        symbols: Tensor,
-        context_blank: Tensor,
-        context_label: Tensor,
-        *,
-        blank: int,
-        combined_scale: float,
-        am_only_scale: float,
-    ) -> None:
+    contexts: Tensor
+    am: Tensor
+    symbols: Tensor
+    context_blank: Tensor
+    context_label: Tensor
+
+
+@dataclass(frozen=True)
+class AdditiveOptions:
+    """Blank in [0, V), and the scales of the two normalized scores, each >= 0."""
+
+    blank: int
+    combined_scale: float
+    am_only_scale: float
+
+
+class AdditiveScores(NamedTuple):
+    """Scores (B, T, S + 1) and (B, T, S), normalizer and product (B, T, columns)."""
+
+    blank: Tensor
+    label: Tensor
+    normalizer: Tensor
+    product: Tensor
+
+
+class AdditiveStages:
+    """The passes over all cells of an additive joiner, on the CPU (csrc/additive_scores.h).
+
+    Args:
+        inputs: the joiner.
+        product: (B, T, columns), of the exponentials of both sides.
+        options: blank and scales.
+    """
+
+    def __init__(self, inputs: AdditiveInputs, product: Tensor, options: AdditiveOptions) -> None:
+        contexts, am, symbols, context_blank, context_label = inputs
         tensors = {
             "lm": contexts,
             "am": am,
@@ -88,29 +112,29 @@ class AdditiveStages:
             vocab_size=am.size(2),
             threshold=lowest_product(am),
             num_symbols=symbols.size(1),
-            blank=blank,
-            combined_scale=combined_scale,
-            am_only_scale=am_only_scale,
+            blank=options.blank,
+            combined_scale=options.combined_scale,
+            am_only_scale=options.am_only_scale,
             **{name: native.address(tensor) for name, tensor in tensors.items()},
         )
 
     def scores(self, am_max: Tensor, lm_max: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """float64: normaliser (B, T, columns), blank (B, T, S + 1), label scores (B, T, S)."""
+        """float64: normalizer (B, T, columns), blank (B, T, S + 1), label scores (B, T, S)."""
         size, num_symbols = self._product.shape, self._num_symbols
-        normaliser = self._product.new_empty(size, dtype=native.SCORE_DTYPE)
-        blank = normaliser.new_empty(size[0], size[1], num_symbols + 1)
-        label = normaliser.new_empty(size[0], size[1], num_symbols)
+        normalizer = self._product.new_empty(size, dtype=native.SCORE_DTYPE)
+        blank = normalizer.new_empty(size[0], size[1], num_symbols + 1)
+        label = normalizer.new_empty(size[0], size[1], num_symbols)
         with native.backend_of(blank) as backend:
             native.extension.cpu.additive_scores(
                 self.native,
                 am_max=native.address(am_max),
                 lm_max=native.address(lm_max),
                 **backend.queue,
-                normaliser=native.address(normaliser),
+                normaliser=native.address(normalizer),
                 blank_score=native.address(blank),
                 label_score=native.address(label),
             )
-        return normaliser, blank, label
+        return normalizer, blank, label
 
     def weights(
         self, grad_blank: Tensor, grad_label: Tensor
@@ -118,44 +142,48 @@ class AdditiveStages:
         """Before the products of the way back.
 
         Returns:
-            Gradient of the normaliser (B, T, columns) float64; scale (B,) float64; weight
+            Gradient of the normalizer (B, T, columns) float64; scale (B,) float64; weight
             (B, T, columns); gradients of context_blank and context_label.
         """
         weight = torch.empty_like(self._product)
-        grad_normaliser = torch.empty_like(self._product, dtype=native.SCORE_DTYPE)
-        scale = grad_normaliser.new_empty(len(weight))
-        grad_context_blank = grad_normaliser.new_empty(len(weight), self._num_symbols + 1)
-        grad_context_label = grad_normaliser.new_empty(len(weight), self._num_symbols)
+        grad_normalizer = torch.empty_like(self._product, dtype=native.SCORE_DTYPE)
+        scale = grad_normalizer.new_empty(len(weight))
+        grad_context_blank = grad_normalizer.new_empty(len(weight), self._num_symbols + 1)
+        grad_context_label = grad_normalizer.new_empty(len(weight), self._num_symbols)
         with native.backend_of(weight) as backend:
             native.extension.cpu.additive_weights(
                 self.native,
                 grad_blank=native.address(grad_blank),
                 grad_label=native.address(grad_label),
                 **backend.queue,
-                grad_normaliser=native.address(grad_normaliser),
+                grad_normaliser=native.address(grad_normalizer),
                 scale=native.address(scale),
                 weight=native.address(weight),
                 grad_context_blank=native.address(grad_context_blank),
                 grad_context_label=native.address(grad_context_label),
             )
-        return grad_normaliser, scale, weight, grad_context_blank, grad_context_label
+        return grad_normalizer, scale, weight, grad_context_blank, grad_context_label
 
     def gradients(self, **tensors: Tensor) -> None:
         """After the products: overwrites grad_am and grad_lm, which hold them.
 
         Args:
-            tensors: am_exp, lm_exp, normaliser, grad_blank, grad_label, grad_normaliser, scale,
+            tensors: am_exp, lm_exp, normaliser, grad_blank, grad_label, grad_normalizer, scale,
                 grad_am, grad_lm.
         """
         with native.backend_of(self._product) as backend:
             native.extension.cpu.additive_gradients(
                 self.native,
                 **backend.queue,
-                **{name: native.address(tensor) for name, tensor in tensors.items()},
+                **{
+                    name.replace("normalizer", "normaliser"): native.address(tensor)
+                    for name, tensor in tensors.items()
+                },
             )
 
 
-def _cells(am: Tensor, lm: Tensor, product: Tensor, threshold: float) -> dict[str, Any]:
+def _cells(joint: tuple[Tensor, Tensor, Tensor], threshold: float) -> dict[str, Any]:
+    am, lm, product = joint
     return {
         "dtype": native.DTYPES[am.dtype],
         "num_utterances": am.size(0),
@@ -169,38 +197,44 @@ def _cells(am: Tensor, lm: Tensor, product: Tensor, threshold: float) -> dict[st
     }
 
 
-def repair_normaliser(
-    am: Tensor, lm: Tensor, product: Tensor, threshold: float, normaliser: Tensor
+def repair_normalizer(
+    joint: tuple[Tensor, Tensor, Tensor], threshold: float, normalizer: Tensor
 ) -> None:
-    """Overwrites `normaliser` with logsumexp(am_t + lm_u) in the cells of product < threshold.
+    """Overwrites `normalizer` with logsumexp(am_t + lm_u) in the cells of product < threshold.
 
-    am (B,T,V), lm (B,U+1,V), product (B,T,U+1) float32 or float64; normaliser (B,T,U+1) float64.
+    Args:
+        joint: am (B, T, V), lm (B, U + 1, V) and product (B, T, U + 1), float32 or float64.
+        threshold: see :func:`lowest_product`.
+        normalizer: (B, T, U + 1) float64.
     """
-    with native.backend_of(am) as backend:
+    with native.backend_of(joint[0]) as backend:
         backend.stages.repair_normaliser(
-            **_cells(am, lm, product, threshold),
-            **backend.queue,
-            normaliser=native.address(normaliser),
+            **_cells(joint, threshold), **backend.queue, normaliser=native.address(normalizer)
         )
 
 
-def repair_normaliser_backward(
-    am: Tensor,
-    lm: Tensor,
-    product: Tensor,
+def repair_normalizer_backward(
+    joint: tuple[Tensor, Tensor, Tensor],
     threshold: float,
-    normaliser: Tensor,
+    normalizer: Tensor,
     grad: Tensor,
-    grad_am: Tensor,
-    grad_lm: Tensor,
+    grads: tuple[Tensor, Tensor],
 ) -> None:
-    """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to grad_am, grad_lm."""
-    with native.backend_of(am) as backend:
+    """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to the gradients.
+
+    Args:
+        joint: as in :func:`repair_normalizer`.
+        threshold: as in :func:`repair_normalizer`.
+        normalizer: the result of :func:`repair_normalizer`.
+        grad: (B, T, U + 1) float64, its gradient.
+        grads: of am and lm, shaped like these.
+    """
+    with native.backend_of(joint[0]) as backend:
         backend.stages.repair_normaliser_backward(
-            **_cells(am, lm, product, threshold),
-            normaliser=native.address(normaliser),
+            **_cells(joint, threshold),
+            normaliser=native.address(normalizer),
             grad=native.address(grad),
             **backend.queue,
-            grad_am=native.address(grad_am),
-            grad_lm=native.address(grad_lm),
+            grad_am=native.address(grads[0]),
+            grad_lm=native.address(grads[1]),
         )

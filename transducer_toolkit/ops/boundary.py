@@ -12,14 +12,6 @@ from torch import Tensor
 
 from transducer_toolkit.ops import checks
 
-RNNT_TYPES = ("regular", "modified", "constrained")
-
-
-def check_rnnt_type(rnnt_type: str) -> None:
-    """Raises a ValueError unless `rnnt_type` is one of RNNT_TYPES."""
-    if rnnt_type not in RNNT_TYPES:
-        raise ValueError(f"rnnt_type: expected one of {RNNT_TYPES}, got {rnnt_type!r}")
-
 
 def boundary_or_everything(
     boundary: Tensor | None, num_utterances: int, max_targets: int, max_frames: int

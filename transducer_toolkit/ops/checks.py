@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 REDUCTIONS = ("none", "mean", "sum")
@@ -98,13 +99,6 @@ def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> N
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
-
-
-def check_dropped_mass(dropped_mass: float) -> None:
-    """Raises a ValueError unless 0 <= dropped_mass < 1."""
-    check_number(dropped_mass, "dropped_mass")
-    if not 0 <= dropped_mass < 1:
-        raise ValueError(f"dropped_mass: expected 0 <= dropped_mass < 1, got {dropped_mass}")
 
 
 def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
@@ -328,40 +322,21 @@ def check_ranges_values(
         )
 
 
+def check_not_negative(name: str, value: object) -> None:
+    """Raises a TypeError or ValueError unless `value` is a finite number >= 0."""
+    check_number(value, name)
+    if not 0 <= value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
 def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str) -> None:
-    """Raises a ValueError naming the first utterance that no path of `topology` can explain.
-
-    ``regular`` fits any number of symbols into one frame; ``modified`` and ``constrained`` need
-    T >= U, ``one_sym_per_frame`` needs T > U.
-    """
-    if topology == "regular":
-        return
-    extra = 1 if topology == "one_sym_per_frame" else 0
-    frames, symbols = logit_lengths.tolist(), target_lengths.tolist()
-    for b, (num_frames, num_targets) in enumerate(zip(frames, symbols, strict=True)):
-        if num_frames < num_targets + extra:
-            relation = "more frames than symbols" if extra else "at least as many frames as symbols"
+    """Raises a ValueError naming the first utterance that no path of `topology` can explain."""
+    row = TOPOLOGIES[topology]
+    lengths = zip(logit_lengths.tolist(), target_lengths.tolist(), strict=True)
+    for b, (num_frames, num_targets) in enumerate(lengths):
+        needed = row.min_frames(num_targets)
+        if num_frames < needed:
             raise ValueError(
-                f"utterance {b}: {topology} needs {relation}, "
-                f"got {num_frames} frames and {num_targets} symbols"
+                f"utterance {b}: topology {topology!r} needs at least {needed} frames for "
+                f"{num_targets} symbols, got {num_frames}"
             )
-
-
-def check_validate(validate: bool | None) -> None:
-    """Raises a TypeError unless `validate` is a bool or None."""
-    if validate is not None:
-        check_flag(validate, "validate")
-
-
-def check_options(fastemit_lambda: float, delay_penalty: float, clamp: float = 0.0) -> None:
-    """Raises a ValueError for a negative or non-finite weight, or a clamp that is NaN.
-
-    Or a TypeError for what is no number.
-    """
-    for name, value in (("fastemit_lambda", fastemit_lambda), ("delay_penalty", delay_penalty)):
-        check_number(value, name)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    check_number(clamp, "clamp")
-    if clamp != clamp:  # NaN; torch.compile traces this, but not math.isnan
-        raise ValueError("clamp: expected a number, got nan")

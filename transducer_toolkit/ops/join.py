@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every frame with every symbol, for real lattice cells only: packed joiner inputs and logits."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from transducer_toolkit.ops import native, stages
 from transducer_toolkit.ops.checks import check_tensor
-from transducer_toolkit.ops.joint_tiles import JointTiles, autocast
-from transducer_toolkit.ops.lattice import LatticeBatch, LatticeShape
+from transducer_toolkit.ops.joint_tiles import JointTiles, JointWeights, autocast
+from transducer_toolkit.ops.lattice import LatticeBatch, LatticeShape, Lengths
+from transducer_toolkit.ops.registration import Backward, Derivative, Operator
 
 
 def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "tanh") -> Tensor:
@@ -39,14 +45,10 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
     """
     _check(enc, pred, shape, activation)
     native.require_supported_device(enc.device)
-    return torch.ops.transducer_toolkit.join(
-        enc.contiguous(),
-        pred.contiguous(),
-        *shape.lengths,
-        shape.index(enc.device),
-        shape.num_cells,
-        activation,
+    inputs = JoinInputs(
+        enc.contiguous(), pred.contiguous(), *shape.lengths, shape.index(enc.device)
     )
+    return operator(inputs, JoinOptions(activation), JoinPlan(shape.num_cells)).hidden
 
 
 def joiner_logits(
@@ -107,16 +109,15 @@ def joiner_logits(
         )
     native.require_supported_device(enc.device)
     enc, pred = autocast(enc), autocast(pred)
-    return torch.ops.transducer_toolkit.joiner_logits(
+    inputs = LogitsInputs(
         enc.contiguous(),
         pred.contiguous(),
         weight,
         bias,
         *shape.lengths,
         shape.index(enc.device),
-        shape.num_cells,
-        activation,
     )
+    return logits_operator(inputs, JoinOptions(activation), JoinPlan(shape.num_cells)).logits
 
 
 _ACTIVATIONS = {
@@ -167,187 +168,150 @@ def _check(enc: Tensor, pred: Tensor, shape: LatticeShape, activation: str) -> N
         raise ValueError(f"pred: expected width {enc.size(2)}, that of enc, got {pred.size(2)}")
 
 
-# --- the operator -------------------------------------------------------------------------------
+# --- the operators ------------------------------------------------------------------------------
 
 
-def _lattice_batch(
-    enc: Tensor,
-    pred: Tensor,
-    logit_lengths: Tensor,
-    target_lengths: Tensor,
-    index: Tensor | None,
-    num_cells: int,
-) -> LatticeBatch:
+@dataclass(frozen=True)
+class JoinOptions:
+    """The activation, one of native.ACTIVATIONS."""
+
+    activation: str
+
+
+class JoinPlan(NamedTuple):
+    """The cells of all lattices."""
+
+    num_cells: int
+
+
+class JoinInputs(NamedTuple):
+    """Tensors of :func:`join`."""
+
+    enc: Tensor
+    pred: Tensor
+    logit_lengths: Tensor
+    target_lengths: Tensor
+    shape_index: Tensor | None
+
+
+class LogitsInputs(NamedTuple):
+    """Tensors of :func:`joiner_logits`."""
+
+    enc: Tensor
+    pred: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logit_lengths: Tensor
+    target_lengths: Tensor
+    shape_index: Tensor | None
+
+
+class Hidden(NamedTuple):
+    """Result of :func:`join`: (num_cells, D)."""
+
+    hidden: Tensor
+
+
+class Logits(NamedTuple):
+    """Result of :func:`joiner_logits`: (num_cells, V)."""
+
+    logits: Tensor
+
+
+def _lattice_batch(inputs: JoinInputs | LogitsInputs, plan: JoinPlan) -> LatticeBatch:
+    enc, pred = inputs.enc, inputs.pred
     return LatticeBatch(
-        logit_lengths,
-        target_lengths,
+        Lengths(inputs.logit_lengths, inputs.target_lengths, inputs.shape_index),
         # Only the width of the targets matters to a join.
         torch.empty(pred.size(0), pred.size(1) - 1, dtype=torch.int64, device=enc.device),
-        num_rows=num_cells,
+        num_rows=plan.num_cells,
         max_frames=enc.size(1),
         padded=False,
-        device=enc.device,
-        index=index,
     )
 
 
-def _forward(enc, pred, logit_lengths, target_lengths, index, num_cells, activation):
-    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, index, num_cells)
-    hidden = enc.new_empty(num_cells, enc.size(-1))
-    stages.join_forward(enc, pred, batch, batch.all_rows(), activation=activation, out=hidden)
-    return hidden
+def _hidden(inputs: JoinInputs, options: JoinOptions, plan: JoinPlan) -> Hidden:
+    batch = _lattice_batch(inputs, plan)
+    hidden = inputs.enc.new_empty(plan.num_cells, inputs.enc.size(-1))
+    joint = stages.Joint(inputs.enc, inputs.pred, options.activation)
+    stages.join_forward(joint, batch, batch.all_rows(), hidden)
+    return Hidden(hidden)
 
 
-def _backward(grad_hidden, hidden, enc, pred, logit_lengths, target_lengths, index, activation):
-    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, index, hidden.size(0))
+def _hidden_fake(inputs: JoinInputs, options: JoinOptions, plan: JoinPlan) -> Hidden:
+    return Hidden(inputs.enc.new_empty(plan.num_cells, inputs.enc.size(-1)))
+
+
+def _hidden_backward(call: Backward) -> dict[str, Tensor]:
+    enc, pred = call.inputs.enc, call.inputs.pred
+    batch = _lattice_batch(call.inputs, call.plan)
     dtype = native.compute_dtype(enc.dtype)
     grads = torch.zeros_like(enc, dtype=dtype), torch.zeros_like(pred, dtype=dtype)
     stages.join_backward(
-        grad_hidden.contiguous(),
-        hidden,
-        enc,
-        pred,
+        stages.Joint(enc, pred, call.options.activation),
         batch,
         batch.all_rows(),
-        activation=activation,
-        grad_enc=grads[0],
-        grad_pred=grads[1],
+        call.outputs.hidden,
+        call.grads["hidden"].contiguous(),
+        grads,
     )
-    return grads[0].to(enc.dtype), grads[1].to(pred.dtype)
+    return {"enc": grads[0].to(enc.dtype), "pred": grads[1].to(pred.dtype)}
 
 
-torch.library.custom_op(
-    "transducer_toolkit::join",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor enc, Tensor pred, Tensor logit_lengths, Tensor target_lengths, Tensor? index, "
-    "SymInt num_cells, str activation) -> Tensor",
-)
-torch.library.custom_op(
-    "transducer_toolkit::join_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor grad_hidden, Tensor hidden, Tensor enc, Tensor pred, Tensor logit_lengths, "
-    "Tensor target_lengths, Tensor? index, str activation) -> (Tensor, Tensor)",
+operator = Operator(
+    "join",
+    (JoinInputs, JoinOptions, JoinPlan, Hidden),
+    forward=_hidden,
+    fake=_hidden_fake,
+    derivative=Derivative(
+        backward=_hidden_backward,
+        of=("enc", "pred"),
+        through=("hidden",),
+    ),
+    functions="joiner",
 )
 
 
-@torch.library.register_fake("transducer_toolkit::join")
-def _forward_fake(enc, pred, logit_lengths, target_lengths, index, num_cells, activation):
-    return enc.new_empty(num_cells, enc.size(-1))
+def _tiles(inputs: LogitsInputs, options: JoinOptions, batch: LatticeBatch) -> JointTiles:
+    joint = stages.Joint(inputs.enc, inputs.pred, options.activation)
+    return JointTiles(joint, JointWeights(inputs.weight, inputs.bias), batch)
 
 
-@torch.library.register_fake("transducer_toolkit::join_backward")
-def _backward_fake(grad_hidden, hidden, enc, pred, *_):
-    return torch.empty_like(enc), torch.empty_like(pred)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, _, ctx.activation = inputs
-    ctx.save_for_backward(output, *tensors)
-
-
-def _differentiate(ctx, grad_hidden):
-    grads = torch.ops.transducer_toolkit.join_backward(
-        grad_hidden, *ctx.saved_tensors, ctx.activation
-    )
-    return *grads, None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "transducer_toolkit::join", _differentiate, setup_context=_setup_context
-)
-
-
-def _refuse_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "joiner: the gradient of the gradient (create_graph=True) is not implemented"
-    )
-
-
-torch.library.register_autograd("transducer_toolkit::join_backward", _refuse_second_derivative)
-
-# --- the same with the output layer on top --------------------------------------------------------
-
-
-def _logits_forward(
-    enc, pred, weight, bias, logit_lengths, target_lengths, index, num_cells, activation
-):
-    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, index, num_cells)
-    logits = native.empty(num_cells, weight.size(0), like=enc)
+def _logits(inputs: LogitsInputs, options: JoinOptions, plan: JoinPlan) -> Logits:
+    enc = inputs.enc
+    logits = native.empty(plan.num_cells, inputs.weight.size(0), like=enc)
     with torch.autocast(enc.device.type, enabled=False):
-        joint = JointTiles(enc, pred, weight, bias, batch, activation=activation)
+        joint = _tiles(inputs, options, _lattice_batch(inputs, plan))
         for tile in joint.tiles():
             joint.logits(joint.hidden(tile), out=logits[tile.begin : tile.begin + tile.size])
-    return logits
+    return Logits(logits)
 
 
-def _logits_backward(
-    grad_logits, enc, pred, weight, bias, logit_lengths, target_lengths, index, activation, wanted
-):
-    grad_logits = grad_logits.contiguous()
-    batch = _lattice_batch(enc, pred, logit_lengths, target_lengths, index, grad_logits.size(0))
-    with torch.autocast(enc.device.type, enabled=False):
-        joint = JointTiles(enc, pred, weight, bias, batch, activation=activation)
-        joint.start_backward(tuple(wanted))
+def _logits_fake(inputs: LogitsInputs, options: JoinOptions, plan: JoinPlan) -> Logits:
+    return Logits(inputs.enc.new_empty(plan.num_cells, inputs.weight.size(0)))
+
+
+def _logits_backward(call: Backward) -> dict[str, Tensor]:
+    grad_logits = call.grads["logits"].contiguous()
+    with torch.autocast(grad_logits.device.type, enabled=False):
+        joint = _tiles(call.inputs, call.options, _lattice_batch(call.inputs, call.plan))
+        joint.start_backward(call.wanted)
         for tile in joint.tiles():
             grad_tile = grad_logits[tile.begin : tile.begin + tile.size]
             joint.backward(tile, joint.hidden(tile), grad_tile)
-        grads = joint.gradients()
-    return tuple(enc.new_empty(0) if grad is None else grad for grad in grads)
+        return joint.gradients()
 
 
-_TENSORS = (
-    "Tensor enc, Tensor pred, Tensor weight, Tensor? bias, Tensor logit_lengths, "
-    "Tensor target_lengths, Tensor? index"
-)
-torch.library.custom_op(
-    "transducer_toolkit::joiner_logits",
-    _logits_forward,
-    mutates_args=(),
-    schema=f"({_TENSORS}, SymInt num_cells, str activation) -> Tensor",
-)
-torch.library.custom_op(
-    "transducer_toolkit::joiner_logits_backward",
-    _logits_backward,
-    mutates_args=(),
-    schema=f"(Tensor grad_logits, {_TENSORS}, str activation, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("transducer_toolkit::joiner_logits")
-def _logits_fake(enc, pred, weight, bias, logit_lengths, target_lengths, index, num_cells, _):
-    return enc.new_empty(num_cells, weight.size(0))
-
-
-@torch.library.register_fake("transducer_toolkit::joiner_logits_backward")
-def _logits_backward_fake(grad_logits, enc, pred, weight, bias, *arguments):
-    return tuple(
-        torch.empty_like(tensor) if is_wanted else enc.new_empty(0)
-        for tensor, is_wanted in zip((enc, pred, weight, bias), arguments[-1], strict=True)
-    )
-
-
-def _logits_setup_context(ctx, inputs, output):
-    *tensors, _, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _logits_differentiate(ctx, grad_logits):
-    wanted = [bool(needed) for needed in ctx.needs_input_grad[:4]]
-    grads = torch.ops.transducer_toolkit.joiner_logits_backward(
-        grad_logits, *ctx.saved_tensors, ctx.activation, wanted
-    )
-    inputs = (grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
-    return *inputs, None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "transducer_toolkit::joiner_logits",
-    _logits_differentiate,
-    setup_context=_logits_setup_context,
-)
-torch.library.register_autograd(
-    "transducer_toolkit::joiner_logits_backward", _refuse_second_derivative
+logits_operator = Operator(
+    "joiner_logits",
+    (LogitsInputs, JoinOptions, JoinPlan, Logits),
+    forward=_logits,
+    fake=_logits_fake,
+    derivative=Derivative(
+        backward=_logits_backward,
+        of=("enc", "pred", "weight", "bias"),
+        through=("logits",),
+        unsaved=("logits",),
+    ),
+    functions="joiner",
 )

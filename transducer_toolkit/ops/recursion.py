@@ -3,43 +3,78 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native, stages
-from transducer_toolkit.ops.lattice import LatticeBatch
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, Lengths
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.registration import Backward, Derivative, Operator
+
+
+class DenseScores(NamedTuple):
+    """Tensors of :func:`lattice_losses`.
+
+    Attributes:
+        blank: (B, T, S + 1), any floating dtype and strides.
+        label: (B, T, S), or (B, T + 1, S) with an open end.
+        boundary: (B, 4) int64; values on the CPU are checked.
+    """
+
+    blank: Tensor
+    label: Tensor
+    boundary: Tensor
+
+
+@dataclass(frozen=True)
+class RecursionOptions:
+    """Options of :func:`lattice_losses`.
+
+    Attributes:
+        topology: one whose label arcs take no blank.
+        open_end: a path ends in frame t_end, which has label scores only, instead of with the arc
+            that leaves frame t_end - 1.
+        exact: the scores were computed in float64 (stages.lattice).
+    """
+
+    topology: str
+    open_end: bool
+    exact: bool
+
+
+class RecursionPlan(NamedTuple):
+    """Whether the posteriors are wanted; every gradient needs them."""
+
+    with_posteriors: bool
+
+
+class DenseLosses(NamedTuple):
+    """Result of :func:`lattice_losses`.
+
+    Attributes:
+        losses: (B,) float64, differentiable.
+        blank_posteriors: shaped like blank, float64.
+        label_posteriors: shaped like label, float64.
+
+    The posteriors are constants, and have no elements unless they are wanted.
+    """
+
+    losses: Tensor
+    blank_posteriors: Tensor
+    label_posteriors: Tensor
 
 
 def lattice_losses(
-    blank: Tensor,
-    label: Tensor,
-    boundary: Tensor,
-    *,
-    topology: str,
-    open_end: bool,
-    with_posteriors: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 2 on dense scores; differentiable.
-
-    Args:
-        blank: (B, T, S + 1), any floating dtype and strides.
-        label: (B, T, S), or (B, T + 1, S) with `open_end`.
-        boundary: (B, 4) int64; values on the CPU are checked.
-        topology: "regular", "modified" or "one_sym_per_frame".
-        open_end: the path ends in frame t_end, which has label scores only, instead of with the
-            arc that leaves frame t_end - 1.
-        with_posteriors: needed for any gradient.
-        exact: the scores come of float64 numbers (stages.lattice).
-
-    Returns:
-        Losses (B,), posteriors shaped like blank and like label, float64. The posteriors are not
-        differentiable; without `with_posteriors` they have no elements.
-    """
-    losses, blank_posteriors, label_posteriors = torch.ops.transducer_toolkit.lattice_losses(
-        blank, label, boundary, topology, open_end, with_posteriors, exact
+    scores: DenseScores, options: RecursionOptions, *, with_posteriors: bool
+) -> DenseLosses:
+    """Runs stage 2 on dense scores; differentiable."""
+    losses, blank_posteriors, label_posteriors = operator(
+        scores, options, RecursionPlan(with_posteriors)
     )
-    return losses, blank_posteriors.detach(), label_posteriors.detach()
+    return DenseLosses(losses, blank_posteriors.detach(), label_posteriors.detach())
 
 
 def _shift(scores: Tensor, frames: Tensor, columns: Tensor) -> Tensor:
@@ -62,15 +97,8 @@ def _may_hold(condition: Tensor) -> bool:
     return not condition.is_cpu or bool(condition.any())
 
 
-def _forward(
-    blank: Tensor,
-    label: Tensor,
-    boundary: Tensor,
-    topology: str,
-    open_end: bool,
-    with_posteriors: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(scores: DenseScores, options: RecursionOptions, plan: RecursionPlan) -> DenseLosses:
+    blank, label, boundary = scores
     num_utterances, num_frames, num_columns = blank.shape
     if boundary.device.type == "cpu":
         checks.check_boundary_values(
@@ -80,13 +108,13 @@ def _forward(
     s_begin, t_begin, s_end, t_end = boundary.to(blank.device).unbind(1)
 
     # One row more than frames if the path ends in frame T; labels get a column nobody reads.
-    rows = num_frames + open_end
+    rows = num_frames + options.open_end
     shape = (num_utterances, rows, num_columns)
     blank_score, label_score = (blank.new_empty(shape, dtype=native.SCORE_DTYPE) for _ in range(2))
     blank_score[:, :num_frames] = blank
     label_score[:, : label.size(1), : num_columns - 1] = label
     label_score[:, :, num_columns - 1] = float("-inf")
-    if open_end:
+    if options.open_end:
         blank_score[:, num_frames] = float("-inf")
         label_score[:, label.size(1) :] = float("-inf")
         utterances, end = torch.arange(num_utterances), t_end.clamp(0, num_frames)
@@ -100,114 +128,81 @@ def _forward(
         )
 
     possible = (s_begin >= 0) & (s_end < num_columns) & (t_begin >= 0) & (t_end <= num_frames)
-    batch = LatticeBatch(
-        torch.where(possible, t_end - t_begin + open_end, -1),  # -1: NaN loss
+    lengths = Lengths(
+        torch.where(possible, t_end - t_begin + options.open_end, -1),  # -1: NaN loss
         s_end - s_begin,
-        boundary.new_zeros(num_utterances, num_columns - 1),  # stage 2 reads no targets
+    )
+    batch = LatticeBatch(
+        lengths,
+        t_end.new_zeros(num_utterances, num_columns - 1),  # stage 2 reads no targets
         num_rows=num_utterances * rows * num_columns,
         max_frames=rows,
         padded=True,
-        device=blank.device,
     )
+    flat = CellScores(blank_score.flatten(), label_score.flatten(), normalizer=blank_score)
     losses, use_blank, use_label = stages.lattice(
-        blank_score.flatten(),
-        label_score.flatten(),
+        flat,
         batch,
-        topology=topology,
-        delay_penalty=0.0,
-        fastemit_lambda=0.0,
-        with_uses=with_posteriors,
-        exact=exact,
+        LossOptions(blank=0, topology=options.topology),
+        with_uses=plan.with_posteriors,
+        exact=options.exact,
     )
     # +inf is no score: its utterance is NaN, and says so.
     is_bad = losses == float("-inf")
     losses = losses.masked_fill(is_bad, float("nan"))
-    if not with_posteriors:
-        return losses, use_blank, use_label
+    if not plan.with_posteriors:
+        return DenseLosses(losses, use_blank, use_label)
     posteriors = [use_blank.view(shape), use_label.view(shape)]
     if _may_hold(is_bad):
         for posterior in posteriors:
             posterior.masked_fill_(is_bad[:, None, None], float("nan"))
     if may_shift:
         posteriors = [_shift(posterior, -t_begin, -s_begin) for posterior in posteriors]
-    if open_end:  # the blank that leaves frame t_end is our own
+    if options.open_end:  # the blank that leaves frame t_end is our own
         posteriors[0][utterances, end] = 0
-    return (
+    return DenseLosses(
         losses,
-        posteriors[0][:, :num_frames].clone() if open_end else posteriors[0],
+        posteriors[0][:, :num_frames].clone() if options.open_end else posteriors[0],
         posteriors[1][:, : label.size(1), : num_columns - 1].contiguous(),
     )
 
 
-torch.library.custom_op(
-    "transducer_toolkit::lattice_losses",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor blank, Tensor label, Tensor boundary, str topology, bool open_end, "
-    "bool with_posteriors, bool exact) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("transducer_toolkit::lattice_losses")
-def _forward_fake(blank, label, boundary, topology, open_end, with_posteriors, exact):
-    return (
-        blank.new_empty(blank.size(0), dtype=native.SCORE_DTYPE),
-        blank.new_empty(blank.shape if with_posteriors else 0, dtype=native.SCORE_DTYPE),
-        blank.new_empty(label.shape if with_posteriors else 0, dtype=native.SCORE_DTYPE),
+def _fake(scores: DenseScores, options: RecursionOptions, plan: RecursionPlan) -> DenseLosses:
+    blank, label, _ = scores
+    dtype = native.SCORE_DTYPE
+    return DenseLosses(
+        blank.new_empty(blank.size(0), dtype=dtype),
+        blank.new_empty(blank.shape if plan.with_posteriors else 0, dtype=dtype),
+        blank.new_empty(label.shape if plan.with_posteriors else 0, dtype=dtype),
     )
 
 
-def _backward(posteriors: Tensor, loss_grad: Tensor, like: Tensor) -> Tensor:
-    """-posteriors * loss_grad in the dtype of `like`; 0 where loss_grad is, even beside NaN."""
-    weight = -loss_grad[:, None, None]
-    grad = posteriors * weight
-    if _may_hold(loss_grad == 0):
-        grad.masked_fill_(weight == 0, 0.0)
-    return grad.to(like.dtype)
+def _backward(call: Backward) -> dict[str, Tensor]:
+    """-posteriors * loss_grad in the dtype of the scores; 0 where loss_grad is, even beside NaN."""
+    weight = -call.grads["losses"][:, None, None]
+    posteriors = {"blank": call.outputs.blank_posteriors, "label": call.outputs.label_posteriors}
+    grads = {}
+    for name in call.wanted:
+        grad = posteriors[name] * weight
+        if _may_hold(weight == 0):
+            grad.masked_fill_(weight == 0, 0.0)
+        grads[name] = grad.to(getattr(call.inputs, name).dtype)
+    return grads
 
 
-torch.library.custom_op(
-    "transducer_toolkit::lattice_losses_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor posteriors, Tensor loss_grad, Tensor like) -> Tensor",
-)
-
-
-@torch.library.register_fake("transducer_toolkit::lattice_losses_backward")
-def _backward_fake(posteriors, loss_grad, like):
-    return torch.empty_like(posteriors, dtype=like.dtype)
-
-
-def _setup_context(ctx, inputs, output):
-    # Of the scores only the dtype matters; an empty tensor carries it through the operator.
-    ctx.save_for_backward(*output[1:], *(score.new_empty(0) for score in inputs[:2]))
-
-
-def _differentiate(ctx, loss_grad, *_):
-    *posteriors, like_blank, like_label = ctx.saved_tensors
-    backward = torch.ops.transducer_toolkit.lattice_losses_backward
-    grads = (
-        backward(posterior, loss_grad, like) if is_needed else None
-        for posterior, like, is_needed in zip(
-            posteriors, (like_blank, like_label), ctx.needs_input_grad[:2], strict=True
-        )
-    )
-    return *grads, None, None, None, None, None
-
-
-def _refuse_second_derivative(ctx, grad):
-    raise RuntimeError(
-        "mutual_information_recursion, rnnt_loss_*: the gradient of the gradient "
-        "(create_graph=True) is not implemented"
-    )
-
-
-torch.library.register_autograd(
-    "transducer_toolkit::lattice_losses", _differentiate, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    "transducer_toolkit::lattice_losses_backward", _refuse_second_derivative
+operator = Operator(
+    "lattice_losses",
+    (DenseScores, RecursionOptions, RecursionPlan, DenseLosses),
+    forward=_forward,
+    fake=_fake,
+    derivative=Derivative(
+        backward=_backward,
+        of=("blank", "label"),
+        through=("losses",),
+        unsaved=("blank", "label", "boundary", "losses"),
+        shapes={"blank": "blank_posteriors", "label": "label_posteriors"},
+    ),
+    functions="mutual_information_recursion, rnnt_loss_*",
 )
 
 

@@ -3,37 +3,103 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.additive import additive_scores
+from transducer_toolkit.ops.additive_stages import AdditiveInputs, AdditiveOptions
 from transducer_toolkit.ops.boundary import (
-    check_rnnt_type,
+    boundary_or_everything,
     checked_symbols,
     real_columns,
     real_frames,
 )
+from transducer_toolkit.ops.topology import TOPOLOGIES, Topology, get_topology
+
+
+class SimpleInputs(NamedTuple):
+    """Tensors of the losses of an additive joiner.
+
+    Attributes:
+        lm: (B, S + 1, V).
+        am: (B, T, V).
+        symbols: (B, S) integers.
+        boundary: (B, 4) integers, or None.
+    """
+
+    lm: Tensor
+    am: Tensor
+    symbols: Tensor
+    boundary: Tensor | None
+
+    def whole_boundary(self) -> Tensor:
+        """Returns the boundary (B, 4) int64; without one, that of the whole grid."""
+        sizes = self.am.size(0), self.symbols.size(1), self.am.size(1)
+        return boundary_or_everything(self.boundary, *sizes)
+
+
+@dataclass(frozen=True)
+class SimpleOptions:
+    """The options of rnnt_loss_simple and rnnt_loss_smoothed.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range; names it.
+    """
+
+    termination_symbol: int
+    rnnt_type: str = "regular"
+    lm_only_scale: float = 0.0
+    am_only_scale: float = 0.0
+    delay_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        get_topology(self.rnnt_type, "rnnt_type", k2=True)
+        checks.check_not_negative("delay_penalty", self.delay_penalty)
+        for name in ("lm_only_scale", "am_only_scale"):
+            scale = getattr(self, name)
+            checks.check_number(scale, name)
+            if not 0 <= scale <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {scale}")
+        if self.lm_only_scale + self.am_only_scale > 1 + 1e-6:
+            raise ValueError(
+                "lm_only_scale, am_only_scale: expected a sum of at most 1, "
+                f"got {self.lm_only_scale} + {self.am_only_scale}"
+            )
+        checks.check_int(self.termination_symbol, "termination_symbol")
+
+    @property
+    def topology(self) -> Topology:
+        """The row of the topology table."""
+        return TOPOLOGIES[self.rnnt_type]
 
 
 def scores_of_cells(
-    lm: Tensor,
-    am: Tensor,
-    symbols: Tensor,
-    termination_symbol: int,
-    lm_only_scale: float,
-    am_only_scale: float,
-    boundary: Tensor,
-    rnnt_type: str,
-    feasible_topology: str,
+    inputs: SimpleInputs, options: SimpleOptions, boundary: Tensor, *, must_be_feasible: bool
 ) -> tuple[Tensor, Tensor]:
-    """Blank scores (B, T, S + 1) and label scores (B, T, S), float64, constrained sum included."""
+    """Returns blank scores (B, T, S + 1) and label scores (B, T, S), float64.
+
+    A label score includes the blank that its arc takes.
+
+    Args:
+        inputs: the tensors, checked.
+        options: the options.
+        boundary: (B, 4) int64.
+        must_be_feasible: raise an error for an utterance without a path.
+    """
+    lm, am, symbols, _ = inputs
+    termination_symbol = options.termination_symbol
+    lm_only_scale, am_only_scale = options.lm_only_scale, options.am_only_scale
     symbols, is_invalid = checked_symbols(
         symbols,
         boundary,
         max_frames=am.size(1),
         vocab_size=am.size(2),
-        topology=feasible_topology,
+        topology=options.rnnt_type if must_be_feasible else "",
     )
     # Zeroed before any product or reduction: 0 * NaN is NaN.
     is_context = real_columns(boundary, lm.size(1), lm.device)  # (B, S + 1)
@@ -47,36 +113,36 @@ def scores_of_cells(
     lm_label = lm[:, :-1].gather(2, symbols[:, :, None]).squeeze(2).to(native.SCORE_DTYPE)
     of_blank, of_label, contexts = [], [], lm
     combined_scale = 1.0 - lm_only_scale - am_only_scale
-    if combined_scale < 1e-6:  # what check_arguments lets the sum of the others be above 1
+    if combined_scale < 1e-6:  # SimpleOptions allows a sum of the others just above 1
         combined_scale = 0.0
     # A scale of zero leaves its term out: 0 * -inf would be NaN.
     if combined_scale > 0:
         of_blank.append(combined_scale * lm_blank)
         of_label.append(combined_scale * lm_label)
     if lm_only_scale > 0 or am_only_scale > 0:
-        normaliser = _log_sum_exp(lm)  # (B, S + 1)
+        normalizer = _log_sum_exp(lm)  # (B, S + 1)
     if lm_only_scale > 0:
-        of_blank.append(lm_only_scale * (lm_blank - normaliser))
-        of_label.append(lm_only_scale * (lm_label - normaliser[:, :-1]))
+        of_blank.append(lm_only_scale * (lm_blank - normalizer))
+        of_label.append(lm_only_scale * (lm_label - normalizer[:, :-1]))
     if am_only_scale > 0:
-        prior = _log_mean_softmax(lm, normaliser[:, :, None], is_context)  # (V,)
+        prior = _log_mean_softmax(lm, normalizer[:, :, None], is_context)  # (V,)
         contexts = torch.cat([lm, prior.expand(lm.size(0), 1, -1)], 1)
         of_prior = am_only_scale * prior.to(native.SCORE_DTYPE)
         of_blank.append(of_prior[termination_symbol].expand_as(lm_blank))
         of_label.append(of_prior[symbols])
     blank, label = additive_scores(
-        contexts,
-        am,
-        symbols,
-        sum(of_blank[1:], of_blank[0]),
-        sum(of_label[1:], of_label[0]),
-        blank=termination_symbol,
-        combined_scale=combined_scale,
-        am_only_scale=am_only_scale,
+        AdditiveInputs(
+            contexts,
+            am,
+            symbols,
+            sum(of_blank[1:], of_blank[0]),
+            sum(of_label[1:], of_label[0]),
+        ),
+        AdditiveOptions(termination_symbol, combined_scale, float(am_only_scale)),
     )
     if is_invalid is not None:
         label = label.masked_fill(is_invalid[:, None, :], float("nan"))
-    if rnnt_type == "constrained":
+    if options.topology.label_takes_blank:
         label = label + blank[:, :, 1:]
     return blank, label
 
@@ -94,9 +160,9 @@ def _log_sum_exp(rows: Tensor) -> Tensor:
     return (rows - top).exp().sum(-1).to(native.SCORE_DTYPE).log() + top.squeeze(-1)
 
 
-def _log_mean_softmax(lm: Tensor, normaliser: Tensor, is_context: Tensor) -> Tensor:
+def _log_mean_softmax(lm: Tensor, normalizer: Tensor, is_context: Tensor) -> Tensor:
     """log of the mean of softmax(lm) over the real (b, u): (B,U+1,V), (B,U+1,1), (B,U+1) -> (V,)"""
-    log_probs = (lm - normaliser.to(lm.dtype)).masked_fill(~is_context[:, :, None], float("-inf"))
+    log_probs = (lm - normalizer.to(lm.dtype)).masked_fill(~is_context[:, :, None], float("-inf"))
     top = log_probs.detach().amax((0, 1))
     top = torch.where(top == float("-inf"), 0.0, top)  # a symbol that no context allows
     total = (log_probs - top).exp().sum((0, 1))
@@ -107,26 +173,14 @@ def _log_mean_softmax(lm: Tensor, normaliser: Tensor, is_context: Tensor) -> Ten
     return torch.where(is_possible, mean, float("-inf"))
 
 
-def check_arguments(
-    lm: Tensor,
-    am: Tensor,
-    symbols: Tensor,
-    termination_symbol: int,
-    lm_only_scale: float,
-    am_only_scale: float,
-    boundary: Tensor | None,
-    rnnt_type: str,
-) -> None:
-    check_rnnt_type(rnnt_type)
-    for name, scale in (("lm_only_scale", lm_only_scale), ("am_only_scale", am_only_scale)):
-        checks.check_number(scale, name)
-        if not 0 <= scale <= 1:
-            raise ValueError(f"{name}: expected a number from 0 to 1, got {scale}")
-    if lm_only_scale + am_only_scale > 1 + 1e-6:
-        raise ValueError(
-            "lm_only_scale, am_only_scale: expected a sum of at most 1, "
-            f"got {lm_only_scale} + {am_only_scale}"
-        )
+def check_inputs(inputs: SimpleInputs, termination_symbol: int) -> None:
+    """Checks types, shapes, dtypes and devices.
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: a shape, a device or the termination symbol does not fit.
+    """
+    lm, am, symbols, boundary = inputs
     for name, tensor in (("lm", lm), ("am", am)):
         checks.check_tensor(tensor, name)
         checks.check_dtype(tensor, name, native.SUPPORTED_DTYPES)
@@ -157,7 +211,6 @@ def check_arguments(
             f"am: expected shape ({num_utterances}, T, V) with T >= 1, B from symbols, "
             f"got {tuple(am.shape)}"
         )
-    checks.check_int(termination_symbol, "termination_symbol")
     if not 0 <= termination_symbol < vocab_size:
         raise ValueError(
             f"termination_symbol: expected 0 <= termination_symbol < {vocab_size} (V of am), "

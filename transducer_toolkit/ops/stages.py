@@ -6,23 +6,58 @@ Arguments are trusted: the public functions in :mod:`transducer_toolkit.losses` 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import native
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
+from transducer_toolkit.ops.options import LossOptions
+
+
+class Joint(NamedTuple):
+    """The two sides of a joiner, and the activation of their sum.
+
+    Attributes:
+        enc: (B, T, D), contiguous.
+        pred: (B, U + 1, D), contiguous, same dtype and device.
+        activation: one of native.ACTIVATIONS.
+    """
+
+    enc: Tensor
+    pred: Tensor
+    activation: str
+
+
+class Posteriors(NamedTuple):
+    """What stage 3 needs of each row, beside the logits.
+
+    Attributes:
+        normalizer: (rows,) float64.
+        use_blank: (rows,) float64.
+        use_label: (rows,) float64.
+        loss_grad: (B,) float64, the upstream gradient.
+    """
+
+    normalizer: Tensor
+    use_blank: Tensor
+    use_label: Tensor
+    loss_grad: Tensor
 
 
 def cell_scores(
-    logits: Tensor,
-    batch: LatticeBatch,
-    tile: RowTile,
-    out: CellScores,
-    *,
-    blank: int,
-    from_log_softmax: bool = False,
+    logits: Tensor, batch: LatticeBatch, tile: RowTile, options: LossOptions, out: CellScores
 ) -> None:
-    """Stage 1. logits (tile rows, V) -> normaliser, blank score and label score of these rows."""
+    """Stage 1: writes normalizer, blank score and label score of the tile's rows.
+
+    Args:
+        logits: (tile rows, V).
+        batch: the lattices.
+        tile: the rows that logits holds.
+        options: blank and from_log_softmax are used.
+        out: the scores of the whole batch.
+    """
     with native.backend_of(logits) as backend:
         backend.stages.cell_scores(
             batch.native,
@@ -30,51 +65,53 @@ def cell_scores(
             dtype=native.DTYPES[logits.dtype],
             logits=native.address(logits),
             vocab_size=logits.size(-1),
-            blank=blank,
-            from_log_softmax=from_log_softmax,
+            blank=options.blank,
+            from_log_softmax=options.from_log_softmax,
             **backend.queue,
-            normaliser=native.address(out.normaliser),
+            normaliser=native.address(out.normalizer),
             blank_score=native.address(out.blank),
             label_score=native.address(out.label),
         )
 
 
 def lattice(
-    blank_score: Tensor,
-    label_score: Tensor,
+    scores: CellScores,
     batch: LatticeBatch,
+    options: LossOptions,
     *,
-    topology: str,
-    delay_penalty: float,
-    fastemit_lambda: float,
     with_uses: bool,
     exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 2. Scores (rows,) -> loss (B,), uses of the blank and of the label score (rows,).
+    """Stage 2: sums up all paths.
 
-    Without `with_uses` only the loss is computed and the other two have no elements. `exact` is for
-    scores that come of float64: without it, CUDA adds the float64 logarithms up with float32's
-    exponentials (an error of 1e-7 a term). The CPU is exact always.
+    Args:
+        scores: of all rows; the normalizer is not read.
+        batch: the lattices.
+        options: topology, delay_penalty and fastemit_lambda are used.
+        with_uses: compute the posteriors too.
+        exact: for scores that were computed in float64. Otherwise CUDA adds the float64 logarithms
+            with float32 exponentials, an error of 1e-7 a term. The CPU is always exact.
+
+    Returns:
+        Loss (B,), expected uses of the blank score and of the label score (rows,), float64. The
+        uses have no elements without `with_uses`.
     """
-    loss = blank_score.new_empty(batch.num_utterances)
-    use_blank, use_label = (
-        blank_score.new_zeros(batch.num_rows if with_uses else 0) for _ in range(2)
-    )
-    with native.backend_of(blank_score) as backend:
-        native_topology = native.extension.Topology.__members__[topology]
-        scratch = blank_score.new_empty(
-            backend.stages.lattice_scratch(
-                batch.native, topology=native_topology, with_uses=with_uses
-            )
+    blank, label = scores.blank, scores.label
+    loss = blank.new_empty(batch.num_utterances)
+    use_blank, use_label = (blank.new_zeros(batch.num_rows if with_uses else 0) for _ in range(2))
+    with native.backend_of(blank) as backend:
+        topology = native.extension.Topology.__members__[options.topology]
+        scratch = blank.new_empty(
+            backend.stages.lattice_scratch(batch.native, topology=topology, with_uses=with_uses)
         )
         backend.stages.lattice(
             batch.native,
-            topology=native_topology,
-            delay_penalty=delay_penalty,
-            fastemit_lambda=fastemit_lambda,
+            topology=topology,
+            delay_penalty=options.delay_penalty,
+            fastemit_lambda=options.fastemit_lambda,
             exact=exact,
-            blank_score=native.address(blank_score),
-            label_score=native.address(label_score),
+            blank_score=native.address(blank),
+            label_score=native.address(label),
             **backend.queue,
             scratch=native.address(scratch),
             loss=native.address(loss),
@@ -87,10 +124,11 @@ def lattice(
 def kept_rows(
     use_blank: Tensor, use_label: Tensor, batch: LatticeBatch, *, dropped_mass: float
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the cells that carry gradient (csrc/occupancy.h), and their numbers (B,).
+    """Lists the rows of the cells that carry gradient (csrc/occupancy.h), without a wait.
 
-    The first is (rows,): what stands behind its first ``numbers.sum()`` elements means nothing.
-    Waits for no device.
+    Returns:
+        Rows (rows,) and their number in each utterance (B,), int64. Elements of the first behind
+        ``numbers.sum()`` are undefined.
     """
     rows = torch.empty(batch.num_rows, dtype=torch.int64, device=use_blank.device)
     counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
@@ -106,7 +144,7 @@ def kept_rows(
             "dropped": native.address(dropped),
         }
         if backend.is_cuda:
-            scratch = use_blank.new_empty(batch.num_utterances)
+            scratch = use_blank.new_empty(backend.stages.kept_rows_scratch(batch.native))
             backend.stages.kept_rows(batch.native, **arguments, scratch=native.address(scratch))
         else:
             total = backend.stages.kept_rows(batch.native, **arguments)
@@ -118,19 +156,19 @@ def logits_grad(
     logits: Tensor,
     batch: LatticeBatch,
     tile: RowTile,
-    normaliser: Tensor,
-    use_blank: Tensor,
-    use_label: Tensor,
-    loss_grad: Tensor,
-    *,
-    blank: int,
-    from_log_softmax: bool = False,
-    clamp: float = 0.0,
+    options: LossOptions,
+    posteriors: Posteriors,
     out: Tensor,
 ) -> None:
-    """Stage 3. Posteriors and upstream gradient (B,) float64 -> gradient of the tile's logits.
+    """Stage 3: writes the gradient of the tile's logits.
 
-    Written to `out` (tile rows, V); it may be the logits themselves, unless these are whole.
+    Args:
+        logits: (tile rows, V), or those of all rows if the tile says so.
+        batch: the lattices.
+        tile: the rows to write.
+        options: blank, from_log_softmax and clamp are used.
+        posteriors: of all rows.
+        out: (tile rows, V); may be the logits themselves, unless these are whole.
     """
     with native.backend_of(logits) as backend:
         backend.stages.logits_grad(
@@ -139,61 +177,68 @@ def logits_grad(
             dtype=native.DTYPES[logits.dtype],
             logits=native.address(logits),
             vocab_size=logits.size(-1),
-            blank=blank,
-            from_log_softmax=from_log_softmax,
-            clamp=clamp,
-            normaliser=native.address(normaliser),
-            use_blank=native.address(use_blank),
-            use_label=native.address(use_label),
-            loss_grad=native.address(loss_grad),
+            blank=options.blank,
+            from_log_softmax=options.from_log_softmax,
+            clamp=options.clamp,
+            normaliser=native.address(posteriors.normalizer),
+            use_blank=native.address(posteriors.use_blank),
+            use_label=native.address(posteriors.use_label),
+            loss_grad=native.address(posteriors.loss_grad),
             **backend.queue,
             grad=native.address(out),
         )
 
 
-def join_forward(
-    enc: Tensor, pred: Tensor, batch: LatticeBatch, tile: RowTile, *, activation: str, out: Tensor
-) -> None:
-    """activation(enc_t + pred_u) of the tile's cells: (B,T,D), (B,U+1,D) -> out (tile rows, D)."""
-    with native.backend_of(enc) as backend:
+def join_forward(joint: Joint, batch: LatticeBatch, tile: RowTile, out: Tensor) -> None:
+    """Writes activation(enc_t + pred_u) of the tile's cells to out (tile rows, D)."""
+    with native.backend_of(joint.enc) as backend:
         backend.stages.join_forward(
             batch.native,
             tile.native,
-            dtype=native.DTYPES[enc.dtype],
-            enc=native.address(enc),
-            pred=native.address(pred),
-            width=enc.size(-1),
-            activation=native.extension.Activation.__members__[activation],
+            dtype=native.DTYPES[joint.enc.dtype],
+            enc=native.address(joint.enc),
+            pred=native.address(joint.pred),
+            width=joint.enc.size(-1),
+            activation=native.extension.Activation.__members__[joint.activation],
             **backend.queue,
             hidden=native.address(out),
         )
 
 
 def join_backward(
-    grad_hidden: Tensor,
-    hidden: Tensor,
-    enc: Tensor,
-    pred: Tensor,
+    joint: Joint,
     batch: LatticeBatch,
     tile: RowTile,
-    *,
-    activation: str,
-    grad_enc: Tensor,
-    grad_pred: Tensor,
+    hidden: Tensor,
+    grad_hidden: Tensor,
+    grads: tuple[Tensor, Tensor],
 ) -> None:
-    """Adds the tile's part of the gradients of enc and pred, which are of compute_dtype."""
-    with native.backend_of(enc) as backend:
+    """Adds the tile's part to the gradients of enc and pred.
+
+    Args:
+        joint: the inputs of join_forward.
+        batch: the lattices.
+        tile: the rows of the next two.
+        hidden: (tile rows, D), the output of join_forward.
+        grad_hidden: (tile rows, D), its gradient.
+        grads: of enc and pred, shaped like these, of native.compute_dtype.
+    """
+    with native.backend_of(joint.enc) as backend:
+        scratch = joint.enc.new_empty(
+            backend.stages.join_backward_scratch(batch.native, tile.native), dtype=torch.int32
+        )
         backend.stages.join_backward(
             batch.native,
             tile.native,
-            dtype=native.DTYPES[enc.dtype],
+            dtype=native.DTYPES[joint.enc.dtype],
             grad_hidden=native.address(grad_hidden),
             hidden=native.address(hidden),
-            enc=native.address(enc),
-            pred=native.address(pred),
-            width=enc.size(-1),
-            activation=native.extension.Activation.__members__[activation],
+            enc=native.address(joint.enc),
+            pred=native.address(joint.pred),
+            width=joint.enc.size(-1),
+            activation=native.extension.Activation.__members__[joint.activation],
             **backend.queue,
-            grad_enc=native.address(grad_enc),
-            grad_pred=native.address(grad_pred),
+            scratch=native.address(scratch),
+            grad_enc=native.address(grads[0]),
+            grad_pred=native.address(grads[1]),
         )

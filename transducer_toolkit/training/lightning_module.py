@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.data.tokenizer import Tokenizer
@@ -31,6 +30,7 @@ from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY
 from transducer_toolkit.inference.words import encoder_frame_s, word_spans
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.lattice import LatticeShape
+from transducer_toolkit.ops.topology import is_feasible
 from transducer_toolkit.training.accumulation import FrameWeights
 from transducer_toolkit.training.ctc import CtcLoss
 from transducer_toolkit.training.scoring import (

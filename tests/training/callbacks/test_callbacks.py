@@ -8,8 +8,7 @@ import torch
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.modules import ConvLstmEncoder, Joiner, StatelessPredictor, Transducer
-from transducer_toolkit.training import callbacks
-from transducer_toolkit.training.callbacks import UtterancePicture
+from transducer_toolkit.training.callbacks import UtterancePicture, pictures
 from transducer_toolkit.training.lightning_module import TransducerModule
 
 TOKENIZER = CharTokenizer.from_texts(["ab"])
@@ -44,8 +43,8 @@ def test_the_picture_is_of_an_utterance_that_has_a_path(tmp_path, monkeypatch, t
         titles.append(title)
         return drawing(*arguments, title=title, **options)
 
-    drawing = callbacks.draw_utterance
-    monkeypatch.setattr(callbacks, "draw_utterance", draw)
+    drawing = pictures.draw_utterance
+    monkeypatch.setattr(pictures, "draw_utterance", draw)
     trainer, module = SimpleNamespace(is_global_zero=True), make_module(topology)
     picture = UtterancePicture(str(tmp_path / "picture.png"), duration_s=0.1)
     with torch.inference_mode():

@@ -10,11 +10,11 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from transducer_toolkit.data.batching import is_feasible
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.decoding import align, lattice_occupancy
 from transducer_toolkit.ops.lattice import LatticeShape
+from transducer_toolkit.ops.topology import is_feasible
 from transducer_toolkit.training.lightning_module import TransducerModule
 from transducer_toolkit.training.plots import History, draw_learning_curves, draw_utterance
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transducer_toolkit.losses import rnnt_loss_smoothed
 from transducer_toolkit.modules.joiner import AdditiveJoiner
 from transducer_toolkit.ops import checks
-from transducer_toolkit.ops.boundary import check_rnnt_type
+from transducer_toolkit.ops.topology import get_topology
 from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,
@@ -24,7 +24,7 @@ class SmoothedLoss(LossStage):
 
     Args:
         blank: id of blank.
-        rnnt_type: "regular", "modified" or "constrained".
+        topology: "regular", "modified" or "constrained".
         lm_only_scale: weight of the predictor's own log-probabilities.
         am_only_scale: weight of the encoder's own. Made for the windows of pruned training; a model
             that is to be decoded wants 0. On the digits recipe 0.1 spread the symbols over so many
@@ -48,17 +48,17 @@ class SmoothedLoss(LossStage):
         self,
         *,
         blank: int = 0,
-        rnnt_type: str = "regular",
+        topology: str = "regular",
         lm_only_scale: float = 0.1,
         am_only_scale: float = 0.0,
         delay_penalty: float = 0.0,
     ) -> None:
         super().__init__()
-        check_rnnt_type(rnnt_type)
-        checks.check_options(0.0, delay_penalty)
+        get_topology(topology, k2=True)
+        checks.check_not_negative("delay_penalty", delay_penalty)
         check_scales(lm_only_scale, am_only_scale)
         self.blank = blank
-        self.topology = rnnt_type
+        self.topology = topology
         self.lm_only_scale = lm_only_scale
         self.am_only_scale = am_only_scale
         self.delay_penalty = delay_penalty
@@ -90,19 +90,19 @@ class SimpleLoss(SmoothedLoss):
 
     Args:
         blank: id of blank.
-        rnnt_type: "regular", "modified" or "constrained".
+        topology: "regular", "modified" or "constrained".
         delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
 
     Example:
-        >>> stage = SimpleLoss(rnnt_type="constrained")
+        >>> stage = SimpleLoss(topology="constrained")
     """
 
     def __init__(
-        self, *, blank: int = 0, rnnt_type: str = "regular", delay_penalty: float = 0.0
+        self, *, blank: int = 0, topology: str = "regular", delay_penalty: float = 0.0
     ) -> None:
         super().__init__(
             blank=blank,
-            rnnt_type=rnnt_type,
+            topology=topology,
             lm_only_scale=0.0,
             am_only_scale=0.0,
             delay_penalty=delay_penalty,

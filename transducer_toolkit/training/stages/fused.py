@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from transducer_toolkit.losses import fused_joiner_loss
-from transducer_toolkit.ops import checks
-from transducer_toolkit.ops.native import TOPOLOGIES
+from transducer_toolkit.ops.options import FusedOptions
 from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,
@@ -23,7 +22,7 @@ class FusedLoss(LossStage):
 
     Args:
         blank: id of blank.
-        rnnt_type: "regular", "modified", "constrained" or "one_sym_per_frame".
+        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
         fastemit_lambda: weight of FastEmit, 0 is off.
         delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
         clamp: bound on the gradient of each logit, 0 is off.
@@ -44,18 +43,23 @@ class FusedLoss(LossStage):
         self,
         *,
         blank: int = 0,
-        rnnt_type: str = "regular",
+        topology: str = "regular",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
         dropped_mass: float = 1e-7,
     ) -> None:
         super().__init__()
-        checks.check_choice(rnnt_type, "rnnt_type", TOPOLOGIES)
-        checks.check_options(fastemit_lambda, delay_penalty, clamp)
-        checks.check_dropped_mass(dropped_mass)
-        self.blank = blank
-        self.topology = rnnt_type
+        options = FusedOptions(
+            blank=blank,
+            topology=topology,
+            fastemit_lambda=fastemit_lambda,
+            delay_penalty=delay_penalty,
+            clamp=clamp,
+            dropped_mass=dropped_mass,
+        )
+        self.blank = options.blank
+        self.topology = topology
         self.delay_penalty = delay_penalty
         self.options: dict[str, Any] = {
             "fastemit_lambda": fastemit_lambda,

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from transducer_toolkit.losses import rnnt_loss
 from transducer_toolkit.ops import checks
-from transducer_toolkit.ops.logits_loss import logits_loss
-from transducer_toolkit.ops.native import TOPOLOGIES
+from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import get_topology
 from transducer_toolkit.training.stages.base import LossInput, LossStage, StageOutput
 
 
@@ -17,7 +20,7 @@ class PackedLoss(LossStage):
 
     Args:
         blank: id of blank.
-        rnnt_type: "regular", "modified", "constrained" or "one_sym_per_frame".
+        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
         fastemit_lambda: weight of FastEmit, 0 is off.
         delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
         clamp: bound on the gradient of each logit, 0 is off.
@@ -37,35 +40,30 @@ class PackedLoss(LossStage):
         self,
         *,
         blank: int = 0,
-        rnnt_type: str = "regular",
+        topology: str = "regular",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.check_choice(rnnt_type, "rnnt_type", TOPOLOGIES)
-        checks.check_options(fastemit_lambda, delay_penalty, clamp)
-        self.blank = blank
-        self.topology = rnnt_type
-        self.fastemit_lambda = fastemit_lambda
+        self.options = LossOptions(
+            blank=blank,
+            topology=topology,
+            fastemit_lambda=fastemit_lambda,
+            delay_penalty=delay_penalty,
+            clamp=clamp,
+        )
+        self.topology = topology
         self.delay_penalty = delay_penalty
-        self.clamp = clamp
 
     def forward(self, batch: LossInput) -> StageOutput:
         shape = batch.shape
-        losses = logits_loss(
-            batch.joiner(batch.encoder_out, batch.predictor_out, shape),
-            batch.targets,
-            shape.logit_lengths,
-            shape.target_lengths,
-            blank=self.blank,
-            topology=self.topology,
-            fastemit_lambda=self.fastemit_lambda,
-            delay_penalty=self.current_delay_penalty,
-            clamp=self.clamp,
-            index=shape.index(batch.encoder_out.device),
-        ).losses
-        return StageOutput(losses, {})
+        logits = batch.joiner(batch.encoder_out, batch.predictor_out, shape)
+        inputs = LogitsInputs(
+            logits, batch.targets, *shape.lengths, shape_index=shape.index(logits.device)
+        )
+        options = replace(self.options, delay_penalty=self.current_delay_penalty)
+        return StageOutput(logits_loss(inputs, options).losses, {})
 
 
 class FullLoss(LossStage):
@@ -76,27 +74,28 @@ class FullLoss(LossStage):
 
     Args:
         blank: id of blank.
-        rnnt_type: "regular", "modified" or "constrained".
+        topology: "regular", "modified" or "constrained".
         fastemit_lambda: weight of FastEmit, 0 is off.
         delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
 
     Example:
-        >>> stage = FullLoss(blank=0, rnnt_type="modified")
+        >>> stage = FullLoss(blank=0, topology="modified")
     """
 
     def __init__(
         self,
         *,
         blank: int = 0,
-        rnnt_type: str = "regular",
+        topology: str = "regular",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.check_choice(rnnt_type, "rnnt_type", TOPOLOGIES[:3])
-        checks.check_options(fastemit_lambda, delay_penalty)
+        get_topology(topology, k2=True)
+        checks.check_not_negative("fastemit_lambda", fastemit_lambda)
+        checks.check_not_negative("delay_penalty", delay_penalty)
         self.blank = blank
-        self.topology = rnnt_type
+        self.topology = topology
         self.fastemit_lambda = fastemit_lambda
         self.delay_penalty = delay_penalty
 
@@ -131,7 +130,7 @@ class TorchaudioLoss(LossStage):
 
     def __init__(self, *, blank: int = 0, clamp: float = 0.0) -> None:
         super().__init__()
-        checks.check_options(0.0, 0.0, clamp)
+        checks.check_number(clamp, "clamp")
         try:
             from torchaudio.functional import rnnt_loss
         except (ImportError, OSError) as error:

@@ -16,8 +16,9 @@ from transducer_toolkit.losses.pruning import METHODS
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops import checks
-from transducer_toolkit.ops.boundary import check_rnnt_type
 from transducer_toolkit.ops.join import apply_activation
+from transducer_toolkit.ops.options import FusedOptions
+from transducer_toolkit.ops.topology import get_topology
 from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,
@@ -41,7 +42,7 @@ class PrunedLoss(LossStage):
 
     Args:
         blank: id of blank.
-        rnnt_type: "regular", "modified" or "constrained".
+        topology: "regular", "modified" or "constrained".
         prune_range: R, symbols kept for each frame.
         lm_only_scale: of the smoothed loss.
         am_only_scale: of the smoothed loss.
@@ -71,7 +72,7 @@ class PrunedLoss(LossStage):
         self,
         *,
         blank: int = 0,
-        rnnt_type: str = "regular",
+        topology: str = "regular",
         prune_range: int = 5,
         lm_only_scale: float = 0.25,
         am_only_scale: float = 0.0,
@@ -81,15 +82,16 @@ class PrunedLoss(LossStage):
         simple_joiner: AdditiveJoiner | None = None,
     ) -> None:
         super().__init__()
-        check_rnnt_type(rnnt_type)
-        checks.check_options(fastemit_lambda, delay_penalty)
+        get_topology(topology, k2=True)
+        checks.check_not_negative("fastemit_lambda", fastemit_lambda)
+        checks.check_not_negative("delay_penalty", delay_penalty)
         checks.check_choice(method, "method", METHODS)
         check_scales(lm_only_scale, am_only_scale)
         checks.check_int(prune_range, "prune_range")
         if prune_range < 1:
             raise ValueError(f"prune_range: expected at least 1, got {prune_range}")
         self.blank = blank
-        self.topology = rnnt_type
+        self.topology = topology
         self.prune_range = prune_range
         self.lm_only_scale = lm_only_scale
         self.am_only_scale = am_only_scale
@@ -189,7 +191,7 @@ class FusedPrunedLoss(PrunedLoss):
 
     def __init__(self, *, dropped_mass: float = 1e-7, **options) -> None:
         super().__init__(**options)
-        checks.check_dropped_mass(dropped_mass)
+        FusedOptions(blank=0, dropped_mass=dropped_mass)
         self.dropped_mass = dropped_mass
 
     def pruned_losses(

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs, and does what its page says."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.conftest import write_tones
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "from_torchaudio.ipynb"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a script of the folder."""
+
+    def load(name, folder=EXAMPLES):
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_every_example_is_in_the_readme_and_here():
+    scripts = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
+    assert scripts == {"plain_loop.py", "custom_joiner.py", "custom_encoder/gru_encoder.py"}
+    linked = re.findall(r"\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text())
+    assert scripts <= set(linked) and NOTEBOOK.name in linked
+
+
+def test_the_plain_loop_learns_to_write_symbols_down(example, capsys):
+    loss, errors = example("plain_loop").main()
+    assert loss < 0.1 and errors < 0.15
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("step   0: ") and "backward visits" in said[0]
+    assert said[-1].startswith("new utterances: ")
+
+
+def test_the_custom_joiner_fits_its_batch(example):
+    first, last = example("custom_joiner").main()
+    assert first > 50 and last < 5
+
+
+def test_the_custom_joiner_suits_loss_stages_and_searches(example):
+    from transducer_toolkit import LatticeShape
+    from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
+    from transducer_toolkit.modules import StatelessPredictor
+    from transducer_toolkit.training.stages import FullLoss, LossInput, PackedLoss
+
+    torch.manual_seed(0)
+    joiner = example("custom_joiner").GatedJoiner(8, 6, 16, 5)
+    predictor = StatelessPredictor(5, embedding_dim=6)
+    shape = LatticeShape.from_lengths([4, 3], [2, 1])
+    targets = torch.tensor([[1, 4], [2, 1]])
+    batch = LossInput(joiner, torch.randn(2, 4, 8), predictor(targets), targets, shape)
+    packed, full = (stage(batch).losses for stage in (PackedLoss(), FullLoss()))
+    torch.testing.assert_close(packed, full)
+    for search in (GreedySearch, ModifiedBeamSearch):
+        assert len(search(predictor, joiner)(batch.encoder_out, shape.logit_lengths)) == 2
+
+
+def test_the_custom_encoder_keeps_padding_out(example):
+    encoder = example("gru_encoder", EXAMPLES / "custom_encoder").GruEncoder(hidden_dim=8).eval()
+    features, lengths = torch.randn(3, 21, 80), torch.tensor([21, 14, 1])
+    features[1, 14:] = torch.nan
+    encoder_out, encoder_lengths = encoder(features, lengths)
+    assert encoder_out.shape == (3, 6, 16) and encoder_lengths.tolist() == [6, 4, 1]
+    assert torch.isfinite(encoder_out).all()
+    for row, length in enumerate(lengths.tolist()):
+        alone, _ = encoder(features[row : row + 1, :length], lengths[row : row + 1])
+        torch.testing.assert_close(alone[0], encoder_out[row, : alone.size(1)])
+
+
+def test_the_custom_encoder_trains_and_decodes_from_the_command_line(tmp_path):
+    tones = tmp_path / "tones"
+    write_tones(tones)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES / "custom_encoder"), str(ROOT)]),
+        "TRANSDUCER_TOOLKIT_RUN_ID": "run",
+    }
+
+    def run(name, *arguments):
+        command = [sys.executable, "-m", f"transducer_toolkit.cli.{name}", *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(
+        "train", "--config-dir", EXAMPLES / "custom_encoder" / "conf",
+        "model=gru", "model.encoder.hidden_dim=8", "data=manifest", "~experiment", "name=gru",
+        f"data.corpus.train={tones}/train.jsonl", f"data.corpus.val={tones}/val.jsonl",
+        f"+data.corpus.test.tones={tones}/test.jsonl", "data.num_workers=0",
+        "trainer.max_epochs=1", "trainer.accelerator=cpu", "num_threads=1",
+    )  # fmt: skip
+    checkpoint = tmp_path / "outputs" / "gru" / "run" / "checkpoints" / "best.ckpt"
+    said = run(
+        "transcribe", "--checkpoint", checkpoint, "--trust-package", "gru_encoder",
+        tones / "test-0.wav",
+    )  # fmt: skip
+    assert said.startswith(f"{tones}/test-0.wav\t")
+
+
+def notebook_cells():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    return [(cell, "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    pytest.importorskip("torchaudio")
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for _, source in notebook_cells():
+        exec(compile(source, NOTEBOOK.name, "exec"), names)
+    peaks = names["peaks"]
+    assert peaks["fused"] < peaks["packed"] < peaks["torchaudio"]
+    for loss in names["losses"].values():
+        assert loss == pytest.approx(names["losses"]["torchaudio"], rel=1e-5)
+
+
+def test_the_notebook_was_run_in_order_before_it_was_committed():
+    cells = [cell for cell, _ in notebook_cells()]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {kind for cell in cells for out in cell["outputs"] for kind in out.get("data", {})}
+    assert "image/png" in kinds and any(cell["outputs"] for cell in cells)
+    errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+    assert not errors
+    assert NOTEBOOK.stat().st_size < 200_000

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a loss, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops.topology import get_topology
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What every transducer loss can be told, from the public function down to stage 3.
+
+    Attributes:
+        blank: index of the blank.
+        topology: a name of :data:`~transducer_toolkit.ops.topology.TOPOLOGIES`.
+        from_log_softmax: the logits are log-probabilities already.
+        fastemit_lambda: label posteriors count ``1 + fastemit_lambda`` times in the gradient.
+        delay_penalty: is added to label scores times ``(T - 1) / 2 - t``.
+        clamp: bound of the magnitude of d loss_b / d logit; 0 or less is off.
+        validate: read labels and lengths to check them; None does so where they are on the CPU.
+        blank_may_be_target: accept labels equal to blank, as k2 does.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range; names it.
+
+    Example:
+        >>> LossOptions(blank=0, topology="modified").fastemit_lambda
+        0.0
+    """
+
+    blank: int
+    topology: str = "regular"
+    from_log_softmax: bool = False
+    fastemit_lambda: float = 0.0
+    delay_penalty: float = 0.0
+    clamp: float = 0.0
+    validate: bool | None = None
+    blank_may_be_target: bool = False
+
+    def __post_init__(self) -> None:
+        get_topology(self.topology)
+        checks.check_flag(self.from_log_softmax, "from_log_softmax")
+        checks.check_not_negative("fastemit_lambda", self.fastemit_lambda)
+        checks.check_not_negative("delay_penalty", self.delay_penalty)
+        checks.check_number(self.clamp, "clamp")
+        if self.clamp != self.clamp:  # NaN; torch.compile traces this, but not math.isnan
+            raise ValueError("clamp: expected a number, got nan")
+        if self.validate is not None:
+            checks.check_flag(self.validate, "validate")
+        for name in ("fastemit_lambda", "delay_penalty", "clamp"):  # an operator takes floats only
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    @property
+    def forbidden_label(self) -> int | None:
+        """The label that no target may be: blank, or None."""
+        return None if self.blank_may_be_target else self.blank
+
+
+@dataclass(frozen=True)
+class FusedOptions(LossOptions):
+    """The options of a loss whose joiner is part of it.
+
+    Attributes:
+        activation: one of native.ACTIVATIONS.
+        dropped_mass: the occupancy that backward may leave out, relative to ``T_b + U_b``.
+        tile_cells: cells of a tile; None chooses.
+    """
+
+    activation: str = "tanh"
+    dropped_mass: float = 1e-7
+    tile_cells: int | None = None
+
+    def __post_init__(self) -> None:
+        LossOptions.__post_init__(self)
+        checks.check_choice(self.activation, "activation", native.ACTIVATIONS)
+        checks.check_number(self.dropped_mass, "dropped_mass")
+        if not 0 <= self.dropped_mass < 1:
+            raise ValueError(
+                f"dropped_mass: expected 0 <= dropped_mass < 1, got {self.dropped_mass}"
+            )
+        cells = self.tile_cells
+        is_int = isinstance(cells, int) and not isinstance(cells, bool)
+        if cells is not None and (not is_int or cells < 1):
+            raise ValueError(f"tile_cells: expected None or an int of at least 1, got {cells}")
+        object.__setattr__(self, "dropped_mass", float(self.dropped_mass))
