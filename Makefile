@@ -5,6 +5,7 @@
 # make lint    style and types
 # make docs    the documentation site, in build/site
 # make soak    what is too long for every change: mutated kernels, all CUDA architectures
+# make gpu-kit   what a machine with a GPU and no network needs, into .gpu_kit (docs/cuda.md)
 # make clean   remove .venv and everything that was built (trained models in outputs/ stay)
 #
 # ARGS is passed on: make train ARGS="loss=torchaudio seed=2", make test ARGS="-k joiner",
@@ -22,7 +23,7 @@ SUITES ?= loss step pruned decode memory scaling accuracy
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
            $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
 
-.PHONY: train test bench lint docs soak clean
+.PHONY: train test bench lint docs soak gpu-kit clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -60,8 +61,11 @@ soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak.kill_and_resume --kills 20
 	csrc/tests/fuzz.sh build/fuzz -max_total_time=900
 
+gpu-kit: $(INSTALLED)
+	bash benchmarks/gpu/prepare.sh
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info transducer_toolkit/_C.*.so
+	rm -rf $(VENV) .gpu_kit build dist *.egg-info transducer_toolkit/_C.*.so
 
 # What cannot be built here is said once, and is a row of every table.
 $(PEERS)/.installed: benchmarks/install_peers.py $(INSTALLED)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times losses, steps and single stages on a GPU.
 
-    bash benchmarks/gpu/all.sh table peers    # with a module and the peers built, and a time limit
+    bash benchmarks/gpu/all.sh table build_peers peers    # within a time limit
     python3 -m benchmarks.gpu.benchmark --device cpu --frames 500    # dry: its times mean nothing
 
 LibriSpeech's shapes, V = 500, D = 512: "sorted" is 10,000 frames of a corpus sorted by length,
@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,9 +68,10 @@ class DeviceWorkload(Workload):
 
 
 def batches(
-    device: str, max_frames: int, vocab_size: int, joiner_dim: int
+    device: str, max_frames: int, vocab_size: int, joiner_dim: int, shorten: int = 1
 ) -> dict[str, DeviceWorkload]:
-    shapes = utterance_shapes(None)
+    """Returns both batches; frames and symbols are divided by `shorten`."""
+    shapes = np.maximum(1, utterance_shapes(None) // shorten)
     unsorted = choose_batch(shapes, max_frames=10**9, batch="unsorted")[:30]
     chosen = {
         "sorted": choose_batch(shapes, max_frames=max_frames, batch="sorted"),
@@ -220,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=MAX_FRAMES, help="of the sorted batch")
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--joiner-dim", type=int, default=512)
+    parser.add_argument("--shorten", type=int, default=1, help="divides all lengths: a dry run")
     parser.add_argument("--batches", nargs="+", default=["sorted", "unsorted"])
     parser.add_argument("--projects", nargs="+", default=["all"], help="all, ours, torchaudio, ...")
     parser.add_argument("--peers-dir", default="", help="where peers.py has built the others")
@@ -230,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = options.device
     deadline_s = time.perf_counter() + options.seconds
     sizes = options.vocab_size, options.joiner_dim
-    workloads = batches(device, options.frames, *sizes)
+    workloads = batches(device, options.frames, *sizes, options.shorten)
     bandwidth = copy_bytes_per_s(device)
     rates = {}
     for mode in MODES:

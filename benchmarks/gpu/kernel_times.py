@@ -80,9 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--joiner-dim", type=int, default=512)
+    parser.add_argument("--shorten", type=int, default=1, help="divides all lengths: a dry run")
     parser.add_argument("--each-stage-once", action="store_true", help="for ncu: no times")
     options = parser.parse_args(arguments)
-    sizes = options.frames, options.vocab_size, options.joiner_dim
+    sizes = options.frames, options.vocab_size, options.joiner_dim, options.shorten
     workload = batches(options.device, *sizes)["sorted"]
     if options.each_stage_once:
         each_stage_once(workload, torch.float32)

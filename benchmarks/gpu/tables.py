@@ -108,7 +108,7 @@ def profile_figures(rows: list[Row]) -> str:
 
 def short_name(name: str) -> str:
     """Returns a kernel's name without return type, namespaces and arguments."""
-    name = re.sub(r"\(anonymous namespace\)", "", name)
+    name = re.sub(r"\(anonymous namespace\)|<unnamed>", "", name)
     name = re.sub(r"[<(].*", "", name)
     return name.split("::")[-1].removeprefix("void ").strip()[:60] or "unnamed"
 
