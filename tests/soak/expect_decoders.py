@@ -108,11 +108,11 @@ def advance(a: dict[str, Any], weights: Tensor) -> Results:
 
 
 def nbest(a: dict[str, Any], weights: Tensor) -> Results:
-    names = "beam", "topology", "length_normalised", "lm", "lm_weight"
+    names = "beam", "topology", "length_normalized", "lm", "lm_weight"
     options = {name: a[name] for name in names if name in a}
     integer(options.get("beam", 4), 1, 2**20 + 1)
     one_of(options.get("topology", "modified"), TOPOLOGIES)
-    flag(options.get("length_normalised", True))
+    flag(options.get("length_normalized", True))
     require(options.get("lm") is None or isinstance(options["lm"], BigramModel))
     number(options.get("lm_weight", 0.3), -math.inf)
     predictor, joiner, x, lengths = _batch(a)
