@@ -47,7 +47,16 @@ struct CpuBackend {
   template <typename T>
   static constexpr auto kJoinForward = &JoinForwardCpu<T>;
   template <typename T>
-  static constexpr auto kJoinBackward = &JoinBackwardCpu<T>;
+  static void JoinBackwardWithoutScratch(const LatticeBatch& batch, const RowTile& tile,
+                                         const T* grad_hidden, const T* hidden, const T* enc,
+                                         const T* pred, int64_t width, Activation activation,
+                                         Queue num_threads, int32_t*, Compute<T>* grad_enc,
+                                         Compute<T>* grad_pred) {
+    JoinBackwardCpu<T>(batch, tile, grad_hidden, hidden, enc, pred, width, activation, num_threads,
+                       grad_enc, grad_pred);
+  }
+  template <typename T>
+  static constexpr auto kJoinBackward = &JoinBackwardWithoutScratch<T>;
   template <typename T>
   static constexpr auto kRepair = &RepairNormaliserCpu<T>;
   template <typename T>
@@ -58,6 +67,7 @@ struct CpuBackend {
   static int64_t LatticeScratch(const LatticeBatch& batch, Topology, bool with_uses) {
     return with_uses ? 0 : batch.num_rows;
   }
+  static int64_t JoinBackwardScratch(const LatticeBatch&, const RowTile&) { return 0; }
 };
 
 struct CudaBackend {
@@ -80,6 +90,9 @@ struct CudaBackend {
   static Queue QueueOf(Address stream) { return As<void>(stream); }
   static int64_t LatticeScratch(const LatticeBatch& batch, Topology topology, bool with_uses) {
     return LatticeScratchCuda(batch, topology, with_uses);
+  }
+  static int64_t JoinBackwardScratch(const LatticeBatch& batch, const RowTile& tile) {
+    return JoinBackwardScratchCuda(batch, tile);
   }
 };
 
@@ -135,13 +148,13 @@ void JoinForward(const LatticeBatch& batch, const RowTile& tile, DType dtype, Ad
 template <typename Backend>
 void JoinBackward(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address grad_hidden,
                   Address hidden, Address enc, Address pred, int64_t width, Activation activation,
-                  Address queue, Address grad_enc, Address grad_pred) {
+                  Address queue, Address scratch, Address grad_enc, Address grad_pred) {
   ForDType(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     Backend::template kJoinBackward<T>(batch, tile, As<const T>(grad_hidden), As<const T>(hidden),
                                        As<const T>(enc), As<const T>(pred), width, activation,
-                                       Backend::QueueOf(queue), As<Compute<T>>(grad_enc),
-                                       As<Compute<T>>(grad_pred));
+                                       Backend::QueueOf(queue), As<int32_t>(scratch),
+                                       As<Compute<T>>(grad_enc), As<Compute<T>>(grad_pred));
   });
 }
 
@@ -211,7 +224,8 @@ void BindStages(pybind11::module_& m) {
         arg("hidden"));
   m.def("join_backward", &JoinBackward<Backend>, no_gil, arg("batch"), arg("tile"), named,
         arg("dtype"), arg("grad_hidden"), arg("hidden"), arg("enc"), arg("pred"), arg("width"),
-        arg("activation"), queue, arg("grad_enc"), arg("grad_pred"));
+        arg("activation"), queue, arg("scratch"), arg("grad_enc"), arg("grad_pred"));
+  m.def("join_backward_scratch", &Backend::JoinBackwardScratch, arg("batch"), arg("tile"));
   m.def("repair_normaliser", &RepairNormaliser<Backend>, no_gil, named, arg("dtype"),
         arg("num_utterances"), arg("num_frames"), arg("num_columns"), arg("vocab_size"), arg("am"),
         arg("lm"), arg("product"), arg("threshold"), queue, arg("normaliser"));
@@ -225,6 +239,7 @@ void BindStages(pybind11::module_& m) {
 inline void BindCudaStages(pybind11::module_& m) {
   using pybind11::arg;
   BindStages<CudaBackend>(m);
+  m.def("kept_rows_scratch", &KeptRowsScratchCuda, arg("batch"));
   m.def(
       "kept_rows",
       [](const LatticeBatch& batch, Address use_blank, Address use_label, double dropped_mass,

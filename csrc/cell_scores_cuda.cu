@@ -10,8 +10,9 @@ constexpr int kWarpRow = 4096;  // longest row that a warp takes alone
 constexpr int kBlockThreads = 256;
 
 // Running logsumexp: `sum` = sum of exp(x - max) so far. NaN in x makes the sum NaN for good.
-template <typename C>
+template <typename T>
 struct MaxAndSum {
+  using C = Compute<T>;
   C max, sum;
 
   // What to subtract: never -inf, which would make NaN of the -inf logits of a masked vocabulary.
@@ -20,7 +21,7 @@ struct MaxAndSum {
   }
   __device__ void RaiseTo(C new_max) {
     if (!(new_max > max)) return;
-    sum *= Exp(max - Reference(new_max));  // exp(-inf) = 0 at first
+    sum *= ExpOf<T>(max - Reference(new_max));  // exp(-inf) = 0 at first
     max = new_max;
   }
 };
@@ -40,34 +41,32 @@ __device__ inline Score LogOfSum(float sum) {
 
 // The lane's share of the row.
 template <typename T>
-__device__ MaxAndSum<Compute<T>> LaneMaxAndSum(const T* x, int size, int lane, int num_lanes) {
+__device__ MaxAndSum<T> LaneMaxAndSum(const T* x, int size, int lane, int num_lanes) {
   using C = Compute<T>;
   constexpr C kLowest = -kInfinityOf<C>;
-  MaxAndSum<C> result{kLowest, 0};
+  MaxAndSum<T> result{kLowest, 0};
   ReadRow(
       x, size, lane, num_lanes,
       [&](const Pack<T>& pack) {
         C values[Pack<T>::kSize], top = kLowest;
+        UnpackValues(pack, values);
 #pragma unroll
-        for (int i = 0; i < Pack<T>::kSize; ++i) {
-          values[i] = ToCompute(pack.values[i]);
-          top = values[i] > top ? values[i] : top;
-        }
+        for (int i = 0; i < Pack<T>::kSize; ++i) top = values[i] > top ? values[i] : top;
         result.RaiseTo(top);
         const C reference = result.Reference(result.max);
 #pragma unroll
-        for (int i = 0; i < Pack<T>::kSize; ++i) result.sum += Exp(values[i] - reference);
+        for (int i = 0; i < Pack<T>::kSize; ++i) result.sum += ExpOf<T>(values[i] - reference);
       },
       [&](T element) {
         const C value = ToCompute(element);
         result.RaiseTo(value);
-        result.sum += Exp(value - result.Reference(result.max));
+        result.sum += ExpOf<T>(value - result.Reference(result.max));
       });
   return result;
 }
 
-template <typename C>
-__device__ MaxAndSum<C> WarpMaxAndSum(MaxAndSum<C> lane) {
+template <typename T>
+__device__ MaxAndSum<T> WarpMaxAndSum(MaxAndSum<T> lane) {
   lane.RaiseTo(WarpMax(lane.max));
   lane.sum = WarpSum(lane.sum);
   return lane;
@@ -100,7 +99,7 @@ __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t
 
 template <typename T>
 __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
-                            int size, int64_t blank, MaxAndSum<Compute<T>> total,
+                            int size, int64_t blank, MaxAndSum<T> total,
                             const Outputs& outputs) {
   using C = Compute<T>;
   constexpr C kInfinity = kInfinityOf<C>;
@@ -114,15 +113,24 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     WarpRowKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
                   Outputs outputs) {
   CellCursor cursor(batch);
-  Cell cell;
+  Cell cell, my_cell;
+  MaxAndSum<T> mine{};
+  bool has_cell = false;
   const int64_t begin = GlobalWarp() * kRowsPerWarp;
+#pragma unroll 1
   for (int64_t i = begin; i < begin + kRowsPerWarp && i < tile.size; ++i) {
-    const int64_t row = tile.Row(i);
-    if (!cursor.Find(row, &cell)) continue;
-    const T* x = logits + i * size;
-    const auto total = WarpMaxAndSum(LaneMaxAndSum(x, size, Lane(), kWarp));
-    if (Lane() == 0) WriteScores(batch, cell, row, x, size, blank, total, outputs);
+    if (!cursor.Find(tile.Row(i), &cell)) continue;
+    const auto total = WarpMaxAndSum(LaneMaxAndSum(logits + i * size, size, Lane(), kWarp));
+    if (i - begin == Lane()) {
+      mine = total;
+      my_cell = cell;
+      has_cell = true;
+    }
   }
+  // A lane a row: what they read is waited for once.
+  const int64_t i = begin + Lane();
+  if (!has_cell) return;
+  WriteScores(batch, my_cell, tile.Row(i), logits + i * size, size, blank, mine, outputs);
 }
 
 template <typename T>
@@ -145,7 +153,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (threadIdx.x >= kWarp) return;
   const int warp = Lane() % (kBlockThreads / kWarp);
   const C max = WarpMax(max_of_warp[warp]);
-  MaxAndSum<C> total{max_of_warp[warp], sum_of_warp[warp]};
+  MaxAndSum<T> total{max_of_warp[warp], sum_of_warp[warp]};
   total.RaiseTo(max);
   total.sum = WarpSum(Lane() < kBlockThreads / kWarp ? total.sum : C(0));
   if (Lane() == 0) WriteScores(batch, cell, row, x, size, blank, total, outputs);

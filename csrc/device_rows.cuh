@@ -2,6 +2,8 @@
 // What the row kernels share: warps, 16-byte accesses, the run of rows that a warp works on.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda_launch.h"
 #include "half.h"
 #include "lattice_batch.h"
@@ -44,6 +46,28 @@ __device__ inline C WarpMax(C value) {  // NaN loses
 __device__ inline float Exp(float x) { return expf(x); }
 __device__ inline double Exp(double x) { return exp(x); }
 
+// exp(x) for x <= 0 to 2^-22 + |x| 2^-24 of it, in two instructions; 0 below 2^-126.
+__device__ inline float QuickExp(float x) {
+  const float in_octaves = x * 1.44269504088896340736f;
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(in_octaves));
+  return y;
+#else
+  return exp2f(in_octaves);
+#endif
+}
+
+// exp of what was made of elements of type T: bfloat16 logits err by 4e-3 of themselves anyway.
+template <typename T>
+__device__ inline Compute<T> ExpOf(Compute<T> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return QuickExp(x);
+  } else {
+    return Exp(x);
+  }
+}
+
 // 16 bytes of elements, read or written in one access.
 template <typename T>
 struct alignas(16) Pack {
@@ -65,6 +89,47 @@ __device__ inline void StorePack(T* p, const Pack<T>& pack) {
   __stwb(reinterpret_cast<uint4*>(p), bits);
 #endif
 }
+
+// Elements of a pack as what arithmetic happens in, and back. For bfloat16 by whole registers: two
+// elements cost two instructions one way and, from 8.0 on, one the other way.
+template <typename T>
+__device__ inline void UnpackValues(const Pack<T>& pack, Compute<T> (&values)[Pack<T>::kSize]) {
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i) values[i] = ToCompute(pack.values[i]);
+}
+template <>
+__device__ inline void UnpackValues(const Pack<BFloat16>& pack, float (&values)[8]) {
+  uint32_t words[4];
+  memcpy(words, &pack, sizeof(words));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = FloatFromBits(words[i] << 16);
+    values[2 * i + 1] = FloatFromBits(words[i] & 0xffff0000u);
+  }
+}
+
+template <typename T>
+__device__ inline Pack<T> PackValues(const Compute<T> (&values)[Pack<T>::kSize]) {
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = FromCompute<T>(values[i]);
+  return pack;
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+__device__ inline Pack<BFloat16> PackValues<BFloat16>(const float (&values)[8]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;"  // upper half, lower half
+        : "=r"(words[i])
+        : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+  }
+  Pack<BFloat16> pack;
+  memcpy(&pack, words, sizeof(pack));
+  return pack;
+}
+#endif
 
 // The same by accesses of kBytes, for an address that is a multiple of no more.
 template <int kBytes, typename T>

@@ -48,6 +48,11 @@ TRANSDUCER_HD inline float ToCompute(float x) { return x; }
 TRANSDUCER_HD inline double ToCompute(double x) { return x; }
 TRANSDUCER_HD inline float ToCompute(BFloat16 x) { return FloatFromBits(uint32_t{x.bits} << 16); }
 TRANSDUCER_HD inline float ToCompute(Half x) {
+#ifdef __CUDA_ARCH__
+  float value;  // exact
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   // Exponent bias 15 -> 127; infinity and NaN (31) -> 255. Subnormals through an integer, so that a
@@ -55,6 +60,7 @@ TRANSDUCER_HD inline float ToCompute(Half x) {
   const uint32_t normal = (magnitude << 13) + ((magnitude >= 0x7c00u ? 224u : 112u) << 23);
   const uint32_t subnormal = BitsOfFloat(static_cast<float>(magnitude) * 0x1p-24f);
   return FloatFromBits((magnitude < 0x400u ? subnormal : normal) | sign);
+#endif
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN, too large becomes infinity.
@@ -71,12 +77,23 @@ TRANSDUCER_HD inline double FromCompute<double>(double x) {
 }
 template <>
 TRANSDUCER_HD inline BFloat16 FromCompute<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t rounded;  // the same number, but for which NaN it is
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+  return {rounded};
+#else
   const uint32_t bits = BitsOfFloat(x);
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   return {static_cast<uint16_t>((x != x ? bits | 0x400000u : rounded) >> 16)};
+#endif
 }
 template <>
 TRANSDUCER_HD inline Half FromCompute<Half>(float x) {
+#ifdef __CUDA_ARCH__
+  uint16_t rounded;  // the same number, but for which NaN it is
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+  return {rounded};
+#else
   const uint32_t bits = BitsOfFloat(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -92,6 +109,7 @@ TRANSDUCER_HD inline Half FromCompute<Half>(float x) {
     result = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
   }
   return {static_cast<uint16_t>(result | sign)};
+#endif
 }
 
 // Magnitudes below this are written as zero in gradients. float32 and bfloat16 subnormals carry

@@ -29,14 +29,16 @@ void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* gr
                      Activation activation, int num_threads, Compute<T>* grad_enc,
                      Compute<T>* grad_pred);
 
-// The same on the device, on `stream`.
+// The same on the device, on `stream`. Backward of a tile that lists its rows wants scratch of
+// JoinBackwardScratchCuda numbers, which may hold anything.
+int64_t JoinBackwardScratchCuda(const LatticeBatch& batch, const RowTile& tile);
 template <typename T>
 void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* enc, const T* pred,
                      int64_t width, Activation activation, void* stream, T* hidden);
 template <typename T>
 void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* grad_hidden,
                       const T* hidden, const T* enc, const T* pred, int64_t width,
-                      Activation activation, void* stream, Compute<T>* grad_enc,
+                      Activation activation, void* stream, int32_t* scratch, Compute<T>* grad_enc,
                       Compute<T>* grad_pred);
 
 }  // namespace transducer

@@ -10,6 +10,16 @@ namespace {
 
 __device__ inline float Tanh(float x) { return tanhf(x); }
 __device__ inline double Tanh(double x) { return tanh(x); }
+// What is rounded to bfloat16 next: off by 2^-11 at most, a quarter of that rounding.
+__device__ inline float QuickTanh(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return tanhf(x);
+#endif
+}
 __device__ inline float Erf(float x) { return erff(x); }
 __device__ inline double Erf(double x) { return erf(x); }
 
@@ -22,10 +32,12 @@ __device__ inline C Sigmoid(C x) {
 constexpr double kInvSqrt2 = 0.70710678118654752440;
 constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 
-template <typename C>
+template <typename T, typename C = Compute<T>>
 __device__ inline C Activate(Activation activation, C x) {
   switch (activation) {
-    case Activation::kTanh: return Tanh(x);
+    case Activation::kTanh:
+      if constexpr (std::is_same_v<T, BFloat16>) return QuickTanh(x);
+      return Tanh(x);
     case Activation::kRelu: return x < C(0) ? C(0) : x;  // NaN stays
     case Activation::kGelu: return x * C(0.5) * (C(1) + Erf(x * static_cast<C>(kInvSqrt2)));
     case Activation::kSilu: return x * Sigmoid(x);
@@ -55,25 +67,29 @@ __device__ inline C Slope(Activation activation, C x, C y) {
 template <typename T, bool kPacked>
 struct Channels {
   static constexpr int kCount = kPacked ? Pack<T>::kSize : 1;
+  using Raw = std::conditional_t<kPacked, Pack<T>, T>;  // as in memory: half the registers
   Compute<T> values[kCount];
 
-  __device__ static Channels Load(const T* p) {
+  __device__ static Raw LoadRaw(const T* p) {
+    if constexpr (kPacked) {
+      return LoadPack(p);
+    } else {
+      return *p;
+    }
+  }
+  __device__ static Channels Of(const Raw& raw) {
     Channels result;
     if constexpr (kPacked) {
-      const Pack<T> pack = LoadPack(p);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) result.values[i] = ToCompute(pack.values[i]);
+      UnpackValues(raw, result.values);
     } else {
-      result.values[0] = ToCompute(*p);
+      result.values[0] = ToCompute(raw);
     }
     return result;
   }
+  __device__ static Channels Load(const T* p) { return Of(LoadRaw(p)); }
   __device__ void Store(T* p) const {
     if constexpr (kPacked) {
-      Pack<T> pack;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) pack.values[i] = FromCompute<T>(values[i]);
-      StorePack(p, pack);
+      StorePack(p, PackValues<T>(values));
     } else {
       *p = FromCompute<T>(values[0]);
     }
@@ -107,7 +123,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
         const Lanes y = Lanes::Load(b + d);
 #pragma unroll
         for (int k = 0; k < Lanes::kCount; ++k) {
-          x.values[k] = Activate(activation, x.values[k] + y.values[k]);
+          x.values[k] = Activate<T>(activation, x.values[k] + y.values[k]);
         }
       }
       x.Store(out + d);
@@ -117,6 +133,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
 
 // A sum asks for so many rows before it adds the first: it waits for memory a quarter as often.
 constexpr int kRowsInFlight = 4;
+// Blocks of a multiprocessor: as many as there are registers for.
+template <typename T>
+constexpr int kSumBlocksAtOnce = sizeof(T) == 4 ? 5 : sizeof(T) == 2 ? 4 : 3;
 
 // What the backward kernels read, for the channels from `channel` on.
 template <typename T, bool kPacked>
@@ -126,17 +145,18 @@ struct BackwardInputs {
   Activation activation;
 
   struct Row {
-    Channels<T, kPacked> grad, y;
+    typename Channels<T, kPacked>::Raw grad, y;
   };
   __device__ Row LoadRow(int64_t i, int64_t channel) const {  // of the tile
-    return {Channels<T, kPacked>::Load(grad_hidden + i * width + channel),
-            Channels<T, kPacked>::Load(hidden + i * width + channel)};
+    return {Channels<T, kPacked>::LoadRaw(grad_hidden + i * width + channel),
+            Channels<T, kPacked>::LoadRaw(hidden + i * width + channel)};
   }
 
   // sum += d loss / d (enc + pred) of the row, which is of this cell.
   __device__ void AddRow(const Row& row, const LatticeBatch& batch, int64_t b, int64_t t, int64_t u,
                          int64_t channel, Channels<T, kPacked>* sum) const {
     using Lanes = Channels<T, kPacked>;
+    const Lanes grad = Lanes::Of(row.grad), y = Lanes::Of(row.y);
     Lanes x{};
     if (activation == Activation::kGelu || activation == Activation::kSilu) {
       x = Lanes::Load(enc + (b * batch.max_frames + t) * width + channel);
@@ -146,7 +166,7 @@ struct BackwardInputs {
     }
 #pragma unroll
     for (int k = 0; k < Lanes::kCount; ++k) {
-      sum->values[k] += row.grad.values[k] * Slope(activation, x.values[k], row.y.values[k]);
+      sum->values[k] += grad.values[k] * Slope(activation, x.values[k], y.values[k]);
     }
   }
 
@@ -192,7 +212,7 @@ struct WarpTask {
 
 // grad_enc[b, t] += sum over the frame's rows in the tile: a run of them.
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads, kSumBlocksAtOnce<T>)
     GradEncKernel(LatticeBatch batch, RowTile tile, BackwardInputs<T, kPacked> inputs,
                   Compute<T>* grad_enc) {
   using Lanes = Channels<T, kPacked>;
@@ -226,64 +246,99 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   inputs.Write(sum, out);
 }
 
-// The place of `row` in a tile that lists its rows, -1 if it is not there. *place is where to start
-// looking, and where to go on for a later row. The warp looks at 32 places at a time.
-__device__ inline int64_t FindInList(const RowTile& tile, int64_t row, int64_t* place) {
-  while (true) {
-    const int64_t here = *place + Lane();
-    const bool is_before = here < tile.size && tile.Row(here) < row;
-    const int num_before = __popc(__ballot_sync(kFullWarp, is_before));
-    *place += num_before;
-    if (num_before < kWarp) break;
-  }
-  return *place < tile.size && tile.Row(*place) == row ? *place : -1;
+// places[row] = -1 from the tile's first row to its last.
+__global__ void __launch_bounds__(kRowThreads)
+    ClearPlacesKernel(LatticeBatch batch, RowTile tile, int32_t* places) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (row >= batch.num_rows || row < tile.Row(0) || row > tile.Row(tile.size - 1)) return;
+  places[row] = -1;
 }
 
-// grad_pred[b, u] += sum over the symbol's rows in the tile: at most one a frame.
+// places[row] = where the tile lists it: the inverse of the list.
+__global__ void __launch_bounds__(kRowThreads)
+    PlacesKernel(LatticeBatch batch, RowTile tile, int32_t* places) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (i >= tile.size) return;
+  const int64_t row = tile.Row(i);
+  if (row >= 0 && row < batch.num_rows) places[row] = static_cast<int32_t>(i);
+}
+
+// The rows of one symbol in a tile, by frame.
+class SymbolRows {
+ public:
+  // places: null for a tile that is a run of rows.
+  __device__ SymbolRows(const LatticeBatch& batch, const RowTile& tile, const int32_t* places,
+                        int64_t b, int64_t u)
+      : batch_(batch), places_(places), b_(b), u_(u), first_(tile.Row(0)) {
+    last_ = tile.Row(tile.size - 1);
+    const int64_t begin = batch.first_row[b], stride = batch.Stride(b);
+    begin_ = first_ <= begin ? 0 : (first_ - begin) / stride;
+    end_ = last_ < begin ? 0 : (last_ - begin) / stride + 1;
+    if (end_ > batch.num_frames[b]) end_ = batch.num_frames[b];
+  }
+
+  // The frames that the tile has rows of.
+  __device__ int64_t begin() const { return begin_; }
+  __device__ int64_t end() const { return end_; }
+
+  // Where in the tile the symbol's row of this frame is; -1: nowhere.
+  __device__ int32_t PlaceAt(int64_t t) const {
+    if (t >= end_ || u_ < batch_.ColumnBegin(b_, t) || u_ >= batch_.ColumnEnd(b_, t)) return -1;
+    const int64_t row = batch_.Row(b_, t, u_);
+    if (row < first_ || row > last_) return -1;
+    return places_ != nullptr ? places_[row] : static_cast<int32_t>(row - first_);
+  }
+
+ private:
+  const LatticeBatch& batch_;
+  const int32_t* places_;
+  const int64_t b_, u_, first_;
+  int64_t last_, begin_, end_;
+};
+
+// grad_pred[b, u] += sum over the symbol's rows in the tile: at most one a frame. Each lane asks for
+// the place of another frame, 32 frames ahead of their use.
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads, kSumBlocksAtOnce<T>)
     GradPredKernel(LatticeBatch batch, RowTile tile, BackwardInputs<T, kPacked> inputs,
-                   Compute<T>* grad_pred) {
+                   const int32_t* places, Compute<T>* grad_pred) {
   using Lanes = Channels<T, kPacked>;
   const WarpTask task(inputs.width, Lanes::kCount);
   const int64_t num_columns = batch.max_targets + 1;
   const int64_t b = task.index / num_columns, u = task.index - b * num_columns;
   if (b >= batch.num_utterances || !batch.IsValid(b) || u > batch.num_targets[b]) return;
-  // The frames that the tile has rows of.
-  const int64_t first_row = batch.first_row[b], stride = batch.Stride(b);
-  const int64_t first = tile.Row(0) - first_row, last = tile.Row(tile.size - 1) - first_row;
-  if (last < 0) return;
-  const int64_t last_frame = last / stride;
-  int64_t t = first < 0 ? 0 : first / stride;
-  int64_t num_frames = batch.num_frames[b];
-  if (last_frame + 1 < num_frames) num_frames = last_frame + 1;
-  if (t >= num_frames) return;
+  const SymbolRows rows(batch, tile, places, b, u);
+  if (rows.begin() >= rows.end()) return;
 
-  const bool has_channel = task.channel < inputs.width;  // others still help to look
+  const bool has_channel = task.channel < inputs.width;  // others still hand out places
   Compute<T>* out = grad_pred + (b * num_columns + u) * inputs.width + task.channel;
   Lanes sum{};
   if (has_channel) inputs.Read(out, &sum);
-  int64_t place = tile.rows != nullptr ? LowerBound(tile, first_row + t * stride) : 0;
-  for (; t < num_frames; t += kRowsInFlight) {
-    int64_t at[kRowsInFlight];  // place in the tile, or -1
-    typename BackwardInputs<T, kPacked>::Row loaded[kRowsInFlight];
+  int32_t next_place = rows.PlaceAt(rows.begin() + Lane());
+  for (int64_t begin = rows.begin(); begin < rows.end(); begin += kWarp) {
+    const int32_t place = next_place;
+    next_place = rows.PlaceAt(begin + kWarp + Lane());
+    unsigned frames = __ballot_sync(kFullWarp, place >= 0);
+    while (frames != 0) {
+      int32_t at[kRowsInFlight];  // place in the tile, or -1
+      int lane_of[kRowsInFlight];
+      typename BackwardInputs<T, kPacked>::Row loaded[kRowsInFlight];
 #pragma unroll
-    for (int k = 0; k < kRowsInFlight; ++k) {
-      at[k] = -1;
-      const int64_t frame = t + k;
-      if (frame >= num_frames) continue;
-      if (u < batch.ColumnBegin(b, frame) || u >= batch.ColumnEnd(b, frame)) continue;
-      const int64_t row = batch.Row(b, frame, u);
-      const int64_t i = tile.rows != nullptr ? FindInList(tile, row, &place) : row - tile.begin;
-      at[k] = i < tile.size && has_channel ? i : -1;
-    }
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        lane_of[k] = frames != 0 ? __ffs(static_cast<int>(frames)) - 1 : 0;
+        const int32_t of_lane = __shfl_sync(kFullWarp, place, lane_of[k]);
+        at[k] = frames != 0 && has_channel ? of_lane : -1;
+        frames &= frames - 1;  // 0 stays 0
+      }
 #pragma unroll
-    for (int k = 0; k < kRowsInFlight; ++k) {
-      if (at[k] >= 0) loaded[k] = inputs.LoadRow(at[k], task.channel);
-    }
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        if (at[k] >= 0) loaded[k] = inputs.LoadRow(at[k], task.channel);
+      }
 #pragma unroll
-    for (int k = 0; k < kRowsInFlight; ++k) {
-      if (at[k] >= 0) inputs.AddRow(loaded[k], batch, b, t + k, u, task.channel, &sum);
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        if (at[k] < 0) continue;
+        inputs.AddRow(loaded[k], batch, b, begin + lane_of[k], u, task.channel, &sum);
+      }
     }
   }
   if (has_channel) inputs.Write(sum, out);
@@ -291,8 +346,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 
 template <typename T, bool kPacked>
 void LaunchBackward(const LatticeBatch& batch, const RowTile& tile,
-                    const BackwardInputs<T, kPacked>& inputs, void* stream, Compute<T>* grad_enc,
-                    Compute<T>* grad_pred) {
+                    const BackwardInputs<T, kPacked>& inputs, void* stream, int32_t* places,
+                    Compute<T>* grad_enc, Compute<T>* grad_pred) {
   const int64_t slices = CeilDivide(inputs.width, kWarp * Channels<T, kPacked>::kCount);
   const auto blocks = [&](int64_t sums) {
     return CeilDivide(batch.num_utterances * sums * slices, kRowThreads / kWarp);
@@ -300,7 +355,7 @@ void LaunchBackward(const LatticeBatch& batch, const RowTile& tile,
   TRANSDUCER_LAUNCH((GradEncKernel<T, kPacked>), blocks(batch.max_frames), kRowThreads, stream,
                     batch, tile, inputs, grad_enc);
   TRANSDUCER_LAUNCH((GradPredKernel<T, kPacked>), blocks(batch.max_targets + 1), kRowThreads,
-                    stream, batch, tile, inputs, grad_pred);
+                    stream, batch, tile, inputs, places, grad_pred);
 }
 
 }  // namespace
@@ -317,18 +372,31 @@ void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* en
   }
 }
 
+int64_t JoinBackwardScratchCuda(const LatticeBatch& batch, const RowTile& tile) {
+  return tile.rows != nullptr ? batch.num_rows : 0;
+}
+
 template <typename T>
 void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* grad_hidden,
                       const T* hidden, const T* enc, const T* pred, int64_t width,
-                      Activation activation, void* stream, Compute<T>* grad_enc,
+                      Activation activation, void* stream, int32_t* scratch, Compute<T>* grad_enc,
                       Compute<T>* grad_pred) {
   if (tile.size == 0) return;
+  TRANSDUCER_CHECK(tile.size <= 0x7fffffff, "a tile of more than 2^31 - 1 rows");
+  int32_t* places = nullptr;
+  if (tile.rows != nullptr) {
+    places = scratch;
+    TRANSDUCER_LAUNCH(ClearPlacesKernel, CeilDivide(batch.num_rows, kRowThreads), kRowThreads,
+                      stream, batch, tile, places);
+    TRANSDUCER_LAUNCH(PlacesKernel, CeilDivide(tile.size, kRowThreads), kRowThreads, stream, batch,
+                      tile, places);
+  }
   if (AllPacked<T>(width, {grad_hidden, hidden, enc, pred})) {
     const BackwardInputs<T, true> inputs{grad_hidden, hidden, enc, pred, width, activation};
-    LaunchBackward(batch, tile, inputs, stream, grad_enc, grad_pred);
+    LaunchBackward(batch, tile, inputs, stream, places, grad_enc, grad_pred);
   } else {
     const BackwardInputs<T, false> inputs{grad_hidden, hidden, enc, pred, width, activation};
-    LaunchBackward(batch, tile, inputs, stream, grad_enc, grad_pred);
+    LaunchBackward(batch, tile, inputs, stream, places, grad_enc, grad_pred);
   }
 }
 
@@ -336,8 +404,8 @@ void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* g
   template void JoinForwardCuda<T>(const LatticeBatch&, const RowTile&, const T*, const T*,        \
                                    int64_t, Activation, void*, T*);                                \
   template void JoinBackwardCuda<T>(const LatticeBatch&, const RowTile&, const T*, const T*,       \
-                                    const T*, const T*, int64_t, Activation, void*, Compute<T>*,   \
-                                    Compute<T>*);
+                                    const T*, const T*, int64_t, Activation, void*, int32_t*,      \
+                                    Compute<T>*, Compute<T>*);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 #undef TRANSDUCER_INSTANTIATE
 

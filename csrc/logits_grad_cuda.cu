@@ -37,10 +37,10 @@ class CellGradient {
         scale_(static_cast<C>(loss_grad)) {}
 
   // Where nothing is subtracted.
-  __device__ T At(T x) const {
-    C g = weight_ * Exp((ToCompute(x) - high_) - low_);
+  __device__ C At(C x) const {
+    C g = weight_ * ExpOf<T>((x - high_) - low_);
     g = scale_ * (g > limit_ ? limit_ : g);
-    return g < kFlushBelow<T> && g > -kFlushBelow<T> ? T{} : FromCompute<T>(g);
+    return g < kFlushBelow<T> && g > -kFlushBelow<T> ? C(0) : g;
   }
 
   // The two entries where posteriors are subtracted: in float64, but for the exponential itself, which
@@ -81,24 +81,25 @@ __device__ void FillRow(T* row, int size, T value) {
       [&](int v) { row[v] = value; });
 }
 
-// grad[v] = f(x[v]); grad may be x: an entry is read and written by the same lane.
+// grad[v] = f(x[v]), f of Compute<T>; grad may be x: an entry is read and written by the same lane.
 template <typename T, typename F>
 __device__ void TransformRow(const T* x, int size, T* grad, F f) {
   const auto from = reinterpret_cast<uintptr_t>(x), to = reinterpret_cast<uintptr_t>(grad);
   if (from % sizeof(Pack<T>) != to % sizeof(Pack<T>)) {
-    for (int v = Lane(); v < size; v += kWarp) grad[v] = f(x[v]);
+    for (int v = Lane(); v < size; v += kWarp) grad[v] = FromCompute<T>(f(ToCompute(x[v])));
     return;
   }
   Pack<T> packs[kPacksInFlight<T>];
   RowParts<T>(x, size).ForEach(
       Lane(), kWarp, [&](int k, int first) { packs[k] = LoadPack(x + first); },
       [&](int k, int first) {
-        Pack<T> pack;
+        Compute<T> values[Pack<T>::kSize];
+        UnpackValues(packs[k], values);
 #pragma unroll
-        for (int i = 0; i < Pack<T>::kSize; ++i) pack.values[i] = f(packs[k].values[i]);
-        StorePack(grad + first, pack);
+        for (int i = 0; i < Pack<T>::kSize; ++i) values[i] = f(values[i]);
+        StorePack(grad + first, PackValues<T>(values));
       },
-      [&](int v) { grad[v] = f(x[v]); });
+      [&](int v) { grad[v] = FromCompute<T>(f(ToCompute(x[v]))); });
 }
 
 // One block less at once than the other row kernels: with its packs a lane needs 100 registers.
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     if (options.from_log_softmax || bound < kFlushBelow<T>) {
       FillRow(out, size, T{});
     } else {
-      TransformRow(x, size, out, [&](T value) { return gradient.At(value); });
+      TransformRow(x, size, out, [&](Compute<T> value) { return gradient.At(value); });
     }
     __syncwarp();  // the row has been written
     if (mine >= 0) out[mine] = subtracted;

@@ -20,8 +20,10 @@ int64_t KeptRowsCpu(const LatticeBatch& batch, const Score* use_blank, const Sco
                     double dropped_mass, int num_threads, int64_t* kept_rows, int64_t* num_kept,
                     Score* dropped);
 
-// The same on the device, on `stream`, but for the total; scratch of B numbers. An utterance may
-// have 2^22 cells of about the same occupancy (in one bin of the grid).
+// The same on the device, on `stream`, but for the total; scratch of KeptRowsScratchCuda numbers,
+// which may hold anything. An utterance may have 2^22 cells of about the same occupancy (in one bin
+// of the grid).
+int64_t KeptRowsScratchCuda(const LatticeBatch& batch);
 void KeptRowsCuda(const LatticeBatch& batch, const Score* use_blank, const Score* use_label,
                   double dropped_mass, void* stream, Score* scratch, int64_t* kept_rows,
                   int64_t* num_kept, Score* dropped);

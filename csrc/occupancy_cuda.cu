@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block an utterance: first its threshold and how many rows it keeps, then, with all counts
-// known, the rows themselves, in order.
+// Several blocks an utterance, each with a run of its cells: first a histogram of the run's
+// occupancies; then, with all histograms known, the threshold and how many rows the run keeps; then,
+// with all counts known, the rows themselves, in order.
 #include "device_rows.cuh"
 #include "occupancy.h"
 #include "occupancy_grid.h"
@@ -9,6 +10,7 @@ namespace transducer {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kBlocksAtOnce = 2;  // of a multiprocessor: left alone, the compiler spills
 
 // Masses are added as integers, in units of 2^-32 of the bin's power of two and rounded up: integer
 // sums do not depend on their order, and the bound on the dropped mass still holds. 2^30 cells of
@@ -34,17 +36,23 @@ __device__ int64_t BlockSum(int64_t value, int64_t (&partial)[kWarps]) {
   return sum;
 }
 
-// The cells of an utterance in the order of their rows; places that are padding are no cells.
-class CellWalk {
+// A run of the cells of an utterance in the order of their rows, which are places 0, 1, ... of the
+// utterance; places that are padding are no cells.
+class CellRun {
  public:
-  __device__ CellWalk(const LatticeBatch& batch, int64_t b)
-      : batch_(batch), b_(b), stride_(batch.Stride(b)), size_(batch.num_frames[b] * stride_) {}
+  __device__ CellRun(const LatticeBatch& batch, int64_t b, int64_t run, int64_t num_runs)
+      : batch_(batch), b_(b), stride_(batch.Stride(b)), size_(batch.num_frames[b] * stride_) {
+    const int64_t length = (size_ + num_runs - 1) / num_runs;
+    begin_ = run * length;
+    end_ = begin_ + length < size_ ? begin_ + length : size_;
+  }
 
-  __device__ int64_t size() const { return size_; }
+  __device__ int64_t begin() const { return begin_; }
+  __device__ int64_t end() const { return end_; }
 
   // Row of the cell at a place, -1 if there is none.
   __device__ int64_t RowAt(int64_t place) const {
-    if (place >= size_) return -1;
+    if (place >= end_) return -1;
     const int64_t t = size_ <= 0xffffffff
                           ? static_cast<uint32_t>(place) / static_cast<uint32_t>(stride_)
                           : place / stride_;
@@ -56,7 +64,36 @@ class CellWalk {
  private:
   const LatticeBatch& batch_;
   const int64_t b_, stride_, size_;
+  int64_t begin_, end_;
 };
+
+// Runs of an utterance: of kCellsPerRun cells or more, so that the histograms stay few.
+constexpr int64_t kCellsPerRun = 4096, kMostRuns = 64;
+
+int64_t NumRuns(const LatticeBatch& batch) {
+  const int64_t stride = batch.row_stride != 0 ? batch.row_stride : batch.max_targets + 1;
+  const int64_t runs = CeilDivide(batch.max_frames * stride, kCellsPerRun);
+  return runs < 1 ? 1 : runs > kMostRuns ? kMostRuns : runs;
+}
+
+// What the kernels hand from one to the next. All of it is written before it is read.
+struct Scratch {
+  Units* units;         // (B, runs, kNumBins): the histograms
+  int64_t* num_kept;    // (B, runs)
+  Score* lowest_kept;   // (B,)
+  int64_t num_runs;
+
+  Scratch(const LatticeBatch& batch, Score* memory) : num_runs(NumRuns(batch)) {
+    const int64_t total = batch.num_utterances * num_runs;
+    lowest_kept = memory;
+    num_kept = reinterpret_cast<int64_t*>(memory + batch.num_utterances);
+    units = reinterpret_cast<Units*>(memory + batch.num_utterances + total);
+  }
+  __device__ Units* UnitsOf(int64_t b, int64_t run) const {
+    return units + (b * num_runs + run) * kNumBins;
+  }
+};
+static_assert(sizeof(Units) == sizeof(Score) && sizeof(int64_t) == sizeof(Score), "");
 
 struct Uses {
   const Score *blank, *label;
@@ -94,33 +131,60 @@ __device__ int64_t FirstKeptBin(const Units* units, Score limit, Score* dropped)
   return __shfl_sync(kFullWarp, bin, stopping_lane);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    ThresholdKernel(LatticeBatch batch, Uses uses, Score dropped_mass, Score* lowest_kept,
-                    int64_t* num_kept, Score* dropped) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    HistogramKernel(LatticeBatch batch, Uses uses, Scratch scratch) {
+  __shared__ Units units[kNumBins];
+  const int64_t b = blockIdx.x / scratch.num_runs, run = blockIdx.x - b * scratch.num_runs;
+  if (!batch.IsValid(b)) return;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int64_t bin = thread; bin < kNumBins; bin += kThreads) units[bin] = 0;
+  __syncthreads();
+  const CellRun cells(batch, b, run, scratch.num_runs);
+  Units of_bin_0 = 0;  // where most cells of a trained model are: atomics would queue up
+  for (int64_t place = cells.begin() + thread; place < cells.end(); place += kThreads) {
+    const int64_t row = cells.RowAt(place);
+    if (row < 0) continue;
+    const Score occupancy = uses.Occupancy(row);
+    if (!(occupancy > 0)) continue;  // NaN
+    const int64_t bin = BinOf(occupancy);
+    const Units mass = ToUnits(occupancy, bin);
+    if (bin == 0) {
+      of_bin_0 += mass;
+    } else {
+      atomicAdd(&units[bin], mass);
+    }
+  }
+  of_bin_0 = WarpSum(of_bin_0);
+  if (Lane() == 0 && of_bin_0 != 0) atomicAdd(&units[0], of_bin_0);
+  __syncthreads();
+  Units* out = scratch.UnitsOf(b, run);
+  for (int64_t bin = thread; bin < kNumBins; bin += kThreads) out[bin] = units[bin];
+}
+
+// Every block of an utterance finds the same threshold, and counts what its run keeps.
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    CountKernel(LatticeBatch batch, Uses uses, Score dropped_mass, Scratch scratch,
+                Score* dropped) {
   __shared__ Units units[kNumBins];
   __shared__ int64_t partial[kWarps];
   __shared__ Score threshold;
-  const int64_t b = blockIdx.x;
+  const int64_t b = blockIdx.x / scratch.num_runs, run = blockIdx.x - b * scratch.num_runs;
   const int thread = static_cast<int>(threadIdx.x);
   if (!batch.IsValid(b)) {
     if (thread == 0) {
-      lowest_kept[b] = dropped[b] = 0;
-      num_kept[b] = 0;
+      scratch.num_kept[blockIdx.x] = 0;
+      if (run == 0) scratch.lowest_kept[b] = dropped[b] = 0;
     }
     return;
   }
-  const CellWalk cells(batch, b);
   Score lowest = 0, dropped_here = 0;
   if (dropped_mass > 0) {
-    for (int64_t bin = thread; bin < kNumBins; bin += kThreads) units[bin] = 0;
-    __syncthreads();
-    for (int64_t place = thread; place < cells.size(); place += kThreads) {
-      const int64_t row = cells.RowAt(place);
-      if (row < 0) continue;
-      const Score occupancy = uses.Occupancy(row);
-      if (!(occupancy > 0)) continue;  // NaN
-      const int64_t bin = BinOf(occupancy);
-      atomicAdd(&units[bin], ToUnits(occupancy, bin));
+    for (int64_t bin = thread; bin < kNumBins; bin += kThreads) {
+      Units sum = 0;
+      for (int64_t other = 0; other < scratch.num_runs; ++other) {
+        sum += scratch.UnitsOf(b, other)[bin];
+      }
+      units[bin] = sum;
     }
     __syncthreads();
     if (thread < kWarp) {
@@ -132,34 +196,46 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     lowest = threshold;
   }
+  const CellRun cells(batch, b, run, scratch.num_runs);
   int64_t count = 0;
-  for (int64_t place = thread; place < cells.size(); place += kThreads) {
+  for (int64_t place = cells.begin() + thread; place < cells.end(); place += kThreads) {
     const int64_t row = cells.RowAt(place);
     count += row >= 0 && uses.IsKept(row, lowest);
   }
   count = BlockSum(count, partial);
   if (thread == 0) {
-    lowest_kept[b] = lowest;
-    num_kept[b] = count;
-    dropped[b] = dropped_here;
+    scratch.num_kept[blockIdx.x] = count;
+    if (run == 0) {
+      scratch.lowest_kept[b] = lowest;
+      dropped[b] = dropped_here;
+    }
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    CompactKernel(LatticeBatch batch, Uses uses, const Score* lowest_kept, const int64_t* num_kept,
-                  int64_t* kept_rows) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    CompactKernel(LatticeBatch batch, Uses uses, Scratch scratch, int64_t* kept_rows,
+                  int64_t* num_kept) {
   __shared__ int64_t partial[kWarps];
   __shared__ int count_of_warp[2][kWarps];
-  const int64_t b = blockIdx.x;
+  const int64_t b = blockIdx.x / scratch.num_runs, run = blockIdx.x - b * scratch.num_runs;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
-  if (!batch.IsValid(b)) return;
+  if (run == 0 && thread == 0) {
+    int64_t total = 0;
+    for (int64_t other = 0; other < scratch.num_runs; ++other) {
+      total += scratch.num_kept[blockIdx.x + other];
+    }
+    num_kept[b] = total;
+  }
+  if (!batch.IsValid(b) || scratch.num_kept[blockIdx.x] == 0) return;
   int64_t before = 0;
-  for (int64_t other = thread; other < b; other += kThreads) before += num_kept[other];
+  for (int64_t other = thread; other < blockIdx.x; other += kThreads) {
+    before += scratch.num_kept[other];
+  }
   int64_t out = BlockSum(before, partial);
-  const CellWalk cells(batch, b);
-  const Score lowest = lowest_kept[b];
+  const CellRun cells(batch, b, run, scratch.num_runs);
+  const Score lowest = scratch.lowest_kept[b];
   int buffer = 0;  // two in turn: one barrier a round
-  for (int64_t begin = 0; begin < cells.size(); begin += kThreads, buffer ^= 1) {
+  for (int64_t begin = cells.begin(); begin < cells.end(); begin += kThreads, buffer ^= 1) {
     const int64_t row = cells.RowAt(begin + thread);
     const bool is_kept = row >= 0 && uses.IsKept(row, lowest);
     const unsigned kept = __ballot_sync(kFullWarp, is_kept);
@@ -177,14 +253,23 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+int64_t KeptRowsScratchCuda(const LatticeBatch& batch) {
+  return batch.num_utterances * (1 + NumRuns(batch) * (1 + kNumBins));
+}
+
 void KeptRowsCuda(const LatticeBatch& batch, const Score* use_blank, const Score* use_label,
                   double dropped_mass, void* stream, Score* scratch, int64_t* kept_rows,
                   int64_t* num_kept, Score* dropped) {
   const Uses uses{use_blank, use_label};
-  TRANSDUCER_LAUNCH(ThresholdKernel, batch.num_utterances, kThreads, stream, batch, uses,
-                    dropped_mass, scratch, num_kept, dropped);
-  TRANSDUCER_LAUNCH(CompactKernel, batch.num_utterances, kThreads, stream, batch, uses, scratch,
-                    num_kept, kept_rows);
+  const Scratch parts(batch, scratch);
+  const int64_t blocks = batch.num_utterances * parts.num_runs;
+  if (dropped_mass > 0) {
+    TRANSDUCER_LAUNCH(HistogramKernel, blocks, kThreads, stream, batch, uses, parts);
+  }
+  TRANSDUCER_LAUNCH(CountKernel, blocks, kThreads, stream, batch, uses, dropped_mass, parts,
+                    dropped);
+  TRANSDUCER_LAUNCH(CompactKernel, blocks, kThreads, stream, batch, uses, parts, kept_rows,
+                    num_kept);
 }
 
 }  // namespace transducer

@@ -69,7 +69,7 @@ def simulate_batches(a: Assumptions) -> dict[str, float]:
         targets.tolist(),
         max_cells=a.max_cells,
         max_utterances=a.max_utterances,
-        subsampling=SUBSAMPLING,
+        num_output_frames=lambda length: -(-length // SUBSAMPLING),
         seed=a.seed,
         world_size=a.gpus,
     )

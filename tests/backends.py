@@ -95,8 +95,10 @@ class Backend:
 
     @property
     def orders(self) -> tuple[tuple[str, int], ...]:
-        """Orders of threads to try: a device has its own, each time."""
-        return {"emulated": ORDERS, "cuda": (("own", 0),) * 3}.get(self.name, (("only", 0),))
+        """Orders of threads to try. A device has its own; CUDA_REPETITIONS says how often."""
+        repetitions = int(os.environ.get("CUDA_REPETITIONS", 3))
+        own = (("own", 0),) * repetitions
+        return {"emulated": ORDERS, "cuda": own}.get(self.name, (("only", 0),))
 
     @contextmanager
     def active(self, order: str = "forward", seed: int = 0) -> Iterator[None]:

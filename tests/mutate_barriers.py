@@ -68,8 +68,10 @@ def run_everything() -> list[torch.Tensor]:
         arguments = logits.double().logsumexp(-1), *random_uses(batch), torch.ones(3).double()
         stages.logits_grad(logits, batch, batch.all_rows(), *arguments, blank=6, out=logits)
         results.append(logits.float())
-    for dropped_mass in (1e-6, 1e-2):
-        results += kept_rows(random_uses(batch), batch, dropped_mass)
+    several_runs = make_case("packed", (150, 4), (59, 3)).batch()
+    for lattices in (batch, several_runs):
+        for dropped_mass in (1e-6, 1e-2):
+            results += kept_rows(random_uses(lattices), lattices, dropped_mass)
     return results
 
 

@@ -83,6 +83,8 @@ class PretendTensor(Tensor):
         args, inner = tree_map(unwrap, (args, inner))
         if target is not None and func.overloadpacket is not aten._to_copy:
             inner["device"] = "cpu"  # a new tensor
+        if func.name() == "aten::mm.dtype":  # the CPU has no such product
+            return PretendTensor(torch.mm(*(factor.to(args[2]) for factor in args[:2])))
         out = func(*args, **inner)
         if target is not None and torch.device(target).type == "cpu":
             return out
@@ -182,6 +184,7 @@ def pretend_cuda() -> Iterator[Traffic]:
         "device": lambda device: nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
         "is_current_stream_capturing": lambda: _traffic.is_capturing,
+        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=80 * 2**30),
     }
     with (
         mock.patch.object(native, "extension", SimpleNamespace(**{**names, "cuda": module.cuda})),

@@ -3,13 +3,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import stages
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
+from transducer_toolkit.ops.lattice import Band, CellScores, LatticeBatch, Lengths, RowTile
 from transducer_toolkit.ops.options import LossOptions
 
 kept_rows = stages.kept_rows
+
+
+def lattice_batch(
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    targets: Tensor,
+    *,
+    device: torch.device,
+    band_start: Tensor | None = None,
+    band_width: int = 0,
+    index: Tensor | None = None,
+    **layout: Any,
+) -> LatticeBatch:
+    """A LatticeBatch on a device."""
+    band = None if band_start is None else Band(band_start, band_width)
+    lengths = Lengths(logit_lengths, target_lengths, index)
+    return LatticeBatch(lengths, targets.to(device), band=band, **layout)
 
 
 def cell_scores(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests import stage_calls as stages
+from tests.stage_calls import lattice_batch
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 
 LAYOUTS = ("packed", "padded", "padded_begins", "band", "band_begins", "packed_band")
@@ -32,7 +33,7 @@ class Case:
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        return LatticeBatch(**fields, device=torch.device(device))
+        return lattice_batch(**fields, device=torch.device(device))
 
 
 def make_case(

@@ -9,6 +9,7 @@ import torch
 
 from tests import stage_calls as stages
 from tests.backends import accelerated, check_close, in_every_order, of
+from tests.stage_calls import lattice_batch
 from tests.stage_cases import (
     LAYOUTS,
     cell_rows,
@@ -21,7 +22,7 @@ from tests.stage_cases import (
     score,
 )
 from transducer_toolkit.ops import additive_stages, native
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
+from transducer_toolkit.ops.lattice import CellScores, RowTile
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of single numbers that were computed in float32, and rounded to 16 bits once.
@@ -163,7 +164,7 @@ def test_nonsense_lengths_are_nan_and_touch_nothing(name, layout):
     case.target_lengths[2] = -3
     fields = dict(vars(case))
     bad = [
-        LatticeBatch(
+        lattice_batch(
             **{k: v.to(d) if hasattr(v, "to") else v for k, v in fields.items()},
             device=torch.device(d),
             num_rows=rows,
@@ -262,6 +263,28 @@ def test_kept_rows(name, layout, dropped_mass):
 
 
 @accelerated
+@pytest.mark.parametrize("layout", ["packed", "padded", "band_begins"])
+@pytest.mark.parametrize("dropped_mass", [0.0, 1e-4, 10.0])
+def test_kept_rows_of_long_utterances(name, layout, dropped_mass):
+    """Several blocks an utterance; most cells below 2^-128, whole runs without a kept one."""
+    backend = of(name)
+    case = make_case(layout, (130, 2, 300), (80, 3, 39), band_width=34)
+    batch = case.batch()
+    uses = random_uses(batch)
+    quarter = batch.num_rows // 4
+    for use in uses:
+        use[:quarter] *= 1e-60
+        use[-quarter:] = 0
+    expected = kept_rows(uses, batch, dropped_mass)
+    there = case.batch(backend.device)
+    actual = in_every_order(
+        backend,
+        lambda: kept_rows(uses, there, dropped_mass, backend.device),
+    )
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+@accelerated
 def test_kept_rows_of_extreme_occupancies_and_bad_lengths(name):
     backend = of(name)
     case = make_case("padded", (40, 3, 26), (14, 2, 9))
@@ -333,17 +356,15 @@ def test_join(name, layout, dtype, activation):
     check_close(actual[1:], expected[1:], 10 * tolerance, ("grad_enc", "grad_pred"))
 
 
-@accelerated
-@pytest.mark.parametrize("width", [1, 7, 130, 260])
-@pytest.mark.parametrize("layout", ["packed", "band"])
-def test_join_in_tiles_gives_the_same_bits(name, layout, width):
-    backend = of(name)
-    case = make_case(layout, (9, 1, 17), (12, 0, 5))
+def check_join_in_tiles(backend, case, width):
+    """All rows, and a list of rows across utterances, in tiles that cut frames anywhere."""
     rows = case.batch().num_rows
-    enc = torch.randn(3, case.max_frames, width)
-    pred = torch.randn(3, case.targets.size(1) + 1, width)
-    kept = torch.arange(rows)[torch.rand(rows) < 0.4]
-    kept_of = kept[cell_rows(case.batch())[kept]]
+    enc = torch.randn(len(case.logit_lengths), case.max_frames, width)
+    pred = torch.randn(len(case.logit_lengths), case.targets.size(1) + 1, width)
+    is_cell = cell_rows(case.batch())
+    is_kept = is_cell & (torch.rand(rows) < 0.4)
+    is_kept[is_cell.nonzero()[0]] = True
+    kept_of = is_kept.nonzero()[:, 0]
     grad_hidden = torch.randn(rows, width)
     for listed in (None, kept_of):
         count = rows if listed is None else listed.numel()
@@ -361,6 +382,71 @@ def test_join_in_tiles_gives_the_same_bits(name, layout, width):
         check_close(results[0], expected, 1e-5, ("hidden", "grad_enc", "grad_pred"))
         for result in results[1:]:
             assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+@accelerated
+@pytest.mark.parametrize("width", [1, 7, 130, 260])
+@pytest.mark.parametrize("layout", ["packed", "band"])
+def test_join_in_tiles_gives_the_same_bits(name, layout, width):
+    check_join_in_tiles(of(name), make_case(layout, (9, 1, 17), (12, 0, 5)), width)
+
+
+@accelerated
+@pytest.mark.parametrize(
+    ("frames", "symbols"),
+    [((1,), (0,)), ((1,), (40,)), ((80,), (0,)), ((70, 3, 33), (2, 6, 1)), ((1, 1), (1100, 2))],
+    ids=["one cell", "one frame", "no symbols", "more frames than lanes", "wide"],
+)
+def test_join_of_any_shape(name, frames, symbols):
+    for layout in ("packed", "padded_begins"):
+        check_join_in_tiles(of(name), make_case(layout, frames, symbols), 12)
+
+
+@accelerated
+@pytest.mark.parametrize("width", [40, 41])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_rounded_to_nearest_even(name, dtype, width):
+    """Sums of two numbers, many of them halfway between two others, subnormal, infinite or NaN."""
+    backend = of(name)
+    case = make_case("packed", (60,), (9,))
+    enc = torch.randn(1, 60, width).to(dtype)
+    pred = (torch.randn(1, 10, width) * torch.logspace(-7, 2, 10)[:, None]).to(dtype)
+    enc[0, 0], pred[0, 0] = torch.finfo(dtype).max, torch.finfo(dtype).max
+    enc[0, 3:9] *= 1e-7
+    enc[0, 1, ::3], enc[0, 2, ::3], pred[0, 1, ::2] = torch.nan, torch.inf, -torch.inf
+    expected = (enc.float()[:, :, None] + pred.float()[:, None]).to(dtype).reshape(600, width)
+
+    def run():
+        batch = case.batch(backend.device)
+        inputs = enc.to(backend.device), pred.to(backend.device)
+        out = torch.empty(600, width, dtype=dtype, device=backend.device)
+        tile = batch.all_rows()
+        stages.join_forward(*inputs, batch, tile, activation="identity", out=out)
+        return (out,)
+
+    (actual,) = in_every_order(backend, run)
+    assert torch.equal(actual.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    assert torch.equal(actual.isnan(), expected.isnan()) and expected.isnan().any()
+
+
+@accelerated
+def test_bfloat16_tanh_errs_less_than_it_is_rounded(name):
+    """A device takes tanh.approx, off by 2^-11; emulation takes tanhf, as for float32."""
+    backend = of(name)
+    case = make_case("packed", (200,), (0,))
+    enc = torch.linspace(-9, 9, 200 * 64).view(1, 200, 64).bfloat16()
+    pred = torch.zeros(1, 1, 64).bfloat16()
+    pred[..., ::2] = 2.0**-12
+    exact = torch.tanh(enc.double() + pred.double())[0]
+    with backend.active():
+        batch = case.batch(backend.device)
+        out = torch.empty(200, 64, dtype=torch.bfloat16, device=backend.device)
+        inputs = enc.to(backend.device), pred.to(backend.device)
+        stages.join_forward(*inputs, batch, batch.all_rows(), activation="tanh", out=out)
+    out = out.cpu().double()
+    spacing = torch.finfo(torch.bfloat16).eps * torch.exp2(exact.abs().log2().floor())
+    allowed = 0.5 * spacing + exact.abs() * (2.0**-11 if name == "cuda" else 2.0**-22)
+    assert ((out - exact).abs() <= allowed).all()
 
 
 # --- additive joiners ---------------------------------------------------------------------------

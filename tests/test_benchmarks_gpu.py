@@ -60,11 +60,14 @@ def test_sources_are_patched_for_a_newer_toolkit(tmp_path):
     (tmp_path / "cmake").mkdir()
     listing = tmp_path / "CMakeLists.txt"
     listing.write_text(
-        'set(CMAKE_CXX_STANDARD 14 CACHE STRING "")\nset(FT_COMPUTE_ARCH_CANDIDATES 35 50 60)\n'
+        'set(CMAKE_CXX_STANDARD 14 CACHE STRING "")\n'
+        "set(FT_COMPUTE_ARCH_CANDIDATES 35 50 60)\n"
+        "list(APPEND FT_COMPUTE_ARCH_CANDIDATES 80 86)\n"
     )
     peers.patch_cuda(tmp_path, architecture="90")
     text = listing.read_text()
     assert "CMAKE_CXX_STANDARD 17" in text and "COMPUTE_ARCH_CANDIDATES 90)" in text
+    assert "80" not in text
     assert "libc10_cuda.so" in (tmp_path / "cmake" / "torch.cmake").read_text()
     listing.write_text("nothing of this")
     with pytest.raises(peers.NotBuilt, match="another version"):

@@ -29,16 +29,49 @@ def test_every_function_has_valid_and_spoilt_calls(name):
     assert all(finding_of(case) is None for case in cases if not case.spoilt)
 
 
-def test_a_wrong_number_is_found(monkeypatch):
-    """The fuzz itself: a loss that is off by a thousandth, a crash, an undocumented error."""
+def _long_only(right):
+    def function(target_lengths, **kwargs):
+        if getattr(target_lengths, "dtype", None) == torch.int32:
+            raise ValueError("target_lengths must be int64")
+        return right(target_lengths=target_lengths, **kwargs)
+
+    return function
+
+
+def _nameless_errors(right):
+    def function(**kwargs):
+        try:
+            return right(**kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError("bad input") from error
+
+    return function
+
+
+def _no_errors(right):
+    def function(**kwargs):
+        try:
+            return right(**kwargs)
+        except (TypeError, ValueError):
+            return torch.tensor(float("nan"))
+
+    return function
+
+
+def test_a_defect_is_found(monkeypatch):
+    """The fuzz itself: a loss that is off by a thousandth, a crash, a wrong check, none at all."""
     right, generate = FUNCTIONS["transducer_loss"]
     for wrong, kind in (
+        (_long_only(right), "refuses what is valid"),
+        (_nameless_errors(right), "an error that names no argument"),
+        (_no_errors(right), "accepts what is not valid"),
+        (_no_errors(right), "accepts what has no right result"),
         (lambda **kwargs: 1.001 * right(**kwargs), "a wrong number"),
         (lambda **kwargs: [][0], "IndexError"),
         (lambda logits, **kwargs: right(logits=logits.abs_(), **kwargs), "changes an argument"),
     ):
         monkeypatch.setitem(FUNCTIONS, "transducer_loss", (wrong, generate))
-        cases = (make_case(seed, ["transducer_loss"]) for seed in range(60))
+        cases = (make_case(seed, ["transducer_loss"]) for seed in range(100))
         kinds = {found[0] for found in map(finding_of, cases) if found is not None}
         assert kind in kinds
 

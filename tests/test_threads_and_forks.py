@@ -14,12 +14,13 @@ import os, threading, time
 import torch
 import transducer_toolkit as tt
 from tests import stage_calls as stages
+from tests.stage_calls import lattice_batch
 from transducer_toolkit.ops.lattice import LatticeBatch, CellScores
 
 torch.set_num_threads(2)
 torch.manual_seed(0)
 x = torch.randn(3 * 40 * 11, 300)
-batch = LatticeBatch(
+batch = lattice_batch(
     *(torch.tensor([n] * 3) for n in (40, 10)), torch.ones(3, 10, dtype=torch.int64),
     max_frames=40, padded=True, device=x.device,
 )

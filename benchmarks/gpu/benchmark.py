@@ -1,92 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call on a GPU, at most 8 minutes: losses, steps and single stages; the table comes last.
+"""Times losses, steps and single stages on a GPU.
 
-    bash benchmarks/gpu/bench.sh    # builds, builds the peers, and calls this
+    bash benchmarks/gpu/all.sh table peers      # with a module and the peers built, and a time limit
     python3 -m benchmarks.gpu.benchmark --device cpu --frames 500    # dry: its times mean nothing
 
-LibriSpeech's shapes, V = 500, D = 512: 30 utterances unsorted; 10,000 frames of a sorted corpus.
-Ratios are to torchaudio (with TF32 for bfloat16, which it does not know), and to the roofline: for
-`loss` the time to read the logits twice and to write as much once, at the copy bandwidth; for
-`step` and `pruned` three products of (cells, D) and (D, V), at the rate of a large one; both
-measured here, in the same mode. For orientation, published times of one loss with its joiner,
-forward and backward, on a V100 (sorted; ms / MB):
-    torchaudio 601 / 12959, fast_rnnt unpruned 274 / 15107, pruned 38 / 2648,
-    optimized_transducer 568 / 10903, warprnnt_numba 229 / 13062, warp-transducer 211 / 13062
+LibriSpeech's shapes, V = 500, D = 512: "sorted" is 10,000 frames of a corpus sorted by length,
+"unsorted" 30 utterances at random. Rows are written to the file of --json one by one; the table is
+made from it (`python3 -m benchmarks.gpu.tables FILE ...`):
+
+- ms: by CUDA events, the CPU about 2 ms ahead at the start.
+- device: milliseconds of all kernels and copies in the profiler. Where it is much less than ms,
+  the device waits for the CPU.
+- faster: torchaudio's ms over this row's; torchaudio runs bfloat16's rows with TF32.
+- / roof: ms over a lower bound. For `loss` the time to read the logits twice and to write as much
+  once, at the bandwidth of a copy; for `step` and `pruned` three products of (cells, D) and (D, V),
+  at the rate of a large one. Both rates are measured first, in the same mode.
+
+For orientation, published times of one loss with its joiner, forward and backward, on a V100
+(sorted; ms / MB): torchaudio 601 / 12959, fast_rnnt unpruned 274 / 15107, pruned 38 / 2648,
+optimized_transducer 568 / 10903, warprnnt_numba 229 / 13062, warp-transducer 211 / 13062.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import statistics
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from benchmarks.gpu.records import Record, Row
+from benchmarks.gpu.tables import benchmark_figures, benchmark_table
+from benchmarks.gpu.timing import arithmetic, kernels_of, timed
 from benchmarks.jobs import Implementation, Job
 from benchmarks.peers import Absent, implementations, require_present
-from benchmarks.workloads import Workload, choose_batch, utterance_shapes
+from benchmarks.workloads import LATTICE_SCALES, Workload, choose_batch, utterance_shapes
 from transducer_toolkit.ops import stages
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
 
 EXTRA = ("benchmarks.gpu.extra",)
 MODES = ("float32", "tf32", "bfloat16")
-VOCAB_SIZE, JOINER_DIM, MAX_FRAMES = 500, 512, 10_000
+SUITES = ("step", "loss", "pruned")
+MAX_FRAMES = 10_000
 MIB = 2**20
 
 
-def timed(
-    run: Callable[..., object],
-    prepare: Callable[[], tuple[object, ...]] = tuple,
-    repetitions: int = 7,
-    budget_s: float = 4.0,
-) -> float:
-    """Median seconds of run(*prepare()), without prepare, after a warm-up: by events on a GPU."""
-    run(*prepare())
-    seconds = []
-    begun_s = time.perf_counter()
-    while len(seconds) < repetitions and (not seconds or time.perf_counter() - begun_s < budget_s):
-        prepared = prepare()
-        seconds.append(elapsed_s(lambda: run(*prepared)))  # noqa: B023
-    return statistics.median(seconds)
+@dataclass(frozen=True)
+class DeviceWorkload(Workload):
+    """A workload whose logits are drawn once, on its device: on the CPU that takes a minute."""
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(self.seed + 1)
+        size = self.shape.num_cells, self.vocab_size
+        logits = torch.randn(size, generator=generator, device=self.device)
+        return logits.mul_(LATTICE_SCALES[self.lattice] * self.logits_scale)
+
+    def logits(self) -> Tensor:
+        return self._logits.detach()
 
 
-def elapsed_s(run: Callable[[], object]) -> float:
-    if not torch.cuda.is_available():
-        begun_s = time.perf_counter()
-        run()
-        return time.perf_counter() - begun_s
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    run()
-    events[1].record()
-    torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) / 1e3
-
-
-@contextmanager
-def arithmetic(mode: str, device: str) -> Iterator[None]:
-    """float32 products exactly, or with TF32; or bfloat16 autocast."""
-    torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
-    with torch.autocast(device, torch.bfloat16, enabled=mode == "bfloat16"):
-        yield
-    torch.backends.cuda.matmul.allow_tf32 = False
+def batches(
+    device: str, max_frames: int, vocab_size: int, joiner_dim: int
+) -> dict[str, DeviceWorkload]:
+    shapes = utterance_shapes(None)
+    unsorted = choose_batch(shapes, max_frames=10**9, batch="unsorted")[:30]
+    chosen = {
+        "sorted": choose_batch(shapes, max_frames=max_frames, batch="sorted"),
+        "unsorted": unsorted[: max(2, 30 * max_frames // MAX_FRAMES)],
+    }
+    return {
+        name: DeviceWorkload(
+            tuple(lengths[:, 0].tolist()),
+            tuple(lengths[:, 1].tolist()),
+            vocab_size,
+            joiner_dim,
+            device=device,
+        )
+        for name, lengths in chosen.items()
+    }
 
 
 def copy_bytes_per_s(device: str) -> float:
-    """Bytes read and written each second by a large copy."""
+    """Returns the bytes that a large copy reads and writes each second."""
     source = torch.ones(2**28 if device == "cuda" else 2**22, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / timed(lambda: target.copy_(source))
 
 
-def flops_per_s(device: str) -> float:
-    """Of a product as the joiner's, but large; in the mode that holds."""
-    hidden = torch.randn(2**17 if device == "cuda" else 2**10, JOINER_DIM, device=device)
-    weight = torch.randn(VOCAB_SIZE + 12, JOINER_DIM, device=device)
+def flops_per_s(device: str, joiner_dim: int, vocab_size: int) -> float:
+    """Returns the rate of a large product like the joiner's, in the mode that is on."""
+    hidden = torch.randn(2**17 if device == "cuda" else 2**10, joiner_dim, device=device)
+    weight = torch.randn(vocab_size + 12, joiner_dim, device=device)
     if torch.is_autocast_enabled(device):
         hidden, weight = hidden.bfloat16(), weight.bfloat16()
     seconds = timed(lambda: hidden @ weight.T)
@@ -100,8 +112,8 @@ def roofline_s(suite: str, workload: Workload, bandwidth: float, flops: float) -
     return 3 * 2 * cells * workload.joiner_dim * workload.vocab_size / flops
 
 
-def measure(job: Job) -> tuple[float, float, float]:
-    """Seconds, peak MiB above what there was before, and the sum of the losses."""
+def measure(job: Job) -> Row:
+    """Returns times, peak memory above what was there before, and the sum of the losses."""
     losses = float(job.run(job.prepare())[0].double().sum())
     gc.collect()
     peak = 0.0
@@ -114,76 +126,55 @@ def measure(job: Job) -> tuple[float, float, float]:
         job.run(prepared.pop())
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / MIB
-    return timed(job.run, lambda: (job.prepare(),)), peak, losses
-
-
-def batches(device: str, max_frames: int) -> dict[str, Workload]:
-    shapes = utterance_shapes(None)
-    unsorted = choose_batch(shapes, max_frames=10**9, batch="unsorted")[:30]
-    chosen = {
-        "unsorted 30": unsorted[: max(2, 30 * max_frames // MAX_FRAMES)],
-        "sorted 10k": choose_batch(shapes, max_frames=max_frames, batch="sorted"),
-    }
+    seconds = timed(job.run, lambda: (job.prepare(),))
+    prepared = [job.prepare()]
+    kernels = kernels_of(lambda: job.run(prepared.pop()))
     return {
-        name: Workload(
-            tuple(lengths[:, 0].tolist()),
-            tuple(lengths[:, 1].tolist()),
-            VOCAB_SIZE,
-            JOINER_DIM,
-            device=device,
-        )
-        for name, lengths in chosen.items()
+        "ms": 1e3 * seconds,
+        "device_ms": sum(kernel.ms for kernel in kernels),
+        "launches": round(sum(kernel.calls for kernel in kernels)),
+        "peak_mib": peak,
+        "loss_sum": losses,
     }
 
 
-def rows_of(
-    batch: str,
-    suite: str,
-    mode: str,
-    workload: Workload,
-    roofline: float,
-    deadline_s: float,
-    torchaudio_s: dict[str, float],
-) -> Iterator[str]:
-    """One line of the table for each implementation that has the suite.
+def order(entry: Implementation) -> int:
+    """Sorts implementations: the fused step first, then ours, then torchaudio, then the others."""
+    if entry.project == "ours":
+        return 0 if "fused" in entry.name else 1
+    return 2 if entry.project == "torchaudio" else 3
 
-    `torchaudio_s` keeps torchaudio's seconds by suite; a pruned step is compared with its step.
-    """
-    for name, entry in implementations(EXTRA).items():
-        if suite not in entry.jobs or (mode == "bfloat16" and entry.project != "ours"):
-            continue  # peers do not know it
-        label = f"{batch:<12} {suite:<7} {mode:<9} {name:<28}"
+
+def is_wanted(project: str, projects: Sequence[str]) -> bool:
+    return "all" in projects or project in projects
+
+
+def suite_rows(
+    suite: str, mode: str, workload: Workload, projects: Sequence[str], deadline_s: float
+) -> Iterator[Row]:
+    """Yields a row for each implementation that has the suite."""
+    for entry in sorted(implementations(EXTRA).values(), key=order):
+        if suite not in entry.jobs or not is_wanted(entry.project, projects):
+            continue
+        if mode == "bfloat16" and entry.project != "ours":
+            continue  # the others do not take it
+        row: Row = {"suite": suite, "mode": mode, "name": entry.name, "project": entry.project}
         if time.perf_counter() > deadline_s:
-            yield f"{label} not measured: out of time"
+            yield {**row, "problem": "not measured: out of time"}
             continue
         try:
+            require_present(entry)
             with arithmetic(mode, workload.device):
-                seconds, peak, losses = one(entry, suite, workload)
+                yield {**row, **measure(entry.jobs[suite](workload))}
         except Absent as reason:
-            yield f"{label} absent: {reason}"
-            continue
+            yield {**row, "problem": f"absent: {reason}"}
         except Exception as error:
-            yield f"{label} {type(error).__name__}: {str(error).splitlines()[0][:80]}"
-            continue
-        if name == "torchaudio":
-            torchaudio_s[suite] = seconds
-        known = torchaudio_s.get(suite if suite == "loss" else "step")
-        speedup = f"{known / seconds:>7.1f}x" if known else f"{'':>8}"
-        yield (
-            f"{label} {1e3 * seconds:>9.2f} {peak:>10.1f} {speedup} {seconds / roofline:>8.2f} "
-            f"{losses:>14.3f}"
-        )
+            message = (str(error).splitlines() or [""])[0]
+            yield {**row, "problem": f"{type(error).__name__}: {message[:80]}"}
 
 
-def one(entry: Implementation, suite: str, workload: Workload) -> tuple[float, float, float]:
-    require_present(entry)
-    return measure(entry.jobs[suite](workload))
-
-
-def stage_rows(
-    batch: str, workload: Workload, bandwidth: float, dtype: torch.dtype
-) -> Iterator[str]:
-    """Milliseconds of each stage on packed logits; ratio to the time of moving what it must."""
+def stage_rows(workload: Workload, bandwidth: float, dtype: torch.dtype) -> Iterator[Row]:
+    """Yields a row for each stage on packed logits; its roofline moves what the stage must."""
     shape, device = workload.shape, torch.device(workload.device)
     targets, logits = workload.targets(), workload.logits().to(dtype)
     lattices = LatticeBatch(
@@ -226,50 +217,75 @@ def stage_rows(
         ("3 logits_grad", stage_3, 2 * logits_s),
         ("kept_rows", filter_rows, 0.0),
     ):
-        seconds = timed(run)
-        ratio = f"{seconds / floor_s:>8.2f}" if floor_s else ""
-        kind = str(dtype).removeprefix("torch.")
-        label = f"{batch:<12} {'stage':<7} {kind:<9} {name:<28}"
-        yield f"{label} {1e3 * seconds:>9.3f} {'':>19} {ratio}"
+        row: Row = {"suite": "stage", "mode": str(dtype).removeprefix("torch."), "name": name}
+        row |= {"project": "ours", "ms": 1e3 * timed(run)}
+        row["device_ms"] = sum(kernel.ms for kernel in kernels_of(run))
+        if floor_s:
+            row["roofline_ms"] = 1e3 * floor_s
+        yield row
+
+
+def batch_rows(
+    workload: Workload,
+    bandwidth: float,
+    rates: dict[str, float],
+    projects: Sequence[str],
+    deadline_s: float,
+) -> Iterator[Row]:
+    """Yields all rows of a batch, the most valuable first."""
+    for suite in SUITES:
+        for mode in MODES if suite != "loss" else MODES[:1]:  # it multiplies no matrices
+            roofline_ms = 1e3 * roofline_s(suite, workload, bandwidth, rates[mode])
+            for row in suite_rows(suite, mode, workload, projects, deadline_s):
+                yield {**row, "roofline_ms": roofline_ms}
+        if suite == "step" and is_wanted("ours", projects):
+            for dtype in (torch.float32, torch.bfloat16):
+                if time.perf_counter() < deadline_s:
+                    yield from stage_rows(workload, bandwidth, dtype)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=400.0, help="stop measuring after so long")
+    limit_s = float(os.environ.get("STAGE_SECONDS", 400)) - 10
+    parser.add_argument("--seconds", type=float, default=limit_s, help="time for measurements")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--frames", type=int, default=MAX_FRAMES, help="of the sorted batch")
+    parser.add_argument("--vocab-size", type=int, default=500)
+    parser.add_argument("--joiner-dim", type=int, default=512)
+    parser.add_argument("--batches", nargs="+", default=["sorted", "unsorted"])
+    parser.add_argument("--projects", nargs="+", default=["all"], help="all, ours, torchaudio, ...")
     parser.add_argument("--peers-dir", default="", help="where peers.py has built the others")
+    parser.add_argument("--json", type=Path, help="file of the rows")
     options = parser.parse_args(arguments)
     if options.peers_dir:
         sys.path.append(options.peers_dir)
     device = options.device
     deadline_s = time.perf_counter() + options.seconds
+    sizes = options.vocab_size, options.joiner_dim
+    workloads = batches(device, options.frames, *sizes)
     bandwidth = copy_bytes_per_s(device)
     rates = {}
     for mode in MODES:
         with arithmetic(mode, device):
-            rates[mode] = flops_per_s(device)
-    lines = []
-    workloads = batches(device, options.frames)
-    for batch, workload in reversed(workloads.items()):  # the sorted one first: it is the measure
-        torchaudio_s: dict[str, float] = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            lines += list(stage_rows(batch, workload, bandwidth, dtype))
-        for suite in ("step", "loss", "pruned"):
-            for mode in MODES if suite != "loss" else MODES[:1]:  # it multiplies no matrices
-                roofline = roofline_s(suite, workload, bandwidth, rates[mode])
-                rows = rows_of(batch, suite, mode, workload, roofline, deadline_s, torchaudio_s)
-                for line in rows:
-                    print(line, flush=True)
-                    lines.append(line)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a dry run"
-    print(f"\n{name}, torch {torch.__version__}")
-    print(f"copy {bandwidth / 1e9:.0f} GB/s; products in TFLOP/s:", end=" ")
-    print(", ".join(f"{mode} {rate / 1e12:.0f}" for mode, rate in rates.items()))
-    for batch, workload in workloads.items():
-        print(f"{batch}: {len(workload.frames)} utterances, {workload.shape.num_cells} cells")
-    print(f"{'':<59} {'ms':>9} {'peak MiB':>10} {'faster':>8} {'/ roof':>8} {'sum of losses':>14}")
-    print("\n".join(lines))
+            rates[mode] = flops_per_s(device, sizes[1], sizes[0])
+    record = Record(
+        options.json,
+        device,
+        kind="benchmark",
+        copy_gb_per_s=bandwidth / 1e9,
+        product_tflops={mode: rate / 1e12 for mode, rate in rates.items()},
+        batches={
+            name: {"utterances": len(workloads[name].frames), "cells": workloads[name].shape.num_cells}
+            for name in options.batches
+        },
+    )
+    for batch in options.batches:
+        for row in batch_rows(workloads[batch], bandwidth, rates, options.projects, deadline_s):
+            record.add({"batch": batch, **row})
+            print(".", end="", flush=True)
+    print()
+    print(benchmark_table(record.document))
+    print(benchmark_figures(record.rows))
 
 
 if __name__ == "__main__":

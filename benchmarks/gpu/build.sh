@@ -1,18 +1,42 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Sourced by the scripts beside it: builds transducer_toolkit._C for the GPU at hand, in place.
-# Needs nvcc, cmake, ninja, pybind11 and a torch that sees the GPU; PYTHON names the interpreter.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-PYTHON=${PYTHON:-python3}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-ln -sfn ../conf transducer_toolkit/conf  # what an installed package has there
+# Puts transducer_toolkit._C into place: the module from .gpu_kit if it was made from these sources
+# (prepare.sh), else a new one for the GPU of this machine. With DRY=1 a module that is already in
+# place will do.
+#
+# Building needs nvcc, cmake, ninja and pybind11; PYTHON names the interpreter.
+source "$(dirname "$0")/common.sh"
+ln -sfn ../conf transducer_toolkit/conf  # as in an installed package
+suffix=$($PYTHON -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+module=transducer_toolkit/_C$suffix
+
+check() {  # prints what the module is; fails without a device, unless DRY=1
+  $PYTHON - <<'PYTHON_END'
+import os, sys
+import transducer_toolkit.__main__ as report
+report.main()
+devices = report.build_info()["cuda_devices"]
+sys.exit(0 if devices or os.environ.get("DRY") == "1" else "the module finds no CUDA device")
+PYTHON_END
+}
+
+if [ "$(cat .gpu_kit/sources.sha256 2>/dev/null)" = "$(sources_checksum)" ] &&
+  [ -f ".gpu_kit/_C$suffix" ]; then
+  cp ".gpu_kit/_C$suffix" "$module"
+  if check; then echo "figures: brought along"; exit 0; fi
+  echo "the module that was brought along does not work here: building another"
+fi
+if [ "${DRY:-}" = 1 ] && [ -f "$module" ] && check; then
+  echo "figures: already in place"
+  exit 0
+fi
 architecture=$($PYTHON -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 cmake -S . -B build/gpu -G Ninja -DTRANSDUCER_PYTHON=ON -DTRANSDUCER_CUDA=ON \
-  "-DCMAKE_CUDA_ARCHITECTURES=$architecture" "-DCMAKE_CUDA_FLAGS=-lineinfo" \
+  -DCMAKE_BUILD_TYPE=Release "-DCMAKE_CUDA_ARCHITECTURES=$architecture" \
+  -DCMAKE_CUDA_FLAGS=-lineinfo \
   "-DPython_EXECUTABLE=$($PYTHON -c 'import sys; print(sys.executable)')" \
-  "-Dpybind11_DIR=$($PYTHON -m pybind11 --cmakedir)" >build_gpu.log
-cmake --build build/gpu >>build_gpu.log || { tail -n 40 build_gpu.log; exit 1; }
-rm -f build_gpu.log transducer_toolkit/_C.*.so
-cp build/gpu/_C.*.so transducer_toolkit/
-$PYTHON -m transducer_toolkit
+  "-Dpybind11_DIR=$($PYTHON -m pybind11 --cmakedir)"
+cmake --build build/gpu
+cp "build/gpu/_C$suffix" "$module"
+check
+echo "figures: built for $architecture"

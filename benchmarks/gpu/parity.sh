@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# On a machine with a GPU, one call: builds, then every stage against the CPU, three times for the
-# same bits, streams, graph capture, more than 2^31 logits (skipped where they do not fit).
-source "$(dirname "$0")/build.sh"
-status=0  # the second says something whatever the first has found
-timeout 240 $PYTHON -m pytest -q -p no:cacheprovider tests/test_backends*.py -k cuda || status=$?
-timeout 240 $PYTHON -m pytest -q -p no:cacheprovider tests/losses/test_cuda.py tests/test_native.py ||
-  status=$?
-exit $status
+# A stage of all.sh: every CUDA stage and loss against the CPU. Writes $OUT/parity.xml.
+source "$(dirname "$0")/common.sh"
+tests='cuda and not emulated'
+if [ "${DRY:-}" = 1 ]; then tests='emulated and (kept_rows or pruned)'; fi
+$PYTHON -m pytest -q -p no:cacheprovider -p benchmarks.gpu.pytest_plugin \
+  --numprocesses "${WORKERS:-8}" --failures "$WORK/failures" --junitxml "$OUT/parity.xml" \
+  tests/test_backends*.py tests/losses/test_cuda*.py -k "$tests"

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other projects' CUDA losses: fetched where there is a network, built where there is a GPU.
+"""Fetches other projects' CUDA losses where there is a network; builds them where there is a GPU.
 
-    python benchmarks/gpu/peers.py fetch                    # sdists from PyPI into .peers
-    python benchmarks/gpu/peers.py build --target DIR       # those there are; says which are not
+    python benchmarks/gpu/peers.py fetch                    # sources from PyPI into .gpu_kit/peers
+    python benchmarks/gpu/peers.py build --target DIR       # builds the ones that were fetched
 
-Building needs nvcc, cmake, make, pybind11, and a torch that sees the GPU. The patches change how
-the sources are built (C++17, the installed pybind11, the GPU at hand), not what they compute.
-optimized_transducer's CUDA sources want moderngpu, which is not on PyPI: it is not here.
+Fetching needs pip alone. Building needs nvcc, cmake, make, pybind11 and a torch that sees the GPU.
+The patches change how the sources are built (C++17, the installed pybind11, one architecture), not
+what they compute. optimized_transducer is left out because its CUDA sources need moderngpu, which
+is not on PyPI; NeMo's Triton loss is left out because it needs NeMo.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.install_peers import PYBIND11_CMAKE, TORCH_CMAKE, NotBuilt, pip
 
 SOURCES = {
-    "fast_rnnt": "fast_rnnt==1.3",
-    "warp_rnnt": "warp_rnnt==0.7.0",
     "warprnnt_numba": "warprnnt_numba==0.4.1",
+    "warp_rnnt": "warp_rnnt==0.7.0",
+    "fast_rnnt": "fast_rnnt==1.3",  # last: a file takes nvcc minutes
 }
+# Their setup.py files call bdist_wheel and pkg_resources, which newer versions do not have.
+TOOLS = ("setuptools==80.9.0", "wheel==0.45.1")
 # warp_rnnt's setup.py refuses to say even its name where torch sees no GPU.
 STAND_IN_FOR_TORCH = """
 class cuda:
@@ -47,24 +53,44 @@ list(APPEND TORCH_LIBRARIES
 
 
 def fetch(requirement: str, folder: Path) -> None:
-    """The source distribution, as a file."""
-    with tempfile.TemporaryDirectory() as stand_in:
+    """Downloads the source distribution as a file.
+
+    pip asks its setup.py for the name, which needs the tools in `folder`.
+    """
+    with build_tools(folder) as tools, tempfile.TemporaryDirectory() as stand_in:
         utilities = Path(stand_in) / "torch" / "utils"
         utilities.mkdir(parents=True)
         (utilities.parent / "__init__.py").write_text(STAND_IN_FOR_TORCH)
         (utilities / "__init__.py").write_text("")
         (utilities / "cpp_extension.py").write_text(STAND_IN_FOR_EXTENSIONS)
         download = ("download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:")
-        pip(*download, "--dest", str(folder), requirement, environment={"PYTHONPATH": stand_in})
+        environment = {"PYTHONPATH": os.pathsep.join([stand_in, str(tools)])}
+        pip(*download, "--dest", str(folder), requirement, environment=environment)
+
+
+def fetch_tools(folder: Path) -> None:
+    """Downloads the wheels that every peer's setup.py needs."""
+    pip("download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), *TOOLS)
+
+
+@contextmanager
+def build_tools(folder: Path) -> Iterator[Path]:
+    """A temporary folder for PYTHONPATH with the tools in it; the environment stays as it is."""
+    with tempfile.TemporaryDirectory() as target:
+        install = ("install", "--no-deps", "--no-index", "--find-links", str(folder))
+        pip(*install, "--target", target, *TOOLS)
+        yield Path(target)
 
 
 def patch_cuda(folder: Path, architecture: str) -> None:
-    """C++17, the installed pybind11, torch's libraries by name, and one architecture."""
+    """Sets C++17, the installed pybind11, torch's libraries by name, and one architecture."""
     listing = folder / "CMakeLists.txt"
     text, changes = re.subn(r"(?<=set\(CMAKE_CXX_STANDARD )14", "17", listing.read_text())
     text, more = re.subn(
         r"(?<=_COMPUTE_ARCH_CANDIDATES) [\d ]+(?=\))", f" {architecture}", text, count=1
     )
+    # Further architectures for newer toolkits: each would be compiled as well.
+    text = re.sub(r"list\(APPEND \w+_COMPUTE_ARCH_CANDIDATES [\d ]+\)", "", text)
     if not (changes and more):
         raise NotBuilt("its CMakeLists.txt does not name C++14 and architectures: another version?")
     listing.write_text(text)
@@ -73,12 +99,12 @@ def patch_cuda(folder: Path, architecture: str) -> None:
 
 
 def build(name: str, sources: Path, target: Path, jobs: int) -> str:
-    """Builds and installs one; returns what to say of it."""
+    """Builds and installs one peer; returns a message."""
     archives = sorted(sources.glob(f"{name}-*.tar.gz"))
     if not archives:
         raise NotBuilt(f"no source distribution in {sources}")
-    environment = {"MAX_JOBS": str(jobs)}
-    with tempfile.TemporaryDirectory() as folder:
+    with build_tools(sources) as tools, tempfile.TemporaryDirectory() as folder:
+        environment = {"MAX_JOBS": str(jobs), "PYTHONPATH": str(tools)}
         with tarfile.open(archives[-1]) as opened:
             opened.extractall(folder, filter="data")
         source = Path(folder) / archives[-1].name.removesuffix(".tar.gz")
@@ -86,6 +112,8 @@ def build(name: str, sources: Path, target: Path, jobs: int) -> str:
             import pybind11
             import torch
 
+            if not torch.cuda.is_available():
+                raise NotBuilt("torch sees no GPU to build for")
             architecture = "{}{}".format(*torch.cuda.get_device_capability())
             patch_cuda(source, architecture)
             environment["FT_MAKE_ARGS"] = f"-j{jobs}"
@@ -105,10 +133,13 @@ def build(name: str, sources: Path, target: Path, jobs: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("fetch", "build"))
-    parser.add_argument("--sources", type=Path, default=Path(".peers"))
+    parser.add_argument("--sources", type=Path, default=Path(".gpu_kit/peers"))
     parser.add_argument("--target", type=Path, default=Path("build/gpu_peers"))
     parser.add_argument("--jobs", type=int, default=8, help="compilers at once")
     options = parser.parse_args(arguments)
+    if options.action == "fetch":
+        options.sources.mkdir(parents=True, exist_ok=True)
+        fetch_tools(options.sources)
     for name, requirement in SOURCES.items():
         try:
             if options.action == "fetch":

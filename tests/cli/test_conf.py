@@ -20,9 +20,11 @@ from transducer_toolkit.cli.train import train
 
 run_folder.register()
 CONF = files("transducer_toolkit.conf")
-GROUPS = {
+GROUPS = {  # without _common.yaml, which is part of its group's options and none itself
     group.name: sorted(
-        path.name.removesuffix(".yaml") for path in group.iterdir() if path.name.endswith(".yaml")
+        path.name.removesuffix(".yaml")
+        for path in group.iterdir()
+        if path.name.endswith(".yaml") and not path.name.startswith("_")
     )
     for group in CONF.iterdir()
     if group.is_dir() and not group.name.startswith("_")
@@ -116,6 +118,34 @@ def test_options_that_no_class_would_name_as_they_are_spelt(override, message, t
     cfg = composed("train", f"run_dir={tmp_path}", override)
     with pytest.raises((TypeError, ValueError), match=message):
         train(cfg)
+
+
+@pytest.mark.parametrize("option", GROUPS["data"])
+def test_all_data_follow_seed_and_loss(option):
+    common = OmegaConf.load(CONF / "data" / "_common.yaml")
+    text = OmegaConf.load(CONF / "data" / f"{option}.yaml")
+    needed = [f"data={option}", *NEEDED["data"].get(option, [])]
+    for name, overrides, seed, topology in (
+        (
+            "train",
+            ["~experiment", "seed=7", "loss=packed", "loss.topology=modified"],
+            7,
+            "modified",
+        ),
+        ("train", ["~experiment", "loss=torchaudio"], 1, "regular"),  # has no rnnt_type
+        ("evaluate", ["checkpoint=best.ckpt", "seed=3"], 3, "regular"),
+        ("prepare", [], 0, "regular"),
+    ):
+        data = composed(name, *needed, *overrides).data
+        assert (data.seed, data.topology) == (seed, topology)
+        assert data.spec_augment._target_ == common.spec_augment._target_
+        assert data.tokenizer._partial_ and "corpus" in data and data.max_utterances > 0
+        # An option says what differs, and nothing else.
+        assert not {"seed", "topology"} & set(text)
+        repeated = [key for key in common if key in text and text[key] == common[key]]
+        assert not repeated
+        left = [key for key in common if key not in text and key != "spec_augment"]
+        assert all(data._get_node(key)._value() == common._get_node(key)._value() for key in left)
 
 
 @pytest.mark.parametrize("size", ["s", "m", "l"])

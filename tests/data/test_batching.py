@@ -4,8 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transducer_toolkit.data.batching import EpochIndex, LatticeBatchSampler
+from transducer_toolkit.data import batching
+from transducer_toolkit.data.batching import EpochIndex
 from transducer_toolkit.ops.topology import is_feasible
+
+
+def make_sampler(*args, num_output_frames=lambda length: -(-length // 4), **options):
+    return batching.LatticeBatchSampler(*args, num_output_frames=num_output_frames, **options)
 
 
 def positions(sampler):
@@ -52,7 +57,7 @@ def test_every_epoch_is_a_partition(
 ):
     frames, targets = zip(*lengths, strict=True)
     ranks = [
-        LatticeBatchSampler(
+        make_sampler(
             frames,
             targets,
             max_cells=max_cells,
@@ -84,7 +89,7 @@ def test_every_epoch_is_a_partition(
 
 def test_shuffling_depends_on_seed_and_epoch_alone():
     def batches(epoch, seed=0):
-        sampler = LatticeBatchSampler(*corpus(300), max_cells=20_000, seed=seed)
+        sampler = make_sampler(*corpus(300), max_cells=20_000, seed=seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -96,7 +101,7 @@ def test_shuffling_depends_on_seed_and_epoch_alone():
 
 def test_unshuffled_epochs_are_alike_and_start_with_the_longest():
     frames, targets = corpus(100)
-    sampler = LatticeBatchSampler(frames, targets, max_cells=20_000, shuffle=False)
+    sampler = make_sampler(frames, targets, max_cells=20_000, shuffle=False)
     first = positions(sampler)
     sampler.set_epoch(5)
     assert positions(sampler) == first
@@ -107,7 +112,7 @@ def test_unshuffled_epochs_are_alike_and_start_with_the_longest():
 def test_batches_waste_little_padding_and_steps_are_even_over_ranks():
     frames, targets = corpus(4000)
     ranks = [
-        positions(LatticeBatchSampler(frames, targets, max_cells=60_000, rank=rank, world_size=4))
+        positions(make_sampler(frames, targets, max_cells=60_000, rank=rank, world_size=4))
         for rank in range(4)
     ]
     real = sum(frames)
@@ -119,15 +124,24 @@ def test_batches_waste_little_padding_and_steps_are_even_over_ranks():
 
 
 def test_an_utterance_beyond_the_bound_is_alone():
-    sampler = LatticeBatchSampler([4000, 40, 40], [99, 1, 1], max_cells=1000, shuffle=False)
+    sampler = make_sampler([4000, 40, 40], [99, 1, 1], max_cells=1000, shuffle=False)
     assert positions(sampler) == [[0], [1, 2]]
+
+
+def test_cells_are_counted_in_frames_of_the_encoder():
+    frames, targets = [801, 800, 9], [9, 4, 2]
+    sampler = make_sampler(frames, targets, num_output_frames=lambda n: -(-n // 8), max_cells=1515)
+    assert [sampler.num_cells(position) for position in range(3)] == [101 * 10, 100 * 5, 2 * 3]
+    assert len(sampler) == 2
+    none = make_sampler([3, 3], [1, 1], num_output_frames=lambda n: n // 8, max_cells=100)
+    assert len(list(none)) == 1  # utterances without an encoder frame, as in a test set
 
 
 def test_epoch_is_set_through_lightning():
     from lightning.fabric.utilities.data import _set_sampler_epoch
     from torch.utils.data import DataLoader
 
-    sampler = LatticeBatchSampler(*corpus(10), max_cells=20_000)
+    sampler = make_sampler(*corpus(10), max_cells=20_000)
     _set_sampler_epoch(DataLoader(list(range(10)), batch_sampler=sampler), 7)
     assert sampler.epoch == 7
 
@@ -137,14 +151,13 @@ def test_epoch_is_set_through_lightning():
     [
         ({"max_cells": 0}, "max_cells must be positive, got 0"),
         ({"max_utterances": 0}, "max_utterances must be positive, got 0"),
-        ({"subsampling": 0}, "subsampling must be positive, got 0"),
         ({"rank": 2, "world_size": 2}, r"rank must lie in \[0, world_size=2\), got 2"),
         ({"world_size": 4}, "3 utterances are too few for world_size=4"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        LatticeBatchSampler([40, 40, 40], [1, 1, 1], **{"max_cells": 100, **options})
+        make_sampler([40, 40, 40], [1, 1, 1], **{"max_cells": 100, **options})
 
 
 @pytest.mark.parametrize(
@@ -158,12 +171,12 @@ def test_errors(options, message):
 )
 def test_bad_lengths(frames, targets, message):
     with pytest.raises(ValueError, match=message):
-        LatticeBatchSampler(frames, targets, max_cells=100)
+        make_sampler(frames, targets, max_cells=100)
 
 
 def test_the_largest_of_an_epoch():
     frames, targets = corpus(300)
-    sampler = LatticeBatchSampler(frames, targets, max_cells=20_000, max_utterances=12)
+    sampler = make_sampler(frames, targets, max_cells=20_000, max_utterances=12)
     found = sampler.largest(2)
     sampler.set_epoch(2)
     batches = list(sampler)

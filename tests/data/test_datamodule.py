@@ -21,9 +21,18 @@ def manifest_corpus(folder, **changes):
     return ManifestCorpus(**{**sets, **changes})
 
 
+def fourfold(num_frames):
+    return -(-num_frames // 4)
+
+
+def eightfold(num_frames):
+    return -(-num_frames // 8)
+
+
 def data_module(folder, **options):
-    corpus = options.pop("corpus", manifest_corpus(folder))
-    return TransducerDataModule(corpus=corpus, **{"max_cells": 500, **options})
+    corpus = options.pop("corpus", None) or manifest_corpus(folder)
+    options = {"max_cells": 500, "num_output_frames": fourfold, **options}
+    return TransducerDataModule(corpus=corpus, **options)
 
 
 def ids_of(loader):
@@ -42,12 +51,19 @@ def test_all_utterances_of_all_sets(noise_corpus):
     assert data.tokenizer.symbols == CharTokenizer.from_texts(texts).symbols
 
 
-def test_there_is_no_tokenizer_before_setup(noise_corpus):
-    data = data_module(noise_corpus)
-    with pytest.raises(RuntimeError, match="no tokenizer yet: call setup"):
-        data.made_tokenizer()
+def test_the_tokenizer_is_made_before_the_encoder_is_known(noise_corpus):
+    data = TransducerDataModule(corpus=manifest_corpus(noise_corpus), max_cells=500)
+    assert data.tokenizer is None
+    tokenizer = data.made_tokenizer()
+    assert data.made_tokenizer() is data.tokenizer is tokenizer
+    with pytest.raises(ValueError, match=r"num_output_frames: .* got None: the encoder decides"):
+        data.setup("fit")
+    data.setup("test")
+    with pytest.raises(ValueError, match=r"num_output_frames: .* got None: the encoder decides"):
+        data.test_dataloader()
+    data.num_output_frames = fourfold
     data.setup("fit")
-    assert data.made_tokenizer() is data.tokenizer
+    assert len(ids_of(data.train_dataloader())) == 12
 
 
 def test_a_stage_reads_what_it_needs(noise_corpus):
@@ -123,7 +139,7 @@ def short_corpus(tmp_path):
 
 @pytest.mark.parametrize(("topology", "kept"), [("regular", 2), ("modified", 1)])
 def test_infeasible_utterances_are_dropped_and_counted(short_corpus, caplog, topology, kept):
-    data = TransducerDataModule(corpus=short_corpus, max_cells=1000, topology=topology)
+    data = data_module(None, corpus=short_corpus, max_cells=1000, topology=topology)
     with caplog.at_level(logging.WARNING):
         data.setup()
     assert len(ids_of(data.train_dataloader())) == len(ids_of(data.val_dataloader())) == kept
@@ -134,12 +150,37 @@ def test_infeasible_utterances_are_dropped_and_counted(short_corpus, caplog, top
     assert all("short" in message for message in dropped)
 
 
+def test_the_encoder_decides_which_utterances_have_a_path(short_corpus):
+    data = TransducerDataModule(corpus=short_corpus, max_cells=1000, topology="modified")
+    data.num_output_frames = fourfold
+    data.setup("fit")
+    assert ids_of(data.train_dataloader()) == ["long"]
+    data.num_output_frames = eightfold
+    with pytest.raises(ValueError, match="set 'train' has no usable utterances in"):
+        data.setup("fit")  # 28 feature frames are 4 encoder frames, for 5 symbols
+    data.num_output_frames = lambda num_frames: -(-num_frames // 2)
+    data.setup("fit")
+    assert ids_of(data.train_dataloader()) == ["long", "short"]
+
+
+def test_the_encoder_decides_the_size_of_batches(noise_corpus):
+    for num_output_frames in (fourfold, eightfold):
+        data = data_module(noise_corpus, num_output_frames=num_output_frames)
+        data.setup("fit")
+        cells = []
+        for batch in data.val_dataloader():
+            frames = torch.tensor(list(map(num_output_frames, batch.feature_lengths.tolist())))
+            cells.append(int((frames * (batch.target_lengths + 1)).sum()))
+        assert all(count <= 500 for count in cells)
+        assert sum(cells[:2]) > 500 or len(cells) == 1
+
+
 def test_feasible_at_every_speed_that_training_may_draw(short_corpus):
     options = {"corpus": short_corpus, "max_cells": 1000, "topology": "one_sym_per_frame"}
-    data = TransducerDataModule(**options)
+    data = data_module(None, **options)
     data.setup()
     assert ids_of(data.train_dataloader()) == ["long"]
-    data = TransducerDataModule(**options, waveform_perturbation=WaveformPerturbation(speed=0.5))
+    data = data_module(None, **options, waveform_perturbation=WaveformPerturbation(speed=0.5))
     with pytest.raises(ValueError, match="set 'train' has no usable utterances in"):
         data.setup()  # 7 frames may become 5
 
@@ -151,6 +192,32 @@ def test_a_text_with_unknown_characters_is_named(noise_corpus):
     data.setup("test")
     with pytest.raises(ValueError, match=r"utterance 'test-0': character .* is not among"):
         data.test_dataloader()
+
+
+class CountingTokenizer(CharTokenizer):
+    def __init__(self, symbols):
+        super().__init__(symbols)
+        self.texts = []
+
+    def encode(self, text):
+        self.texts.append(text)
+        return super().encode(text)
+
+
+def test_each_text_is_encoded_once(noise_corpus):
+    tokenizer = CountingTokenizer.from_texts(["one two six"])
+    data = data_module(noise_corpus, tokenizer=tokenizer)
+    for _ in range(2):  # the caller, then Lightning
+        data.setup()
+    loaders = [data.train_dataloader(), data.val_dataloader(), *data.test_dataloader()]
+    texts, encoded = [], []
+    for loader in loaders:
+        for batch in loader:
+            texts += batch.texts
+            rows = zip(batch.targets, batch.target_lengths, strict=True)
+            encoded += [tokenizer.decode(ids[:length].tolist()) for ids, length in rows]
+    list(data.train_dataloader())  # another epoch
+    assert sorted(tokenizer.texts) == sorted(texts) == sorted(encoded) and len(texts) == 12 + 5 + 3
 
 
 def test_missing_manifest(noise_corpus, tmp_path):
@@ -215,6 +282,7 @@ def test_a_loader_goes_on_where_a_checkpoint_stands(noise_corpus, caplog):
         ({"on_bad_audio": "ignore"}, ValueError, "on_bad_audio must be 'raise' or 'skip'"),
         ({"topology": "linear"}, ValueError, "topology: expected one of"),
         ({"tokenizer": "words"}, TypeError, "tokenizer: expected a Tokenizer, .* got str 'words'"),
+        ({"num_output_frames": 4}, TypeError, "num_output_frames: expected the encoder's method"),
         ({"seed": None}, TypeError, "seed: expected an int, got NoneType"),
     ],
 )

@@ -13,11 +13,15 @@ from tests.cuts import write_cuts
 from transducer_toolkit.data.augment import SpecAugment
 from transducer_toolkit.data.corpus import ManifestCorpus
 from transducer_toolkit.data.datamodule import TransducerDataModule
-from transducer_toolkit.data.lhotse_batching import duration_bins
+from transducer_toolkit.data.lhotse_batching import cut_targets, duration_bins, with_targets
 from transducer_toolkit.data.lhotse_datamodule import LhotseDataModule
 from transducer_toolkit.data.tokenizer import CharTokenizer
 
 NUM_CUTS = 40
+
+
+def fourfold(num_frames):
+    return -(-num_frames // 4)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,8 @@ def data_module(cuts, train="train.jsonl.gz", **options):
         train=cuts / train, val=cuts / "val.jsonl.gz", test={"all": cuts / "val.jsonl.gz"}
     )
     corpus.prepare()
-    data = LhotseDataModule(corpus=corpus, **{"max_cells": 800, "num_buckets": 4, **options})
+    options = {"max_cells": 800, "num_buckets": 4, "num_output_frames": fourfold, **options}
+    data = LhotseDataModule(corpus=corpus, **options)
     data.setup()
     return data
 
@@ -52,9 +57,31 @@ def test_an_epoch_has_all_cuts_in_batches_within_the_budget(cuts):
     assert max(len(batch) for batch in batches) > 2
 
 
+@pytest.mark.parametrize("train", ["train.jsonl.gz", "shar"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_encoder_decides_the_size_of_batches_and_lattices(cuts, train, num_workers):
+    steps = {"steps_per_epoch": 5} if train == "shar" else {}
+    options = {"topology": "modified", "num_workers": num_workers, "max_cells": 400, **steps}
+    kept = {}
+    for factor in (4, 8):
+        data = data_module(
+            cuts, train, num_output_frames=lambda n, factor=factor: -(-n // factor), **options
+        )
+        ids = set()
+        for batch in data.train_dataloader():
+            frames = -(-batch.feature_lengths // factor)
+            assert int((frames * (batch.target_lengths + 1)).sum()) <= 400 or len(batch) == 1
+            assert bool((frames >= batch.target_lengths).all())
+            ids.update(batch.utterance_ids)
+        kept[factor] = ids
+    assert kept[8] < kept[4] or train == "shar"
+
+
 def test_batches_hold_what_our_own_manifests_give(cuts):
     corpus = ManifestCorpus(train=cuts / "train.jsonl", val=cuts / "train.jsonl")
-    own = TransducerDataModule(corpus=corpus, max_cells=800, max_utterances=1)
+    own = TransducerDataModule(
+        corpus=corpus, max_cells=800, max_utterances=1, num_output_frames=fourfold
+    )
     own.setup("fit")
     expected = {batch.utterance_ids[0]: batch for batch in own.val_dataloader()}
     data = data_module(cuts, max_utterances=1)
@@ -177,6 +204,29 @@ def test_infeasible_cuts_are_left_out(cuts, caplog):
     assert 0 < len(kept) < NUM_CUTS
     assert "is too short for its text (topology one_sym_per_frame)" in caplog.text
     assert caplog.text.count("too short") == 1
+
+
+@pytest.mark.parametrize("train", ["train.jsonl.gz", "shar"])
+def test_each_text_is_encoded_once_a_pass(cuts, train):
+    texts = []
+
+    class CountingTokenizer(CharTokenizer):
+        def encode(self, text):
+            texts.append(text)
+            return super().encode(text)
+
+    tokenizer = CountingTokenizer.from_texts(["one two six"])
+    steps = {"steps_per_epoch": NUM_CUTS} if train == "shar" else {}
+    data = data_module(cuts, train, tokenizer=tokenizer, max_utterances=1, **steps)
+    seen = [text for batch in data.train_dataloader() for text in batch.texts]
+    assert sorted(texts) == sorted(seen) and len(seen) == NUM_CUTS
+
+
+def test_cuts_without_targets_are_named(cuts):
+    cut = CutSet.from_file(cuts / "val.jsonl.gz")[0]
+    with pytest.raises(ValueError, match=r"cut 'c0' has no target symbols yet: use with_targets"):
+        cut_targets(cut)
+    assert cut_targets(with_targets(cut, CharTokenizer(["<blk>", *"\u2581enosiwtx"]))).min() > 0
 
 
 def test_long_cuts_are_left_out(cuts):

@@ -30,7 +30,9 @@ def batches(path, **options):
     corpus = ManifestCorpus(train=path, val=path, test={"all": path})
     if path.is_dir():
         options["steps_per_epoch"] = 1
-    data = LhotseDataModule(corpus=corpus, max_cells=800, num_buckets=1, **options)
+    data = LhotseDataModule(
+        corpus=corpus, max_cells=800, num_buckets=1, num_output_frames=lambda n: n // 4, **options
+    )
     data.setup()
     return list(data.train_dataloader())
 

@@ -7,9 +7,10 @@ import torch
 from tests import stage_calls as stages
 from tests.backends import Backend
 from tests.losses.helpers import ragged_batch
+from tests.stage_calls import lattice_batch
 from transducer_toolkit import LatticeShape, fused_joiner_loss, join, joiner_logits, transducer_loss
 from transducer_toolkit.ops import native
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.lattice import CellScores
 
 pytestmark = pytest.mark.skipif(
     Backend("cuda").missing is not None, reason=str(Backend("cuda").missing)
@@ -71,18 +72,87 @@ def test_fused_equals_unfused_and_the_cpu():
     assert all(torch.equal(*pair) for pair in zip(first[1], again[1], strict=True))
 
 
-def test_runs_on_the_current_stream():
-    """Behind slow work on another stream, whose result it needs."""
-    batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
-    logits = batch.packed().detach().cuda()
-    expected = loss_and_grad(logits, batch)
-    torch.cuda.synchronize()
+LATE_CYCLES = 400_000_000  # of _sleep, 0.2 s of an H100: longer than the CPU needs to start a step
+
+
+def late_inputs(tensors):
+    """Copies that hold other values until the current stream has slept."""
+    copies = [torch.full_like(tensor, 3.0) for tensor in tensors]
+    torch.cuda._sleep(LATE_CYCLES)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor)
+    return copies
+
+
+def on_a_side_stream(step, inputs):
+    """Returns step(late inputs) started on a side stream while that sleeps.
+
+    The step must not wait for the device: a kernel on another stream would then find the values it
+    needs, and the test could not fail.
+    """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        late = torch.full_like(logits, 1e3)
-        torch.cuda._sleep(200_000_000)
-        late.copy_(logits)
-        actual = loss_and_grad(late, batch)
+        step(*late_inputs(inputs))  # fills the allocator: a new segment would wait for the device
+        stream.synchronize()
+        result = step(*late_inputs(inputs))
+        assert not stream.query(), "the step waited for the device"
+    stream.synchronize()
+    return result
+
+
+def test_loss_runs_on_the_current_stream():
+    batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
+    shape, targets = batch.shape.to("cuda"), batch.targets.cuda()
+
+    def step(logits):
+        leaf = logits.requires_grad_()
+        loss = transducer_loss(leaf, targets, *shape.lengths, 0, shape=shape, reduction="none")
+        return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+    logits = batch.packed().detach().cuda()
+    expected = step(logits.clone())
+    actual = on_a_side_stream(step, [logits])
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+def test_joiner_runs_on_the_current_stream():
+    """The fused loss's forward, and the logits of the joiner with their gradients."""
+    torch.manual_seed(3)
+    shape = LatticeShape.from_lengths(FRAMES, SYMBOLS).to("cuda")
+    sizes = (4, 60, 48), (4, 31, 48), (70, 48), (70,)
+    inputs = [torch.randn(size, device="cuda") for size in sizes]
+    targets = torch.randint(1, 70, (4, 30), device="cuda")
+    upstream = torch.randn(shape.num_cells, 70, device="cuda")
+
+    def step(*tensors):
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        loss = fused_joiner_loss(*leaves, targets, *shape.lengths, 0, shape=shape, tile_cells=500)
+        logits = joiner_logits(*leaves, shape)
+        return loss.detach(), *torch.autograd.grad(logits, leaves, upstream)
+
+    expected = step(*(tensor.clone() for tensor in inputs))
+    actual = on_a_side_stream(step, inputs)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+def test_fused_gradients_run_on_the_current_stream():
+    """Backward waits once, for the number of cells that count, so only forward starts early."""
+    shape = LatticeShape.from_lengths(FRAMES, SYMBOLS).to("cuda")
+    sizes = (4, 60, 48), (4, 31, 48), (70, 48), (70,)
+    inputs = [torch.randn(size, device="cuda", requires_grad=True) for size in sizes]
+    targets = torch.randint(1, 70, (4, 30), device="cuda")
+
+    def step(*tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        loss = fused_joiner_loss(*leaves, targets, *shape.lengths, 0, shape=shape, tile_cells=500)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    expected = step(*inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = step(*late_inputs(inputs))
     stream.synchronize()
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
@@ -100,7 +170,7 @@ def test_stages_are_captured_into_a_graph():
     batch = ragged_batch(FRAMES, SYMBOLS, 40, dtype=torch.float32)
     device = torch.device("cuda")
     indices = batch.logit_lengths, batch.target_lengths, batch.targets
-    lattices = LatticeBatch(
+    lattices = lattice_batch(
         *(tensor.to(device) for tensor in indices),
         max_frames=60,
         padded=False,

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 import transducer_toolkit as tt
 from transducer_toolkit.losses.reference import arc_scores, lattice_paths
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES
 
 pytestmark = pytest.mark.usefixtures("stages")
 
-RNNT_TYPES = ("regular", "modified", "constrained")
+RNNT_TYPES = tuple(K2_TOPOLOGIES)
 
 
 class Batch:

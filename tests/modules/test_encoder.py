@@ -3,18 +3,27 @@ import pytest
 import torch
 
 from transducer_toolkit.modules import ConformerEncoder, ConvLstmEncoder, EmformerEncoder
-from transducer_toolkit.modules.encoder_frontend import FeatureNormalizer, subsampled_length
+from transducer_toolkit.modules.encoder_frontend import (
+    ConvSubsampling,
+    FeatureNormalizer,
+    subsampled_length,
+)
 
 LENGTHS = [1, 2, 3, 4, 5, 9, 33, 50]
 
 
-@pytest.fixture(params=["utterance", "global"])
+@pytest.fixture(params=[("utterance", 4), ("global", 4), ("global", 8)], ids=str)
 def encoder(request):
     torch.manual_seed(0)
+    normalization, factor = request.param
     encoder = ConvLstmEncoder(
-        num_features=20, conv_channels=4, hidden_dim=16, normalization=request.param
+        num_features=20,
+        conv_channels=4,
+        hidden_dim=16,
+        normalization=normalization,
+        subsampling_factor=factor,
     )
-    if request.param == "global":
+    if normalization == "global":
         encoder.normalizer.set_statistics(torch.full((20,), 3.0), torch.full((20,), 2.0))
     return encoder.eval()
 
@@ -53,18 +62,75 @@ def test_utterance_normalisation_removes_a_constant_per_bin():
     torch.testing.assert_close(out[0], shifted[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_frames", range(1, 40))
-def test_num_output_frames(num_frames):
-    encoder = ConvLstmEncoder(num_features=20, conv_channels=2, hidden_dim=4)
+@pytest.mark.parametrize("factor", [2, 4, 8, 16])
+@pytest.mark.parametrize("num_frames", [*range(1, 40), 1001])
+def test_num_output_frames(num_frames, factor):
+    encoder = ConvLstmEncoder(
+        num_features=20, conv_channels=2, hidden_dim=4, subsampling_factor=factor
+    )
     out, lengths = encoder(torch.randn(1, num_frames, 20), torch.tensor([num_frames]))
-    expected = (num_frames + 3) // 4
+    expected = -(-num_frames // factor)
     assert out.size(1) == expected == int(lengths)
-    assert encoder.num_output_frames(num_frames) == subsampled_length(num_frames) == expected
+    assert (
+        encoder.num_output_frames(num_frames) == subsampled_length(num_frames, factor) == expected
+    )
     assert encoder.num_output_frames(torch.tensor([num_frames])).tolist() == [expected]
+    assert encoder.subsampling_factor == factor
 
 
-def test_subsampling_factor():
-    assert ConvLstmEncoder(conv_channels=4, hidden_dim=16).subsampling_factor == 4
+def test_an_encoder_frame_depends_on_the_features_that_are_documented():
+    for factor in (4, 8):
+        subsampling = ConvSubsampling(20, channels=2, output_dim=8, factor=factor).double()
+        features = torch.randn(1, 8 * factor, 20, dtype=torch.float64, requires_grad=True)
+        out = subsampling(features, torch.tensor([8 * factor]))
+        (grad,) = torch.autograd.grad(out[0, 3] @ torch.randn(8).double(), features)
+        used = grad[0].abs().sum(1).nonzero().flatten().tolist()
+        assert (used[0], used[-1]) == (2 * factor + 1, 4 * factor - 1)
+
+
+# Names and shapes in checkpoints that were written before the encoders shared a front end.
+OLD_FRONT_END = {
+    "normalizer.mean": (20,),
+    "normalizer.std": (20,),
+    "normalizer.has_statistics": (),
+    "subsampling.conv1.weight": (4, 1, 3, 3),
+    "subsampling.conv1.bias": (4,),
+    "subsampling.conv2.weight": (4, 4, 3, 3),
+    "subsampling.conv2.bias": (4,),
+    "subsampling.projection.weight": (16, 20),
+    "subsampling.projection.bias": (16,),
+    "subsampling.norm.weight": (16,),
+    "subsampling.norm.bias": (16,),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "layers"),
+    [
+        (ConvLstmEncoder, {"hidden_dim": 16}, "lstm."),
+        (ConformerEncoder, {"hidden_dim": 16, "num_layers": 1}, "layers."),
+        (EmformerEncoder, {"dim": 16, "ffn_dim": 16, "num_layers": 1}, "emformer."),
+    ],
+)
+def test_state_dicts_of_older_versions_are_loaded(make, options, layers):
+    encoder = make(num_features=20, conv_channels=4, normalization="global", **options)
+    own = encoder.state_dict()
+    old = {name: torch.full(shape, 0.5) for name, shape in OLD_FRONT_END.items()}
+    old["normalizer.has_statistics"] = torch.tensor(True)
+    old |= {name: value for name, value in own.items() if name.startswith((layers, "norm."))}
+    encoder.load_state_dict(old)  # strict: every name is known, none is missing
+    assert not encoder.normalizer.needs_statistics
+    assert float(encoder.state_dict()["subsampling.conv2.weight"].mean()) == 0.5
+
+
+def test_bad_subsampling_is_named():
+    for factor in (0, 1, 3, 6, -4):
+        with pytest.raises(
+            ValueError, match=f"subsampling_factor: expected a power of 2.*{factor}"
+        ):
+            ConvLstmEncoder(subsampling_factor=factor)
+    with pytest.raises(TypeError, match="subsampling_factor: expected an int, got float"):
+        ConvLstmEncoder(subsampling_factor=4.0)
 
 
 def test_global_statistics_are_needed_and_travel_with_the_state_dict():

@@ -19,7 +19,7 @@ def conv_lstm(**changes):
     )
 
 
-def emformer(segment_length=4, left_context=8, right_context=1, memory_size=0, **changes):
+def emformer(segment_length=4, left_context=8, right_context=1, memory_size=0, factor=4, **changes):
     return EmformerEncoder(
         num_features=20,
         conv_channels=4,
@@ -31,13 +31,18 @@ def emformer(segment_length=4, left_context=8, right_context=1, memory_size=0, *
         left_context=left_context,
         right_context=right_context,
         memory_size=memory_size,
+        subsampling_factor=factor,
         **changes,
     )
 
 
-@pytest.fixture(params=["lstm", *EMFORMERS], ids=str)
+@pytest.fixture(params=["lstm", "lstm 2x", "lstm 8x", *EMFORMERS, (3, 4, 1, 0, 8)], ids=str)
 def encoder(request):
-    encoder = conv_lstm() if request.param == "lstm" else emformer(*request.param)
+    name = request.param
+    if isinstance(name, str):
+        encoder = conv_lstm(subsampling_factor=int(name[5]) if len(name) > 4 else 4)
+    else:
+        encoder = emformer(*name)
     encoder.normalizer.set_statistics(torch.full((20,), 3.0), torch.full((20,), 2.0))
     return encoder.eval()
 
@@ -93,21 +98,23 @@ def test_state_does_not_grow(encoder):
 @torch.inference_mode()
 def test_a_frame_waits_for_no_more_than_it_says(encoder):
     """And for no less, or latency_frames would be too large."""
-    features, waited = torch.randn(120, 20), []
+    features, waited = torch.randn(240, 20), []
     state, num_known = encoder.initial_state(), 0
-    for fed in range(4, 121, 4):
-        out, state = encoder.stream(features[fed - 4 : fed], state)
-        waited += [fed // 4 - frame for frame in range(num_known, num_known + len(out))]
+    factor = encoder.subsampling_factor
+    for fed in range(factor, 241, factor):
+        out, state = encoder.stream(features[fed - factor : fed], state)
+        waited += [fed // factor - frame for frame in range(num_known, num_known + len(out))]
         num_known += len(out)
     assert max(waited) == encoder.latency_frames
 
 
 @torch.inference_mode()
 def test_the_future_beyond_it_changes_nothing(encoder):
-    features = torch.randn(1, 80, 20)
+    num_frames, changed = 20 * encoder.subsampling_factor, 10 * encoder.subsampling_factor
+    features = torch.randn(1, num_frames, 20)
     other = features.clone()
-    other[:, 40:] = torch.randn(1, 40, 20)
-    (a, _), (b, _) = (encoder(x, torch.tensor([80])) for x in (features, other))
+    other[:, changed:] = torch.randn(1, num_frames - changed, 20)
+    (a, _), (b, _) = (encoder(x, torch.tensor([num_frames])) for x in (features, other))
     num_same = 10 - encoder.latency_frames + 1
     assert num_same < 1 or torch.equal(a[:, :num_same], b[:, :num_same])
     assert not torch.allclose(a[:, 10:], b[:, 10:])

@@ -6,15 +6,16 @@ import multiprocessing
 import resource
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import stage_calls as stages
 from tests.losses.helpers import ragged_batch
+from tests.stage_calls import lattice_batch
 from transducer_toolkit import transducer_loss
 from transducer_toolkit.ops import native
-from transducer_toolkit.ops.lattice import LatticeBatch
 
 
 def _loss_and_grad(batch):
@@ -92,7 +93,7 @@ def test_no_subnormal_gradients_of_blanks_and_labels():
 def test_rows_of_padding_are_zero_whatever_the_memory_held():
     """A joiner's weight gradient multiplies them by zero, and 0 * NaN is not zero."""
     band_start = torch.zeros(2, 3, dtype=torch.int64)
-    batch = LatticeBatch(
+    batch = lattice_batch(
         *(torch.tensor(values) for values in ([3, 1], [1, 1], [[1], [1]])),
         num_rows=12,
         max_frames=3,
@@ -117,7 +118,7 @@ def losses_of_ones(batch):
 @pytest.mark.parametrize("begin", [(0, 2), (1, 0), (0, -1), (-1, 0), (0, 2**62), (-(2**63), 0)])
 def test_a_lattice_that_leaves_its_utterances_rows_is_nan(begin):
     """What a boundary on a device, which nobody has validated, may ask for."""
-    batch = LatticeBatch(
+    batch = lattice_batch(
         *(torch.tensor(values) for values in ([3, 3], [1, 1], [[1], [1]])),
         max_frames=3,
         padded=True,
@@ -130,7 +131,7 @@ def test_a_lattice_that_leaves_its_utterances_rows_is_nan(begin):
 
 
 def test_a_lattice_that_begins_among_the_rows_of_another_is_nan():
-    batch = LatticeBatch(
+    batch = lattice_batch(
         *(torch.tensor(values) for values in ([3, 3], [1, 1], [[1], [1]])),
         max_frames=3,
         padded=True,
@@ -145,7 +146,7 @@ def test_a_lattice_that_begins_among_the_rows_of_another_is_nan():
 def test_rows_that_belong_to_another_utterance_are_not_read(first_row):
     """The stages themselves, whatever native.py may let through."""
     tensors = [torch.tensor(values) for values in ([3, 3], [1, 1], [first_row, 6], [1, 1])]
-    batch = LatticeBatch(
+    batch = lattice_batch(
         *(torch.tensor(values) for values in ([3, 3], [1, 1], [[1], [1]])),
         max_frames=3,
         padded=True,
@@ -170,7 +171,7 @@ def test_rows_that_belong_to_another_utterance_are_not_read(first_row):
 
 def test_lengths_that_wrap_round_leave_the_others_alone():
     """2**62 frames of 4 cells are no rows modulo 2**64: nobody may lie on the first utterance."""
-    batch = LatticeBatch(
+    batch = lattice_batch(
         *(torch.tensor(values) for values in ([2, 2, 2], [1, 2**62 - 1, 1], [[1], [1], [1]])),
         max_frames=2,
         padded=False,
@@ -224,13 +225,32 @@ def test_cuda_tensors_get_words():
         native.require_supported_device(torch.device("meta"))
 
 
+@pytest.mark.parametrize(
+    ("runtime", "is_up", "devices"), [(0, True, 0), (13000, False, 2), (13000, True, 3)]
+)
+def test_build_info_does_not_initialize_the_driver(monkeypatch, runtime, is_up, devices):
+    """Only torch's count, which asks NVML, until CUDA is initialized anyway."""
+
+    class Module:
+        cuda = SimpleNamespace(device_count=lambda: 3)
+
+        @staticmethod
+        def build_info():
+            return {"cuda_runtime": runtime}
+
+    monkeypatch.setattr(native, "extension", Module)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_up)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert native.build_info()["cuda_devices"] == devices
+
+
 @with_cuda
 def test_cuda_stages_are_linked_and_say_why_they_cannot_run():
     """On a machine without a driver the library loads and a launch reports CUDA's own words."""
     native.require_supported_device(torch.device("cuda"))
     if native.build_info()["cuda_devices"]:
         pytest.skip("there is a device: tests/test_backends.py")
-    batch = LatticeBatch(
+    batch = lattice_batch(
         *(torch.tensor(values) for values in ([1], [0], [[]])),
         max_frames=1,
         padded=False,

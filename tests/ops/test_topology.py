@@ -38,6 +38,6 @@ def test_a_lattice_is_feasible_if_it_has_a_path(topology):
 
 @pytest.mark.parametrize("name", ["linear", None, 3, "one_sym_per_frame"])
 def test_an_unknown_name_is_an_error(name):
-    with pytest.raises(ValueError, match="rnnt_type: expected one of .*'regular'.*, got"):
+    with pytest.raises(ValueError, match=r"rnnt_type: expected one of .*'regular'.*, got"):
         get_topology(name, "rnnt_type", k2=True)
     assert "one_sym_per_frame" in TOPOLOGIES and "one_sym_per_frame" not in K2_TOPOLOGIES

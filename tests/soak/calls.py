@@ -15,9 +15,9 @@ import transducer_toolkit as tt
 from tests.soak.decoder_calls import DECODERS
 from transducer_toolkit.compat import torchaudio
 from transducer_toolkit.ops import native
-from transducer_toolkit.ops.topology import TOPOLOGIES
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES, TOPOLOGIES
 
-RNNT_TYPES = ("regular", "modified", "constrained")
+RNNT_TYPES = tuple(K2_TOPOLOGIES)
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -188,7 +188,8 @@ def _additive(random_: random.Random) -> dict[str, Any]:
 
 
 def _scales(random_: random.Random) -> dict[str, Any]:
-    return _options(random_, lm_only_scale=(0.0, 0.25, 1.0), am_only_scale=(0.25, 0.75, 1.0))
+    lm_scale, am_scale = random_.choice([(0.0, 0.0), (0.25, 0.0), (0.25, 0.75), (0.0, 1.0)])
+    return {"lm_only_scale": lm_scale, "am_only_scale": am_scale}
 
 
 def _fused(random_: random.Random) -> dict[str, Any]:
@@ -308,13 +309,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] =
     "rnnt_loss_simple": (tt.rnnt_loss_simple, lambda r: _additive(r) | _k2_loss_options(r)),
     "rnnt_loss_smoothed": (
         tt.rnnt_loss_smoothed,
-        lambda r: _additive(r) | _k2_loss_options(r) | {"am_only_scale": 0.0} | _scales(r),
+        lambda r: _additive(r) | _k2_loss_options(r) | _scales(r),
     ),
     "fused_joiner_loss": (tt.fused_joiner_loss, _fused),
     "get_rnnt_logprobs": (tt.get_rnnt_logprobs, _additive),
     "get_rnnt_logprobs_smoothed": (
         tt.get_rnnt_logprobs_smoothed,
-        lambda r: _additive(r) | {"am_only_scale": 0.0} | _scales(r),
+        lambda r: _additive(r) | _scales(r),
     ),
     "get_rnnt_logprobs_joint": (tt.get_rnnt_logprobs_joint, _full),
     "get_rnnt_logprobs_pruned": (tt.get_rnnt_logprobs_pruned, _pruned),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several families of functions require of their arguments and promise of results."""
+"""What several families of functions have in common: utterances, windows and results."""
 
 from __future__ import annotations
 
@@ -9,87 +9,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.soak.calls import REDUCTIONS, RNNT_TYPES
 from tests.soak.truth import (
-    INDICES,
     LARGE,
     Expected,
     Options,
     Results,
     Solution,
-    flag,
-    integer,
+    defined,
     largest,
     loss_results,
     number,
-    one_of,
-    require,
-    tensor,
 )
 
 
-def is_feasible(frames: int, symbols: int, topology: str) -> bool:
-    if topology == "regular":
-        return True
-    return frames >= symbols + (topology == "one_sym_per_frame")
-
-
-def lengths_of(a: dict[str, Any], num_utterances: int) -> tuple[list[int], list[int]]:
-    frames, symbols = (tensor(a[name], 1, INDICES) for name in ("logit_lengths", "target_lengths"))
-    require(len(frames) == len(symbols) == num_utterances)
-    return frames.tolist(), symbols.tolist()
-
-
 def utterance_is_valid(
-    labels: list[int], frames: int, symbols: int, max_frames: int, vocab: int, blank: int | None
+    labels: list[int], frames: int, symbols: int, max_frames: int, vocab: int
 ) -> bool:
     if not (1 <= frames <= max_frames and 0 <= symbols <= len(labels)):
         return False
-    return all(0 <= label < vocab and label != blank for label in labels[:symbols])
+    return all(0 <= label < vocab for label in labels[:symbols])
 
 
 def clamp_of(a: dict[str, Any]) -> float:
     clamp = a.get("clamp", 0.0)
-    return 0.0 if isinstance(clamp, float) and abs(clamp) == math.inf else number(clamp, -math.inf)
+    return 0.0 if abs(clamp) == math.inf else number(clamp)
 
 
-def validate_of(value: Any) -> bool:
-    return True if value is None else flag(value)
-
-
-def boundary_rows(
-    a: dict[str, Any], num_utterances: int, symbols: int, frames: int, low: int
-) -> list:
-    """Rows s_begin, t_begin, s_end, t_end; an utterance has at least `low` frames."""
+def boundary_rows(a: dict[str, Any], num_utterances: int, symbols: int, frames: int) -> list:
+    """Rows s_begin, t_begin, s_end, t_end."""
     if a.get("boundary") is None:
-        rows = [[0, 0, symbols, frames]] * num_utterances
-    else:
-        boundary = tensor(a["boundary"], 2, INDICES)
-        require(tuple(boundary.shape) == (num_utterances, 4))
-        rows = boundary.tolist()
-    for s_begin, t_begin, s_end, t_end in rows:
-        require(0 <= s_begin <= s_end <= symbols)
-        require(0 <= t_begin <= t_end <= frames and t_end - t_begin >= low)
-    return rows
+        return [[0, 0, symbols, frames]] * num_utterances
+    return a["boundary"].tolist()
 
 
-def k2_arguments(a: dict[str, Any], vocab: int, max_frames: int, is_loss: bool = True) -> tuple:
-    symbols = tensor(a["symbols"], 2, INDICES)
-    require(symbols.size(0) > 0)
-    rnnt_type = one_of(a.get("rnnt_type", "regular"), RNNT_TYPES)
+def k2_arguments(a: dict[str, Any], num_frames: int) -> tuple:
+    """Symbols, options, and the rows of the boundary."""
+    symbols = a["symbols"].detach()
     options = Options(
-        integer(a["termination_symbol"], 0, vocab),
-        rnnt_type,
-        fastemit_lambda=number(a.get("fastemit_lambda", 0.0), 0),
-        delay_penalty=number(a.get("delay_penalty", 0.0), 0),
+        a["termination_symbol"],
+        a.get("rnnt_type", "regular"),
+        fastemit_lambda=number(a.get("fastemit_lambda", 0.0)),
+        delay_penalty=number(a.get("delay_penalty", 0.0)),
     )
-    rows = boundary_rows(a, symbols.size(0), symbols.size(1), max_frames, 1)
-    for b, (s_begin, t_begin, s_end, t_end) in enumerate(rows):
-        labels = symbols[b, s_begin:s_end].tolist()
-        require(all(0 <= label < vocab for label in labels))
-        if is_loss:
-            require(is_feasible(t_end - t_begin, s_end - s_begin, rnnt_type))
-    return symbols, options, rows
+    return symbols, options, boundary_rows(a, symbols.size(0), symbols.size(1), num_frames)
 
 
 def posterior_results(solutions: list[Solution], rows: list, shapes: tuple, eps: float) -> Results:
@@ -113,12 +75,12 @@ def k2_loss_results(
     num_frames: int,
     eps: float,
 ) -> Results:
-    reduction = one_of(a.get("reduction", "mean"), REDUCTIONS)
+    reduction = a.get("reduction", "mean")
     cells = max(t_end - t_begin + s_end - s_begin for s_begin, t_begin, s_end, t_end in rows)
     losses = [solution.loss for solution in solutions]
     results = loss_results(losses, reduction, weights, inputs, cells=cells, eps=eps)
     size = largest(*(x for x, _ in inputs.values()))
-    if flag(a.get("return_grad", False)) and size <= LARGE:
+    if a.get("return_grad", False) and size <= LARGE:
         num_symbols, extra = a["symbols"].size(1), a.get("rnnt_type", "regular") == "regular"
         shapes = (
             (len(rows), num_symbols, num_frames + extra),
@@ -128,14 +90,17 @@ def k2_loss_results(
     return results
 
 
-def require_windows(window: Tensor, max_targets: int) -> None:
+def is_band(window: Tensor, max_targets: int) -> bool:
+    """Whether each row is consecutive symbols of [0, max_targets]."""
     start = window[:, :1]
-    require(bool((window == start + torch.arange(window.size(1))).all()))
-    require(bool(((start >= 0) & (start <= max_targets + 1 - window.size(1))).all()))
+    consecutive = (window == start + torch.arange(window.size(1))).all()
+    inside = ((start >= 0) & (start <= max_targets + 1 - window.size(1))).all()
+    return bool(consecutive and inside)
 
 
 def unbanded(cells: Tensor, window: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Band (T, R, V) -> full (T, columns, V), and which cells there are."""
+    defined(is_band(window, columns - 1))
     index = torch.arange(len(window))[:, None].expand_as(window), window
     full = cells.new_zeros(len(window), columns, cells.size(-1)).index_put(index, cells)
     exists = torch.zeros(len(window), columns, dtype=torch.bool)

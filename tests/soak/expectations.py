@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each function of calls.FUNCTIONS must give for any arguments, by its name."""
+"""The reference result of each function of calls.FUNCTIONS, by its name."""
 
 from __future__ import annotations
 

@@ -121,6 +121,7 @@ OPTIONS: dict[str, Values] = {
         "data.spec_augment.max_freq_width": [("-1", True), ("x", True), ("10000", None)],
         "+data.spec_augment.max_time_fraction": refused("-1", "2", "x", "nan"),
         "data.seed": refused("x", "1.5", "null"),
+        "+data.subsampling": refused("4", "8"),
         "data.tokenizer": refused("words"),
         "data.tokenizer.unknown": refused("x", "null"),
         "model": refused("transformer_xxl"),
@@ -128,6 +129,7 @@ OPTIONS: dict[str, Values] = {
         "model.encoder.num_layers": refused("0", "-1", "x"),
         "model.encoder.dropout": refused("-1", "2", "x", "nan"),
         "model.encoder.normalization": refused("batch", "null"),
+        "model.encoder.subsampling_factor": [*refused("0", "-4", "3", "x", "1.5"), ("8", None)],
         "model.predictor.context_size": refused("0", "-1", "x"),
         "model.predictor.embedding_dim": refused("0", "-1", "x"),
         "model.joiner.joiner_dim": refused("0", "-1", "x"),
@@ -397,9 +399,10 @@ def fuzz(
 
 def _import_what_commands_import() -> None:
     """Once, before the forks: each of them would take seconds over it."""
-    for name in ("data.datamodule", "export", "training.aligner", "training.callbacks",
-                 "training.lightning_module", "training.prescan", "training.recognizer",
-                 "training.stages", "training.unreadable"):  # fmt: skip
+    for name in ("data.datamodule", "export", "inference.aligner", "inference.recognizer",
+                 "training.callbacks", "training.callbacks.prescan",
+                 "training.callbacks.unreadable", "training.lightning_module",
+                 "training.stages"):  # fmt: skip
         importlib.import_module(f"transducer_toolkit.{name}")
 
 

@@ -3,12 +3,13 @@
 
     python -m tests.soak.fuzz_inputs --cases 20000 [--seed 0] [--function NAME ...]
 
-A case starts from a valid call (tests.soak.calls), has up to three of its arguments spoilt
-(tests.soak.mutations), and is right if it raises a ValueError or TypeError that names an argument
-where one is due, and otherwise gives what the float64 reference gives (tests.soak.expectations).
-Anything else is a finding: a crash, a hang, another error, a wrong number, a bad input accepted, a
-good one refused, an argument changed. Each is minimised (arguments are put back one by one) and
-printed once, with the seed that makes it again: --repeat SEED.
+A case starts from a valid call (tests.soak.calls) and has up to three of its arguments spoilt
+(tests.soak.mutations). It is right if the call raises a ValueError or TypeError that names an
+argument, or else gives what the float64 reference gives (tests.soak.expectations). Where a
+mutation changes no value, the call must not raise. Anything else is a finding: a crash, a hang,
+another error, a wrong number, an argument changed, a call accepted that has no right result. Each
+is minimized (arguments are put back one by one) and printed once, with the seed that makes it
+again: --repeat SEED.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from torch import Tensor
 
 from tests.soak.calls import FUNCTIONS
 from tests.soak.expectations import EXPECTATIONS
-from tests.soak.mutations import mutate
-from tests.soak.truth import Expected, Refused, Results, Undecided
+from tests.soak.mutations import is_harmless, mutate
+from tests.soak.truth import Expected, Results, Undecided, Undefined
 from transducer_toolkit import LatticeShape
 
 TIMEOUT_S = 240  # of one case, on a machine with other jobs
@@ -199,48 +200,55 @@ def _window_problem(case: Case, ranges: Tensor) -> str | None:
     return None if int(ranges.min()) >= 0 and int(ranges.max()) <= num_symbols else "out of range"
 
 
+def _must_succeed(case: Case) -> bool:
+    """Whether no mutation changed a value, a type or whether the call is allowed."""
+    # In place, logits must be dense and no leaf.
+    kept = {"logits"} if case.arguments.get("inplace") else set()
+    return all(is_harmless(how) and name not in kept for name, how in case.spoilt.items())
+
+
 def finding_of(case: Case) -> tuple[str, str] | None:
     """Runs a case: None if all is right, else the kind of the finding and its details."""
     _inputs_to_differentiate(case)
     weights = 1 + torch.rand(8, dtype=torch.float64)
-    must_raise = undecided = False
-    expected: Results = {}
-    with_grad = case.context == "grad"
-    try:
-        expected = EXPECTATIONS[case.function](case.arguments | {"with_grad": with_grad}, weights)
-    except Refused:
-        must_raise = True
-    except Undecided:
-        undecided = True
     before = {name: _snapshot(x) for name, x in case.arguments.items()}
     try:
-        with torch.set_grad_enabled(with_grad):
+        with torch.set_grad_enabled(case.context == "grad"):
             actual = _call(case, weights)
     except (ValueError, TypeError) as error:
-        if not must_raise and not undecided:
-            return "refuses what is valid", f"{type(error).__name__}: {error}"
+        said = f"{type(error).__name__}: {error}"
+        if _must_succeed(case):
+            return "refuses what is valid", said
         known = [*inspect.signature(FUNCTIONS[case.function][0]).parameters, "utterance"]
         known += ["batch_size"]  # of a decoder's state
         if not any(name in str(error) for name in known):
-            return "an error that names no argument", f"{type(error).__name__}: {error}"
+            return "an error that names no argument", said
         return None
     except Exception as error:
-        if (must_raise or undecided) and DOCUMENTED.search(str(error)):
+        if case.spoilt and DOCUMENTED.search(str(error)):
             return None
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}", f"{error} ({where.name})"
-    if must_raise:
-        return "accepts what is not valid", ""
-    if not case.arguments.get("inplace"):
+    arguments = dict(case.arguments)
+    if arguments.get("inplace"):
+        values = before["logits"]
+        arguments["logits"] = None if values is None else values[0]
+    else:
         changed = [name for name, x in case.arguments.items() if _was_changed(x, before[name])]
         if changed:
             return "changes an argument", ", ".join(changed)
-    if undecided:
+    try:
+        expected = EXPECTATIONS[case.function](arguments, weights)
+        if "ranges" in actual:
+            problem = _window_problem(case, actual["ranges"])
+        else:
+            problem = _difference(actual, expected)
+    except Undecided:
         return None
-    if "ranges" in actual:
-        problem = _window_problem(case, actual["ranges"])
-    else:
-        problem = _difference(actual, expected)
+    except Undefined:
+        return "accepts what has no right result", ""
+    except Exception as error:  # the reference cannot do anything with the arguments
+        return "accepts what is not valid", f"{type(error).__name__}: {error}"
     return ("a wrong number", problem) if problem else None
 
 

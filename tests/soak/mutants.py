@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant(
         "one_sym_per_frame may end with a label",
         "csrc/lattice_cpu.cpp",
-        "if constexpr (kTopology == Topology::kOneSymPerFrame) return kLogZero;",
+        "if constexpr (!Traits::kEndsWithLabel) return kLogZero;",
         "if constexpr (false) return kLogZero;",
         (PACKED, FUSED),
     ),

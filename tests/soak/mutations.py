@@ -158,6 +158,22 @@ TENSOR_MUTATIONS: dict[str, Callable[[Tensor, random.Random], Any]] = {
 }
 
 
+HARMLESS = (
+    "transposed storage",
+    "every second element",
+    "storage offset",
+    "negative bit",
+    "a parameter",
+    "a subclass",
+    "not a leaf",
+)
+
+
+def is_harmless(how: str) -> bool:
+    """Whether a mutation, as :func:`mutate` names it, leaves values and dtype as they were."""
+    return how.endswith(HARMLESS)
+
+
 def mutate(value: Any, random_: random.Random) -> tuple[str, Any]:
     """Spoils a value; says how, and returns what it has become.
 

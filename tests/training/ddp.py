@@ -35,10 +35,10 @@ class JoinedRanksDataModule(TransducerDataModule):
         old = loader.batch_sampler
         sampler = JoinedRanks(
             [self._num_frames(u) for u in loader.dataset.utterances],
-            [len(self._encode(u)) for u in loader.dataset.utterances],
+            loader.dataset.targets.lengths,
             max_cells=old.max_cells,
             max_utterances=old.max_utterances,
-            subsampling=self.subsampling,
+            num_output_frames=self.num_output_frames,
             seed=self.seed,
             num_ranks=self.num_ranks,
         )

@@ -17,11 +17,12 @@ from transducer_toolkit.modules import (
 )
 from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
 from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES
 from transducer_toolkit.training import stages
 from transducer_toolkit.training.callbacks.clock import StepClock
 from transducer_toolkit.training.stages import LossInput
 
-RNNT_TYPES = ("regular", "modified", "constrained")
+RNNT_TYPES = tuple(K2_TOPOLOGIES)
 
 
 @pytest.fixture

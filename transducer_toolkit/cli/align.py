@@ -254,8 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--topology",
-        choices=("regular", "modified", "constrained", "one_sym_per_frame"),
-        help="of the lattice (default: that of the loss which trained the model)",
+        metavar="NAME",
+        help="topology of the lattice (default: that of the loss which trained the model)",
     )
     add_device(parser)
     add_trust_package(parser)

@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from transducer_toolkit.cli import hints, run_folder
+from transducer_toolkit.cli.removed_keys import refuse_removed_keys
 
 if TYPE_CHECKING:
     from transducer_toolkit.training.scoring import CharacterErrors, Transcript, WordErrors
@@ -56,12 +57,14 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     from transducer_toolkit.training.lightning_module import TransducerModule
 
     quiet_lightning()
+    refuse_removed_keys(cfg)
     recognizer = Recognizer.from_checkpoint(
         cfg.checkpoint, trusted_packages=list(cfg.trusted_packages)
     )
     if cfg.search.get("max_symbols_per_frame", 0) is None:
         cfg.search.max_symbols_per_frame = recognizer.max_symbols_per_frame
     datamodule = instantiate(cfg.data, tokenizer=recognizer.tokenizer, _convert_="all")
+    datamodule.num_output_frames = recognizer.model.encoder.num_output_frames
     module = TransducerModule(
         recognizer.model,
         recognizer.tokenizer,

@@ -19,6 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from transducer_toolkit.cli.removed_keys import REMOVED_KEYS
+
 CONFIG_MODULE = "transducer_toolkit.conf"
 
 
@@ -91,6 +93,9 @@ def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
     keys = [key for key in dict.fromkeys([*_keys(cfg), *groups]) if not key.endswith("_")]
     for override in others:
         name = override.key_or_group
+        if name in REMOVED_KEYS:
+            hints.append(f"{name} is no option any more: {REMOVED_KEYS[name]}")
+            continue
         # What is added (+, ++) may be anything.
         if name not in keys and not override.is_add() and not override.is_force_add():
             near = _nearest(name, keys)

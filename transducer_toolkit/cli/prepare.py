@@ -6,6 +6,8 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+
 
 @hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="prepare")
 def main(cfg: DictConfig) -> None:
@@ -20,12 +22,13 @@ def prepare(cfg: DictConfig) -> None:
         cfg: the composed config.
 
     Raises:
-        ValueError: the data have no corpus to prepare.
+        ValueError: the data have no corpus to prepare, or set a key that no longer exists.
     """
     from hydra.utils import instantiate
 
     from transducer_toolkit.data.manifest import read_manifest
 
+    refuse_removed_keys(cfg)
     if "corpus" not in cfg.data:
         raise ValueError(f"data {cfg.data.get('_target_')} has no corpus to prepare")
     corpus = instantiate(cfg.data.corpus, _convert_="all")

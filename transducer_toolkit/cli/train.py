@@ -13,6 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from transducer_toolkit.cli import hints, resume, run_folder
+from transducer_toolkit.cli.removed_keys import refuse_removed_keys
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -57,12 +58,14 @@ def train(cfg: DictConfig) -> float | None:
         torch.set_flush_denormal(True)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
-    # The vocabulary decides the model's sizes, so the data come first.
+    # The data decide the vocabulary and so the model's sizes. Its encoder then decides which
+    # utterances have a path, and the sizes of lattices.
     ckpt_path = resume.find_checkpoint(cfg.ckpt_path, Path(cfg.run_dir), name=cfg.name)
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
-    datamodule.setup("fit")
     module = build_module(cfg, datamodule)
+    datamodule.num_output_frames = module.model.encoder.num_output_frames
+    datamodule.setup("fit")
     if cfg.init_from is not None and ckpt_path is None:
         start_from(module, cfg.init_from)
 
@@ -113,6 +116,7 @@ def _check_options(cfg: DictConfig) -> None:
     )
     from transducer_toolkit.ops.topology import get_topology
 
+    refuse_removed_keys(cfg)
     check_at_least(0, seed=cfg.seed)
     if cfg.seed >= 2**32:
         raise ValueError(f"seed must be below 2^32, got {cfg.seed}")
@@ -139,7 +143,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
 
     Args:
         cfg: the composed config.
-        datamodule: after ``setup``, which makes the tokenizer.
+        datamodule: its corpus is prepared; it makes the tokenizer.
     """
     from hydra.utils import instantiate
 

@@ -38,11 +38,12 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
     number is right. (Where even single utterances are too many for that, the smallest are joined.)
 
     Args:
-        num_frames: input frames of each utterance, before subsampling.
+        num_frames: feature frames of each utterance, the encoder's input.
         num_targets: target symbols of each utterance (U_b).
+        num_output_frames: feature frames to encoder frames T_b, such as
+            :meth:`transducer_toolkit.modules.Encoder.num_output_frames`.
         max_cells: bound on the cells of a batch.
         max_utterances: bound on the utterances of a batch.
-        subsampling: input frames per encoder frame; T is the quotient, rounded up.
         shuffle: new batches in a new order each epoch; otherwise by length, longest first (so that
             running out of memory happens at once).
         seed: of the shuffling.
@@ -54,7 +55,13 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
             there are fewer utterances than processes.
 
     Example:
-        >>> sampler = LatticeBatchSampler([400, 80, 100], [9, 2, 3], max_cells=1000, shuffle=False)
+        >>> sampler = LatticeBatchSampler(
+        ...     [400, 80, 100],
+        ...     [9, 2, 3],
+        ...     num_output_frames=lambda num_frames: -(-num_frames // 4),
+        ...     max_cells=1000,
+        ...     shuffle=False,
+        ... )
         >>> [[index for _, index in batch] for batch in sampler]
         [[0], [2, 1]]
     """
@@ -66,11 +73,11 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
     def __init__(
         self,
         num_frames: Sequence[int],
-        num_targets: Sequence[int],
+        num_targets: Sequence[int] | np.ndarray,
         *,
+        num_output_frames: Callable[[int], int],
         max_cells: int,
         max_utterances: int = 64,
-        subsampling: int = 4,
         shuffle: bool = True,
         seed: int = 0,
         rank: int = 0,
@@ -84,7 +91,6 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         options = {
             "max_cells": max_cells,
             "max_utterances": max_utterances,
-            "subsampling": subsampling,
             "world_size": world_size,
         }
         for name, value in options.items():
@@ -102,7 +108,10 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         if len(frames) and (frames.min() < 1 or targets.min() < 0):
             raise ValueError("num_frames must be positive and num_targets not negative")
         self._frames = frames
-        self._cells = -(-frames // subsampling) * (targets + 1)
+        lengths, which = np.unique(frames, return_inverse=True)
+        encoder_frames = np.array([num_output_frames(length) for length in lengths.tolist()])
+        # An utterance without a frame, as a test set may have, still takes its place in a batch.
+        self._cells = np.maximum(encoder_frames, 1)[which] * (targets + 1)
         self.max_cells = max_cells
         self.max_utterances = max_utterances
         self.shuffle = shuffle

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler
 from transducer_toolkit.data.corpus import Corpus
 from transducer_toolkit.data.dataset import SpeechDataset, check_on_bad_audio, collate
+from transducer_toolkit.data.encoder_frames import EncoderFrames
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
+from transducer_toolkit.data.target_ids import TargetIds
 from transducer_toolkit.data.tokenizer import (
     CharTokenizer,
     Tokenizer,
@@ -48,10 +50,12 @@ class TransducerDataModule(lightning.LightningDataModule):
             ``CharTokenizer.from_texts``, the default.
         waveform_perturbation: for training, or None.
         spec_augment: for training, or None.
-        max_cells: bound on the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, T after
-            subsampling.
+        num_output_frames: feature frames to encoder frames, the encoder's method of this name. It
+            may be set later, as the attribute, but is needed before ``setup("fit")`` and before any
+            loader is made.
+        max_cells: bound on the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, T in encoder
+            frames.
         max_utterances: bound on the utterances of a batch.
-        subsampling: input frames per encoder frame.
         topology: decides which utterances are feasible, see :func:`is_feasible`.
         num_workers: processes per loader that read and augment; 0 reads in the training process.
         on_bad_audio: ``"raise"`` ends the training at audio that cannot be read, ``"skip"`` leaves
@@ -62,16 +66,20 @@ class TransducerDataModule(lightning.LightningDataModule):
         seed: of shuffling and augmentation.
 
     Attributes:
-        tokenizer: the tokenizer (after ``setup``, if none was given).
+        tokenizer: the tokenizer; None before :meth:`made_tokenizer` has made it.
 
     Raises:
         TypeError: an option is of another type, such as the name of a tokenizer.
-        ValueError: a number is out of range, ``topology`` or ``on_bad_audio`` unknown; (by
-            ``setup``) no utterance is left, or a text has unknown characters.
+        ValueError: a number is out of range, ``topology`` or ``on_bad_audio`` is unknown; (by
+            ``setup``) no utterance is left, a text has unknown characters, or
+            ``num_output_frames`` is missing.
 
     Example:
         >>> corpus = ManifestCorpus(train="train.jsonl", val="dev.jsonl")  # doctest: +SKIP
         >>> data = TransducerDataModule(corpus=corpus, max_cells=40_000)  # doctest: +SKIP
+        >>> data.prepare_data()  # doctest: +SKIP
+        >>> model = make_model(data.made_tokenizer().vocab_size)  # doctest: +SKIP
+        >>> data.num_output_frames = model.encoder.num_output_frames  # doctest: +SKIP
     """
 
     def __init__(
@@ -82,9 +90,9 @@ class TransducerDataModule(lightning.LightningDataModule):
         tokenizer: Tokenizer | TokenizerFactory = CharTokenizer.from_texts,
         waveform_perturbation: WaveformPerturbation | None = None,
         spec_augment: SpecAugment | None = None,
+        num_output_frames: Callable[[int], int] | None = None,
         max_cells: int,
         max_utterances: int = 64,
-        subsampling: int = 4,
         topology: str = "regular",
         num_workers: int = 0,
         on_bad_audio: str = "raise",
@@ -94,7 +102,6 @@ class TransducerDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         check_at_least(1, max_cells=max_cells, max_utterances=max_utterances)
-        check_at_least(1, subsampling=subsampling)
         check_at_least(0, num_workers=num_workers)
         get_topology(topology)
         check_on_bad_audio(on_bad_audio)
@@ -115,7 +122,6 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.spec_augment = spec_augment
         self.max_cells = max_cells
         self.max_utterances = max_utterances
-        self.subsampling = subsampling
         self.topology = topology
         self.num_workers = num_workers
         self.on_bad_audio = on_bad_audio
@@ -123,25 +129,55 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = seed
         self._utterances: dict[str, list[Utterance]] = {}
+        self._targets: dict[str, TargetIds] = {}
         self._train_position: dict[str, Any] | None = None  # of a checkpoint
+        self._encoder_frames: EncoderFrames | None = None
+        if num_output_frames is not None:
+            self.num_output_frames = num_output_frames
+
+    @property
+    def num_output_frames(self) -> Callable[[int], int]:
+        """Feature frames to encoder frames, as the encoder has it.
+
+        Raises:
+            ValueError: it was not set yet.
+        """
+        if self._encoder_frames is None:
+            raise ValueError(
+                "num_output_frames: expected the encoder's method, got None: the encoder decides "
+                "which utterances have a path and how large their lattices are; set "
+                "data.num_output_frames = model.encoder.num_output_frames"
+            )
+        return self._encoder_frames
+
+    @num_output_frames.setter
+    def num_output_frames(self, num_output_frames: Callable[[int], int]) -> None:
+        self._encoder_frames = EncoderFrames(num_output_frames)
+        # Sets that were read for another encoder may lack utterances, or have too many.
+        self._utterances.clear()
+        self._targets.clear()
 
     def prepare_data(self) -> None:
         """Prepare the corpus (Lightning calls this in one process per node)."""
         self.corpus.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the manifests that a stage ("fit", "validate", "test" or None for all) needs."""
+        """Read the manifests that a stage ("fit", "validate", "test" or None for all) needs.
+
+        A manifest that was read already is not read again: Lightning calls this before each stage.
+        """
         manifests = self.corpus.manifests()
-        if self.tokenizer is None:
-            texts = (utterance.text for utterance in read_manifest(manifests.train))
-            self.tokenizer = self._make_tokenizer(texts)
+        self.made_tokenizer()
         if stage in (None, "fit"):
-            self._utterances["train"] = self._feasible("train", manifests.train)
+            self._read_feasible("train", manifests.train)
         if stage in (None, "fit", "validate"):
-            self._utterances["val"] = self._feasible("val", manifests.val)
+            self._read_feasible("val", manifests.val)
         if stage in (None, "test"):
             for name, path in manifests.test.items():
-                self._utterances[f"test/{name}"] = _not_empty(name, path, read_manifest(path))
+                if f"test/{name}" not in self._utterances:
+                    utterances = read_manifest(path)
+                    _check_not_empty(name, path, utterances)
+                    self._utterances[f"test/{name}"] = utterances
 
     @property
     def test_names(self) -> list[str]:
@@ -175,22 +211,33 @@ class TransducerDataModule(lightning.LightningDataModule):
         return [self._loader(f"test/{name}") for name in self.test_names]
 
     def made_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer; a RuntimeError if neither the caller nor ``setup`` has made one."""
+        """Return the tokenizer; the first call makes it of the training texts if none was given.
+
+        The corpus must be prepared (:meth:`prepare_data`).
+        """
         if self.tokenizer is None:
-            raise RuntimeError("there is no tokenizer yet: call setup('fit') first")
+            self.tokenizer = self._make_tokenizer(self._training_texts())
         return self.tokenizer
+
+    def _training_texts(self) -> Iterable[str]:
+        train = self.corpus.manifests().train
+        return (utterance.text for utterance in read_manifest(train))
 
     def dataset(self, name: str, *, training: bool = False) -> SpeechDataset:
         """Return the dataset "train", "val" or "test/<name>"; ``training`` augments it."""
         if name not in self._utterances:
             raise ValueError(f"no set {name!r} is set up, only {sorted(self._utterances)}")
-        return self._speech(self._utterances[name], training=training)
+        targets = self._targets.get(name)
+        return self._speech(self._utterances[name], targets, training=training)
 
-    def _speech(self, utterances: list[Utterance], *, training: bool) -> SpeechDataset:
+    def _speech(
+        self, utterances: list[Utterance], targets: TargetIds | None = None, *, training: bool
+    ) -> SpeechDataset:
         return SpeechDataset(
             utterances,
             self.made_tokenizer(),
             self.fbank,
+            targets=targets,
             waveform_perturbation=self.waveform_perturbation if training else None,
             spec_augment=self.spec_augment if training else None,
             seed=self.seed,
@@ -198,14 +245,18 @@ class TransducerDataModule(lightning.LightningDataModule):
         )
 
     def _loader(self, name: str, *, training: bool = False) -> ResumableLoader:
+        if name in self._utterances and name not in self._targets:  # of a test set
+            self._targets[name] = TargetIds(self.made_tokenizer().vocab_size)
+            for utterance in self._utterances[name]:
+                self._targets[name].append(self._encode(utterance))
         dataset = self.dataset(name, training=training)
         trainer = self.trainer
         sampler = LatticeBatchSampler(
             [self._num_frames(utterance) for utterance in dataset.utterances],
-            [len(self._encode(utterance)) for utterance in dataset.utterances],
+            self._targets[name].lengths,
+            num_output_frames=self.num_output_frames,
             max_cells=self.max_cells,
             max_utterances=self.max_utterances,
-            subsampling=self.subsampling,
             shuffle=training,
             seed=self.seed,
             rank=0 if trainer is None else trainer.global_rank,
@@ -225,18 +276,24 @@ class TransducerDataModule(lightning.LightningDataModule):
         num_samples = round(utterance.duration_s * self.fbank.sample_rate / speed)
         return self.fbank.num_frames(num_samples)
 
-    def _feasible(self, name: str, path: Path) -> list[Utterance]:
-        """Utterances of a manifest that keep a path, even at the highest speed of training."""
+    def _read_feasible(self, name: str, path: Path) -> None:
+        """Read the utterances that keep a path, even at the highest speed of training."""
+        if name in self._utterances:
+            return
         perturbation = self.waveform_perturbation if name == "train" else None
         speed = 1.0 if perturbation is None else perturbation.max_speed
+        targets = TargetIds(self.made_tokenizer().vocab_size)
+        num_output_frames = self.num_output_frames
         kept: list[Utterance] = []
         dropped: list[Utterance] = []
-        utterances = self._not_too_long(name, read_manifest(path))
-        for utterance in utterances:
-            num_frames = -(-self._num_frames(utterance, speed=speed) // self.subsampling)
-            num_targets = len(self._encode(utterance))
-            feasible = is_feasible(num_frames, num_targets, topology=self.topology)
-            (kept if feasible else dropped).append(utterance)
+        for utterance in self._not_too_long(name, read_manifest(path)):
+            num_frames = num_output_frames(self._num_frames(utterance, speed=speed))
+            ids = self._encode(utterance)
+            if is_feasible(num_frames, len(ids), topology=self.topology):
+                kept.append(utterance)
+                targets.append(ids)
+            else:
+                dropped.append(utterance)
         if dropped:
             logger.warning(
                 "%s: dropped %d of %d utterances that are too short for their text (topology %s), "
@@ -247,7 +304,9 @@ class TransducerDataModule(lightning.LightningDataModule):
                 self.topology,
                 ", ".join(utterance.id for utterance in dropped[:3]),
             )
-        return _not_empty(name, path, kept)
+        _check_not_empty(name, path, kept)
+        self._utterances[name] = kept
+        self._targets[name] = targets
 
     def _not_too_long(self, name: str, utterances: list[Utterance]) -> list[Utterance]:
         limit_s = math.inf if self.max_duration_s is None else self.max_duration_s
@@ -272,11 +331,9 @@ class TransducerDataModule(lightning.LightningDataModule):
             raise ValueError(f"utterance {utterance.id!r}: {error}") from error
 
 
-def _not_empty(name: str, path: Path, utterances: Iterable[Utterance]) -> list[Utterance]:
-    utterances = list(utterances)
+def _check_not_empty(name: str, path: Path, utterances: list[Utterance]) -> None:
     if not utterances:
         raise ValueError(f"set {name!r} has no usable utterances in {path}")
-    return utterances
 
 
 def _init_worker(worker_id: int) -> None:

@@ -18,6 +18,7 @@ from transducer_toolkit.data.batching import EpochIndex
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.keyed_random import keyed_generator
 from transducer_toolkit.data.manifest import Utterance
+from transducer_toolkit.data.target_ids import TargetIds
 from transducer_toolkit.data.tokenizer import Tokenizer
 
 __all__ = ["TARGET_PADDING", "Batch", "Example", "SpeechDataset", "collate"]
@@ -101,6 +102,7 @@ class SpeechDataset(Dataset[Example]):
         utterances: manifest rows with resolved audio paths.
         tokenizer: text to target symbols.
         fbank: waveform to features.
+        targets: the encoded texts of ``utterances``; None encodes a text whenever it is read.
         waveform_perturbation: applied to the waveform, or None.
         spec_augment: applied to the features, or None.
         seed: of the augmentation, which is a function of seed, epoch and utterance id alone.
@@ -126,6 +128,7 @@ class SpeechDataset(Dataset[Example]):
         tokenizer: Tokenizer,
         fbank: Fbank,
         *,
+        targets: TargetIds | None = None,
         waveform_perturbation: WaveformPerturbation | None = None,
         spec_augment: SpecAugment | None = None,
         seed: int = 0,
@@ -135,6 +138,7 @@ class SpeechDataset(Dataset[Example]):
         self.utterances = list(utterances)
         self.tokenizer = tokenizer
         self.fbank = fbank
+        self.targets = targets
         self.waveform_perturbation = waveform_perturbation
         self.spec_augment = spec_augment
         self.seed = seed
@@ -147,7 +151,14 @@ class SpeechDataset(Dataset[Example]):
         epoch, position = key if isinstance(key, tuple) else (0, key)
         utterance = self.utterances[position]
         try:
-            return self._read(utterance, epoch)
+            waveform = read_audio(
+                utterance.audio,
+                offset_s=utterance.offset_s,
+                duration_s=utterance.duration_s,
+                sample_rate=self.fbank.sample_rate,
+            )
+            targets = None if self.targets is None else self.targets[position]
+            return self.example(utterance, waveform, epoch, targets=targets)
         except (ValueError, OSError) as error:
             raise ValueError(f"utterance {utterance.id!r}: {error}") from error
 
@@ -170,22 +181,21 @@ class SpeechDataset(Dataset[Example]):
         except ValueError as error:
             return Unreadable(self.utterances[key.position].id, str(error))
 
-    def _read(self, utterance: Utterance, epoch: int) -> Example:
-        waveform = read_audio(
-            utterance.audio,
-            offset_s=utterance.offset_s,
-            duration_s=utterance.duration_s,
-            sample_rate=self.fbank.sample_rate,
-        )
-        return self.example(utterance, waveform, epoch)
-
-    def example(self, utterance: Utterance, waveform: Tensor, epoch: int) -> Example:
-        """Augment a waveform for an epoch and turn it into features, and the text into targets.
+    def example(
+        self,
+        utterance: Utterance,
+        waveform: Tensor,
+        epoch: int,
+        *,
+        targets: Tensor | None = None,
+    ) -> Example:
+        """Augment a waveform for an epoch and turn it into features.
 
         Args:
             utterance: its id keys the augmentation.
             waveform: float32 ``(num_samples,)`` at ``fbank.sample_rate``.
             epoch: of training.
+            targets: the encoded text, (U,) int64; None encodes it here.
         """
         if self.waveform_perturbation is not None:
             rng = keyed_generator(self.seed, epoch, utterance.id, "waveform")
@@ -196,7 +206,8 @@ class SpeechDataset(Dataset[Example]):
         if self.spec_augment is not None:
             rng = keyed_generator(self.seed, epoch, utterance.id, "features")
             features = self.spec_augment(features, rng)
-        targets = torch.tensor(self.tokenizer.encode(utterance.text), dtype=torch.int64)
+        if targets is None:
+            targets = torch.tensor(self.tokenizer.encode(utterance.text), dtype=torch.int64)
         return Example(utterance, features, targets)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.audio import AudioLoadingError
@@ -22,6 +23,7 @@ from transducer_toolkit.data.audio import resample
 from transducer_toolkit.data.dataset import Batch, Example, SpeechDataset, Unreadable, collate
 from transducer_toolkit.data.lhotse_sources import LOCAL_SOURCES, check_audio_sources
 from transducer_toolkit.data.manifest import Utterance
+from transducer_toolkit.data.tokenizer import Tokenizer
 
 __all__ = [
     "CutBatchSampler",
@@ -30,9 +32,13 @@ __all__ = [
     "LatticeConstraint",
     "ShardBatches",
     "ShardLoader",
+    "cut_targets",
     "cut_text",
     "duration_bins",
+    "with_targets",
 ]
+
+_TARGETS = "transducer_target_ids"  # the custom field of a supervision that holds its encoded text
 
 
 class CutIndex(NamedTuple):
@@ -58,6 +64,37 @@ def cut_text(cut: Cut) -> str:
             "CutSet.trim_to_supervisions makes such cuts"
         )
     return cut.supervisions[0].text or ""
+
+
+def with_targets(cut: Cut, tokenizer: Tokenizer) -> Cut:
+    """Return the cut with its encoded text, which travels with it from the sampler to the batch.
+
+    Args:
+        cut: with one supervision.
+        tokenizer: text to target symbols.
+
+    Raises:
+        ValueError: the cut does not have exactly one supervision, or the tokenizer cannot encode
+            its text; the cut is named.
+    """
+    text = cut_text(cut)
+    try:
+        ids = np.array(tokenizer.encode(text), dtype=np.int32)
+    except ValueError as error:
+        raise ValueError(f"cut {cut.id!r}: {error}") from error
+    return cut.map_supervisions(lambda supervision: supervision.with_custom(_TARGETS, ids))
+
+
+def cut_targets(cut: Cut) -> np.ndarray:
+    """Return the target symbols of a cut, (U,) int32.
+
+    Raises:
+        ValueError: the cut does not come from :func:`with_targets`.
+    """
+    custom = cut.supervisions[0].custom or {}
+    if _TARGETS not in custom:
+        raise ValueError(f"cut {cut.id!r} has no target symbols yet: use with_targets(cut, ...)")
+    return custom[_TARGETS]
 
 
 @dataclass
@@ -214,7 +251,7 @@ class CutBatchSampler(Sampler[list[CutIndex]]):
 
 
 class CutDataset(Dataset[Example]):
-    """Cuts as features and targets.
+    """Cuts that :func:`with_targets` gave their targets, as features and targets.
 
     Args:
         speech: how waveform and text become an example.
@@ -222,9 +259,8 @@ class CutDataset(Dataset[Example]):
             :func:`~transducer_toolkit.data.lhotse_sources.check_audio_sources`.
 
     Raises:
-        ValueError: (on access) a cut without exactly one supervision, whose audio cannot be read or
-            is of another source, or whose text the tokenizer cannot encode; the cut is named. Also
-            a batch of cuts none of which can be read.
+        ValueError: (on access) audio that cannot be read or is of another source; the cut is named.
+            Also a batch of cuts none of which can be read.
 
     Example:
         >>> dataset = CutDataset(SpeechDataset([], tokenizer, Fbank()))  # doctest: +SKIP
@@ -251,7 +287,8 @@ class CutDataset(Dataset[Example]):
             check_audio_sources(cut, self.audio_sources)
             waveform = torch.from_numpy(cut.load_audio()).mean(dim=0)  # (channels, samples)
             waveform = resample(waveform, cut.sampling_rate, self.speech.fbank.sample_rate)
-            return self.speech.example(utterance, waveform, epoch)
+            targets = torch.from_numpy(cut_targets(cut)).long()
+            return self.speech.example(utterance, waveform, epoch, targets=targets)
         except (ValueError, OSError, AudioLoadingError) as error:
             raise ValueError(f"cut {cut.id!r}: {error}") from error
 

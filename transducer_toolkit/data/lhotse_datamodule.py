@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from transducer_toolkit.data.lhotse_batching import (
     LatticeConstraint,
     ShardBatches,
     ShardLoader,
+    cut_targets,
     cut_text,
     duration_bins,
+    with_targets,
 )
 from transducer_toolkit.data.lhotse_sources import LOCAL_SOURCES, SOURCE_TYPES
 from transducer_toolkit.data.loader import ResumableLoader
+from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.ops.checks import check_at_least
 from transducer_toolkit.ops.topology import is_feasible
 
@@ -89,15 +92,17 @@ class LhotseDataModule(TransducerDataModule):
         self.steps_per_epoch = steps_per_epoch
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the tokenizer of the training texts, if none was given."""
+        """Make the tokenizer, if none was given, of the training texts."""
         train = self.corpus.manifests().train
         if train.is_dir() != (self.steps_per_epoch is not None):
             raise ValueError(
                 f"steps_per_epoch is for folders of shards, which need it: got "
                 f"{self.steps_per_epoch} for {train}"
             )
-        if self.tokenizer is None:
-            self.tokenizer = self._make_tokenizer(cut_text(cut) for cut in open_texts(train))
+        self.made_tokenizer()
+
+    def _training_texts(self) -> Iterable[str]:
+        return (cut_text(cut) for cut in open_texts(self.corpus.manifests().train))
 
     def _path(self, name: str) -> Path:
         manifests = self.corpus.manifests()
@@ -111,7 +116,12 @@ class LhotseDataModule(TransducerDataModule):
         constraint = LatticeConstraint(
             sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances
         )
-        keep = _Feasible(sizes, name, self.max_duration_s)
+        prepare = _Prepare(
+            self.made_tokenizer(),
+            # A test set stays whole.
+            _Feasible(sizes, name) if name in ("train", "val") else None,
+            self.max_duration_s,
+        )
         bins = duration_bins(open_texts(path), self.num_buckets)
         trainer = self.trainer
         rank = 0 if trainer is None else trainer.global_rank
@@ -122,7 +132,7 @@ class LhotseDataModule(TransducerDataModule):
             def stream(first_epoch: int) -> ShardBatches:
                 seed = random.Random(f"{self.seed} {first_epoch}").getrandbits(32)
                 return ShardBatches(
-                    partial(_open_own_shards, path, keep, seed),
+                    partial(_open_own_shards, path, prepare, seed),
                     dataset,
                     constraint,
                     bins=bins,
@@ -141,7 +151,7 @@ class LhotseDataModule(TransducerDataModule):
             )
         cuts = CutSet.from_shar(in_dir=path) if path.is_dir() else _open_cuts(path)
         sampler = CutBatchSampler(
-            cuts.filter(keep) if name in ("train", "val") else cuts,  # a test set stays whole
+            prepare(cuts),
             constraint,
             bins=bins,
             buffer_size=self.buffer_size,
@@ -194,7 +204,7 @@ def _open_cuts(path: Path) -> CutSet:
     return cuts
 
 
-def _open_own_shards(path: Path, keep: _Feasible, seed: int, number: int) -> CutSet:
+def _open_own_shards(path: Path, prepare: _Prepare, seed: int, number: int) -> CutSet:
     """Open the shards that fall to this worker of this process in pass ``number``."""
     cuts = CutSet.from_shar(
         in_dir=path,
@@ -203,7 +213,7 @@ def _open_own_shards(path: Path, keep: _Feasible, seed: int, number: int) -> Cut
         stateful_shuffle=False,
         seed=seed + number,
     )
-    return cuts.filter(keep)
+    return prepare(cuts)
 
 
 class _LatticeSizes:
@@ -213,39 +223,60 @@ class _LatticeSizes:
         perturbation = data.waveform_perturbation if name == "train" else None
         self.max_speed = 1.0 if perturbation is None else perturbation.max_speed
         self.fbank = data.fbank
-        self.tokenizer = data.made_tokenizer()
-        self.subsampling = data.subsampling
+        self.num_output_frames = data.num_output_frames
         self.topology = data.topology
 
     def num_frames(self, cut: Cut, *, speed: float = 1.0) -> int:
         num_samples = round(cut.duration * self.fbank.sample_rate / speed)
-        return -(-self.fbank.num_frames(num_samples) // self.subsampling)
-
-    def num_targets(self, cut: Cut) -> int:
-        try:
-            return len(self.tokenizer.encode(cut_text(cut)))
-        except ValueError as error:
-            raise ValueError(f"cut {cut.id!r}: {error}") from error
+        return self.num_output_frames(self.fbank.num_frames(num_samples))
 
     def num_cells(self, cut: Cut) -> int:
-        return self.num_frames(cut) * (self.num_targets(cut) + 1)
+        return self.num_frames(cut) * (len(cut_targets(cut)) + 1)
+
+
+class _Prepare:
+    """Encodes the texts of lazily read cuts, once each, and leaves out what cannot be trained on.
+
+    Args:
+        tokenizer: text to target symbols.
+        feasible: which cuts stay; None keeps all.
+        max_duration_s: with ``feasible``, longer cuts are left out too.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, feasible: _Feasible | None, max_duration_s: float | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.feasible = feasible
+        self.max_duration_s = max_duration_s
+
+    def __call__(self, cuts: CutSet) -> CutSet:
+        if self.feasible is None:
+            return cuts.map(self._encode)
+        if self.max_duration_s is not None:
+            cuts = cuts.filter(self._is_short)
+        return cuts.map(self._encode).filter(self.feasible)
+
+    def _is_short(self, cut: Cut) -> bool:
+        assert self.max_duration_s is not None
+        return cut.duration <= self.max_duration_s
+
+    def _encode(self, cut: Cut) -> Cut:
+        return with_targets(cut, self.tokenizer)
 
 
 class _Feasible:
-    """Whether a cut is not too long, and keeps a path even at the highest speed of training."""
+    """Whether a cut keeps a path even at the highest speed of training."""
 
-    def __init__(self, sizes: _LatticeSizes, name: str, max_duration_s: float | None) -> None:
+    def __init__(self, sizes: _LatticeSizes, name: str) -> None:
         self.sizes = sizes
         self.name = name
-        self.max_duration_s = max_duration_s
         self._said = False
 
     def __call__(self, cut: Cut) -> bool:
         sizes = self.sizes
-        if self.max_duration_s is not None and cut.duration > self.max_duration_s:
-            return False
         num_frames = sizes.num_frames(cut, speed=sizes.max_speed)
-        feasible = is_feasible(num_frames, sizes.num_targets(cut), topology=sizes.topology)
+        feasible = is_feasible(num_frames, len(cut_targets(cut)), topology=sizes.topology)
         if not feasible and not self._said:
             self._said = True
             logger.warning(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transducer_toolkit.ops import checks, native, stages
 from transducer_toolkit.ops.checks import check_tensor
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, LatticeShape
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, LatticeShape, Lengths
 from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.topology import get_topology
 
@@ -222,13 +222,11 @@ def lattice_scores(
     native.require_supported_device(logits.device)
     logits = logits.detach().contiguous()
     batch = LatticeBatch(
-        *shape.lengths,
-        targets,
+        Lengths(*shape.lengths, shape.index(logits.device)),
+        targets.to(logits.device),
         max_frames=shape.max_frames,
         padded=False,
-        device=logits.device,
         num_rows=shape.num_cells,
-        index=shape.index(logits.device),
     )
     scores = CellScores.zeros(batch, logits.device)
     stages.cell_scores(logits, batch, batch.all_rows(), LossOptions(blank), scores)

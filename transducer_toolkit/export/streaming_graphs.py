@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from transducer_toolkit.modules.emformer import EmformerEncoder
 from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder, StreamingEncoder
-from transducer_toolkit.modules.encoder_frontend import SUBSAMPLING_FACTOR
 
 
 def streaming_graph(encoder: Encoder, projection: nn.Module, chunk_frames: int) -> StreamingGraph:
@@ -45,8 +44,9 @@ def streaming_graph(encoder: Encoder, projection: nn.Module, chunk_frames: int) 
 class StreamingGraph(nn.Module):
     """``x (N, T, F), h (L, N, H), c (L, N, C) -> (N, T', J), h, c``.
 
-    Behind the layers' own numbers, c holds in its first row the last four normalised feature
-    frames and the number of encoder frames so far, as far as it matters.
+    After the layers' own numbers, the first row of c holds the last normalized feature frames, as
+    many as one encoder frame takes, and the number of encoder frames so far, up to
+    :attr:`max_past`.
 
     Attributes:
         chunk_frames: encoder frames a call, T'.
@@ -65,7 +65,8 @@ class StreamingGraph(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.projection = projection
-        self.num_context = SUBSAMPLING_FACTOR * encoder.num_features
+        self.factor = encoder.subsampling_factor
+        self.num_context = self.factor * encoder.num_features
 
     @property
     def metadata(self) -> dict[str, str | int]:
@@ -73,8 +74,8 @@ class StreamingGraph(nn.Module):
         return {
             "model_type": "lstm",
             "num_encoder_layers": self.num_layers,
-            "T": SUBSAMPLING_FACTOR * (self.chunk_frames + self.ahead_frames),
-            "decode_chunk_len": SUBSAMPLING_FACTOR * self.chunk_frames,
+            "T": self.factor * (self.chunk_frames + self.ahead_frames),
+            "decode_chunk_len": self.factor * self.chunk_frames,
             "d_model": self.h_size,
             "rnn_hidden_size": self.c_size + self.num_context + 1,
         }
@@ -106,17 +107,19 @@ class StreamingGraph(nn.Module):
         return 1
 
     def _subsample(self, x: Tensor, context: Tensor, has_begun: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, T, F) to encoder frames (N, T / 4, D), and the context of the next chunk."""
+        """Features (N, T, F) to encoder frames (N, T / factor, D), and the next chunk's context."""
         normalised = self.encoder.normalizer(x, torch.ones_like(x[:, :, 0], dtype=torch.bool))
-        context = context.reshape(-1, SUBSAMPLING_FACTOR, self.encoder.num_features)
+        context = context.reshape(-1, self.factor, self.encoder.num_features)
         known = torch.cat((context, normalised), dim=1)
         # The frame of the context comes out again, spoilt by the edge; so does an utterance's
         # first, which must see nothing before it, not even the zeros' own image.
         hidden = self._convolve(known)[:, 1:]
-        first = self._convolve(normalised[:, :SUBSAMPLING_FACTOR])
+        first = self._convolve(normalised[:, : self.factor])
         first = torch.where(has_begun.unsqueeze(1), hidden[:, :1], first)
-        end = SUBSAMPLING_FACTOR * self.chunk_frames  # in known: four before the next chunk
-        context = known[:, end : end + SUBSAMPLING_FACTOR].flatten(1)
+        end = (
+            self.factor * self.chunk_frames
+        )  # in known: one encoder frame's features before the next chunk
+        context = known[:, end : end + self.factor].flatten(1)
         return torch.cat((first, hidden[:, 1:]), dim=1), context
 
     def _convolve(self, features: Tensor) -> Tensor:

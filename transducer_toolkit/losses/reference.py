@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.ops.checks import reduce_losses
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 # An arc of the lattice: the kind of score it uses, and the cell it leaves.
 Arc = tuple[str, int, int]
@@ -26,13 +27,14 @@ def lattice_paths(num_frames: int, num_targets: int, topology: str) -> Iterator[
     Args:
         num_frames: T >= 1.
         num_targets: U >= 0.
-        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
+        topology: one of :data:`~transducer_toolkit.ops.topology.TOPOLOGIES`.
 
     Example:
         >>> len(list(lattice_paths(3, 2, "regular")))  # (T - 1 + U) choose U
         6
     """
-    label_frames = 0 if topology == "regular" else 1
+    row = TOPOLOGIES[topology]
+    (label_frames,) = row.label_durations
 
     def extend(t: int, u: int) -> Iterator[list[Arc]]:
         if t == num_frames:
@@ -42,8 +44,8 @@ def lattice_paths(num_frames: int, num_targets: int, topology: str) -> Iterator[
         for rest in extend(t + 1, u):
             yield [("blank", t, u), *rest]
         if u < num_targets:
-            if topology == "one_sym_per_frame" and t + 1 == num_frames:
-                return  # the last arc must be a blank
+            if t + label_frames == num_frames and not row.ends_with_label:
+                return
             for rest in extend(t + label_frames, u + 1):
                 yield [("label", t, u), *rest]
 
@@ -66,7 +68,7 @@ def arc_scores(
     blank_scores = log_probs[:, :, blank]
     index = targets.long().expand(num_frames, columns - 1).unsqueeze(-1)  # (T, U, 1)
     label_scores = log_probs[:, :-1].gather(2, index).squeeze(-1)
-    if topology == "constrained":  # the label drags the blank after it along
+    if TOPOLOGIES[topology].label_takes_blank:
         label_scores = label_scores + blank_scores[:, 1:]
     frames = torch.arange(num_frames, dtype=log_probs.dtype, device=log_probs.device)
     penalty = delay_penalty * ((num_frames - 1) / 2 - frames)
@@ -148,6 +150,8 @@ def path_sum(blank_scores: Tensor, label_scores: Tensor, topology: str) -> Tenso
         >>> path_sum(torch.zeros(3, 3), torch.zeros(3, 2), "regular")  # of 6 paths
         tensor(1.7918)
     """
+    row = TOPOLOGIES[topology]
+    (label_frames,) = row.label_durations
     num_frames, columns = blank_scores.shape
     zero = blank_scores.new_full((), float("-inf"))
     previous: list[Tensor] = []  # alpha(t - 1, u)
@@ -157,10 +161,10 @@ def path_sum(blank_scores: Tensor, label_scores: Tensor, topology: str) -> Tenso
             terms = [blank_scores.new_zeros(())] if t == u == 0 else []
             if t > 0:
                 terms.append(previous[u] + blank_scores[t - 1, u])
-            if u > 0 and topology == "regular" and t < num_frames:
+            may_follow_label = t < num_frames or row.ends_with_label
+            if u > 0 and label_frames == 0 and t < num_frames:
                 terms.append(current[u - 1] + label_scores[t, u - 1])
-            must_be_blank = topology == "one_sym_per_frame" and t == num_frames
-            if u > 0 and topology != "regular" and t > 0 and not must_be_blank:
+            if u > 0 and label_frames == 1 and t > 0 and may_follow_label:
                 terms.append(previous[u - 1] + label_scores[t - 1, u - 1])
             # logsumexp of nothing but -inf has a NaN gradient: leave such terms out.
             terms = [term for term in terms if term != float("-inf")]
@@ -191,7 +195,7 @@ def reference_loss(
         target_lengths: (B,).
         blank: index of blank.
         from_log_softmax: logits are log-probabilities already.
-        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
+        topology: one of :data:`~transducer_toolkit.ops.topology.TOPOLOGIES`.
         reduction: "none", "mean" or "sum".
         delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
         enumerate_paths: use :func:`brute_force_loss` instead of the recursion.

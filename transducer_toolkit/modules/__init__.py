@@ -3,7 +3,12 @@
 
 from transducer_toolkit.modules.conformer import ConformerEncoder
 from transducer_toolkit.modules.emformer import EmformerEncoder
-from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder, StreamingEncoder
+from transducer_toolkit.modules.encoder import (
+    ConvLstmEncoder,
+    Encoder,
+    FrontEndEncoder,
+    StreamingEncoder,
+)
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
 from transducer_toolkit.modules.predictor import LstmPredictor, Predictor, StatelessPredictor
 from transducer_toolkit.modules.transducer import Transducer
@@ -14,6 +19,7 @@ __all__ = [
     "ConvLstmEncoder",
     "EmformerEncoder",
     "Encoder",
+    "FrontEndEncoder",
     "Joiner",
     "LstmPredictor",
     "Predictor",

@@ -8,19 +8,13 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from transducer_toolkit.modules.encoder import Encoder
-from transducer_toolkit.modules.encoder_frontend import (
-    ConvSubsampling,
-    FeatureNormalizer,
-    NumFrames,
-    frame_mask,
-    subsampled_length,
-)
-from transducer_toolkit.ops.checks import check_at_least, check_int, check_probability
+from transducer_toolkit.modules.encoder import FrontEndEncoder
+from transducer_toolkit.modules.encoder_frontend import frame_mask
+from transducer_toolkit.ops.checks import check_at_least, check_int
 
 
-class ConformerEncoder(Encoder):
-    """Normalisation, two 2-D convolutions (4x subsampling) and a stack of Conformer layers.
+class ConformerEncoder(FrontEndEncoder):
+    """Normalization, subsampling convolutions and a stack of Conformer layers.
 
     The layers are those of ``torchaudio.models.Conformer``, changed where they would mix an
     utterance with its batch: padded frames are zeroed before each depthwise convolution, and a
@@ -32,7 +26,7 @@ class ConformerEncoder(Encoder):
 
     Args:
         num_features: feature bins, F.
-        conv_channels: channels of the two subsampling convolutions.
+        conv_channels: channels of the subsampling convolutions.
         hidden_dim: width of each layer, and of the encoder frames, E; a multiple of ``num_heads``.
         num_layers: number of Conformer layers.
         num_heads: attention heads.
@@ -41,11 +35,12 @@ class ConformerEncoder(Encoder):
         dropout: probability of zeroing a unit before the layers and in each of their modules.
         normalization: ``"utterance"`` or ``"global"``, see
             :class:`~transducer_toolkit.modules.encoder_frontend.FeatureNormalizer`.
+        subsampling_factor: feature frames per encoder frame, a power of 2.
 
     Raises:
         ImportError: if torchaudio cannot be imported.
-        ValueError: if ``hidden_dim`` or ``kernel_size`` is not as said, a size is below 1, or
-            ``dropout`` not in [0, 1].
+        ValueError: if ``hidden_dim``, ``kernel_size`` or ``subsampling_factor`` is not as described
+            above, a size is below 1, or ``dropout`` is not in [0, 1].
         TypeError: if one is no number.
 
     Example:
@@ -68,12 +63,9 @@ class ConformerEncoder(Encoder):
         kernel_size: int = 31,
         dropout: float = 0.1,
         normalization: str = "utterance",
+        subsampling_factor: int = 4,
     ) -> None:
-        super().__init__()
-        sizes = {"num_features": num_features, "conv_channels": conv_channels}
-        check_at_least(1, **sizes, hidden_dim=hidden_dim, num_layers=num_layers)
-        check_at_least(1, num_heads=num_heads)
-        check_probability(dropout, "dropout")
+        check_at_least(1, hidden_dim=hidden_dim, num_layers=num_layers, num_heads=num_heads)
         if hidden_dim % num_heads != 0:
             raise ValueError(
                 f"hidden_dim must be a multiple of num_heads={num_heads}, got {hidden_dim}"
@@ -88,13 +80,14 @@ class ConformerEncoder(Encoder):
                 "ConformerEncoder needs a torchaudio that fits the installed torch "
                 f"({error}); the extra 'train' pins such a pair"
             ) from error
-        self.num_features = num_features
-        self.output_dim = hidden_dim
-        self.normalizer = FeatureNormalizer(num_features, normalization)
-        self.subsampling = ConvSubsampling(
-            num_features, channels=conv_channels, output_dim=hidden_dim
+        super().__init__(
+            num_features=num_features,
+            conv_channels=conv_channels,
+            output_dim=hidden_dim,
+            dropout=dropout,
+            normalization=normalization,
+            subsampling_factor=subsampling_factor,
         )
-        self.dropout = nn.Dropout(dropout)
         self.layers = Conformer(
             hidden_dim,
             num_heads,
@@ -111,19 +104,13 @@ class ConformerEncoder(Encoder):
             )
 
     def forward(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        self.check_input(features, feature_lengths)
-        mask = frame_mask(feature_lengths, features.size(1), features.device)
-        hidden = self.subsampling(self.normalizer(features, mask), feature_lengths)
-        encoder_lengths = self.num_output_frames(feature_lengths)
+        hidden, encoder_lengths = self.front_end(features, feature_lengths)
         is_padding = ~frame_mask(encoder_lengths, hidden.size(1), hidden.device)
         hidden = self.dropout(hidden).transpose(0, 1)  # (T, B, E), as torchaudio has it
         with self._padding.being(is_padding):
             for layer in self.layers:
                 hidden = layer(hidden, is_padding)
         return hidden.transpose(0, 1), encoder_lengths
-
-    def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
-        return subsampled_length(num_frames)
 
 
 class _Padding(nn.Module):

@@ -7,18 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from transducer_toolkit.modules.encoder import StreamingEncoder
-from transducer_toolkit.modules.encoder_frontend import (
-    ConvSubsampling,
-    FeatureNormalizer,
-    NumFrames,
-    frame_mask,
-    subsampled_length,
-)
-from transducer_toolkit.ops.checks import check_at_least, check_int, check_probability
+from transducer_toolkit.modules.encoder_frontend import frame_mask
+from transducer_toolkit.ops.checks import check_at_least, check_int
 
 
 class EmformerEncoder(StreamingEncoder):
-    """Global normalisation, two 2-D convolutions (4x subsampling) and torchaudio's Emformer.
+    """Global normalization, subsampling convolutions and torchaudio's Emformer.
 
     The frames are cut into segments. A frame attends to its segment, to ``right_context`` frames
     after it and to ``left_context`` frames before it; with ``memory_size`` also to one summary
@@ -39,10 +33,11 @@ class EmformerEncoder(StreamingEncoder):
         memory_size: earlier segments seen as summaries; 0 is none.
         dropout: probability of zeroing a unit.
         normalization: ``"global"``; ``"utterance"`` trains a model that cannot stream.
+        subsampling_factor: feature frames per encoder frame, a power of 2.
 
     Raises:
-        ValueError: if a size or segment_length is below 1, a context negative, dropout not in
-            [0, 1], or dim no multiple of num_heads.
+        ValueError: if a size or segment_length is below 1, a context is negative, dropout is not in
+            [0, 1], dim is no multiple of num_heads, or subsampling_factor is no power of 2.
         TypeError: if a size is no integer.
 
     Example:
@@ -71,13 +66,11 @@ class EmformerEncoder(StreamingEncoder):
         memory_size: int = 0,
         dropout: float = 0.1,
         normalization: str = "global",
+        subsampling_factor: int = 4,
     ) -> None:
         from torchaudio.models import Emformer  # late: other encoders do without torchaudio
 
-        super().__init__()
-        sizes = {"num_features": num_features, "conv_channels": conv_channels, "dim": dim}
-        check_at_least(1, **sizes, num_heads=num_heads, ffn_dim=ffn_dim, num_layers=num_layers)
-        check_probability(dropout, "dropout")
+        check_at_least(1, dim=dim, num_heads=num_heads, ffn_dim=ffn_dim, num_layers=num_layers)
         for name, value in (
             ("segment_length", segment_length),
             ("left_context", left_context),
@@ -92,13 +85,16 @@ class EmformerEncoder(StreamingEncoder):
             )
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads={num_heads}, got {dim}")
-        self.num_features = num_features
-        self.output_dim = dim
+        super().__init__(
+            num_features=num_features,
+            conv_channels=conv_channels,
+            output_dim=dim,
+            dropout=dropout,
+            normalization=normalization,
+            subsampling_factor=subsampling_factor,
+        )
         self.segment_length = segment_length
         self.right_context = right_context
-        self.normalizer = FeatureNormalizer(num_features, normalization)
-        self.subsampling = ConvSubsampling(num_features, channels=conv_channels, output_dim=dim)
-        self.dropout = nn.Dropout(dropout)
         self.emformer = Emformer(
             dim,
             num_heads,
@@ -114,10 +110,7 @@ class EmformerEncoder(StreamingEncoder):
         )
 
     def forward(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        self.check_input(features, feature_lengths)
-        mask = frame_mask(feature_lengths, features.size(1), features.device)
-        hidden = self.subsampling(self.normalizer(features, mask), feature_lengths)
-        encoder_lengths = self.num_output_frames(feature_lengths)
+        hidden, encoder_lengths = self.front_end(features, feature_lengths)
         # Zeros after the end, as alone. Emformer's own lengths would not do: it masks the padding
         # of a batch, but not that of a single utterance.
         num_frames = hidden.size(1)
@@ -128,9 +121,6 @@ class EmformerEncoder(StreamingEncoder):
         )
         encoder_out, _ = self.emformer(hidden, lengths)
         return encoder_out[:, :num_frames], encoder_lengths
-
-    def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
-        return subsampled_length(num_frames)
 
     @property
     def latency_frames(self) -> int:

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from transducer_toolkit.modules.encoder_frontend import (
-    SUBSAMPLING_FACTOR,
     ConvSubsampling,
     FeatureNormalizer,
     NumFrames,
     frame_mask,
-    subsampled_length,
 )
 from transducer_toolkit.ops.checks import check_at_least, check_probability
 
@@ -87,6 +85,70 @@ class Encoder(nn.Module, ABC):
                     )
 
 
+class FrontEndEncoder(Encoder):
+    """An encoder of the common front end, with layers of its own after it.
+
+    The front end normalizes the features and subsamples them by convolutions. A subclass calls
+    :meth:`front_end` and passes the frames through :attr:`dropout` and its layers.
+
+    Args:
+        num_features: feature bins, F.
+        conv_channels: channels of the convolutions.
+        output_dim: width of the subsampled frames and of the encoder frames, E.
+        dropout: probability of zeroing a unit.
+        normalization: ``"utterance"`` or ``"global"``, see
+            :class:`~transducer_toolkit.modules.encoder_frontend.FeatureNormalizer`.
+        subsampling_factor: feature frames per encoder frame, a power of 2.
+
+    Attributes:
+        normalizer: centers the features.
+        subsampling: the convolutions, and a projection to ``output_dim``.
+        dropout: applied to the subsampled frames.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_features: int,
+        conv_channels: int,
+        output_dim: int,
+        dropout: float,
+        normalization: str,
+        subsampling_factor: int = 4,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, num_features=num_features, conv_channels=conv_channels)
+        check_probability(dropout, "dropout")
+        self.num_features = num_features
+        self.output_dim = output_dim
+        self.normalizer = FeatureNormalizer(num_features, normalization)
+        self.subsampling = ConvSubsampling(
+            num_features, channels=conv_channels, output_dim=output_dim, factor=subsampling_factor
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def front_end(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Check, normalize and subsample a padded batch.
+
+        Args:
+            features: (B, T_in, F) float32; padded frames may hold anything.
+            feature_lengths: (B,) int64, in feature frames.
+
+        Returns:
+            (B, T, E) frames, unspecified but finite at padded frames, and their (B,) lengths.
+
+        Raises:
+            ValueError: as :meth:`forward` does.
+        """
+        self.check_input(features, feature_lengths)
+        mask = frame_mask(feature_lengths, features.size(1), features.device)
+        hidden = self.subsampling(self.normalizer(features, mask), feature_lengths)
+        return hidden, self.num_output_frames(feature_lengths)
+
+    def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
+        return self.subsampling.num_output_frames(num_frames)
+
+
 @dataclass(frozen=True)
 class EncoderState:
     """What an encoder remembers of one utterance; its size does not grow.
@@ -102,15 +164,15 @@ class EncoderState:
     layers: Any
 
 
-class StreamingEncoder(Encoder):
-    """An encoder of normaliser, 4x subsampling and layers that see no, or little, of the future.
+class StreamingEncoder(FrontEndEncoder):
+    """An encoder whose layers see little or nothing of the future.
 
-    :meth:`stream` takes the features of one utterance in pieces of any size and gives the encoder
-    frames of :meth:`forward`, to rounding, as soon as the features they depend on are there.
+    :meth:`stream` takes the features of one utterance in pieces of any size. It returns the encoder
+    frames of :meth:`forward`, up to rounding, as soon as the features that they depend on are
+    known.
+
+    Args: those of :class:`FrontEndEncoder`.
     """
-
-    normalizer: FeatureNormalizer
-    subsampling: ConvSubsampling
 
     @property
     @abstractmethod
@@ -178,33 +240,37 @@ class StreamingEncoder(Encoder):
         known = torch.cat([state.features, features.to(state.features.device)])
         hidden = self._subsample(known, state.num_seen, final=final)
         encoder_out, layers = self.stream_layers(hidden, state.layers, final=final)
-        # Encoder frame k sees the features 4k - 3 to 4k + 3: before the next one, keep four.
-        num_encoded = state.num_seen + SUBSAMPLING_FACTOR * hidden.size(1)
-        num_seen = min(num_encoded, SUBSAMPLING_FACTOR)
-        features_ahead = known[max(0, num_encoded - SUBSAMPLING_FACTOR) :].clone()
+        # With the factor f, encoder frame k depends on features from f(k - 1) + 1 on: keep the
+        # last f of those that were encoded.
+        factor = self.subsampling.factor
+        num_encoded = state.num_seen + factor * hidden.size(1)
+        num_seen = min(num_encoded, factor)
+        features_ahead = known[max(0, num_encoded - factor) :].clone()
         return encoder_out[0], EncoderState(features_ahead, num_seen, layers)
 
     def _subsample(self, features: Tensor, num_seen: int, *, final: bool) -> Tensor:
-        """Normalise and subsample what is complete: (n, F) -> (1, T, D)."""
+        """Normalize and subsample the features of complete encoder frames: (n, F) -> (1, T, D)."""
+        factor = self.subsampling.factor
         num_frames = len(features)
         if not final:
-            num_frames -= num_frames % SUBSAMPLING_FACTOR
+            num_frames -= num_frames % factor
         if num_frames <= num_seen:
             return self.subsampling.projection.weight.new_empty(
                 1, 0, self.subsampling.projection.out_features
             )
         mask = torch.ones(1, num_frames, dtype=torch.bool, device=features.device)
-        normalised = self.normalizer(features[None, :num_frames], mask)
-        hidden = self.subsampling(normalised, torch.tensor([num_frames]))
-        # The first of them saw zeros instead of what came before, and was given out already.
-        return hidden[:, num_seen // SUBSAMPLING_FACTOR :]
+        normalized = self.normalizer(features[None, :num_frames], mask)
+        hidden = self.subsampling(normalized, torch.tensor([num_frames]))
+        # The frame of the features that were kept is wrong here, because the convolutions saw
+        # zeros before it, and an earlier call returned it.
+        return hidden[:, num_seen // factor :]
 
 
 class ConvLstmEncoder(StreamingEncoder):
-    """Normalisation, two 2-D convolutions (4x subsampling) and a stack of LSTM layers.
+    """Normalization, subsampling convolutions and a stack of LSTM layers.
 
     The LSTM runs forward in time only: with ``normalization="global"`` the encoder streams, and a
-    frame waits for no sound but its own 40 ms.
+    frame depends on no feature frame after its own (40 ms with ``subsampling_factor=4``).
 
     Args:
         num_features: feature bins, F.
@@ -214,9 +280,11 @@ class ConvLstmEncoder(StreamingEncoder):
         dropout: probability of zeroing a unit before, between and after the LSTM layers.
         normalization: ``"utterance"`` or ``"global"``, see
             :class:`~transducer_toolkit.modules.encoder_frontend.FeatureNormalizer`.
+        subsampling_factor: feature frames per encoder frame, a power of 2.
 
     Raises:
-        ValueError: if a size is below 1, or ``dropout`` is not in [0, 1].
+        ValueError: if a size is below 1, ``dropout`` is not in [0, 1], or ``subsampling_factor`` is
+            no power of 2.
         TypeError: if one is no number.
 
     Example:
@@ -236,18 +304,17 @@ class ConvLstmEncoder(StreamingEncoder):
         num_layers: int = 2,
         dropout: float = 0.1,
         normalization: str = "utterance",
+        subsampling_factor: int = 4,
     ) -> None:
-        super().__init__()
-        sizes = {"num_features": num_features, "conv_channels": conv_channels}
-        check_at_least(1, **sizes, hidden_dim=hidden_dim, num_layers=num_layers)
-        check_probability(dropout, "dropout")
-        self.num_features = num_features
-        self.output_dim = hidden_dim
-        self.normalizer = FeatureNormalizer(num_features, normalization)
-        self.subsampling = ConvSubsampling(
-            num_features, channels=conv_channels, output_dim=hidden_dim
+        check_at_least(1, hidden_dim=hidden_dim, num_layers=num_layers)
+        super().__init__(
+            num_features=num_features,
+            conv_channels=conv_channels,
+            output_dim=hidden_dim,
+            dropout=dropout,
+            normalization=normalization,
+            subsampling_factor=subsampling_factor,
         )
-        self.dropout = nn.Dropout(dropout)
         self.lstm = nn.LSTM(
             hidden_dim,
             hidden_dim,
@@ -255,19 +322,14 @@ class ConvLstmEncoder(StreamingEncoder):
             batch_first=True,
             dropout=dropout if num_layers > 1 else 0.0,
         )
-        # An untrained LSTM whispers beside the predictor, and the model would first learn to do
-        # without audio: bring both to the same scale.
+        # At initialization the LSTM's outputs are much smaller than the predictor's, and the model
+        # would first learn to ignore the audio: the norm brings both to the same scale.
         self.norm = nn.LayerNorm(hidden_dim)
 
     def forward(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        self.check_input(features, feature_lengths)
-        mask = frame_mask(feature_lengths, features.size(1), features.device)
-        hidden = self.subsampling(self.normalizer(features, mask), feature_lengths)
+        hidden, encoder_lengths = self.front_end(features, feature_lengths)
         hidden, _ = self.lstm(self.dropout(hidden))  # causal: padding at the end cannot leak
-        return self.dropout(self.norm(hidden)), self.num_output_frames(feature_lengths)
-
-    def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
-        return subsampled_length(num_frames)
+        return self.dropout(self.norm(hidden)), encoder_lengths
 
     @property
     def latency_frames(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands before the recurrent layers of an encoder: normalisation and 4x subsampling."""
+"""The front end of the encoders: feature normalization, masks and subsampling convolutions."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from transducer_toolkit.ops.checks import check_int
+
 NumFrames = TypeVar("NumFrames", int, Tensor)
 
-SUBSAMPLING_FACTOR = 4
 NORMALIZATIONS = ("utterance", "global")
 
 
-def subsampled_length(num_frames: NumFrames) -> NumFrames:
-    """Number of encoder frames of ``num_frames`` feature frames, ``ceil(num_frames / 4)``.
+def subsampled_length(num_frames: NumFrames, factor: int = 4) -> NumFrames:
+    """Return the number of encoder frames of ``num_frames`` feature frames.
+
+    That is ``ceil(num_frames / factor)``: each convolution of stride 2 rounds up.
 
     Args:
         num_frames: number of feature frames, an int or an integer tensor of any shape.
+        factor: feature frames per encoder frame, a power of 2.
 
     Returns:
         The same type as ``num_frames``.
 
     Example:
-        >>> subsampled_length(9)
-        3
+        >>> subsampled_length(9), subsampled_length(9, factor=8)
+        (3, 2)
     """
-    return (num_frames + SUBSAMPLING_FACTOR - 1) // SUBSAMPLING_FACTOR
+    return (num_frames + factor - 1) // factor
 
 
 def frame_mask(lengths: Tensor, max_frames: int, device: torch.device) -> Tensor:
@@ -149,15 +153,22 @@ class FeatureNormalizer(nn.Module):
 
 
 class ConvSubsampling(nn.Module):
-    """Two 2-D convolutions, each halving time and frequency, and a projection.
+    """2-D convolutions, each halving time and frequency, and a projection.
 
-    ``(B, T, F) -> (B, ceil(T / 4), output_dim)``. Frames beyond an utterance's length are zeroed
-    before each convolution, so that a batched utterance sees the zeros it would see alone.
+    ``(B, T, F) -> (B, ceil(T / factor), output_dim)``. Frames after the end of an utterance are
+    zeroed before each convolution, so a batched utterance sees the zeros that it would see alone.
+
+    Encoder frame k depends on the feature frames ``factor * (k - 1) + 1`` to
+    ``factor * (k + 1) - 1``.
 
     Args:
         num_features: feature bins, F.
-        channels: channels of both convolutions.
+        channels: channels of all convolutions.
         output_dim: width of the projection.
+        factor: feature frames per encoder frame, 2 to the number of convolutions.
+
+    Raises:
+        ValueError: if ``factor`` is not a power of 2 from 2 on.
 
     Example:
         >>> subsampling = ConvSubsampling(80, channels=8, output_dim=16)
@@ -165,12 +176,29 @@ class ConvSubsampling(nn.Module):
         torch.Size([2, 3, 16])
     """
 
-    def __init__(self, num_features: int, *, channels: int, output_dim: int) -> None:
+    def __init__(
+        self, num_features: int, *, channels: int, output_dim: int, factor: int = 4
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, channels, kernel_size=3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
-        self.projection = nn.Linear(channels * subsampled_length(num_features), output_dim)
+        check_int(factor, "subsampling_factor")
+        if factor < 2 or factor & (factor - 1):
+            raise ValueError(
+                f"subsampling_factor: expected a power of 2 (2, 4, 8, ...), got {factor}"
+            )
+        self.factor = factor
+        self.num_convolutions = factor.bit_length() - 1
+        for number in range(1, self.num_convolutions + 1):
+            inputs = 1 if number == 1 else channels
+            convolution = nn.Conv2d(inputs, channels, kernel_size=3, stride=2, padding=1)
+            # Attributes, not a ModuleList: checkpoints name them conv1, conv2.
+            self.add_module(f"conv{number}", convolution)
+        bins = subsampled_length(num_features, factor)
+        self.projection = nn.Linear(channels * bins, output_dim)
         self.norm = nn.LayerNorm(output_dim)
+
+    def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
+        """Return the number of encoder frames of ``num_frames`` feature frames."""
+        return subsampled_length(num_frames, self.factor)
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Subsample a padded batch.
@@ -180,10 +208,15 @@ class ConvSubsampling(nn.Module):
             lengths: (B,) int64, real feature frames.
 
         Returns:
-            (B, ceil(T / 4), output_dim); padded frames hold unspecified finite values.
+            (B, ceil(T / factor), output_dim); padded frames hold unspecified finite values.
         """
-        hidden = self.conv1(features.unsqueeze(1)).relu()  # (B, C, T/2, F/2)
-        mask = frame_mask((lengths + 1) // 2, hidden.size(2), hidden.device)
-        hidden = self.conv2(hidden * mask[:, None, :, None]).relu()  # (B, C, T/4, F/4)
-        hidden = hidden.transpose(1, 2).flatten(2)  # (B, T/4, C * F/4)
+        hidden = features.unsqueeze(1)
+        for number in range(1, self.num_convolutions + 1):
+            if number > 1:
+                lengths = (lengths + 1) // 2
+                mask = frame_mask(lengths, hidden.size(2), hidden.device)
+                hidden = hidden * mask[:, None, :, None]
+            # (B, C, T, F) -> (B, C, ceil(T / 2), ceil(F / 2))
+            hidden = self.get_submodule(f"conv{number}")(hidden).relu()
+        hidden = hidden.transpose(1, 2).flatten(2)  # (B, T, C, F) -> (B, T, C * F)
         return self.norm(self.projection(hidden))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from transducer_toolkit.ops import additive_stages, native
 from transducer_toolkit.ops.additive_stages import AdditiveInputs, AdditiveOptions, AdditiveScores
-from transducer_toolkit.ops.registration import Backward, NoPlan, Operator
+from transducer_toolkit.ops.registration import Backward, Derivative, NoPlan, Operator
 
 
 def additive_scores(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, Tensor]:
@@ -189,10 +189,12 @@ operator = Operator(
     (AdditiveInputs, AdditiveOptions, NoPlan, AdditiveScores),
     forward=_forward,
     fake=_fake,
-    backward=_backward,
-    differentiable=["contexts", "am", "context_blank", "context_label"],
-    differentiated=["blank", "label"],
-    unsaved=["blank", "label"],
+    derivative=Derivative(
+        backward=_backward,
+        of=("contexts", "am", "context_blank", "context_label"),
+        through=("blank", "label"),
+        unsaved=("blank", "label"),
+    ),
     functions="rnnt_loss_simple, rnnt_loss_smoothed, get_rnnt_logprobs",
 )
 

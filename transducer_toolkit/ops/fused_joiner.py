@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native, stages
-from transducer_toolkit.ops.joint_tiles import JointTiles, JointWeights, are_logits_few, autocast
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.joint_tiles import (
+    JointTiles,
+    JointWeights,
+    are_logits_few,
+    autocast,
+    padded_vocab_size,
+)
+from transducer_toolkit.ops.lattice import Band, CellScores, LatticeBatch, Lengths
 from transducer_toolkit.ops.options import FusedOptions
-from transducer_toolkit.ops.registration import Backward, Operator
+from transducer_toolkit.ops.registration import Backward, Derivative, Operator
 
 
 class FusedInputs(NamedTuple):
@@ -66,7 +72,7 @@ class FusedLoss(NamedTuple):
         use_label: (num_rows,) float64, expected uses of the label score.
         rows: (num_rows,) int64; the first ``num_kept.sum()`` are the rows that backward visits.
         num_kept: (B,) int64, how many of them each utterance has.
-        logits: (num_rows, V), no elements unless the plan keeps them.
+        logits: (num_rows, padded V), no elements unless the plan keeps them.
 
     All but losses and logits have no elements unless the plan wants the uses.
     """
@@ -116,18 +122,13 @@ def fused_loss(
 def _lattice_batch(
     inputs: FusedInputs, plan: FusedPlan, skip: Tensor | None = None
 ) -> LatticeBatch:
-    ranges = inputs.ranges
     return LatticeBatch(
-        inputs.logit_lengths,
-        inputs.target_lengths,
+        Lengths(inputs.logit_lengths, inputs.target_lengths, inputs.shape_index),
         inputs.targets,
         num_rows=plan.num_rows,
         max_frames=inputs.enc.size(1),
         padded=False,
-        device=inputs.enc.device,
-        band_start=None if ranges is None else ranges[:, :, 0],
-        band_width=0 if ranges is None else ranges.size(2),
-        index=inputs.shape_index,
+        band=Band.of(inputs.ranges),
         skip=skip,
     )
 
@@ -141,6 +142,7 @@ def _joint_tiles(
         batch,
         tile_cells=options.tile_cells,
         beside_kept=beside_kept,
+        pads_vocab=True,
     )
 
 
@@ -165,9 +167,14 @@ def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
 def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedLoss:
     enc, vocab_size = inputs.enc, inputs.weight.size(0)
     _validate(inputs, options)
+    num_columns = padded_vocab_size(enc, vocab_size)
+    if num_columns > vocab_size:
+        # A label in the padding must give a NaN loss, as any other label out of range does.
+        targets = inputs.targets
+        inputs = inputs._replace(targets=targets.masked_fill(targets >= vocab_size, -1))
     batch = _lattice_batch(inputs, plan)
     scores = CellScores.zeros(batch, enc.device)
-    kept_logits = native.empty(plan.num_rows if plan.keep_logits else 0, vocab_size, like=enc)
+    kept_logits = native.empty(plan.num_rows if plan.keep_logits else 0, num_columns, like=enc)
     with torch.autocast(enc.device.type, enabled=False):
         joint = _joint_tiles(inputs, options, batch, beside_kept=plan.keep_logits)
         for tile in joint.tiles():
@@ -204,7 +211,9 @@ def _fake(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedL
         per_row(),
         index(rows),
         index(targets.size(0) if plan.with_uses else 0),
-        enc.new_empty(plan.num_rows if plan.keep_logits else 0, inputs.weight.size(0)),
+        enc.new_empty(
+            plan.num_rows if plan.keep_logits else 0, padded_vocab_size(enc, inputs.weight.size(0))
+        ),
     )
 
 
@@ -242,9 +251,11 @@ operator = Operator(
     (FusedInputs, FusedOptions, FusedPlan, FusedLoss),
     forward=_forward,
     fake=_fake,
-    backward=_backward,
-    differentiable=["enc", "pred", "weight", "bias"],
-    differentiated=["losses"],
-    unsaved=["losses"],
+    derivative=Derivative(
+        backward=_backward,
+        of=("enc", "pred", "weight", "bias"),
+        through=("losses",),
+        unsaved=("losses",),
+    ),
     functions="fused_joiner_loss",
 )

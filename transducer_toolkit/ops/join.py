@@ -13,8 +13,8 @@ from torch.nn import functional
 from transducer_toolkit.ops import native, stages
 from transducer_toolkit.ops.checks import check_tensor
 from transducer_toolkit.ops.joint_tiles import JointTiles, JointWeights, autocast
-from transducer_toolkit.ops.lattice import LatticeBatch, LatticeShape
-from transducer_toolkit.ops.registration import Backward, Operator
+from transducer_toolkit.ops.lattice import LatticeBatch, LatticeShape, Lengths
+from transducer_toolkit.ops.registration import Backward, Derivative, Operator
 
 
 def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "tanh") -> Tensor:
@@ -221,15 +221,12 @@ class Logits(NamedTuple):
 def _lattice_batch(inputs: JoinInputs | LogitsInputs, plan: JoinPlan) -> LatticeBatch:
     enc, pred = inputs.enc, inputs.pred
     return LatticeBatch(
-        inputs.logit_lengths,
-        inputs.target_lengths,
+        Lengths(inputs.logit_lengths, inputs.target_lengths, inputs.shape_index),
         # Only the width of the targets matters to a join.
         torch.empty(pred.size(0), pred.size(1) - 1, dtype=torch.int64, device=enc.device),
         num_rows=plan.num_cells,
         max_frames=enc.size(1),
         padded=False,
-        device=enc.device,
-        index=inputs.shape_index,
     )
 
 
@@ -266,9 +263,11 @@ operator = Operator(
     (JoinInputs, JoinOptions, JoinPlan, Hidden),
     forward=_hidden,
     fake=_hidden_fake,
-    backward=_hidden_backward,
-    differentiable=["enc", "pred"],
-    differentiated=["hidden"],
+    derivative=Derivative(
+        backward=_hidden_backward,
+        of=("enc", "pred"),
+        through=("hidden",),
+    ),
     functions="joiner",
 )
 
@@ -308,9 +307,11 @@ logits_operator = Operator(
     (LogitsInputs, JoinOptions, JoinPlan, Logits),
     forward=_logits,
     fake=_logits_fake,
-    backward=_logits_backward,
-    differentiable=["enc", "pred", "weight", "bias"],
-    differentiated=["logits"],
-    unsaved=["logits"],
+    derivative=Derivative(
+        backward=_logits_backward,
+        of=("enc", "pred", "weight", "bias"),
+        through=("logits",),
+        unsaved=("logits",),
+    ),
     functions="joiner",
 )

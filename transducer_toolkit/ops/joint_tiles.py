@@ -20,31 +20,47 @@ from transducer_toolkit.ops.lattice import LatticeBatch, RowTile
 from transducer_toolkit.ops.stages import Joint
 
 # Hidden layer, its gradient and logits of a tile together. On two CPUs tiles of 4 to 16 MiB were
-# within 10 % of each other, 4 the fastest at V = 500 and 10 at V = 5000, and others slower; a GPU
-# wants more rows to be busy.
-TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 128 * 2**20}
+# within 10 % of each other, 4 the fastest at V = 500 and 10 at V = 5000, and others slower. A GPU
+# needs more rows to be busy, and each tile costs it a round of launches.
+TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 512 * 2**20}
 # In a forward that keeps its logits smaller ones are faster: the hidden layer stays in the cache.
-TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
+TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+# A tile takes no more than this share of a GPU's memory: 128 MiB of 8 GiB.
+TILE_SHARE_OF_DEVICE = 1 / 64
 # A product on the CPU copies its right-hand side into the order it likes. So the weight goes in by
 # panels of at most this size, or that copy would be as large as the weight. A GPU makes none.
 PANEL_BYTES = {"cpu": 2 * 2**20}
 # If all logits together are no more than this, backward need not make them again.
 KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 MIN_PANEL_ROWS = 256  # narrower products are slow: at D = 8192 panels of 2 MiB took 40 % more time
+# cuBLAS takes its fast 16-bit kernels only where every row begins at a multiple of 16 bytes. So the
+# tiles of a fused loss get a vocabulary that is a multiple of this.
+VOCAB_MULTIPLE = {"cuda": 8}
 
 
 def automatic_tile_cells(enc: Tensor, vocab_size: int, beside_kept: bool) -> int:
     """Rows of a tile such that a tile takes TILE_BYTES, whatever V and D are."""
     row_bytes = (2 * enc.size(-1) + vocab_size) * enc.element_size()
     budgets = TILE_BYTES_BESIDE_KEPT if beside_kept else TILE_BYTES
-    return max(64, budgets.get(enc.device.type, budgets["cpu"]) // row_bytes)
+    budget = budgets.get(enc.device.type, budgets["cpu"])
+    if enc.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(enc.device).total_memory
+        budget = min(budget, int(memory * TILE_SHARE_OF_DEVICE))
+    return max(64, budget // row_bytes)
+
+
+def padded_vocab_size(enc: Tensor, vocab_size: int) -> int:
+    """Columns of the logits of a tile: V, for 16-bit types rounded up to VOCAB_MULTIPLE."""
+    multiple = VOCAB_MULTIPLE.get(enc.device.type, 1) if enc.dtype in native.SIXTEEN_BIT else 1
+    return -(-vocab_size // multiple) * multiple
 
 
 def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
-    """Whether (num_rows, V) logits in the dtype of enc are within KEPT_LOGITS_BYTES."""
+    """Whether logits of `num_rows` rows in the dtype of enc are within KEPT_LOGITS_BYTES."""
     budget = KEPT_LOGITS_BYTES.get(enc.device.type, 0)
+    row_bytes = padded_vocab_size(enc, vocab_size) * enc.element_size()
     # Not bool(...): torch 2.4 cannot trace that of a symbolic size.
-    return True if num_rows * vocab_size * enc.element_size() <= budget else False  # noqa: SIM210
+    return True if num_rows * row_bytes <= budget else False  # noqa: SIM210
 
 
 def _panels(weight: Tensor) -> list[slice]:
@@ -57,6 +73,20 @@ def _panels(weight: Tensor) -> list[slice]:
         count = max(1, -(-vocab_size // rows))
     edges = [index * vocab_size // count for index in range(count + 1)]
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
+
+
+# torch 2.8 and later: a product of 16-bit matrices can be handed out in float32, on CUDA only.
+_MM_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _mm_to_float32(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two 16-bit matrices as a term of a float32 sum.
+
+    On CUDA it is float32 where torch can return that. Otherwise torch rounds it to 16 bits.
+    """
+    if _MM_HAS_OUT_DTYPE and left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right)
 
 
 def autocast(tensor: Tensor) -> Tensor:
@@ -88,6 +118,7 @@ class JointTiles:
         batch: the lattices.
         tile_cells: rows of a tile; None chooses.
         beside_kept: this is a forward that keeps all logits.
+        pads_vocab: logits have :func:`padded_vocab_size` columns. Those of no symbol are -inf.
     """
 
     def __init__(
@@ -98,13 +129,18 @@ class JointTiles:
         *,
         tile_cells: int | None = None,
         beside_kept: bool = False,
+        pads_vocab: bool = False,
     ) -> None:
         self.joint, self.batch = joint, batch
         weight, bias = weights
         dtype = joint.enc.dtype
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.vocab_size, self.width = weight.shape
+        self.vocab_size, self.width = weight.shape  # vocab_size: columns of the logits
+        self._num_symbols = self.vocab_size
+        if pads_vocab:
+            self.vocab_size = padded_vocab_size(joint.enc, self._num_symbols)
+            self._pad_vocab()
         if tile_cells is None:
             tile_cells = automatic_tile_cells(joint.enc, self.vocab_size, beside_kept)
         self.tile_cells = tile_cells
@@ -118,6 +154,16 @@ class JointTiles:
         self._dtypes = {"enc": dtype, "pred": dtype, "weight": weight.dtype}
         if bias is not None:
             self._dtypes["bias"] = bias.dtype
+
+    def _pad_vocab(self) -> None:
+        """Appends columns of logits that are -inf, which no softmax sees."""
+        padding = self.vocab_size - self._num_symbols
+        if padding == 0:
+            return
+        if self.bias is None:
+            self.bias = self.weight.new_zeros(self._num_symbols)
+        self.weight = torch.cat([self.weight, self.weight.new_zeros(padding, self.width)])
+        self.bias = torch.cat([self.bias, self.bias.new_full((padding,), -torch.inf)])
 
     def tiles(self, rows: Tensor | None = None, *, whole_logits: bool = False) -> Iterator[RowTile]:
         """Tiles of all rows of the batch, or of `rows` (N,), ascending; RowTile has more."""
@@ -186,7 +232,7 @@ class JointTiles:
                 if grad_weight.dtype == columns.dtype:
                     grad_weight.addmm_(columns.t(), hidden)
                 else:
-                    grad_weight += torch.mm(columns.t(), hidden)
+                    grad_weight += _mm_to_float32(columns.t(), hidden)
         if "bias" in self._sums:
             self._sums["bias"] += grad_logits.sum(0, dtype=self._sums["bias"].dtype)
         if "enc" in self._sums:
@@ -201,8 +247,11 @@ class JointTiles:
         Args:
             scale: a scalar tensor that multiplies them, or None.
         """
-        return {
-            name: (total if scale is None else total * scale).to(self._dtypes[name])
-            for name, total in self._sums.items()
-            if name in self._wanted
-        }
+        grads = {}
+        for name in self._wanted:
+            total = self._sums[name]
+            if name in ("weight", "bias"):  # without the padding of the vocabulary
+                total = total[: self._num_symbols]
+            scaled = total if scale is None else total * scale
+            grads[name] = scaled.to(self._dtypes[name])
+        return grads

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +99,9 @@ class LatticeShape:
         """Itself, after one copy of the lengths to a device that has none yet.
 
         The copy comes from pinned memory, on the current stream of the device, and is not waited
-        for. The lengths stay on the CPU as well, so that nobody waits for a device to know a size.
+        for. As with any tensor that is copied, another stream has to wait for that one before it
+        uses the shape: ``other.wait_stream(current)``. The lengths also stay on the CPU, so that
+        reading a size needs no synchronization.
         Needed before a CUDA graph is captured; keep the shape as long as the graph. Takes the
         arguments of ``Tensor.to``, so that a trainer moves a shape with its batch.
 
@@ -215,42 +217,68 @@ def _index(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device=device, dtype=torch.int64).contiguous()
 
 
+class Lengths(NamedTuple):
+    """Frames and symbols of each utterance.
+
+    Attributes:
+        logit_lengths: (B,) integers, on the CPU or the device of the stage.
+        target_lengths: (B,) integers, on the CPU or the device of the stage.
+        shape_index: LatticeShape.index of these lengths on the device of the stage, if there is
+            one; then nothing is copied from the CPU.
+    """
+
+    logit_lengths: Tensor
+    target_lengths: Tensor
+    shape_index: Tensor | None = None
+
+
+class Band(NamedTuple):
+    """The cells that exist: `width` of each frame.
+
+    Attributes:
+        start: (B, T) integers, the first symbol of each frame's cells.
+        width: R.
+    """
+
+    start: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, ranges: Tensor | None) -> Band | None:
+        """Returns the band of ranges (B, T, R), None for None."""
+        return None if ranges is None else cls(ranges[:, :, 0], ranges.size(2))
+
+
 class LatticeBatch:
     """Native view of a batch's lattices: which row of a logits-like tensor each cell is.
 
     Args:
-        logit_lengths: (B,) integers, frames of each utterance.
-        target_lengths: (B,) integers, symbols of each utterance.
-        targets: (B, U) integers; padding may hold anything.
+        lengths: frames and symbols of each utterance.
+        targets: (B, U) integers on the device of the stage; padding may hold anything.
         max_frames: T; no utterance has more frames.
         padded: rows laid out as (B, T, U + 1), or (B, T, R) with a band, instead of packed.
-        device: where the stage runs.
         num_rows: rows of the logits-like tensor; None computes them from lengths on the CPU.
-        band_start: (B, T) integers, for each frame the first of its R cells; None: all U + 1 exist.
-        band_width: R, with band_start.
+        band: the cells that exist; None: all U + 1 of each frame.
         begins: (B, 2) integers, symbol and frame at which each lattice begins inside of the
             padded layout; lengths count from there. None: zeros.
-        index: LatticeShape.index(device) of these lengths, if there is one: then nothing is copied
-            from the CPU.
-        skip: (B,) bool on `device`: utterances without cells. Their rows are padding.
+        skip: (B,) bool on the device: utterances without cells. Their rows are padding.
     """
 
     def __init__(
         self,
-        logit_lengths: Tensor,
-        target_lengths: Tensor,
+        lengths: Lengths,
         targets: Tensor,
         *,
         max_frames: int,
         padded: bool,
-        device: torch.device,
         num_rows: int | None = None,
-        band_start: Tensor | None = None,
-        band_width: int = 0,
+        band: Band | None = None,
         begins: Tensor | None = None,
-        index: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> None:
+        device = targets.device
+        logit_lengths, target_lengths, index = lengths
+        band_start, band_width = (None, 0) if band is None else band
         # Lengths on the CPU are worked on there: num_rows is known without waiting for a device.
         on_cpu = logit_lengths.device.type == target_lengths.device.type == "cpu"
         place = torch.device("cpu") if on_cpu and begins is None and index is None else device

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native, stages
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.lattice import Band, CellScores, LatticeBatch, Lengths
 from transducer_toolkit.ops.options import LossOptions
-from transducer_toolkit.ops.registration import Backward, Operator
+from transducer_toolkit.ops.registration import Backward, Derivative, Operator
 
 
 class LogitsInputs(NamedTuple):
@@ -114,24 +114,20 @@ def _check_inplace(logits: Tensor) -> None:
 
 
 def _lattice_batch(inputs: LogitsInputs) -> LatticeBatch:
-    logits, ranges = inputs.logits, inputs.ranges
+    logits = inputs.logits
     padded = logits.dim() == 4
     if padded:
         max_frames = logits.size(1)
     else:  # bounded by the rows, so that no product of unchecked lengths can overflow
         max_frames = min(max(int(inputs.logit_lengths.max()), 1), logits.size(0))
     return LatticeBatch(
-        inputs.logit_lengths,
-        inputs.target_lengths,
+        Lengths(inputs.logit_lengths, inputs.target_lengths, inputs.shape_index),
         inputs.targets,
         num_rows=logits.shape[:-1].numel(),
         max_frames=max_frames,
         padded=padded,
-        device=logits.device,
-        band_start=None if ranges is None else ranges[:, :, 0],
-        band_width=0 if ranges is None else ranges.size(2),
+        band=Band.of(inputs.ranges),
         begins=inputs.begins,
-        index=inputs.shape_index,
     )
 
 
@@ -213,10 +209,12 @@ operator = Operator(
     (LogitsInputs, LossOptions, LogitsPlan, LogitsLoss),
     forward=_forward,
     fake=_fake,
-    backward=_backward,
-    differentiable=["logits"],
-    differentiated=["losses"],
-    unsaved=["losses"],
+    derivative=Derivative(
+        backward=_backward,
+        of=("logits",),
+        through=("losses",),
+        unsaved=("losses",),
+    ),
     functions="transducer_loss",
 )
 

@@ -61,7 +61,9 @@ def build_info() -> dict[str, Any]:
         version, compiler, build_type, cpu_path ("avx512", "avx2" or "baseline"), cuda_runtime (e.g.
         13000, 0 without CUDA), cuda_architectures (e.g. "75-real 80-real 80-virtual"),
         cuda_driver_floor (the lowest NVIDIA driver branch, e.g. 580; 0 without CUDA) and
-        cuda_devices (how many can be used here).
+        cuda_devices (how many can be used here; 0 without CUDA in the build or in torch). Until
+        torch initializes CUDA, devices are counted as torch.cuda.device_count() does, so that a
+        process that is forked later can still use them.
 
     Example:
         >>> build_info()["cpu_path"] in ("avx512", "avx2", "baseline")
@@ -72,7 +74,11 @@ def build_info() -> dict[str, Any]:
     # The oldest driver branch that runs any release of the runtime's major version
     # (CUDA Compatibility, "Minor Version Compatibility").
     info["cuda_driver_floor"] = {0: 0, 11: 450, 12: 525, 13: 580}.get(runtime // 1000, 580)
-    info["cuda_devices"] = extension.cuda.device_count()
+    info["cuda_devices"] = 0
+    if runtime:
+        # Our own count initializes the driver, which a forked process cannot do again.
+        ours, torchs = extension.cuda.device_count, torch.cuda.device_count
+        info["cuda_devices"] = (ours if torch.cuda.is_initialized() else torchs)()
     return info
 
 

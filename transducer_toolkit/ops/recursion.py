@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native, stages
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, Lengths
 from transducer_toolkit.ops.options import LossOptions
-from transducer_toolkit.ops.registration import Backward, Operator
+from transducer_toolkit.ops.registration import Backward, Derivative, Operator
 
 
 class DenseScores(NamedTuple):
@@ -128,14 +128,16 @@ def _forward(scores: DenseScores, options: RecursionOptions, plan: RecursionPlan
         )
 
     possible = (s_begin >= 0) & (s_end < num_columns) & (t_begin >= 0) & (t_end <= num_frames)
-    batch = LatticeBatch(
+    lengths = Lengths(
         torch.where(possible, t_end - t_begin + options.open_end, -1),  # -1: NaN loss
         s_end - s_begin,
-        boundary.new_zeros(num_utterances, num_columns - 1),  # stage 2 reads no targets
+    )
+    batch = LatticeBatch(
+        lengths,
+        t_end.new_zeros(num_utterances, num_columns - 1),  # stage 2 reads no targets
         num_rows=num_utterances * rows * num_columns,
         max_frames=rows,
         padded=True,
-        device=blank.device,
     )
     flat = CellScores(blank_score.flatten(), label_score.flatten(), normalizer=blank_score)
     losses, use_blank, use_label = stages.lattice(
@@ -193,12 +195,14 @@ operator = Operator(
     (DenseScores, RecursionOptions, RecursionPlan, DenseLosses),
     forward=_forward,
     fake=_fake,
-    backward=_backward,
-    differentiable=["blank", "label"],
-    differentiated=["losses"],
-    unsaved=["blank", "label", "boundary", "losses"],  # the dtype of the scores is enough
+    derivative=Derivative(
+        backward=_backward,
+        of=("blank", "label"),
+        through=("losses",),
+        unsaved=("blank", "label", "boundary", "losses"),
+        shapes={"blank": "blank_posteriors", "label": "label_posteriors"},
+    ),
     functions="mutual_information_recursion, rnnt_loss_*",
-    gradient_shapes={"blank": "blank_posteriors", "label": "label_posteriors"},
 )
 
 

@@ -14,8 +14,10 @@ and by one that names the outputs, a NamedTuple of Tensor. The schema is generat
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -63,6 +65,25 @@ class Backward(NamedTuple):
     wanted: frozenset[str]
 
 
+class Derivative(NamedTuple):
+    """How the gradients of an operator are computed.
+
+    Attributes:
+        backward: returns the gradients of the wanted inputs, by name. Each has the shape and dtype
+            of its input.
+        of: names of the inputs that may have a gradient.
+        through: names of the outputs that a gradient comes from; the others are constants.
+        unsaved: names of inputs and outputs that backward does not need.
+        shapes: for an input that is not saved, the output that has its shape.
+    """
+
+    backward: Callable[[Backward], dict[str, Tensor]]
+    of: tuple[str, ...]
+    through: tuple[str, ...]
+    unsaved: tuple[str, ...] = ()
+    shapes: Mapping[str, str] = MappingProxyType({})
+
+
 class Operator(Generic[InputsT, OptionsT, PlanT, OutputsT]):
     """An operator ``torch.ops.transducer_toolkit.NAME`` with a first derivative.
 
@@ -74,12 +95,7 @@ class Operator(Generic[InputsT, OptionsT, PlanT, OutputsT]):
         types: Inputs, Options, Plan and Outputs.
         forward: computes the outputs.
         fake: returns empty outputs of the right shape and dtype, without reading values.
-        backward: returns the gradients of the wanted inputs, by name. Each has the shape and dtype
-            of its input.
-        differentiable: names of the inputs that may have a gradient.
-        differentiated: names of the outputs that a gradient comes from; the others are constants.
-        unsaved: names of inputs and outputs that backward does not need.
-        gradient_shapes: for an input that is not saved, the output that has its shape.
+        derivative: how gradients are computed.
         functions: the public functions that use it, for the error about second derivatives.
     """
 
@@ -90,25 +106,23 @@ class Operator(Generic[InputsT, OptionsT, PlanT, OutputsT]):
         *,
         forward: Callable[[InputsT, OptionsT, PlanT], OutputsT],
         fake: Callable[[InputsT, OptionsT, PlanT], OutputsT],
-        backward: Callable[[Backward], dict[str, Tensor]],
-        differentiable: Sequence[str],
-        differentiated: Sequence[str],
+        derivative: Derivative,
         functions: str,
-        unsaved: Sequence[str] = (),
-        gradient_shapes: Mapping[str, str] | None = None,
     ) -> None:
         self.inputs_type, self.options_type, self.plan_type, self.outputs_type = types
-        self.forward, self.fake, self.backward = forward, fake, backward
+        self.forward, self.fake, self.backward = forward, fake, derivative.backward
         self._fields = [_fields(type_) for type_ in types]
         self._option_names = tuple(self._fields[1])
+        # Where the arguments of the operator that are inputs, options and plan end.
+        self._ends = tuple(itertools.accumulate(len(fields) for fields in self._fields[:3]))
         inputs, _, _, outputs = (tuple(fields) for fields in self._fields)
-        self._differentiable, self._differentiated = tuple(differentiable), tuple(differentiated)
-        assert set(differentiable) <= set(inputs) and set(differentiated) <= set(outputs)
-        assert set(unsaved) <= {*inputs, *outputs}
-        self._unsaved, self._functions = frozenset(unsaved), functions
-        self._gradient_shapes = dict(gradient_shapes or {})
-        assert set(differentiable) & set(unsaved) == set(self._gradient_shapes)
-        self._wanted_places = tuple(inputs.index(name) for name in differentiable)
+        self._differentiable, self._differentiated = derivative.of, derivative.through
+        self._unsaved, self._gradient_shapes = frozenset(derivative.unsaved), derivative.shapes
+        self._functions = functions
+        assert set(derivative.of) <= set(inputs) and set(derivative.through) <= set(outputs)
+        assert self._unsaved <= {*inputs, *outputs}
+        assert set(derivative.of) & self._unsaved == set(self._gradient_shapes)
+        self._wanted_places = tuple(inputs.index(name) for name in derivative.of)
         self._register(f"{_LIBRARY}::{name}")
         self.name, self.run = name, getattr(torch.ops.transducer_toolkit, name)
         self._run_backward = getattr(torch.ops.transducer_toolkit, f"{name}_backward")
@@ -122,15 +136,13 @@ class Operator(Generic[InputsT, OptionsT, PlanT, OutputsT]):
 
     def split(self, values: Sequence[Any]) -> tuple[InputsT, OptionsT, PlanT, Sequence[Any]]:
         """Returns inputs, options and plan from the arguments of an operator, and the rest."""
-        values = list(values)
-        parts: list[Any] = []
-        for type_, fields in zip(
-            (self.inputs_type, self.options_type, self.plan_type), self._fields, strict=False
-        ):
-            part, values = values[: len(fields)], values[len(fields) :]
-            parts.append(type_(**dict(zip(fields, part, strict=True))))
-        inputs, options, plan = parts
-        return inputs, options, plan, values
+        end_inputs, end_options, end_plan = self._ends
+        return (
+            self.inputs_type(*values[:end_inputs]),
+            self.options_type(*values[end_inputs:end_options]),
+            self.plan_type(*values[end_options:end_plan]),
+            values[end_plan:],
+        )
 
     # --- the two operators ------------------------------------------------------------------------
 

@@ -144,7 +144,7 @@ def kept_rows(
             "dropped": native.address(dropped),
         }
         if backend.is_cuda:
-            scratch = use_blank.new_empty(batch.num_utterances)
+            scratch = use_blank.new_empty(backend.stages.kept_rows_scratch(batch.native))
             backend.stages.kept_rows(batch.native, **arguments, scratch=native.address(scratch))
         else:
             total = backend.stages.kept_rows(batch.native, **arguments)
@@ -224,6 +224,9 @@ def join_backward(
         grads: of enc and pred, shaped like these, of native.compute_dtype.
     """
     with native.backend_of(joint.enc) as backend:
+        scratch = joint.enc.new_empty(
+            backend.stages.join_backward_scratch(batch.native, tile.native), dtype=torch.int32
+        )
         backend.stages.join_backward(
             batch.native,
             tile.native,
@@ -235,6 +238,7 @@ def join_backward(
             width=joint.enc.size(-1),
             activation=native.extension.Activation.__members__[joint.activation],
             **backend.queue,
+            scratch=native.address(scratch),
             grad_enc=native.address(grads[0]),
             grad_pred=native.address(grads[1]),
         )

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+# Sourced by the scripts beside it: the project's folder, PYTHON, PYTHONPATH, and two helpers.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+# A checksum of everything that the compiled module is made of.
+sources_checksum() {
+  find CMakeLists.txt transducer_toolkit/_version.py csrc -maxdepth 1 -type f \
+    ! -name '*.md' ! -name '*.py' -o -name _version.py | LC_ALL=C sort | xargs cat | sha256sum |
+    cut -d ' ' -f 1
+}
+
+# Ends the stage with the exit status that all.sh prints as "absent" unless the tool is on PATH.
+require_tool() {
+  command -v "$1" >/dev/null || { echo "figures: no $1 on PATH"; exit 77; }
+}

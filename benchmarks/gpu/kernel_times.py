@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device time of each kernel of the fused and of the packed step, by torch's profiler.
+
+    python3 -m benchmarks.gpu.kernel_times --json gpu_profile.json
+    ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-stage-once
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.benchmark import DeviceWorkload, batches
+from benchmarks.gpu.records import Record
+from benchmarks.gpu.tables import profile_figures, profile_table
+from benchmarks.gpu.timing import arithmetic, kernels_of, timed
+from benchmarks.peers import implementations
+from transducer_toolkit.ops import stages
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
+
+STEPS = (
+    ("ours: fused", "bfloat16"),
+    ("ours: fused", "tf32"),
+    ("ours: fused", "float32"),
+    ("ours: packed", "tf32"),
+)
+RUNS = 3
+TILE_ROWS = 22_000  # about what a tile of the fused step has on a GPU at V = 500, D = 512
+
+
+def profile_steps(record: Record, workload: DeviceWorkload) -> None:
+    """Adds a row for each of STEPS."""
+    entries = implementations()
+    for name, mode in STEPS:
+        with arithmetic(mode, workload.device):
+            job = entries[name].jobs["step"](workload)
+            ms = 1e3 * timed(job.run, lambda job=job: (job.prepare(),))  # type: ignore[misc]
+            kernels = kernels_of(lambda job=job: job.run(job.prepare()), RUNS)  # type: ignore[misc]
+        record.add(
+            {
+                "batch": "sorted",
+                "mode": mode,
+                "name": name,
+                "ms": ms,
+                "device_ms": sum(kernel.ms for kernel in kernels),
+                "launches": sum(kernel.calls for kernel in kernels),
+                "kernels": [asdict(kernel) for kernel in kernels],
+            }
+        )
+
+
+def each_stage_once(workload: DeviceWorkload, dtype: torch.dtype) -> None:
+    """Calls each stage on realistic sizes; only these calls are seen by a profiler of CUDA."""
+    shape, device = workload.shape, torch.device(workload.device)
+    lattices = LatticeBatch(
+        shape.logit_lengths,
+        shape.target_lengths,
+        workload.targets(),
+        max_frames=shape.max_frames,
+        padded=False,
+        device=device,
+    )
+    logits = workload.logits().to(dtype)
+    enc, pred, _, _ = (tensor.to(dtype) for tensor in workload.joiner_inputs())
+    scores = CellScores(lattices, device)
+    loss_grad = torch.ones(shape.num_utterances, dtype=torch.float64, device=device)
+    grad = torch.empty_like(logits)
+    tile = RowTile(0, min(TILE_ROWS, lattices.num_rows))
+    hidden = torch.zeros(tile.size, enc.size(-1), dtype=dtype, device=device)
+    grad_enc, grad_pred = torch.zeros_like(enc).float(), torch.zeros_like(pred).float()
+
+    def run() -> None:
+        stages.join_forward(enc, pred, lattices, tile, activation="tanh", out=hidden)
+        stages.cell_scores(logits, lattices, lattices.all_rows(), scores, blank=0)
+        options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
+        _, *uses = stages.lattice(
+            scores.blank, scores.label, lattices, with_uses=True, exact=False, **options
+        )
+        stages.kept_rows(*uses, lattices, dropped_mass=1e-7)
+        stages.logits_grad(
+            logits,
+            lattices,
+            lattices.all_rows(),
+            scores.normaliser,
+            *uses,
+            loss_grad,
+            blank=0,
+            out=grad,
+        )
+        stages.join_backward(
+            hidden,  # any gradient of that size
+            hidden,
+            enc,
+            pred,
+            lattices,
+            tile,
+            activation="tanh",
+            grad_enc=grad_enc,
+            grad_pred=grad_pred,
+        )
+
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file of the rows")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--frames", type=int, default=10_000)
+    parser.add_argument("--vocab-size", type=int, default=500)
+    parser.add_argument("--joiner-dim", type=int, default=512)
+    parser.add_argument("--each-stage-once", action="store_true", help="for ncu: no times")
+    options = parser.parse_args(arguments)
+    sizes = options.frames, options.vocab_size, options.joiner_dim
+    workload = batches(options.device, *sizes)["sorted"]
+    if options.each_stage_once:
+        each_stage_once(workload, torch.float32)
+        return
+    record = Record(options.json, options.device, kind="profile")
+    profile_steps(record, workload)
+    print(profile_table(record.document))
+    print(profile_figures(record.rows))
+
+
+if __name__ == "__main__":
+    main()
