@@ -151,7 +151,12 @@ def test_types_widths_and_vocabularies_are_named(make):
             TypeError,
             "expected dtype torch.float32, that of the joiner, got torch.float64",
         ),
-        (frames.to("meta"), lengths, ValueError, "expected device cpu, that of the joiner, got meta"),
+        (
+            frames.to("meta"),
+            lengths,
+            ValueError,
+            "expected device cpu, that of the joiner, got meta",
+        ),
     ):
         with pytest.raises(error, match=message):
             search(encoder_out, encoder_lengths)

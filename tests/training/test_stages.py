@@ -241,8 +241,16 @@ def test_options_are_checked_at_once():
     for stage_class, options, message in (
         (stages.PrunedLoss, {"prune_range": 0}, "prune_range: expected at least 1, got 0"),
         (stages.PrunedLoss, {"method": "x"}, "method: expected one of"),
-        (stages.PrunedLoss, {"lm_only_scale": -1.0}, r"lm_only_scale must be in \[0, 1\]"),
-        (stages.SmoothedLoss, {"am_only_scale": 2.0}, r"am_only_scale must be in \[0, 1\]"),
+        (
+            stages.PrunedLoss,
+            {"lm_only_scale": -1.0},
+            r"lm_only_scale: expected a number in \[0, 1\]",
+        ),
+        (
+            stages.SmoothedLoss,
+            {"am_only_scale": 2.0},
+            r"am_only_scale: expected a number in \[0, 1\]",
+        ),
         (stages.FusedLoss, {"dropped_mass": -1.0}, "dropped_mass: expected"),
         (stages.FusedPrunedLoss, {"dropped_mass": 2.0}, "dropped_mass: expected"),
         (stages.SimpleLoss, {"topology": "one_sym_per_frame"}, "topology: expected one of"),

@@ -157,7 +157,7 @@ def test_too_many_in_a_row_end_the_training(tmp_path):
     with pytest.raises(ValueError, match=r"in step 1 .*utterances of this step: 1a, 1b; .* lists"):
         train(tmp_path, bad=bad, max_consecutive=0)
     train(tmp_path, bad=bad, max_consecutive=2)
-    with pytest.raises(ValueError, match="max_consecutive must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="max_consecutive: expected at least 0, got -1"):
         SkipNonFiniteSteps("x", max_consecutive=-1)
 
 
