@@ -122,4 +122,4 @@ def test_missing_binary_is_explained(tmp_path):
 
     assert "missing or was built for another Python" in message()
     (tmp_path / "CMakeLists.txt").write_text("")
-    assert "The tree shadows an installed package" in message()
+    assert "hides an installed package" in message()

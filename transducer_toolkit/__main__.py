@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m transducer_toolkit``: what is installed here, for bug reports."""
+"""``python -m transducer_toolkit`` prints the installed versions, for bug reports."""
 
 import platform
 
@@ -17,13 +17,13 @@ def main() -> None:
             f"driver R{info['cuda_driver_floor']} or newer, {info['cuda_devices']} device(s) here"
         )
     else:
-        cuda = "not in this build (rebuild with nvcc on the PATH)"
+        cuda = "not in this build (add nvcc to the PATH and rebuild)"
     rows = {
         "transducer_toolkit": info["version"],
         "compiler": f"{info['compiler']}, {info['build_type']}",
         "CPU path": info["cpu_path"],
         "CUDA": cuda,
-        "torch": f"{torch.__version__} (the binary depends on no version of it)",
+        "torch": f"{torch.__version__} (the compiled module does not link it)",
         "Python": f"{platform.python_version()} on {platform.platform()}",
     }
     for name, value in rows.items():

@@ -104,12 +104,15 @@ def _numbers(config):
     ("override", "message"),
     [
         ("seed=x", "seed: expected an int, got str"),
-        ("num_threads=0", "num_threads must be at least 1, got 0"),
+        ("num_threads=0", "num_threads: expected at least 1, got 0"),
         ("flush_denormal=x", "flush_denormal: expected a bool, got str"),
         ("test=1", "test: expected a bool, got int"),
         ("trainer.max_epochs=x", "trainer.max_epochs: expected an int, got str"),
         ("+trainer.max_steps=1.5", "trainer.max_steps: expected an int, got float"),
-        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be at least 1"),
+        (
+            "trainer.accumulate_grad_batches=0",
+            "trainer.accumulate_grad_batches: expected at least 1",
+        ),
         ("loss.topology=null", "loss.topology: expected one of .* got None"),
         ("loss.topology=linear", "loss.topology: expected one of .* got 'linear'"),
     ],

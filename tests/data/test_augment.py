@@ -151,10 +151,10 @@ def test_the_mel_axis_is_warped():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_freq_warp": 2}, r"max_freq_warp must be in \[0, 1\], got 2"),
-        ({"max_freq_warp": math.nan}, r"max_freq_warp must be in \[0, 1\], got nan"),
-        ({"max_time_width": -1}, "max_time_width must be at least 0, got -1"),
-        ({"max_time_fraction": 1.5}, r"max_time_fraction must be in \[0, 1\], got 1.5"),
+        ({"max_freq_warp": 2}, r"max_freq_warp: expected a number in \[0, 1\], got 2"),
+        ({"max_freq_warp": math.nan}, r"max_freq_warp: expected a number in \[0, 1\], got nan"),
+        ({"max_time_width": -1}, "max_time_width: expected at least 0, got -1"),
+        ({"max_time_fraction": 1.5}, r"max_time_fraction: expected a number in \[0, 1\], got 1.5"),
     ],
 )
 def test_spec_augment_errors(options, message):

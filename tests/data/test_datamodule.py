@@ -274,9 +274,9 @@ def test_a_loader_goes_on_where_a_checkpoint_stands(noise_corpus, caplog):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_cells": 0}, ValueError, "max_cells must be at least 1, got 0"),
+        ({"max_cells": 0}, ValueError, "max_cells: expected at least 1, got 0"),
         ({"max_utterances": 1.5}, TypeError, "max_utterances: expected an int, got float"),
-        ({"num_workers": -1}, ValueError, "num_workers must be at least 0, got -1"),
+        ({"num_workers": -1}, ValueError, "num_workers: expected at least 0, got -1"),
         ({"max_duration_s": 0}, ValueError, "max_duration_s must be positive or None, got 0"),
         ({"max_duration_s": "x"}, TypeError, "max_duration_s: expected a number, got str"),
         ({"on_bad_audio": "ignore"}, ValueError, "on_bad_audio must be 'raise' or 'skip'"),

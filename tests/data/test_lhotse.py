@@ -291,7 +291,7 @@ def test_errors(cuts):
         assert str(cuts / train) in str(error.value)
     with pytest.raises(TypeError, match="num_buckets: expected an int, got str"):
         data_module(cuts, num_buckets="x")
-    with pytest.raises(ValueError, match="steps_per_epoch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps_per_epoch: expected at least 1, got 0"):
         data_module(cuts, "shar", steps_per_epoch=0)
     with pytest.raises(ValueError, match=r"cut 'c\d+': character '.' of .* is not among"):
         list(data_module(cuts, tokenizer=CharTokenizer.from_texts(["x"])).train_dataloader())

@@ -80,7 +80,7 @@ def beam_reference(search, encoder_out):
                 score += log_probs_of(states, frame)[blank]
             grown_beam[tokens] = score, states
         beam = grown_beam
-    norm = (lambda tokens: len(tokens) + 1) if search.length_normalised else lambda tokens: 1
+    norm = (lambda tokens: len(tokens) + 1) if search.length_normalized else lambda tokens: 1
     scores = {tokens: score for tokens, (score, _) in beam.items()}
     return sorted(scores.items(), key=lambda item: item[1] / norm(item[0]), reverse=True)
 
@@ -94,7 +94,7 @@ def test_equals_the_reference_on_500_models():
             joiner,
             beam=1 + seed % 5,
             topology=tuple(TOPOLOGIES)[seed % 4],
-            length_normalised=seed % 3 > 0,
+            length_normalized=seed % 3 > 0,
             lm=BigramModel(predictor.vocab_size, seed) if seed % 7 < 3 else None,
         )
         found = search.nbest(encoder_out, lengths)
@@ -211,21 +211,21 @@ def test_impossible_blanks_still_give_an_answer():
 
 def test_bad_arguments_are_named():
     predictor, joiner = StatelessPredictor(5, 16), Joiner(8, 16, 32, 5)
-    with pytest.raises(ValueError, match="beam must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="beam: expected at least 1, got 0"):
         ModifiedBeamSearch(predictor, joiner, beam=0)
-    with pytest.raises(ValueError, match="beam must be at most 1048576, got"):
+    with pytest.raises(ValueError, match="beam: expected at most 1048576, got"):
         ModifiedBeamSearch(predictor, joiner, beam=2**63)
     for options, message in (
         ({"beam": 2.0}, "beam: expected an int, got float"),
-        ({"length_normalised": "no"}, "length_normalised: expected a bool, got str"),
+        ({"length_normalized": "no"}, "length_normalized: expected a bool, got str"),
         ({"lm": 3}, "lm: expected a LanguageModel or None, got int"),
         ({"lm_weight": "0.3"}, "lm_weight: expected a number, got str"),
     ):
         with pytest.raises(TypeError, match=message):
             ModifiedBeamSearch(predictor, joiner, **options)
-    with pytest.raises(ValueError, match="lm_weight must be finite, got nan"):
+    with pytest.raises(ValueError, match="lm_weight: expected a finite number, got nan"):
         ModifiedBeamSearch(predictor, joiner, lm_weight=math.nan)
     with pytest.raises(ValueError, match="topology: expected one of"):
         ModifiedBeamSearch(predictor, joiner, topology="linear")
-    with pytest.raises(ValueError, match=r"encoder_lengths must have shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"encoder_lengths: expected shape \(2,\)"):
         ModifiedBeamSearch(predictor, joiner)(torch.zeros(2, 3, 8), torch.tensor([3]))

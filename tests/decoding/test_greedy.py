@@ -115,13 +115,13 @@ def test_sharp_and_half_precision_logits_have_confidences():
 def test_bad_arguments_are_named():
     predictor, joiner = StatelessPredictor(5, 16), Joiner(8, 16, 32, 5)
     frames, lengths = torch.zeros(1, 3, 8), torch.tensor([3])
-    with pytest.raises(ValueError, match="max_symbols_per_frame must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_symbols_per_frame: expected at least 1, got 0"):
         greedy_search(predictor, joiner, frames, lengths, max_symbols_per_frame=0)
-    with pytest.raises(ValueError, match=r"encoder_lengths must have shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"encoder_lengths: expected shape \(2,\)"):
         greedy_search(predictor, joiner, torch.zeros(2, 3, 8), lengths)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 3\], got values from 4 to 4"):
+    with pytest.raises(ValueError, match=r"expected values in \[0, 3\], got values from 4 to 4"):
         greedy_search(predictor, joiner, frames, torch.tensor([4]))
-    with pytest.raises(ValueError, match=r"encoder_out must have shape \(B, T, E\), got \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"encoder_out: expected shape \(B, T, E\), got \(3, 8\)"):
         greedy_search(predictor, joiner, frames[0], lengths)
     with pytest.raises(ValueError, match="topology: expected one of"):
         GreedySearch(predictor, joiner, topology="linear")
@@ -143,15 +143,20 @@ def test_types_widths_and_vocabularies_are_named(make):
         (frames, [3], TypeError, "encoder_lengths: expected a torch.Tensor, got list"),
         (frames.long(), lengths, TypeError, "encoder_out: expected dtype"),
         (frames, lengths.float(), TypeError, "encoder_lengths: expected dtype int32, int64"),
-        (frames, lengths.to("meta"), ValueError, "encoder_lengths: expected numbers"),
-        (frames[:, :, :7], lengths, ValueError, r"shape \(B, T, 8\) for this joiner"),
+        (frames, lengths.to("meta"), ValueError, "encoder_lengths: expected a tensor with data"),
+        (frames[:, :, :7], lengths, ValueError, r"expected shape \(B, T, 8\), E from the joiner"),
         (
             frames.double(),
             lengths,
             TypeError,
-            "the joiner's dtype torch.float32, got torch.float64",
+            "expected dtype torch.float32, that of the joiner, got torch.float64",
         ),
-        (frames.to("meta"), lengths, ValueError, "on the joiner's device cpu, got meta"),
+        (
+            frames.to("meta"),
+            lengths,
+            ValueError,
+            "expected device cpu, that of the joiner, got meta",
+        ),
     ):
         with pytest.raises(error, match=message):
             search(encoder_out, encoder_lengths)
@@ -162,9 +167,9 @@ def test_states_are_named():
     frames, lengths = torch.zeros(2, 3, 8), torch.tensor([3, 3])
     with pytest.raises(TypeError, match="state: expected a GreedyState, got NoneType"):
         search.advance(frames, lengths, None)
-    with pytest.raises(ValueError, match=r"state: expected one of 2 utterances.* got 3"):
+    with pytest.raises(ValueError, match=r"state: expected 2 utterances.* got 3"):
         search.advance(frames, lengths, search.initial_state(3))
-    with pytest.raises(ValueError, match="batch_size must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="batch_size: expected at least 0, got -1"):
         search.initial_state(-1)
     with pytest.raises(TypeError, match="max_symbols_per_frame: expected an int, got float"):
         GreedySearch(search.predictor, search.joiner, max_symbols_per_frame=2.0)

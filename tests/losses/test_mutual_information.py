@@ -298,9 +298,9 @@ def test_bad_input_is_named(arguments, options, error, message):
 def test_bad_input_of_the_joint_form_is_named():
     with pytest.raises(TypeError, match=r"px: expected a sequence of torch.Tensor, got Tensor"):
         joint_mutual_information_recursion(PX, [PY])
-    with pytest.raises(ValueError, match="at least one, got 0 and 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0 and 0"):
         joint_mutual_information_recursion([], [])
-    with pytest.raises(ValueError, match=r"equally many tensors, .* got 1 and 2"):
+    with pytest.raises(ValueError, match=r"the same number of tensors, .* got 1 and 2"):
         joint_mutual_information_recursion([PX], [PY, PY])
     with pytest.raises(ValueError, match=r"px\[1\]: expected shape \(2, 3, 5\), torch.float32"):
         joint_mutual_information_recursion([PX, PX[:, :, :4]], [PY, PY])

@@ -52,7 +52,7 @@ BAD = [
     ({"am": lambda x: x[:, :0]}, ValueError, r"am: .* T >= 1, .* got \(2, 0, 5\)"),
     ({"symbols": lambda x: x.double()}, TypeError, "symbols: expected dtype int32, int64"),
     ({"symbols": lambda x: x[0]}, ValueError, r"symbols: expected shape \(B, S\), got \(2,\)"),
-    ({"symbols": lambda x: x[:0]}, ValueError, "symbols: expected at least one utterance"),
+    ({"symbols": lambda x: x[:0]}, ValueError, "symbols: expected at least 1 utterance"),
     ({"symbols": lambda x: x.to("meta")}, ValueError, "symbols: expected device cpu"),
     (
         {"symbols": with_value((1, 0), 5)},

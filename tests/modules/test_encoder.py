@@ -179,10 +179,10 @@ def test_bad_normalisation_is_named():
 @pytest.mark.parametrize("make", [ConvLstmEncoder, ConformerEncoder, EmformerEncoder])
 def test_bad_sizes_are_named(make):
     for options, error, message in (
-        ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
-        ({"conv_channels": -1}, ValueError, "conv_channels must be at least 1, got -1"),
+        ({"num_layers": 0}, ValueError, "num_layers: expected at least 1, got 0"),
+        ({"conv_channels": -1}, ValueError, "conv_channels: expected at least 1, got -1"),
         ({"num_features": "80"}, TypeError, "num_features: expected an int, got str"),
-        ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\], got nan"),
+        ({"dropout": float("nan")}, ValueError, r"dropout: expected a number in \[0, 1\], got nan"),
         ({"dropout": "x"}, TypeError, "dropout: expected a number, got str"),
     ):
         with pytest.raises(error, match=message):

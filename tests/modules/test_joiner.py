@@ -110,12 +110,12 @@ def test_joiner_trains_every_parameter():
         (
             {"pred": torch.zeros(3, 4, 6).double()},
             TypeError,
-            "enc, pred: expected one dtype of float16",
+            "enc, pred: expected the same dtype, one of float16",
         ),
         (
             {"enc": torch.zeros(3, 4, 6).int()},
             TypeError,
-            "enc, pred: expected one dtype of float16",
+            "enc, pred: expected the same dtype, one of float16",
         ),
     ],
 )
@@ -130,7 +130,7 @@ def test_bad_sizes_are_named(size):
     sizes = {"encoder_dim": 5, "predictor_dim": 6, "vocab_size": 9}
     for make, more in ((Joiner, {"joiner_dim": 7}), (AdditiveJoiner, {})):
         assert make(**sizes, **more).encoder_dim == 5
-        with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{size}: expected at least 1, got 0"):
             make(**sizes | {size: 0}, **more)
     with pytest.raises(TypeError, match="joiner_dim: expected an int, got float"):
         Joiner(**sizes, joiner_dim=1.5)

@@ -79,13 +79,13 @@ def test_stateless_forgets_beyond_its_context():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="context_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="context_size: expected at least 1, got 0"):
         StatelessPredictor(VOCAB_SIZE, context_size=0)
     with pytest.raises(TypeError, match="embedding_dim: expected an int, got float"):
         StatelessPredictor(VOCAB_SIZE, embedding_dim=1.5)
-    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_layers: expected at least 1, got 0"):
         LstmPredictor(VOCAB_SIZE, num_layers=0)
-    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\], got nan"):
+    with pytest.raises(ValueError, match=r"dropout: expected a number in \[0, 1\], got nan"):
         LstmPredictor(VOCAB_SIZE, dropout=float("nan"))
     with pytest.raises(ValueError, match=r"blank must be in \[0, 11\), got 11"):
         LstmPredictor(VOCAB_SIZE, blank=11)

@@ -78,7 +78,7 @@ def _nbest(
     encoder_lengths: Any,
     beam: Any = 4,
     topology: Any = "modified",
-    length_normalised: Any = True,
+    length_normalized: Any = True,
     lm: Any = None,
     lm_weight: Any = 0.3,
 ) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def _nbest(
         joiner,
         beam=beam,
         topology=topology,
-        length_normalised=length_normalised,
+        length_normalized=length_normalized,
         lm=lm,
         lm_weight=lm_weight,
     )
@@ -151,7 +151,7 @@ def _nbest_call(random_: random.Random) -> dict[str, Any]:
     options = {
         "beam": random_.choice([1, 2, 4, 7]),
         "topology": random_.choice(tuple(decoding.TOPOLOGIES)),
-        "length_normalised": random_.random() < 0.5,
+        "length_normalized": random_.random() < 0.5,
         "lm": BigramModel(call["predictor"].vocab_size, random_.randrange(100)),
         "lm_weight": random_.choice([0.0, 0.3, -0.3]),
     }

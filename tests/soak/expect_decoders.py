@@ -84,7 +84,7 @@ def advance(a: dict[str, Any], weights: Tensor) -> Results:
 
 
 def nbest(a: dict[str, Any], weights: Tensor) -> Results:
-    names = "beam", "topology", "length_normalised", "lm", "lm_weight"
+    names = "beam", "topology", "length_normalized", "lm", "lm_weight"
     options = {name: a[name] for name in names if name in a}
     predictor, joiner, x, lengths = _batch(a)
     if x.dtype != torch.float64 or largest(x) > LARGE or not bool(x.isfinite().all()):

@@ -47,7 +47,7 @@ TIMEOUT_S = 240  # of one case, on a machine with other jobs
 START_TIMEOUT_S = 1800  # until torch is imported
 MEMORY_BYTES = 24 * 2**30  # of addresses: torch alone takes 8
 # What may come out besides ValueError and TypeError.
-DOCUMENTED = re.compile(r"no transducer stage for device type|inplace=True allows one backward")
+DOCUMENTED = re.compile(r"expected type cpu or cuda, got|inplace=True allows one backward")
 
 
 @dataclass

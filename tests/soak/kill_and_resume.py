@@ -186,7 +186,7 @@ def rank_killed(work: Path, overrides: list[str]) -> float:
     check(status not in (0, None) and elapsed_s < 60, f"{status} after {elapsed_s:.0f} s", folder)
     text = (folder / "output").read_text()
     # Ours, or Lightning's, whose launcher may be the first to notice.
-    named = re.search(r"a process of this training has ended|Child process .* terminated", text)
+    named = re.search(r"process of this training has ended|Child process .* terminated", text)
     check(named is not None, "no message that says so", folder)
     return elapsed_s
 

@@ -20,7 +20,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     io = AtomicCheckpointIO()
     io.save_checkpoint({"step": 1, "w": torch.zeros(10)}, path)
     large = {"step": 2, "w": torch.zeros(10**5)}
-    before = r"checkpoint of 0\.4 MiB not written; the file before"
+    before = r"checkpoint of 0\.4 MiB not written; the previous checkpoint is intact"
     with full_disk(), pytest.raises(OSError, match=before) as e:
         io.save_checkpoint(large, path)
     assert e.value.filename == str(path)
@@ -165,11 +165,11 @@ def test_when_it_is_written(tmp_path, options, steps):
 
 
 def test_intervals_are_positive():
-    with pytest.raises(ValueError, match="every_minutes must be positive or None, got 0"):
+    with pytest.raises(ValueError, match=r"every_minutes: expected a positive number.* got 0"):
         LastCheckpoint("x", every_minutes=0)
-    with pytest.raises(ValueError, match="every_n_steps must be positive or None, got -1"):
+    with pytest.raises(ValueError, match=r"every_n_steps: expected a positive number.* got -1"):
         LastCheckpoint("x", every_n_steps=-1)
-    with pytest.raises(ValueError, match="every_minutes must be positive or None, got nan"):
+    with pytest.raises(ValueError, match=r"every_minutes: expected a positive number.* got nan"):
         LastCheckpoint("x", every_minutes=float("nan"))
 
 

@@ -101,10 +101,10 @@ def test_mixed_precision_sums_in_float32(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": 0.0}, "weight must be positive and finite, got 0.0"),
-        ({"weight": -0.3}, "weight must be positive and finite, got -0.3"),
-        ({"weight": float("nan")}, "weight must be positive and finite, got nan"),
-        ({"weight": 0.3, "blank": 4}, r"blank must be in \[0, 4\), got 4"),
+        ({"weight": 0.0}, "weight: expected a positive and finite number, got 0.0"),
+        ({"weight": -0.3}, "weight: expected a positive and finite number, got -0.3"),
+        ({"weight": float("nan")}, "weight: expected a positive and finite number, got nan"),
+        ({"weight": 0.3, "blank": 4}, r"blank: expected an id in \[0, 4\), got 4"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -33,7 +33,7 @@ def test_utterance(tmp_path, symbols):
 
 
 def test_utterance_names_what_disagrees():
-    with pytest.raises(ValueError, match="must agree on U, got 2, 1 and 2"):
+    with pytest.raises(ValueError, match="expected the same U, got 2, 1 and 2"):
         draw_utterance(
             torch.randn(100, 80),
             torch.rand(25, 3),

@@ -71,7 +71,7 @@ def test_noam_is_that_of_the_paper():
     paper = [width**-0.5 * min(k**-0.5, k * warmup_steps**-1.5) for k in range(1, 201)]
     assert values == pytest.approx([peak * (warmup_steps * width) ** 0.5 * rate for rate in paper])
     assert max(values) == values[warmup_steps - 1] == peak
-    with pytest.raises(ValueError, match="warmup_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="warmup_steps: expected at least 1, got 0"):
         rates(schedules.noam, 1, total_steps=9, warmup_steps=0)
 
 
@@ -79,9 +79,9 @@ def test_noam_is_that_of_the_paper():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
-        ({"total_steps": 9, "warmup_fraction": 1.0}, "warmup_fraction must be in"),
-        ({"total_steps": 9, "final_fraction": -0.1}, "final_fraction must be in"),
+        ({"total_steps": 0}, "total_steps: expected at least 1, got 0"),
+        ({"total_steps": 9, "warmup_fraction": 1.0}, "warmup_fraction: expected a number in"),
+        ({"total_steps": 9, "final_fraction": -0.1}, "final_fraction: expected a number in"),
     ],
 )
 def test_bad_arguments_are_named(schedule, options, message):
@@ -90,12 +90,14 @@ def test_bad_arguments_are_named(schedule, options, message):
 
 
 def test_the_rise_of_a_constant_is_checked():
-    with pytest.raises(ValueError, match="warmup_steps must not be negative, got -1"):
+    with pytest.raises(ValueError, match="warmup_steps: expected at least 0, got -1"):
         rates(schedules.constant, 1, total_steps=9, warmup_steps=-1)
     with pytest.raises(TypeError, match="warmup_steps: expected a number, got str"):
         rates(schedules.constant, 1, total_steps=9, warmup_steps="x")
 
 
 def test_the_start_of_one_cycle_is_checked():
-    with pytest.raises(ValueError, match=r"initial_fraction must be in \[0, 1\], got 1.5"):
+    with pytest.raises(
+        ValueError, match=r"initial_fraction: expected a number in \[0, 1\], got 1.5"
+    ):
         rates(schedules.one_cycle, 1, total_steps=9, initial_fraction=1.5)

@@ -61,7 +61,7 @@ def test_real_time_factor():
 def test_symbol_delays():
     assert symbol_delays_ms([0.5, 1.0], [0.25, 1.5]) == (250.0, -500.0)
     assert symbol_delays_ms([], []) == ()
-    with pytest.raises(ValueError, match="one time a word each, got 1 and 2"):
+    with pytest.raises(ValueError, match="expected the same number of times, got 1 and 2"):
         symbol_delays_ms([0.5], [0.25, 1.5])
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-in forms of other projects' losses: their names, signatures and defaults, our stages."""
+"""Losses with the names, signatures and defaults of other projects."""

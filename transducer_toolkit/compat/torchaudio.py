@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torchaudio.functional.rnnt_loss`` and ``torchaudio.transforms.RNNTLoss``, argument by argument.
+"""Replacements for ``torchaudio.functional.rnnt_loss`` and ``torchaudio.transforms.RNNTLoss``.
 
-Change ``from torchaudio.functional import rnnt_loss`` to
-``from transducer_toolkit.compat.torchaudio import rnnt_loss`` and nothing else. torchaudio itself
-is not needed.
+They have the same signatures. Replace ``from torchaudio.functional import rnnt_loss`` by
+``from transducer_toolkit.compat.torchaudio import rnnt_loss``; torchaudio need not be installed.
 """
 
 from __future__ import annotations
@@ -26,26 +25,28 @@ def rnnt_loss(
     reduction: str = "mean",
     fused_log_softmax: bool = True,
 ) -> Tensor:
-    """RNN-Transducer loss with the signature of torchaudio 2.x.
+    """Computes the transducer loss with the signature of torchaudio 2.x.
 
-    Beyond torchaudio's: float64 and bfloat16 logits, int64 targets, logits wider than the longest
-    utterance, backward twice, and errors instead of crashes for labels out of range.
+    Unlike torchaudio's function, it accepts float64 and bfloat16 logits, int64 targets, and logits
+    that are longer than the longest utterance. Backward may run twice. A label out of range raises
+    an error instead of crashing the process.
 
     Args:
         logits: (B, T, U + 1, V) float16, bfloat16, float32 or float64.
-        targets: (B, U) int32 or int64, zero padded.
-        logit_lengths: (B,) int32 or int64.
-        target_lengths: (B,) int32 or int64.
-        blank: index of blank; negative counts from the end of the vocabulary.
-        clamp: > 0 limits the gradient of the logits to [-clamp, clamp].
-        reduction: "none", "mean" or "sum".
+        targets: (B, U) int32 or int64. Padding may hold any value.
+        logit_lengths: (B,) int32 or int64, number of frames of each utterance.
+        target_lengths: (B,) int32 or int64, number of labels of each utterance.
+        blank: index of blank. A negative index counts from the end of the vocabulary.
+        clamp: if positive, the gradient of the logits is limited to [-clamp, clamp].
+        reduction: "none", "mean" over utterances, or "sum".
         fused_log_softmax: False if logits are log-probabilities already.
 
     Returns:
-        (B,) for "none", otherwise a scalar; of the dtype of logits, as torchaudio's.
+        The loss in nats, (B,) for "none" and a scalar otherwise, with the dtype of logits as in
+        torchaudio.
 
     Raises:
-        As :func:`~transducer_toolkit.transducer_loss`.
+        TypeError, ValueError, RuntimeError: as in :func:`~transducer_toolkit.transducer_loss`.
 
     Example:
         >>> one = torch.tensor([1], dtype=torch.int32)

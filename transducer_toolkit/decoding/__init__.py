@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From encoder frames to symbols and their times."""
+"""Searches, which find the symbols in encoder frames, and alignments, which find their times."""
 
 from transducer_toolkit.decoding.alignment import (
     Alignment,

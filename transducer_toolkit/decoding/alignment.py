@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The most probable path of the target symbols through their lattice, in every topology."""
+"""Alignment: the most probable path of the target symbols through their lattice."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Alignment:
     """The most probable path of one utterance through its lattice.
 
     Attributes:
-        frames: for each target symbol the encoder frame that emits it, never decreasing.
-        log_prob: log-probability of the path (natural logarithm).
+        frames: the encoder frame that emits each target symbol, in ascending order.
+        log_prob: log-probability of the path in nats.
     """
 
     frames: list[int]
@@ -31,15 +31,20 @@ class Alignment:
 
 
 def check_lattice(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int) -> None:
-    """Raise a ValueError or TypeError unless these are the packed logits and targets of a batch."""
+    """Checks the packed logits and the targets of a batch.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if a shape, a device, a label or ``blank`` does not fit.
+    """
     check_tensor(logits, "logits")
     checks.check_dtype(logits, "logits", native.SUPPORTED_DTYPES)
     if not isinstance(shape, LatticeShape):
         raise TypeError(f"shape: expected a LatticeShape, got {type(shape).__name__}")
     if logits.dim() != 2 or logits.size(0) != shape.num_cells:
         raise ValueError(
-            f"logits: expected shape ({shape.num_cells}, V), one row for each cell of shape, "
-            f"got {tuple(logits.shape)}"
+            f"logits: expected shape ({shape.num_cells}, V), one row for each cell of the "
+            f"lattices, got {tuple(logits.shape)}"
         )
     checks.check_blank(blank, logits.size(1))
     check_tensor(targets, "targets")
@@ -48,42 +53,45 @@ def check_lattice(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: i
     if not fits or targets.size(1) < shape.max_targets:
         raise ValueError(
             f"targets: expected shape ({shape.num_utterances}, U) with U >= {shape.max_targets}, "
-            f"both from shape, got {tuple(targets.shape)}"
+            f"B and U from shape, got {tuple(targets.shape)}"
         )
     for name, tensor in (("logits", logits), ("targets", targets)):
         if tensor.device.type == "meta":
-            raise ValueError(f"{name}: expected numbers, got a tensor on device meta")
+            raise ValueError(f"{name}: expected a tensor with data, got one on device meta")
     checks.check_labels(targets, shape.target_lengths, blank=None, vocab_size=logits.size(1))
 
 
 def best_path(
     blank_log_probs: Tensor, label_log_probs: Tensor, *, topology: str = "regular"
 ) -> Alignment:
-    """Find the most probable path through one lattice (Viterbi), in float64.
+    """Finds the most probable path through one lattice (Viterbi), in float64.
 
-    In the regular topology, where a label stays on its frame and the path ends with the blank of
-    cell (T - 1, U)::
+    In the regular topology, a label leads to another cell of the same frame, and the path ends
+    with the blank of cell (T - 1, U)::
 
         v(t, u) = max(v(t-1, u) + blank(t-1, u), v(t, u-1) + label(t, u-1))
 
-    In the others a label leads to the next frame. ``constrained`` adds the blank that follows the
-    label on its frame, and the path of ``one_sym_per_frame`` must end with a blank::
+    In the other topologies, a label leads to the next frame::
 
         v(t+1, u) = max(v(t, u) + blank(t, u), v(t, u-1) + label(t, u-1) [+ blank(t, u)])
 
-    Of equal paths the one with the later labels is taken.
+    ``constrained`` adds the term in brackets, the blank that follows the label on the same frame.
+    In ``one_sym_per_frame``, the path ends with a blank.
+
+    If several paths are equally probable, the one with the later labels is returned.
 
     Args:
         blank_log_probs: (T, U + 1) float, log-probability of blank in each cell.
         label_log_probs: (T, U) float, log-probability of the next target symbol in each cell.
-        topology: one of :data:`TOPOLOGIES`, that of the loss which trained the model.
+        topology: topology of the loss that trained the model, one of :data:`TOPOLOGIES`.
 
     Returns:
         The alignment.
 
     Raises:
-        ValueError: if the shapes do not fit each other, the topology is unknown, the scores hold
-            NaN, or no path has a probability above zero.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if the shapes do not match, the topology is unknown, the scores contain NaN, or
+            no path has a probability above zero.
 
     Example:
         >>> blank = torch.tensor([[0.9, 0.9], [0.1, 0.9]]).log()
@@ -101,17 +109,17 @@ def best_path(
         check_tensor(scores, name)
         checks.check_dtype(scores, name, native.SUPPORTED_DTYPES)
         if scores.device.type == "meta":
-            raise ValueError(f"{name}: expected numbers, got a tensor on device meta")
-        if bool(scores.isnan().any()):  # which a maximum may overlook
-            raise ValueError(f"{name}: the scores hold NaN")
+            raise ValueError(f"{name}: expected a tensor with data, got one on device meta")
+        if bool(scores.isnan().any()):  # max() below may drop a NaN
+            raise ValueError(f"{name}: expected log-probabilities, got NaN")
     if blank_log_probs.dim() != 2 or min(blank_log_probs.shape) < 1:
         raise ValueError(
-            f"blank_log_probs must have shape (T, U + 1), got {tuple(blank_log_probs.shape)}"
+            f"blank_log_probs: expected shape (T, U + 1), got {tuple(blank_log_probs.shape)}"
         )
     num_frames, num_targets = blank_log_probs.size(0), blank_log_probs.size(1) - 1
     if label_log_probs.shape != (num_frames, num_targets):
         raise ValueError(
-            f"label_log_probs must have shape ({num_frames}, {num_targets}), "
+            f"label_log_probs: expected shape ({num_frames}, {num_targets}), "
             f"got {tuple(label_log_probs.shape)}"
         )
     blank, label = blank_log_probs.detach().double(), label_log_probs.detach().double()
@@ -120,25 +128,26 @@ def best_path(
     if not row.may_label_last_frame:
         label = label.clone()
         label[-1] = -math.inf
-    # Lists: the recursion runs cell by cell, where Python's own floats are the faster ones.
+    # Lists: the recursion runs cell by cell, and Python floats are faster than tensor elements.
     search = _labels_stay if row.labels_share_frames else _labels_advance
     frames, log_prob = search(blank.tolist(), label.tolist())
     if not math.isfinite(log_prob):
         raise ValueError(
-            "blank_log_probs, label_log_probs: the best path through the lattice has the "
-            f"log-probability {log_prob}: the scores leave no path, or none that is finite"
+            "blank_log_probs, label_log_probs: expected a path with a finite log-probability, got "
+            f"{log_prob} for the best path"
         )
     return Alignment(frames, log_prob)
 
 
-Scores = Sequence[Sequence[float]]  # (T, U + 1) of blank, (T, U) of label
+Scores = Sequence[Sequence[float]]  # (T, U + 1) for blank, (T, U) for labels
 
 
 def _labels_stay(blank: Scores, label: Scores) -> tuple[list[int], float]:
-    """Best path where a label leads to (t, u + 1): frames of the labels, log-probability."""
+    """Finds the best path if a label leads to (t, u + 1); returns label frames, log-probability."""
     num_frames, num_targets = len(blank), len(blank[0]) - 1
-    best = []  # best[t][u]: log-probability of the best way to stand in cell (t, u)
-    before = [0.0] + [-math.inf] * num_targets  # best way into each cell of the frame by a blank
+    best = []  # best[t][u]: log-probability of the best path into cell (t, u)
+    # Log-probability of the best path into each cell of the frame whose last arc is a blank.
+    before = [0.0] + [-math.inf] * num_targets
     for t in range(num_frames):
         row = [before[0]]
         for u in range(num_targets):
@@ -152,7 +161,7 @@ def _labels_stay(blank: Scores, label: Scores) -> tuple[list[int], float]:
     frames = []
     t, u = num_frames - 1, num_targets
     while u > 0:
-        # Entered by its label, unless a blank from the frame before explains the value.
+        # The path entered (t, u) by a label, unless the blank of the previous frame scores more.
         if t == 0 or best[t][u - 1] + label[t][u - 1] >= best[t - 1][u] + blank[t - 1][u]:
             u -= 1
             frames.append(t)
@@ -162,10 +171,10 @@ def _labels_stay(blank: Scores, label: Scores) -> tuple[list[int], float]:
 
 
 def _labels_advance(blank: Scores, label: Scores) -> tuple[list[int], float]:
-    """Best path where a label leads to (t + 1, u + 1): frames of the labels, log-probability."""
+    """As :func:`_labels_stay`, if a label leads to (t + 1, u + 1)."""
     num_targets = len(blank[0]) - 1
     row = [0.0] + [-math.inf] * num_targets
-    best = [row]  # best[t][u]; row T holds the final node
+    best = [row]  # best[t][u] as in _labels_stay; row T contains the final node
     for blank_row, label_row in zip(blank, label, strict=True):
         stayed = [value + log_prob for value, log_prob in zip(row, blank_row, strict=True)]
         moved = [value + log_prob for value, log_prob in zip(row, label_row, strict=False)]
@@ -186,21 +195,22 @@ def _labels_advance(blank: Scores, label: Scores) -> tuple[list[int], float]:
 def lattice_scores(
     logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of blank and of the next target symbol in every cell of a batch.
+    """Computes the log-probabilities of blank and of the next target symbol in every cell.
 
     Args:
-        logits: (cells, V) float, packed, not normalised.
-        targets: (B, U) integer; padding may hold any value.
-        shape: the batch's lattices.
+        logits: (num_cells, V) float, packed, unnormalized.
+        targets: (B, U) integer. Padding may hold any value.
+        shape: the lattices of the batch.
         blank: id of blank.
 
     Returns:
-        ``blank_log_probs`` (B, T, U + 1) and ``label_log_probs`` (B, T, U), -inf in padding.
+        ``blank_log_probs`` (B, T, U + 1) and ``label_log_probs`` (B, T, U), with the dtype and the
+        device of ``logits``; -inf in padding.
 
     Raises:
-        ValueError: if logits, targets and shape do not fit each other, or a label or blank is
-            not in [0, V).
-        TypeError: if one is of another type.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if ``logits``, ``targets`` and ``shape`` do not match, or if a label or
+            ``blank`` is not in [0, V).
 
     Example:
         >>> shape = LatticeShape.from_lengths([3], [2])
@@ -235,22 +245,22 @@ def align(
     *,
     topology: str = "regular",
 ) -> list[Alignment]:
-    """Align a batch: the best path of every utterance.
+    """Finds the most probable path of every utterance of a batch.
 
     Args:
-        logits: (cells, V) float, packed, as a joiner gives them.
-        targets: (B, U) integer; padding may hold any value.
-        shape: the batch's lattices.
+        logits: (num_cells, V) float, packed, as returned by a joiner.
+        targets: (B, U) integer. Padding may hold any value.
+        shape: the lattices of the batch.
         blank: id of blank.
-        topology: one of :data:`TOPOLOGIES`, that of the loss which trained the model.
+        topology: topology of the loss that trained the model, one of :data:`TOPOLOGIES`.
 
     Returns:
-        One alignment an utterance.
+        One alignment for each utterance.
 
     Raises:
-        ValueError: as :func:`lattice_scores`; if the topology is unknown, or an utterance has no
-            path with a probability above zero.
-        TypeError: as :func:`lattice_scores`.
+        TypeError: as in :func:`lattice_scores`.
+        ValueError: as in :func:`lattice_scores`; also if the topology is unknown, or if an
+            utterance has no path with a probability above zero.
 
     Example:
         >>> shape = LatticeShape.from_lengths([3, 2], [2, 1])

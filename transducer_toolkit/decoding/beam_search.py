@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modified beam search: at most one symbol a frame, hypotheses of equal symbols merged."""
+"""Modified beam search, which emits at most one symbol per frame and merges equal hypotheses."""
 
 from __future__ import annotations
 
@@ -24,101 +24,104 @@ from transducer_toolkit.modules.predictor import Predictor
 from transducer_toolkit.ops.checks import check_flag, check_int, check_number
 from transducer_toolkit.ops.topology import get_topology
 
-MAX_BEAM = 2**20  # beyond it sizes would overflow
+MAX_BEAM = 2**20  # larger beams would overflow the sizes of tensors
 
 
 class LanguageModel(Protocol):
-    """What shallow fusion asks of a language model; a state is one tensor, batch axis first.
+    """Interface of a language model for shallow fusion.
 
-    As of :class:`~transducer_toolkit.modules.Predictor`, blank is the start symbol.
+    The state is one tensor whose first axis is the batch. As in
+    :class:`~transducer_toolkit.modules.Predictor`, blank is the start symbol.
     """
 
     def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """The state before the start symbol, (N, ...)."""
+        """Returns the state before the start symbol, (N, ...)."""
 
     def step(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Consume one symbol a hypothesis.
+        """Consumes one symbol of each hypothesis.
 
         Args:
-            tokens: (N,) int64, the newest symbol; blank first of all.
+            tokens: (N,) int64, the newest symbols; blank in the first step.
             state: (N, ...) from :meth:`initial_state` or the previous step.
 
         Returns:
-            Log-probabilities (N, V) of the next symbol, where blank's is ignored, and the next
-            state (N, ...).
+            The log-probabilities (N, V) of the next symbol in nats, and the next state (N, ...).
+            The search ignores the log-probability of blank.
         """
 
 
 @dataclass(frozen=True)
 class BeamHypothesis(Hypothesis):
-    """A hypothesis of the beam.
+    """A hypothesis of the beam search.
 
-    Frames and ``log_probs`` are those of one of its paths: where two hypotheses were merged, of
-    the more probable one.
+    ``frames`` and ``log_probs`` belong to one of its paths. When two hypotheses are merged, the
+    path of the more probable one is kept.
 
     Attributes:
         score: logarithm of the summed probability of its paths in the beam, plus the weighted
-            score of the language model; not normalised by length.
+            score of the language model. It is not normalized by length.
     """
 
     score: float = field(default=0.0, compare=False)
 
 
 class _Beam(NamedTuple):
-    """The hypotheses of a batch, (B, K) slots; a slot of score -inf is empty."""
+    """The hypotheses of a batch in (B, K) slots. A slot with score -inf is empty."""
 
-    scores: Tensor  # (B, K)
+    scores: Tensor  # (B, K) float
     sequence: Tensor  # (B, K) int64, hash of the tokens
     prefix: Tensor  # (B, K) int64, hash of all tokens but the last
-    last_token: Tensor  # (B, K) int64, blank if there is none
+    last_token: Tensor  # (B, K) int64, blank if the hypothesis has no tokens
     num_tokens: Tensor  # (B, K) int64
 
 
 class _Step(NamedTuple):
-    """How the beam after a frame came from the one before, each (B, K).
+    """Back-pointers from the beam after a frame to the beam before it, each (B, K).
 
-    A merged hypothesis has two ways in: its states follow the one by blank, and its path, of
-    which the frames are told in the end, the more probable one.
+    A merged hypothesis has two predecessors. The states of predictor and language model come from
+    the predecessor that continued by blank. The path, which gives the frames of the tokens, comes
+    from the more probable predecessor.
     """
 
-    slots: Tensor
-    tokens: Tensor  # blank where nothing was emitted
-    path_slots: Tensor
-    path_tokens: Tensor
+    slots: Tensor  # predecessor of the states
+    tokens: Tensor  # the token that the step emitted, or blank
+    path_slots: Tensor  # predecessor of the path
+    path_tokens: Tensor  # the token that the path emitted, or blank
     path_log_probs: Tensor
 
 
 class ModifiedBeamSearch:
-    """Keep the ``beam`` most probable symbol sequences, each frame emitting one symbol at most.
+    """Decodes with the ``beam`` most probable symbol sequences and at most one symbol per frame.
 
-    From frame to frame a hypothesis y with score s goes on by blank or by one label k::
+    In each frame, a hypothesis y with score s(y) continues by blank or by one label k::
 
         s(y)     <- s(y) + blank(t, y)
         s(y + k) <- s(y) + label(t, y, k) + lm_weight * lm(k | y)
 
-    Scores of equal sequences are merged by log-add before the best are kept, so that a beam wide
-    enough for all sequences gives the exact log-likelihoods of the topologies that allow one
-    symbol a frame: what their losses give. All utterances and hypotheses of a batch go through
-    predictor and joiner together. With ``beam=1`` and no language model this is the greedy search
-    with one symbol a frame.
+    The search adds the probabilities of equal sequences before it selects the best. If the beam is
+    wide enough for all sequences, the scores are the exact log-likelihoods in the topologies that
+    allow one symbol per frame, as their losses compute them. With ``beam=1`` and without a language
+    model, the search is a greedy search with one symbol per frame.
+
+    The predictor and the joiner are called once per frame, for all hypotheses of the batch.
 
     Args:
-        predictor: of the model, in eval mode.
-        joiner: of the model, in eval mode.
-        beam: number K of hypotheses kept, at least 1.
-        topology: of the loss that trained the model. In ``constrained`` a label is followed by
-            the blank of its frame, whose score joins after the best are chosen; in
-            ``one_sym_per_frame`` the last frame emits nothing; ``regular`` is searched as
-            ``modified``, as usual in the field.
-        length_normalised: whether hypotheses are ranked at the end by ``score / (U + 1)`` rather
-            than by ``score``, U being the number of symbols.
-        lm: scores of the next symbol, for shallow fusion.
-        lm_weight: weight of those scores.
+        predictor: predictor of the model, in eval mode.
+        joiner: joiner of the model, in eval mode.
+        beam: number K of hypotheses kept, from 1 to 2^20.
+        topology: topology of the loss that trained the model. In ``constrained``, a label is
+            followed by a blank on the same frame, whose score is added after the best hypotheses
+            are selected. In ``one_sym_per_frame``, the last frame emits no label. ``regular`` is
+            searched like ``modified``, as is common.
+        length_normalized: whether hypotheses are finally ranked by ``score / (U + 1)`` instead of
+            ``score``, where U is the number of symbols.
+        lm: language model for shallow fusion, or None.
+        lm_weight: weight of the language model's log-probabilities.
 
     Raises:
-        ValueError: if ``beam`` is below 1 or beyond 2^20, the weight is not finite, the topology is
-            unknown, or predictor and joiner have different vocabularies.
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has the wrong type.
+        ValueError: if ``beam`` is out of range, ``lm_weight`` is not finite, the topology is
+            unknown, or predictor and joiner have different vocabulary sizes.
 
     Example:
         >>> from transducer_toolkit.modules import Joiner, StatelessPredictor
@@ -127,8 +130,9 @@ class ModifiedBeamSearch:
         >>> [len(hypotheses) for hypotheses in search.nbest(encoder_out, lengths)]
         [3, 3]
 
-    Source: "Fast and parallel decoding for transducer" (Kang et al., 2022), the search that
-    icefall calls ``modified_beam_search``; it merges after the best are kept.
+    Source:
+        W. Kang et al., "Fast and parallel decoding for transducer", 2022. icefall's
+        ``modified_beam_search`` differs: it merges equal sequences after it has selected the best.
     """
 
     def __init__(
@@ -138,49 +142,51 @@ class ModifiedBeamSearch:
         *,
         beam: int = 4,
         topology: str = "modified",
-        length_normalised: bool = True,
+        length_normalized: bool = True,
         lm: LanguageModel | None = None,
         lm_weight: float = 0.3,
     ) -> None:
         check_model(predictor, joiner)
         check_int(beam, "beam")
         if beam < 1:
-            raise ValueError(f"beam must be at least 1, got {beam}")
+            raise ValueError(f"beam: expected at least 1, got {beam}")
         if beam > MAX_BEAM:
-            raise ValueError(f"beam must be at most {MAX_BEAM}, got {beam}")
-        check_flag(length_normalised, "length_normalised")
+            raise ValueError(f"beam: expected at most {MAX_BEAM}, got {beam}")
+        check_flag(length_normalized, "length_normalized")
         if lm is not None and not all(hasattr(lm, name) for name in ("initial_state", "step")):
             raise TypeError(f"lm: expected a LanguageModel or None, got {type(lm).__name__}")
         check_number(lm_weight, "lm_weight")
         if not math.isfinite(lm_weight):
-            raise ValueError(f"lm_weight must be finite, got {lm_weight}")
+            raise ValueError(f"lm_weight: expected a finite number, got {lm_weight}")
         self.predictor = predictor
         self.joiner = joiner
         self.beam = beam
         self.topology = get_topology(topology)
-        self.length_normalised = length_normalised
+        self.length_normalized = length_normalized
         self.lm = lm if lm_weight != 0 else None
         self.lm_weight = float(lm_weight)
 
     def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
-        """Decode whole utterances: the first of :meth:`nbest` of each."""
+        """Decodes whole utterances; returns the first hypothesis of :meth:`nbest` for each."""
         return [hypotheses[0] for hypotheses in self.nbest(encoder_out, encoder_lengths)]
 
     @torch.inference_mode()
     def nbest(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[list[BeamHypothesis]]:
-        """Decode whole utterances, several hypotheses each.
+        """Decodes whole utterances; returns several hypotheses for each.
 
         Args:
             encoder_out: (B, T, E) float.
-            encoder_lengths: (B,) int64, in encoder frames, on any device.
+            encoder_lengths: (B,) int32 or int64, number of encoder frames, on any device.
 
         Returns:
-            For each utterance up to ``beam`` hypotheses, the best first, no two of the same tokens.
+            Up to ``beam`` hypotheses for each utterance, the best first. Their token sequences
+            differ.
 
         Raises:
-            ValueError: if the lengths do not fit ``encoder_out``, or this not the joiner; a
-                NonFiniteScoresError names utterances whose scores are NaN or infinite.
-            TypeError: if one is not such a tensor.
+            TypeError: if an argument is not a tensor, or has the wrong dtype.
+            ValueError: if ``encoder_lengths`` does not match ``encoder_out``, or ``encoder_out``
+                does not match the joiner.
+            NonFiniteScoresError: if scores are NaN or infinite; names the utterances.
         """
         check_encoder_lengths(encoder_out, encoder_lengths)
         batch_size, device, blank = len(encoder_out), encoder_out.device, self.predictor.blank
@@ -203,7 +209,7 @@ class ModifiedBeamSearch:
         for frame in range(int(lengths.max())):
             encoder_frame = encoder_out[:, frame, None]  # (B, 1, E)
             log_probs = self._log_probs(encoder_frame, predictor_out)  # (B, K, V)
-            # Beyond its end an utterance has blanks of probability 1: its beam stays as it is.
+            # After the end of an utterance, blank has probability 1, so its beam does not change.
             log_probs = torch.where((lengths > frame).view(-1, 1, 1), log_probs, only_blank)
             label_scores = log_probs
             if self.lm is not None:
@@ -240,7 +246,7 @@ class ModifiedBeamSearch:
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def _initial_beam(self, blanks: Tensor, dtype: torch.dtype) -> _Beam:
-        """The empty sequence in the first slot of each utterance."""
+        """Returns a beam that holds the empty sequence in the first slot of each utterance."""
         dtype = torch.promote_types(dtype, torch.float32)
         scores = torch.full(blanks.shape, -torch.inf, dtype=dtype, device=blanks.device)
         scores[:, 0] = 0
@@ -248,12 +254,15 @@ class ModifiedBeamSearch:
         return _Beam(scores, sequence=zeros, prefix=zeros, last_token=blanks, num_tokens=zeros)
 
     def _grow(self, beam: _Beam, log_probs: Tensor, label_scores: Tensor) -> tuple[_Beam, _Step]:
-        """Score all continuations by blank and by each label, merge equals and keep the best.
+        """Scores all continuations by blank and by a label, merges equal ones, keeps the best.
 
         Args:
-            beam: before the frame.
-            log_probs: (B, K, V) of the model.
-            label_scores: (B, K, V) of each label; blank's column is not used.
+            beam: the beam before the frame.
+            log_probs: (B, K, V) log-probabilities of the joiner.
+            label_scores: (B, K, V) scores of the labels. The column of blank is not used.
+
+        Returns:
+            The beam after the frame, and the back-pointers to the beam before it.
         """
         batch_size, num_slots, vocab_size = log_probs.shape
         blank = self.predictor.blank
@@ -261,7 +270,7 @@ class ModifiedBeamSearch:
         stay = beam.scores + blank_log_probs
         scores = (beam.scores.unsqueeze(2) + label_scores).view(batch_size, -1)  # (B, K * V)
 
-        # Slot j may hold what slot i becomes by the last token of j; then the two are merged in j.
+        # If slot i followed by the last token of slot j equals slot j, the two are merged in j.
         alive = beam.scores > -torch.inf
         follows = (
             (beam.prefix.unsqueeze(2) == beam.sequence.unsqueeze(1))  # (B, j, i)
@@ -296,8 +305,8 @@ class ModifiedBeamSearch:
         return grown, step
 
     def _best_first(self, beam: _Beam, steps: list[_Step]) -> list[list[BeamHypothesis]]:
-        """Rank the hypotheses and follow the path of each back to the first frame."""
-        ranking = beam.scores / (beam.num_tokens + 1) if self.length_normalised else beam.scores
+        """Ranks the hypotheses and follows the path of each back to the first frame."""
+        ranking = beam.scores / (beam.num_tokens + 1) if self.length_normalized else beam.scores
         slots = ranking.argsort(dim=1, descending=True, stable=True)
         scores = beam.scores.gather(1, slots)
         emissions = []
@@ -312,15 +321,18 @@ class ModifiedBeamSearch:
             for path, score in zip(paths, scores.flatten().tolist(), strict=True)
         ]
         ranked = (found[first : first + self.beam] for first in range(0, len(found), self.beam))
-        # The first one in any case: without it an utterance of no possible path had no answer.
+        # Keep the first hypothesis even if its score is -inf, so that every utterance has one.
         return [[best, *(h for h in rest if h.score > -math.inf)] for best, *rest in ranked]
 
 
 def _hash(sequence: Tensor, token: Tensor) -> Tensor:
-    """Hash of a sequence and one more token, int64: equal by chance once in 2^63 pairs."""
-    mixed = (sequence ^ (token + 1) * _ODD_1) * _ODD_2  # wraps around
+    """Returns the int64 hash of a sequence and one more token.
+
+    Two different sequences have equal hashes with a probability of about 2^-63.
+    """
+    mixed = (sequence ^ (token + 1) * _ODD_1) * _ODD_2  # int64 arithmetic wraps around
     return mixed ^ ((mixed >> 32) & 0xFFFFFFFF)
 
 
-# Odd multipliers of splitmix64, as signed numbers.
+# The odd multipliers of splitmix64 as signed int64.
 _ODD_1, _ODD_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64

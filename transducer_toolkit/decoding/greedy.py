@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy search: the most probable symbol of each lattice cell, in batches and chunk by chunk."""
+"""Greedy search, which follows the most probable symbol of each lattice cell."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ from transducer_toolkit.modules.predictor import Predictor
 from transducer_toolkit.ops.checks import check_int
 from transducer_toolkit.ops.topology import get_topology
 
-FRAMES_AHEAD = 8  # frames scored in one call: the predictor's output holds until the next label
+# Frames scored in one call. The predictor's output stays the same until the next label.
+FRAMES_AHEAD = 8
 
 
 @dataclass(frozen=True)
 class GreedyState:
-    """Where the greedy search of a batch stands between two chunks; its size never grows.
+    """State of the greedy search of a batch between two chunks. Its size is constant.
 
-    Between chunks every frame is left, so the labels of the current frame are no part of it.
+    The search has left the last frame of the chunk, so the state does not count the labels of a
+    frame.
 
     Attributes:
-        predictor_state: (B, ...) of the predictor, after the last label.
-        predictor_out: (B, P), its output after the last label.
-        num_frames: (B,) int64, frames decoded so far: the next chunk starts at this frame.
+        predictor_state: (B, ...) state of the predictor after the last label.
+        predictor_out: (B, P) output of the predictor after the last label.
+        num_frames: (B,) int64, number of frames decoded so far, which is the index of the first
+            frame of the next chunk.
     """
 
     predictor_state: Tensor
@@ -43,25 +46,27 @@ class GreedyState:
 
 
 class GreedySearch:
-    """Walk each lattice along the most probable symbol of every cell.
+    """Decodes by following the most probable symbol of every cell.
 
-    At cell (t, u) blank moves on to frame t + 1; a label is appended and moves to u + 1, except
-    that after ``max_symbols_per_frame`` labels frame t is left as if by a blank. The utterances of
-    the batch walk at their own pace, several frames a call, so that the number of calls is about
-    ``max_b U_b + T_b / 8`` and not ``sum_t``. A batch gives what its utterances give alone, and
-    any division into chunks gives what the whole gives.
+    At cell (t, u), a blank leads to cell (t + 1, u). A label is appended to the hypothesis and
+    leads to cell (t, u + 1). After ``max_symbols_per_frame`` labels on frame t, the search moves to
+    frame t + 1 as if it had found a blank.
+
+    Each call of the joiner scores several frames of every utterance, so the number of calls is
+    about ``max_b (U_b + T_b / 8)``. The result does not depend on the batch that contains the
+    utterance, nor on the chunks that it is divided into.
 
     Args:
-        predictor: of the model, in eval mode.
-        joiner: of the model, in eval mode.
-        max_symbols_per_frame: labels allowed on one frame, at least 1.
-        topology: of the loss that trained the model. In all but ``regular`` a label leads to the
-            next frame: ``max_symbols_per_frame`` is 1 there.
+        predictor: predictor of the model, in eval mode.
+        joiner: joiner of the model, in eval mode.
+        max_symbols_per_frame: maximum number of labels on one frame, at least 1.
+        topology: topology of the loss that trained the model. In all topologies except
+            ``regular``, a label leads to the next frame, so ``max_symbols_per_frame`` is 1.
 
     Raises:
+        TypeError: if an argument has the wrong type.
         ValueError: if ``max_symbols_per_frame`` is below 1, the topology is unknown, or predictor
-            and joiner have different vocabularies.
-        TypeError: if an argument is of another type.
+            and joiner have different vocabulary sizes.
 
     Example:
         >>> from transducer_toolkit.modules import Joiner, StatelessPredictor
@@ -90,39 +95,45 @@ class GreedySearch:
         check_int(max_symbols_per_frame, "max_symbols_per_frame")
         if max_symbols_per_frame < 1:
             raise ValueError(
-                f"max_symbols_per_frame must be at least 1, got {max_symbols_per_frame}"
+                f"max_symbols_per_frame: expected at least 1, got {max_symbols_per_frame}"
             )
         self.predictor = predictor
         self.joiner = joiner
-        # Bounded by what an int64 holds: any more is as good as no limit.
+        # Compared with int64 tensors below, so it must fit into an int64.
         limit = min(max_symbols_per_frame, 2**62)
         self.max_symbols_per_frame = limit if row.labels_share_frames else 1
 
     @torch.inference_mode()
     def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> GreedyState:
-        """The state before the first frame: the predictor has read its start symbol."""
+        """Returns the state before the first frame, after the predictor has read the start symbol.
+
+        Raises:
+            TypeError: if ``batch_size`` is not an int.
+            ValueError: if ``batch_size`` is negative.
+        """
         check_int(batch_size, "batch_size")
         if batch_size < 0:
-            raise ValueError(f"batch_size must be at least 0, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 0, got {batch_size}")
         start = torch.full((batch_size,), self.predictor.blank, dtype=torch.int64, device=device)
         state = self.predictor.initial_state(batch_size, device)
         predictor_out, state = self.predictor.step(start, state)
         return GreedyState(state, predictor_out, torch.zeros_like(start))
 
     def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
-        """Decode whole utterances: one chunk from the initial state.
+        """Decodes whole utterances.
 
         Args:
             encoder_out: (B, T, E) float.
-            encoder_lengths: (B,) int64, in encoder frames, on any device.
+            encoder_lengths: (B,) int32 or int64, number of encoder frames, on any device.
 
         Returns:
-            One hypothesis an utterance.
+            One hypothesis for each utterance.
 
         Raises:
-            ValueError: if the lengths do not fit ``encoder_out``, or this not the joiner; a
-                NonFiniteScoresError names utterances whose logits are NaN or infinite.
-            TypeError: if one is not such a tensor.
+            TypeError: if an argument is not a tensor, or has the wrong dtype.
+            ValueError: if ``encoder_lengths`` does not match ``encoder_out``, or ``encoder_out``
+                does not match the joiner.
+            NonFiniteScoresError: if logits are NaN or infinite; names the utterances.
         """
         check_encoder_lengths(encoder_out, encoder_lengths)
         check_encoder_out(encoder_out, self.joiner)
@@ -133,21 +144,23 @@ class GreedySearch:
     def advance(
         self, encoder_out: Tensor, encoder_lengths: Tensor, state: GreedyState
     ) -> tuple[list[Hypothesis], GreedyState]:
-        """Decode the next chunk of each utterance.
+        """Decodes the next chunk of each utterance.
 
         Args:
             encoder_out: (B, T_chunk, E) float.
-            encoder_lengths: (B,) int64, frames of the chunk in each utterance, on any device; 0
-                where an utterance has none.
-            state: of :meth:`initial_state` or the previous call; not changed.
+            encoder_lengths: (B,) int32 or int64, number of frames of each utterance in this chunk,
+                on any device; 0 for an utterance without frames.
+            state: the state returned by :meth:`initial_state` or by the previous call. It is not
+                modified.
 
         Returns:
-            What the chunk adds to each utterance, frames counted from the utterance's start, and
-            the state after it.
+            The hypothesis of each utterance in this chunk, with frames counted from the start of
+            the utterance, and the state after the chunk.
 
         Raises:
-            ValueError: as of :meth:`__call__`, or if the state is of another number of utterances.
-            TypeError: likewise, or if the state is none.
+            TypeError: as in :meth:`__call__`; also if ``state`` is not a :class:`GreedyState`.
+            ValueError: as in :meth:`__call__`; also if ``state`` has another number of utterances.
+            NonFiniteScoresError: as in :meth:`__call__`.
         """
         check_encoder_lengths(encoder_out, encoder_lengths)
         check_encoder_out(encoder_out, self.joiner)
@@ -155,7 +168,7 @@ class GreedySearch:
             raise TypeError(f"state: expected a GreedyState, got {type(state).__name__}")
         if len(state.num_frames) != len(encoder_out):
             raise ValueError(
-                f"state: expected one of {len(encoder_out)} utterances, as many as encoder_out, "
+                f"state: expected {len(encoder_out)} utterances, the batch size of encoder_out, "
                 f"got {len(state.num_frames)}"
             )
         batch_size, max_frames, _ = encoder_out.shape
@@ -163,13 +176,15 @@ class GreedySearch:
         lengths = encoder_lengths.to(device)
         rows = torch.arange(batch_size, device=device)
         ahead = torch.arange(FRAMES_AHEAD, device=device)
-        sooner = FRAMES_AHEAD - ahead  # the largest of what is left is the first
-        projected = self.joiner.project_encoder(encoder_out)  # once: windows overlap
+        # Decreasing, so that the maximum over a row of flags gives the first frame with a flag.
+        sooner = FRAMES_AHEAD - ahead
+        projected = self.joiner.project_encoder(encoder_out)  # once, because windows overlap
 
         predictor_out, predictor_state = state.predictor_out, state.predictor_state
-        frame = torch.zeros_like(lengths)  # where each utterance stands in the chunk
+        frame = torch.zeros_like(lengths)  # current frame of each utterance, within the chunk
         labels_here = torch.zeros_like(lengths)  # labels emitted so far on that frame
-        emissions = []  # (tokens, frames, logits), each (B,); token = blank if nothing is emitted
+        # Tokens, frames and log-probabilities, each (B,). The token is blank if none is emitted.
+        emissions = []
         is_bad = torch.zeros_like(lengths, dtype=torch.bool)
 
         while bool((frame < lengths).any()):
@@ -182,10 +197,10 @@ class GreedySearch:
             left, skipped = (is_label * sooner).max(1)
             emits = left > 0
             visited = exists & (~emits.unsqueeze(1) | (ahead <= skipped.unsqueeze(1)))
-            is_bad |= (visited & ~best_logits.isfinite()).any(1)  # a NaN counts as the largest
+            is_bad |= (visited & ~best_logits.isfinite()).any(1)  # max returns NaN if there is one
             tokens = torch.where(emits, best[rows, skipped], blank)
             emitted_at = frame + skipped
-            # Of the largest entry: its log-probability is its distance to the normaliser.
+            # The log-probability of the largest logit is the logit minus the normalizer.
             cell = logits[rows, skipped].float()
             log_probs = cell.amax(-1) - cell.logsumexp(-1)
             emissions.append((tokens, emitted_at + state.num_frames, log_probs))
@@ -212,20 +227,20 @@ def greedy_search(
     *,
     max_symbols_per_frame: int = 10,
 ) -> list[Hypothesis]:
-    """Decode whole utterances greedily; the function form of :class:`GreedySearch`.
+    """Decodes whole utterances greedily. It is the function form of :class:`GreedySearch`.
 
     Args:
-        predictor: of the model, in eval mode.
-        joiner: of the model, in eval mode.
+        predictor: predictor of the model, in eval mode.
+        joiner: joiner of the model, in eval mode.
         encoder_out: (B, T, E) float.
-        encoder_lengths: (B,) int64, in encoder frames, on any device.
-        max_symbols_per_frame: labels allowed on one frame, at least 1.
+        encoder_lengths: (B,) int32 or int64, number of encoder frames, on any device.
+        max_symbols_per_frame: maximum number of labels on one frame, at least 1.
 
     Returns:
-        One hypothesis an utterance.
+        One hypothesis for each utterance.
 
     Raises:
-        ValueError, TypeError: as :class:`GreedySearch` and its call.
+        TypeError, ValueError: as in :class:`GreedySearch` and :meth:`GreedySearch.__call__`.
 
     Example:
         >>> from transducer_toolkit.modules import Joiner, StatelessPredictor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the target symbols lie in time, all paths together: posteriors of cells and labels."""
+"""Posterior probabilities of lattice cells and labels, summed over all paths."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from transducer_toolkit.ops.options import LossOptions
 
 @dataclass(frozen=True)
 class LatticePosteriors:
-    """Posterior probabilities in the lattices of a batch, given the reference.
+    """Posterior probabilities in the lattices of a batch, given the target symbols.
 
     Attributes:
-        log_likelihood: (B,) log-probability of the reference, the sum over all paths.
-        occupancy: (B, T, U + 1) expected number of scores used in each cell, which is the
-            probability that a path passes it; zero in padding. An utterance sums to T + U
-            (regular) or T (others; ``constrained`` T + U, its forced blanks counted).
-        labels: (B, T, U) probability that frame t emits symbol u; zero in padding. A symbol sums
-            to 1 over the frames.
+        log_likelihood: (B,) log-probability of the target symbols in nats, summed over all paths.
+        occupancy: (B, T, U + 1) expected number of scores that a path uses in each cell; 0 in
+            padding. It is the probability that a path visits the cell, except that
+            ``constrained`` also counts the blank that follows each label. The sum over the cells of
+            an utterance is T + U in ``regular`` and ``constrained``, and T in the other topologies.
+        labels: (B, T, U) probability that frame t emits symbol u; 0 in padding. The sum over the
+            frames is 1 for each symbol.
     """
 
     log_likelihood: Tensor
@@ -32,7 +33,7 @@ class LatticePosteriors:
     labels: Tensor
 
     def expected_frames(self) -> Tensor:
-        """Mean frame of each symbol, (B, U): ``sum_t t * labels(t, u)``; 0 in padding."""
+        """Returns the mean frame of each symbol, (B, U): ``sum_t t * labels(t, u)``."""
         frames = torch.arange(self.labels.size(1), device=self.labels.device)
         return torch.einsum("btu,t->bu", self.labels, frames.to(self.labels))
 
@@ -45,23 +46,23 @@ def lattice_posteriors(
     *,
     topology: str = "regular",
 ) -> LatticePosteriors:
-    """Posterior probabilities of the cells and of the label arcs of each lattice.
+    """Computes the posterior probabilities of the cells and of the label arcs of each lattice.
 
     Args:
-        logits: (cells, V) float32 or float64, packed, not normalised.
-        targets: (B, U) integer; padding may hold any value.
-        shape: the batch's lattices.
+        logits: (num_cells, V) float16, bfloat16, float32 or float64, packed, unnormalized.
+        targets: (B, U) integer. Padding may hold any value.
+        shape: the lattices of the batch.
         blank: id of blank.
-        topology: one of :data:`~transducer_toolkit.decoding.TOPOLOGIES`, that of the loss which
-            trained the model.
+        topology: topology of the loss that trained the model, one of
+            :data:`~transducer_toolkit.decoding.TOPOLOGIES`.
 
     Returns:
-        The posteriors, of the dtype and on the device of ``logits``.
+        The posteriors, on the device of ``logits``.
 
     Raises:
-        ValueError: if logits, targets and shape do not fit each other, a label is blank or not in
-            [0, V), the topology is unknown, or it leaves an utterance without a path.
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if ``logits``, ``targets`` and ``shape`` do not match, if a label is blank or
+            not in [0, V), if the topology is unknown, or if an utterance has no path in it.
 
     Example:
         >>> shape = LatticeShape.from_lengths([3], [2])
@@ -91,12 +92,12 @@ def lattice_occupancy(
     *,
     topology: str = "regular",
 ) -> Tensor:
-    """Posterior probability that a path of the reference passes each cell.
+    """Computes the posterior probability that a path visits each cell.
 
-    Args and Raises: those of :func:`lattice_posteriors`.
+    The arguments and the errors are those of :func:`lattice_posteriors`.
 
     Returns:
-        (B, T, U + 1), zero in padding: :attr:`LatticePosteriors.occupancy`.
+        (B, T, U + 1), as :attr:`LatticePosteriors.occupancy`.
 
     Example:
         >>> shape = LatticeShape.from_lengths([3], [2])

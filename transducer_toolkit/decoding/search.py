@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a search is to the rest of the toolkit, what it finds, and what searches share."""
+"""The interface of a search, its result, and functions that the searches share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from transducer_toolkit.ops.native import SUPPORTED_DTYPES
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What a search found in one utterance, or in one chunk of it.
+    """The symbols that a search found in one utterance, or in one chunk of it.
 
     Attributes:
         tokens: symbol ids, without blanks.
-        frames: for each token the encoder frame that emitted it.
-        log_probs: for each token the log-probability (natural logarithm) that its cell of the
-            lattice gave it; its exponential is the token's confidence. Left out of comparisons,
-            because float rounding differs between batches.
+        frames: the encoder frame that emitted each token.
+        log_probs: the log-probability in nats of each token in its lattice cell. Its exponential
+            is the confidence of the token. Comparisons ignore it, because float rounding differs
+            between batches.
     """
 
     tokens: list[int]
@@ -32,14 +32,14 @@ class Hypothesis:
 
 
 class Search(Protocol):
-    """A search, bound to the predictor and the joiner of a model."""
+    """Interface of a search, which holds the predictor and the joiner of a model."""
 
     def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
-        """Decode a batch.
+        """Decodes a batch.
 
         Args:
             encoder_out: (B, T, E) float.
-            encoder_lengths: (B,) int64, in encoder frames, on any device.
+            encoder_lengths: (B,) int32 or int64, number of encoder frames, on any device.
 
         Returns:
             The best hypothesis of each utterance.
@@ -47,14 +47,14 @@ class Search(Protocol):
 
 
 class NonFiniteScoresError(ValueError):
-    """Some utterances have logits that are NaN, +inf or nothing but -inf: there is no best symbol.
+    """Raised if logits are NaN or +inf, or if all logits of a cell are -inf.
 
     Args:
-        utterances: their places in the batch.
-        names: of all utterances of the batch, for the message.
+        utterances: indices of the affected utterances in the batch.
+        names: names of all utterances of the batch for the message, or None.
 
     Attributes:
-        utterances: the places.
+        utterances: indices of the affected utterances in the batch.
     """
 
     def __init__(self, utterances: Sequence[int], *, names: Sequence[str] | None = None) -> None:
@@ -65,22 +65,22 @@ class NonFiniteScoresError(ValueError):
         more = len(self.utterances) - 5
         super().__init__(
             f"{places}{f' and {more} more' if more > 0 else ''}: the scores of the symbols are NaN "
-            "or infinite; look at the audio of the utterance and at the weights of the model"
+            "or infinite; check the audio of the utterance and the weights of the model"
         )
 
 
 def refuse_non_finite(is_bad: Tensor) -> None:
-    """Raise a NonFiniteScoresError if an entry of ``is_bad`` (B,) is true."""
+    """Raises a NonFiniteScoresError if an entry of ``is_bad`` (B,) is true."""
     if bool(is_bad.any()):
         raise NonFiniteScoresError(is_bad.nonzero().flatten().tolist())
 
 
 def check_model(predictor: object, joiner: object) -> None:
-    """Raise unless both offer what a search calls, for the same number of symbols.
+    """Checks that a predictor and a joiner have the methods that a search calls.
 
     Raises:
-        TypeError: one is no predictor or joiner.
-        ValueError: their vocabularies differ.
+        TypeError: if one of them lacks a method or an attribute.
+        ValueError: if they have different vocabulary sizes.
     """
     for name, module, needed in (
         ("predictor", predictor, ("blank", "vocab_size", "initial_state", "step")),
@@ -88,64 +88,73 @@ def check_model(predictor: object, joiner: object) -> None:
     ):
         if not all(hasattr(module, attribute) for attribute in needed):
             raise TypeError(
-                f"{name}: expected a {name.capitalize()} of transducer_toolkit.modules, or what "
-                f"has its {', '.join(needed)}; got {type(module).__name__}"
+                f"{name}: expected a {name.capitalize()} of transducer_toolkit.modules, or an "
+                f"object with {', '.join(needed)}; got {type(module).__name__}"
             )
     sizes = [getattr(module, "vocab_size", None) for module in (predictor, joiner)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(
-            f"predictor and joiner must have the same vocab_size, got {sizes[0]} and {sizes[1]}"
+            f"predictor, joiner: expected the same vocab_size, got {sizes[0]} and {sizes[1]}"
         )
 
 
 def check_encoder_out(encoder_out: Tensor, joiner: object) -> None:
-    """Raise unless the joiner takes ``encoder_out`` (B, T, E): width, dtype and device."""
+    """Checks that ``encoder_out`` (B, T, E) matches the joiner in width, dtype and device.
+
+    It checks nothing if the joiner has no attribute ``encoder_dim``, as a user's joiner may.
+
+    Raises:
+        TypeError: if the dtype does not match.
+        ValueError: if the width or the device does not match.
+    """
     width = getattr(joiner, "encoder_dim", None)
-    if width is None:  # a joiner of the user's: it knows what it takes
+    if width is None:
         return
     if encoder_out.size(2) != width:
         raise ValueError(
-            f"encoder_out must have shape (B, T, {width}) for this joiner, "
+            f"encoder_out: expected shape (B, T, {width}), E from the joiner, "
             f"got {tuple(encoder_out.shape)}"
         )
     weight = next(joiner.parameters())  # type: ignore[attr-defined]
     if encoder_out.device != weight.device:
         raise ValueError(
-            f"encoder_out must be on the joiner's device {weight.device}, got {encoder_out.device}"
+            f"encoder_out: expected device {weight.device}, that of the joiner, "
+            f"got {encoder_out.device}"
         )
     if encoder_out.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
         raise TypeError(
-            f"encoder_out must have the joiner's dtype {weight.dtype}, got {encoder_out.dtype}"
+            f"encoder_out: expected dtype {weight.dtype}, that of the joiner, "
+            f"got {encoder_out.dtype}"
         )
 
 
 def check_encoder_lengths(encoder_out: Tensor, encoder_lengths: Tensor) -> None:
-    """Raise unless ``encoder_lengths`` are those of a batch (B, T, E).
+    """Checks that ``encoder_lengths`` (B,) matches ``encoder_out`` (B, T, E).
 
     Raises:
-        TypeError: one is no dense tensor, or not of floats and integers.
-        ValueError: shapes do not fit, or a length is not in [0, T].
+        TypeError: if one of them is not a dense tensor, or has the wrong dtype.
+        ValueError: if the shapes do not match, or a length is not in [0, T].
     """
     check_tensor(encoder_out, "encoder_out")
     check_tensor(encoder_lengths, "encoder_lengths")
     check_dtype(encoder_out, "encoder_out", SUPPORTED_DTYPES)
     if encoder_out.dim() != 3:
-        raise ValueError(f"encoder_out must have shape (B, T, E), got {tuple(encoder_out.shape)}")
+        raise ValueError(f"encoder_out: expected shape (B, T, E), got {tuple(encoder_out.shape)}")
     batch_size, max_frames, _ = encoder_out.shape
     if encoder_lengths.shape != (batch_size,):
         raise ValueError(
-            f"encoder_lengths must have shape ({batch_size},), got {tuple(encoder_lengths.shape)}"
+            f"encoder_lengths: expected shape ({batch_size},), got {tuple(encoder_lengths.shape)}"
         )
     if batch_size == 0:
         return
     check_dtype(encoder_lengths, "encoder_lengths", INDEX_DTYPES)
     if encoder_lengths.device.type == "meta":
-        raise ValueError("encoder_lengths: expected numbers, got a tensor on device meta")
+        raise ValueError("encoder_lengths: expected a tensor with data, got one on device meta")
     shortest, longest = (int(bound) for bound in encoder_lengths.aminmax())
     if not 0 <= shortest <= longest <= max_frames:
         raise ValueError(
-            f"encoder_lengths must lie in [0, {max_frames}], got values from {shortest} to "
-            f"{longest}"
+            f"encoder_lengths: expected values in [0, {max_frames}], got values from {shortest} "
+            f"to {longest}"
         )
 
 
@@ -156,17 +165,17 @@ def step_where(
     out: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Let a predictor or language model consume the tokens of those rows that emit one.
+    """Steps a predictor or language model in the rows that emit a token.
 
     Args:
-        emits: (N,) bool.
-        step: of the predictor or language model.
-        tokens: (N,) int64, any valid id where nothing is emitted.
-        out: (N, ...) its last output.
-        state: (N, ...) its state.
+        emits: (N,) bool, whether each row emits a token.
+        step: the ``step`` method of the predictor or language model.
+        tokens: (N,) int64, the emitted tokens; any valid id in rows that emit none.
+        out: (N, ...) previous output.
+        state: (N, ...) previous state.
 
     Returns:
-        Output and state, the old ones in rows that emit nothing.
+        The output and the state. Rows that emit no token keep the previous ones.
     """
 
     def select(new: Tensor, old: Tensor) -> Tensor:
@@ -179,13 +188,16 @@ def step_where(
 def collect_hypotheses(
     steps: Sequence[tuple[Tensor, Tensor, Tensor]], num_hypotheses: int, blank: int
 ) -> list[Hypothesis]:
-    """Gather what the steps of a search emitted into one hypothesis a row.
+    """Collects the tokens that the steps of a search emitted into one hypothesis for each row.
 
     Args:
-        steps: tokens, frames and log-probabilities of each step, all (N,); blank where a row
-            emitted nothing.
+        steps: tokens, frames and log-probabilities of each step, all (N,). The token is blank in
+            rows that emit none.
         num_hypotheses: N.
         blank: id of blank.
+
+    Returns:
+        N hypotheses.
 
     Example:
         >>> step = torch.tensor([0, 3]), torch.tensor([5, 5]), torch.tensor([0.0, -0.5])
@@ -194,7 +206,7 @@ def collect_hypotheses(
     """
     hypotheses = [Hypothesis([], [], []) for _ in range(num_hypotheses)]
     if steps:
-        # Each (N, steps): row by row, in the order of emission.
+        # (N, num_steps) each, so that nonzero() below goes through a row in the order of emission.
         tokens, frames, log_probs = (
             torch.stack(column, dim=1).cpu() for column in zip(*steps, strict=True)
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transducer losses. Pure functions first; a module form of each beside it."""
+"""Transducer losses as functions, some of them also as modules."""
 
 from transducer_toolkit.losses.full import get_rnnt_logprobs_joint, rnnt_loss
 from transducer_toolkit.losses.fused_joiner import FusedJoinerLoss, fused_joiner_loss

@@ -33,26 +33,27 @@ def rnnt_loss(
 
     Args:
         logits: (B, T, S + 1, V) joiner outputs, float16, bfloat16, float32 or float64,
-            unnormalised. -inf means probability zero.
+            unnormalized. -inf means probability zero.
         symbols: (B, S) int32 or int64 in [0, V), on the device of logits.
         termination_symbol: the blank, in [0, V).
         boundary: (B, 4) int32 or int64 rows ``[s_begin, t_begin, s_end, t_end]``, on the CPU or
-            the device of logits; None means ``[0, 0, S, T]``. What stands outside does not matter.
+            the device of logits; None for ``[0, 0, S, T]``. logits and symbols outside of the
+            boundary may hold any value.
         rnnt_type: "regular", "modified" or "constrained".
         delay_penalty: >= 0; adds ``delay_penalty * ((t_end - 1) / 2 - t)`` to the score of every
             symbol at frame t.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         return_grad: also return posteriors.
-        fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; not in k2.
+        fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; k2 does not have it.
 
     Returns:
-        As :func:`~transducer_toolkit.rnnt_loss_simple`.
+        As in :func:`~transducer_toolkit.rnnt_loss_simple`.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
-        ValueError: arguments that do not fit, and impossible values on the CPU; names the argument
-            or utterance, what was expected and what came.
-        RuntimeError: no stage for this device in this build; a second derivative.
+        TypeError: if an argument is not a tensor, or has the wrong dtype.
+        ValueError: if shapes, devices or options do not fit, or a value on the CPU is out of
+            range; names the argument or the utterance.
+        RuntimeError: if this build has no stages for the device, or on a second derivative.
 
     Example:
         >>> import torch
@@ -60,7 +61,7 @@ def rnnt_loss(
         tensor(7.3540)
 
     Source:
-        As :func:`~transducer_toolkit.rnnt_loss_simple`.
+        As in :func:`~transducer_toolkit.rnnt_loss_simple`.
     """
     options = k2_options(termination_symbol, rnnt_type, delay_penalty, fastemit_lambda)
     inputs = GridInputs(logits, symbols, boundary)
@@ -87,10 +88,10 @@ def get_rnnt_logprobs_joint(
         rnnt_type: as in :func:`rnnt_loss`.
 
     Returns:
-        As :func:`~transducer_toolkit.get_rnnt_logprobs`.
+        As in :func:`~transducer_toolkit.get_rnnt_logprobs`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`rnnt_loss`.
+        TypeError, ValueError, RuntimeError: as in :func:`rnnt_loss`.
 
     Example:
         >>> import torch
@@ -113,8 +114,8 @@ def k2_options(
     """Returns the options of a k2-compatible loss.
 
     Raises:
-        TypeError: a value has the wrong type.
-        ValueError: a value is out of range; names it.
+        TypeError: if an option has the wrong type.
+        ValueError: if an option is out of range; names it.
     """
     get_topology(rnnt_type, "rnnt_type", k2=True)
     checks.check_int(termination_symbol, "termination_symbol")

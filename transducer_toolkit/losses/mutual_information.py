@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recursion under the k2-compatible losses, on scores of symbols and of frames."""
+"""The forward-backward recursion of the k2-compatible losses, on symbol and frame scores."""
 
 from __future__ import annotations
 
@@ -23,43 +23,46 @@ _DTYPES = (torch.float32, torch.float64)
 def mutual_information_recursion(
     px: Tensor, py: Tensor, boundary: Tensor | None = None, return_grad: bool = False
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Log of the total score of all monotonic paths through a grid of symbols and frames.
+    """Computes the log of the total score of all monotonic paths through symbols and frames.
 
-    With ``p[s_begin, t_begin] = 0`` and terms outside of the grid left out::
+    With ``p[s_begin, t_begin] = 0``, the recursion is::
 
         regular:  p[s, t] = logadd(p[s-1, t  ] + px[s-1, t  ], p[s, t-1] + py[s, t-1])
         modified: p[s, t] = logadd(p[s-1, t-1] + px[s-1, t-1], p[s, t-1] + py[s, t-1])
 
-    and the result is ``p[s_end, t_end]``. Arithmetic is in float64 whatever the dtype.
+    Terms outside of the grid are omitted. The result is ``p[s_end, t_end]``. The recursion runs in
+    float64 for every dtype.
 
     Args:
         px: (B, S, T + 1) for the regular recursion or (B, S, T) for the modified one, float32 or
             float64; px[b, s, t] is the score of symbol s after t frames. The last column of the
-            regular form, symbols after the last frame, is used: fill it with -inf to forbid them.
-        py: (B, S + 1, T), same dtype and device; py[b, s, t] is the score of passing frame t with
-            s symbols behind.
+            regular form contains the scores of symbols after the last frame. Fill it with -inf to
+            forbid such symbols.
+        py: (B, S + 1, T), same dtype and device; py[b, s, t] is the score of the step from frame t
+            to frame t + 1 after s symbols.
         boundary: (B, 4) int32 or int64 rows ``[s_begin, t_begin, s_end, t_end]``, on the CPU or
-            the device of px; None means ``[0, 0, S, T]``. What px and py hold outside does not
-            matter. Values on the CPU are checked.
+            the device of px; None for ``[0, 0, S, T]``. px and py outside of the boundary may hold
+            any value. A boundary on the CPU is checked.
         return_grad: also return the derivatives of the scores' sum, which are posteriors.
 
     Returns:
-        Scores (B,) of px's dtype in nats, -inf with zero gradient where no path exists; with
-        `return_grad` the pair of those and ``(px_grad, py_grad)``, shaped like px and py.
+        Scores (B,) in nats, with the dtype of px. An utterance without a path has score -inf and
+        zero gradient. With ``return_grad``, a pair of the scores and ``(px_grad, py_grad)``, which
+        have the shapes of px and py.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
-        ValueError: shapes, devices or boundaries that do not fit; names the argument, and the
-            utterance.
-        RuntimeError: no stage for this device in this build; a second derivative.
+        TypeError: if an argument is not a tensor, or has the wrong dtype.
+        ValueError: if shapes or devices do not match, or a boundary is out of range; names the
+            argument or the utterance.
+        RuntimeError: if this build has no stages for the device, or on a second derivative.
 
     Example:
         >>> px, py = torch.zeros(1, 2, 4), torch.zeros(1, 3, 3)
         >>> score = mutual_information_recursion(px, py)
-        >>> round(score.exp().item(), 4)  # paths of 2 symbols and 3 frames: 5 over 2
+        >>> round(score.exp().item(), 4)  # number of paths of 2 symbols and 3 frames: 5 choose 2
         10.0
         >>> _, (px_grad, py_grad) = mutual_information_recursion(px, py, return_grad=True)
-        >>> round(px_grad.sum().item(), 4), round(py_grad.sum().item(), 4)  # of every path
+        >>> round(px_grad.sum().item(), 4), round(py_grad.sum().item(), 4)  # symbols and frames
         (2.0, 3.0)
 
     Source:
@@ -83,30 +86,33 @@ def mutual_information_recursion(
 def joint_mutual_information_recursion(
     px: Sequence[Tensor], py: Sequence[Tensor], boundary: Tensor | None = None
 ) -> Tensor:
-    """:func:`mutual_information_recursion` of sums of scores, broken down into their terms.
+    """Splits :func:`mutual_information_recursion` of a sum of scores into one term per summand.
 
-    With ``px_grad, py_grad`` the posteriors under ``sum_n px[n], sum_n py[n]`` and `score` the
-    result of the recursion on those sums::
+    Let ``score`` be the result of the recursion on ``sum_n px[n], sum_n py[n]``, and ``px_grad,
+    py_grad`` its posteriors. The terms are::
 
-        term[n] = sum(px_grad * px[n]) + sum(py_grad * py[n]),    n > 0
-        term[0] = the same + score - sum of all those
+        expected[n] = sum(px_grad * px[n]) + sum(py_grad * py[n])
+        term[0] = expected[0] + score - sum_n expected[n]
+        term[n] = expected[n]                                         n > 0
 
-    so that the terms add up to the score; the first carries the difference between the log of a sum
-    and the sum of logs. Gradients go through the terms with posteriors held fixed: each px[n] gets
-    px_grad, which is also the derivative of the score.
+    The terms add up to the score. The first term contains the entropy of the paths, which is the
+    difference between the score and the expected score of a path.
+
+    Backward treats the posteriors as constants, so the gradient of each px[n] is px_grad. This
+    equals the derivative of the score.
 
     Args:
         px: N >= 1 tensors, each as in :func:`mutual_information_recursion`.
-        py: N tensors likewise.
-        boundary: as there.
+        py: N tensors, each as in :func:`mutual_information_recursion`.
+        boundary: as in :func:`mutual_information_recursion`.
 
     Returns:
-        Terms (N, B) of px's dtype, in nats.
+        Terms (N, B) in nats, with the dtype of px.
 
     Raises:
-        TypeError: not sequences of tensors, or a wrong dtype.
-        ValueError: no tensors, unequal numbers of them, or arguments that do not fit.
-        RuntimeError: as there.
+        TypeError: if px or py is not a sequence of tensors, or has the wrong dtype.
+        ValueError: if px or py is empty, their lengths differ, or shapes or devices do not match.
+        RuntimeError: as in :func:`mutual_information_recursion`.
 
     Example:
         >>> px, py = torch.rand(2, 1, 2, 4), torch.rand(2, 1, 3, 3)
@@ -122,7 +128,7 @@ def joint_mutual_information_recursion(
             )
     if not px or len(px) != len(py):
         raise ValueError(
-            f"px, py: expected equally many tensors, at least one, got {len(px)} and {len(py)}"
+            f"px, py: expected the same number of tensors, at least 1, got {len(px)} and {len(py)}"
         )
     for n, (one_px, one_py) in enumerate(zip(px, py, strict=True)):
         topology = _check_arguments(one_px, one_py, boundary, f"px[{n}]", f"py[{n}]")
@@ -150,8 +156,8 @@ def joint_mutual_information_recursion(
 
 
 def _expectation(posteriors: Tensor, scores: Tensor) -> Tensor:
-    """Sum of posteriors * scores over all but the first axes: (B, ...), (N, B, ...) -> (N, B)."""
-    # An impossible arc has score -inf or lies in the padding: 0 * -inf must not be seen.
+    """Returns the sum of posteriors * scores, (B, ., .) and (N, B, ., .) -> (N, B)."""
+    # Impossible arcs and padding have posterior 0 and may have score -inf, and 0 * -inf is NaN.
     used = torch.where(posteriors > 0, scores, 0.0)
     return (posteriors * used).sum((-2, -1))
 
@@ -159,7 +165,7 @@ def _expectation(posteriors: Tensor, scores: Tensor) -> Tensor:
 def _check_arguments(
     px: Tensor, py: Tensor, boundary: Tensor | None, px_name: str, py_name: str
 ) -> str:
-    """Everything but values; returns "regular" or "modified", which the shapes say."""
+    """Checks types, shapes and devices; returns the topology that the shapes imply."""
     for name, tensor in ((px_name, px), (py_name, py)):
         checks.check_tensor(tensor, name)
         checks.check_dtype(tensor, name, _DTYPES)
@@ -178,7 +184,7 @@ def _check_arguments(
     shapes = [(num_utterances, num_symbols, num_frames + extra) for extra in (1, 0)]
     if tuple(px.shape) not in shapes:
         raise ValueError(
-            f"{px_name}: expected shape {shapes[0]} (regular) or {shapes[1]} (modified) beside "
+            f"{px_name}: expected shape {shapes[0]} (regular) or {shapes[1]} (modified) for "
             f"{py_name} {tuple(py.shape)}, got {tuple(px.shape)}"
         )
     checks.check_boundary(boundary, num_utterances, px.device)

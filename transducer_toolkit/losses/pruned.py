@@ -24,35 +24,37 @@ def rnnt_loss_pruned(
 ) -> Tensor | LossAndGrads:
     """Computes the transducer loss over the paths that stay within R symbols of each frame.
 
-    The recursion runs on the ``(T, R)`` band itself: time and memory do not grow with the number
-    of symbols. Arcs that leave the band do not exist, so the loss is never below the full one, and
-    equal to it if the band is everything (R = S + 1).
+    The recursion runs on the ``(T, R)`` band, so time and memory do not depend on the number of
+    symbols. Arcs that leave the band do not exist, so the loss is at least the full loss. It equals
+    the full loss if the band contains all cells (R = S + 1).
 
     Args:
         logits: (B, T, R, V) joiner outputs of the band's cells, float16, bfloat16, float32 or
-            float64, unnormalised.
+            float64, unnormalized. -inf means probability zero.
         symbols: (B, S) int32 or int64 in [0, V), on the device of logits.
-        ranges: (B, T, R) int32 or int64, the consecutive symbols of each frame's cells, all in
-            [0, S]; from :func:`~transducer_toolkit.get_rnnt_prune_ranges`, or any other.
+        ranges: (B, T, R) int32 or int64; for each frame R consecutive columns in [0, S], for
+            example from :func:`~transducer_toolkit.get_rnnt_prune_ranges`.
         termination_symbol: the blank, in [0, V).
         boundary: (B, 4) int32 or int64 rows ``[s_begin, t_begin, s_end, t_end]``, on the CPU or
-            the device of logits; None means ``[0, 0, S, T]``. What stands outside does not matter.
+            the device of logits; None for ``[0, 0, S, T]``. logits and symbols outside of the
+            boundary may hold any value.
         rnnt_type: "regular", "modified" or "constrained".
         delay_penalty: >= 0; adds ``delay_penalty * ((t_end - 1) / 2 - t)`` to the score of every
             symbol at frame t.
         reduction: "none" (B,), "mean" over utterances, or "sum".
-        return_grad: also return posteriors, of the full lattice's shapes, zero outside of the band.
-        fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; not in k2.
+        return_grad: also return posteriors. They have the shapes of the full lattice and are zero
+            outside of the band.
+        fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; k2 does not have it.
 
     Returns:
-        As :func:`~transducer_toolkit.rnnt_loss_simple`. +inf, with zero gradient, for an utterance
-        none of whose paths stays in the band.
+        As in :func:`~transducer_toolkit.rnnt_loss_simple`. If no path of an utterance stays in the
+        band, its loss is +inf and its gradient zero.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
-        ValueError: arguments that do not fit, and impossible values on the CPU; names the argument
-            or utterance, what was expected and what came.
-        RuntimeError: no stage for this device in this build; a second derivative.
+        TypeError: if an argument is not a tensor, or has the wrong dtype.
+        ValueError: if shapes, devices or options do not fit, or a value on the CPU is out of
+            range; names the argument or the utterance.
+        RuntimeError: if this build has no stages for the device, or on a second derivative.
 
     Example:
         >>> import torch
@@ -93,10 +95,10 @@ def get_rnnt_logprobs_pruned(
         rnnt_type: as in :func:`rnnt_loss_pruned`.
 
     Returns:
-        As :func:`~transducer_toolkit.get_rnnt_logprobs`, -inf outside of the band.
+        As in :func:`~transducer_toolkit.get_rnnt_logprobs`, but -inf outside of the band.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`rnnt_loss_pruned`.
+        TypeError, ValueError, RuntimeError: as in :func:`rnnt_loss_pruned`.
 
     Example:
         >>> import torch
@@ -114,4 +116,4 @@ def get_rnnt_logprobs_pruned(
 
 def _require_ranges(ranges: object) -> None:
     if ranges is None:
-        raise TypeError("ranges: expected a torch.Tensor, got None; rnnt_loss takes no ranges")
+        raise TypeError("ranges: expected a torch.Tensor, got None; rnnt_loss needs no ranges")

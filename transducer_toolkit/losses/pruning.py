@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which R columns of each frame a pruned loss looks at; names and arguments are k2's."""
+"""Selection of the R columns of each frame for a pruned loss, with k2's names and arguments."""
 
 from __future__ import annotations
 
@@ -33,44 +33,53 @@ def get_rnnt_prune_ranges(
     rnnt_type: str | None = None,
     method: str = "greedy",
 ) -> Tensor:
-    """The window of R columns that each frame keeps, from the posteriors of a simple loss.
+    """Selects a window of R columns for each frame, from the posteriors of a simple loss.
 
-    A window ``[s, s + R)`` of frame t has the mass::
+    The mass of a window ``[s, s + R)`` of frame t is the posterior of the termination symbols
+    inside of it, minus the posterior of the symbol that enters it from the column below::
 
         mass(t, s) = sum_{s <= u < s + R} py_grad(u, t) - px_grad(s - 1, t)
 
-    terminations inside of it, minus symbols that enter it from below. A sequence of windows is
-    feasible if the first real frame starts at ``s_begin``, starts never decrease, a step is at most
-    ``R - 1`` for "regular" and 1 otherwise, and the last real frame starts at
-    ``max(0, s_end - R + 1)``, or as close to it as such steps lead. "greedy" takes each frame's
-    window of largest mass (of windows equal to about 1e-6 the lowest) and repairs the sequence: a
-    start comes down to the lowest after it, then up as far as later frames need. "optimal" is the
-    feasible sequence of largest total mass. Frames that are padding start at
-    ``max(0, s_end - R + 1)``.
+    A sequence of windows is feasible if
+
+    - the window of the first real frame starts at ``s_begin``;
+    - from frame to frame, the start increases by 0 to ``R - 1`` ("regular") or by 0 or 1
+      (otherwise);
+    - the window of the last real frame starts at ``max(0, s_end - R + 1)``, or as close to it as
+      such steps allow.
+
+    The method "greedy" selects the window of largest mass for each frame. If several masses are
+    equal within about 1e-6, it selects the lowest window. It then makes the sequence feasible: it
+    lowers each start to the minimum of all later starts, and raises starts that are too low to
+    reach a later one. The method "optimal" returns the feasible sequence of largest total mass.
+
+    Windows of padding start at ``max(0, s_end - R + 1)``.
 
     Args:
-        px_grad: (B, S, T + 1) or (B, S, T), floating; from ``return_grad=True``.
+        px_grad: (B, S, T + 1) or (B, S, T) floating, from a loss with ``return_grad=True``.
         py_grad: (B, S + 1, T), same dtype and device.
         boundary: (B, 4) as in :func:`~transducer_toolkit.rnnt_loss_simple`, or None. Reading a
-            boundary on a device waits for that device.
-        s_range: R, columns per frame. Raised, with a warning, to the least that fits all utterances
-            (``max_b floor((U_b - 1) / T_b) + 2`` for "regular", 2 for "constrained", 1 if no
-            utterance has symbols); then cut to S + 1.
-        rnnt_type: "regular", "modified" or "constrained". None: the shape of px_grad says "regular"
-            or "modified".
-        method: "greedy" (k2's) or "optimal".
+            boundary on a device synchronizes with the device.
+        s_range: R, columns per frame, at least 1. If R is too small for an utterance, it is raised,
+            with a warning. The minimum is ``max_b floor((U_b - 1) / T_b) + 2`` for "regular" and 2
+            for "constrained", or 1 if no utterance has symbols. R is at most S + 1.
+        rnnt_type: "regular", "modified" or "constrained". None for "regular" or "modified",
+            according to the shape of px_grad.
+        method: "greedy", as in k2, or "optimal".
 
     Returns:
-        (B, T, R) int64: the columns themselves, start + 0 ... R - 1, all in [0, S].
+        (B, T, R) int64, the columns of each window: start, start + 1, ..., start + R - 1. All are
+        in [0, S].
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype; s_range is not an int.
-        ValueError: arguments that do not fit; names them, or the utterance.
+        TypeError: if an argument is not a tensor or has the wrong dtype, or s_range is not an int.
+        ValueError: if shapes, devices or options do not fit, or the boundary is out of range;
+            names the argument or the utterance.
 
     Example:
         >>> px_grad, py_grad = torch.zeros(1, 3, 5), torch.zeros(1, 4, 4)
         >>> px_grad[0, [0, 1, 2], [1, 2, 2]] = 1.0  # symbols at frames 1, 2, 2
-        >>> py_grad[0, [0, 1, 3, 3], [0, 1, 2, 3]] = 1.0  # symbols behind when each frame ends
+        >>> py_grad[0, [0, 1, 3, 3], [0, 1, 2, 3]] = 1.0  # columns in which the frames end
         >>> get_rnnt_prune_ranges(px_grad, py_grad, None, s_range=2)[0].tolist()
         [[0, 1], [0, 1], [1, 2], [2, 3]]
 
@@ -92,7 +101,7 @@ def get_rnnt_prune_ranges(
     # A window wider than all columns from s_begin to s_end starts before s_begin.
     first = torch.minimum(s_begin, padding)
     last = torch.minimum(padding, first + step * (t_end - t_begin - 1))
-    # No window of a NaN is better; and sums over frames stay numbers.
+    # NaN becomes 0, and infinities become finite, so that sums over frames stay finite.
     mass = window_mass(px_grad, py_grad, width).nan_to_num().clamp(-1e30, 1e30)
     find = greedy_starts if method == "greedy" else optimal_starts
     starts = find(mass, t_begin, t_end, first, last, step)
@@ -104,7 +113,7 @@ def get_rnnt_prune_ranges(
 def do_rnnt_pruning(
     am: Tensor, lm: Tensor, ranges: Tensor, *, boundary: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Encoder and predictor rows of every cell in the band, for the joiner.
+    """Returns the encoder and predictor rows of every cell in the band, for the joiner.
 
     ::
 
@@ -114,17 +123,19 @@ def do_rnnt_pruning(
     Args:
         am: (B, T, D), any dtype.
         lm: (B, S + 1, D'), any dtype, on the same device.
-        ranges: (B, T, R) int32 or int64 columns in [0, S], from :func:`get_rnnt_prune_ranges`.
-            Checked on the CPU.
-        boundary: (B, 4) or None. With it the rows of padding are zero, in value and in gradient,
-            whatever am and lm hold there: a joiner's matrix product would spread a NaN.
+        ranges: (B, T, R) int32 or int64 columns in [0, S], from :func:`get_rnnt_prune_ranges`. The
+            values are checked on the CPU only.
+        boundary: (B, 4) as in :func:`~transducer_toolkit.rnnt_loss_simple`, or None. With a
+            boundary, the rows of padding and their gradients are zero, even if am or lm contain
+            NaN there. Without it, a NaN in padding would reach the weights of the joiner.
 
     Returns:
-        am_pruned (B, T, R, D) and lm_pruned (B, T, R, D'). Without a boundary am_pruned is a view.
+        am_pruned (B, T, R, D) and lm_pruned (B, T, R, D'). am_pruned is an expanded view.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
-        ValueError: shapes, devices or columns that do not fit; names the utterance.
+        TypeError: if an argument is not a tensor, or ranges or boundary has the wrong dtype.
+        ValueError: if shapes or devices do not match, or a column is out of range; names the
+            argument or the utterance.
 
     Example:
         >>> am, lm = torch.zeros(1, 2, 4), torch.tensor([[[1.0], [2.0], [3.0]]])
@@ -193,7 +204,7 @@ def _check_arguments(
         expected = f"{shapes[rnnt_type]} for rnnt_type {rnnt_type!r}"
     if rnnt_type is None or shapes[rnnt_type] != tuple(px_grad.shape):
         raise ValueError(
-            f"px_grad: expected shape {expected} beside py_grad {tuple(py_grad.shape)}, "
+            f"px_grad: expected shape {expected} for py_grad {tuple(py_grad.shape)}, "
             f"got {tuple(px_grad.shape)}"
         )
     checks.check_boundary(boundary, num_utterances, px_grad.device)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slow truth: transducer losses by path enumeration, and by the recursion in plain torch.
+"""Slow reference implementations of the transducer losses in plain torch.
 
-Both are written from the definition of the lattice and share nothing with the compiled stages.
-:func:`brute_force_loss` lists every path, so it needs no recursion to be right, and is fit for a
-handful of cells. :func:`reference_loss` is the recursion, differentiable by autograd, and fit for a
-few hundred frames. Use float64.
+They follow the definition of the lattice and share no code with the compiled stages.
+:func:`brute_force_loss` enumerates all paths, so its correctness does not depend on a recursion. It
+is practical for a few cells. :func:`reference_loss` runs the forward recursion and is
+differentiable by autograd. It is practical for a few hundred frames. Use float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Arc = tuple[str, int, int]
 
 
 def lattice_paths(num_frames: int, num_targets: int, topology: str) -> Iterator[list[Arc]]:
-    """Every path through the lattice as a list of ("blank" | "label", t, u).
+    """Yields every path through the lattice as a list of ("blank" | "label", t, u).
 
     Args:
         num_frames: T >= 1.
@@ -55,11 +55,14 @@ def lattice_paths(num_frames: int, num_targets: int, topology: str) -> Iterator[
 def arc_scores(
     log_probs: Tensor, targets: Tensor, blank: int, topology: str, delay_penalty: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Scores of all arcs of one utterance.
+    """Returns the scores of all arcs of one utterance.
 
     Args:
         log_probs: (T, U + 1, V) log-probabilities.
         targets: (U,) labels.
+        blank: index of blank.
+        topology: as in :func:`lattice_paths`.
+        delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
 
     Returns:
         Blank scores (T, U + 1) and label scores (T, U).
@@ -78,17 +81,17 @@ def arc_scores(
 def brute_force_loss(
     log_probs: Tensor, targets: Tensor, blank: int, topology: str, delay_penalty: float = 0.0
 ) -> Tensor:
-    """-log of the sum over all paths, each path written out; differentiable.
+    """Computes -log of the sum over all paths by enumeration. It is differentiable.
 
     Args:
         log_probs: (T, U + 1, V) log-probabilities of one utterance.
         targets: (U,) labels.
         blank: index of blank.
-        topology: see :func:`lattice_paths`.
+        topology: as in :func:`lattice_paths`.
         delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
 
     Returns:
-        A scalar; +inf if there is no path.
+        A scalar in nats; +inf if there is no path.
     """
     blank_scores, label_scores = arc_scores(log_probs, targets, blank, topology, delay_penalty)
     scores = {"blank": blank_scores, "label": label_scores}
@@ -102,22 +105,25 @@ def brute_force_loss(
 
 
 def brute_force_score(px: Tensor, py: Tensor) -> Tensor:
-    """Oracle of :func:`~transducer_toolkit.mutual_information_recursion` for one utterance.
+    """Computes :func:`~transducer_toolkit.mutual_information_recursion` of one utterance.
+
+    It enumerates all paths.
 
     Args:
-        px: (S, T + 1), regular, or (S, T), modified.
+        px: (S, T + 1) for the regular recursion, or (S, T) for the modified one.
         py: (S + 1, T).
 
     Returns:
-        A scalar: log of the sum over all paths; -inf if there is none.
+        A scalar in nats, the log of the sum over all paths; -inf if there is no path.
 
     Example:
-        >>> brute_force_score(torch.zeros(1, 3), torch.zeros(2, 2))  # the symbol after 0, 1 or 2
+        >>> brute_force_score(torch.zeros(1, 3), torch.zeros(2, 2))  # 3 paths
         tensor(1.0986)
     """
     num_frames = py.size(1)
     if px.size(1) > num_frames:
-        # A frame more, left by a blank that costs nothing: label arcs in frame T are legal.
+        # px has scores of labels in frame T. So enumerate the paths of T + 1 frames, and drop the
+        # blank that ends frame T.
         paths = [path[:-1] for path in lattice_paths(num_frames + 1, px.size(0), "regular")]
     else:
         paths = list(lattice_paths(num_frames, px.size(0), "modified"))
@@ -134,20 +140,25 @@ def brute_force_score(px: Tensor, py: Tensor) -> Tensor:
 def recursion_loss(
     log_probs: Tensor, targets: Tensor, blank: int, topology: str, delay_penalty: float = 0.0
 ) -> Tensor:
-    """The same number by the forward recursion over (t, u); arguments of brute_force_loss."""
+    """Computes :func:`brute_force_loss`, with the same arguments, by the forward recursion."""
     return -path_sum(*arc_scores(log_probs, targets, blank, topology, delay_penalty), topology)
 
 
 def path_sum(blank_scores: Tensor, label_scores: Tensor, topology: str) -> Tensor:
-    """log of the sum over all paths of one utterance; its derivatives are posteriors.
+    """Computes the log of the sum over all paths of one utterance by the forward recursion.
+
+    Its derivatives are the posteriors of the arcs.
 
     Args:
-        blank_scores: (T, U + 1), as :func:`arc_scores` gives them.
-        label_scores: (T, U), likewise.
-        topology: see :func:`lattice_paths`.
+        blank_scores: (T, U + 1), as in :func:`arc_scores`.
+        label_scores: (T, U), as in :func:`arc_scores`.
+        topology: as in :func:`lattice_paths`.
+
+    Returns:
+        A scalar in nats; -inf if there is no path.
 
     Example:
-        >>> path_sum(torch.zeros(3, 3), torch.zeros(3, 2), "regular")  # of 6 paths
+        >>> path_sum(torch.zeros(3, 3), torch.zeros(3, 2), "regular")  # 6 paths
         tensor(1.7918)
     """
     row = TOPOLOGIES[topology]
@@ -155,7 +166,7 @@ def path_sum(blank_scores: Tensor, label_scores: Tensor, topology: str) -> Tenso
     num_frames, columns = blank_scores.shape
     zero = blank_scores.new_full((), float("-inf"))
     previous: list[Tensor] = []  # alpha(t - 1, u)
-    for t in range(num_frames + 1):  # row T holds the final node
+    for t in range(num_frames + 1):  # row T contains the final node
         current: list[Tensor] = []
         for u in range(columns):
             terms = [blank_scores.new_zeros(())] if t == u == 0 else []
@@ -166,7 +177,7 @@ def path_sum(blank_scores: Tensor, label_scores: Tensor, topology: str) -> Tenso
                 terms.append(current[u - 1] + label_scores[t, u - 1])
             if u > 0 and label_frames == 1 and t > 0 and may_follow_label:
                 terms.append(previous[u - 1] + label_scores[t - 1, u - 1])
-            # logsumexp of nothing but -inf has a NaN gradient: leave such terms out.
+            # Drop terms of -inf, because the gradient of logsumexp is NaN if all terms are -inf.
             terms = [term for term in terms if term != float("-inf")]
             current.append(torch.logsumexp(torch.stack(terms), 0) if terms else zero)
         previous = current
@@ -186,19 +197,22 @@ def reference_loss(
     delay_penalty: float = 0.0,
     enumerate_paths: bool = False,
 ) -> Tensor:
-    """Reference of every transducer loss on padded logits; differentiable by autograd.
+    """Computes the transducer loss of padded logits in plain torch.
 
     Args:
-        logits: (B, T, U + 1, V), float64 for an oracle.
-        targets: (B, U).
-        logit_lengths: (B,).
-        target_lengths: (B,).
+        logits: (B, T, U + 1, V) float; use float64 for accurate references.
+        targets: (B, U) integer labels.
+        logit_lengths: (B,) integer, number of frames of each utterance.
+        target_lengths: (B,) integer, number of labels of each utterance.
         blank: index of blank.
-        from_log_softmax: logits are log-probabilities already.
+        from_log_softmax: whether logits are log-probabilities already.
         topology: one of :data:`~transducer_toolkit.ops.topology.TOPOLOGIES`.
         reduction: "none", "mean" or "sum".
         delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
         enumerate_paths: use :func:`brute_force_loss` instead of the recursion.
+
+    Returns:
+        The loss in nats, (B,) for "none" and a scalar otherwise.
 
     Example:
         >>> one = torch.tensor([1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transducer loss of an additive joiner, plain and smoothed; names and arguments are k2's."""
+"""Transducer losses of an additive joiner, simple and smoothed, with k2's names and arguments."""
 
 from __future__ import annotations
 
@@ -35,51 +35,57 @@ def rnnt_loss_simple(
     reduction: str = "mean",
     return_grad: bool = False,
 ) -> Tensor | LossAndGrads:
-    """Transducer loss of the joiner ``logits[b, t, u] = am[b, t] + lm[b, u]``, without the logits.
+    """Computes the transducer loss of ``logits[b, t, u] = am[b, t] + lm[b, u]`` without the logits.
 
-    The normaliser of every cell comes from one batched matrix product, so memory is
-    ``B * (T + U) * V`` and ``B * T * U`` instead of ``B * T * U * V``. (Float32 products obey
-    ``torch.set_float32_matmul_precision``; below "highest" the loss is that much less exact.) Cells
-    whose product underflows are computed again, term by term. The posteriors that
-    `return_grad` adds tell :func:`~transducer_toolkit.get_rnnt_prune_ranges` which cells matter.
+    One batched matrix product computes the normalizers of all cells. The memory is therefore
+    ``B * (T + U) * V`` and ``B * T * U`` instead of ``B * T * U * V``. Cells whose product
+    underflows are computed again, term by term. Float32 products obey
+    ``torch.set_float32_matmul_precision``; a precision below "highest" makes the loss less exact.
 
-    ==============  =======================================  ===================================
-    rnnt_type       a symbol at frame t leads to             its score
-    ==============  =======================================  ===================================
-    "regular"       frame t                                  its log-probability
-    "modified"      frame t + 1                              its log-probability
-    "constrained"   frame t + 1                              plus that of the termination symbol
-                                                             after it, at frame t
-    ==============  =======================================  ===================================
+    With ``return_grad``, the function also returns posteriors, from which
+    :func:`~transducer_toolkit.get_rnnt_prune_ranges` selects the cells of a pruned loss.
+
+    ==============  ============================  ==============================================
+    rnnt_type       a symbol at frame t leads to  score of the symbol
+    ==============  ============================  ==============================================
+    "regular"       frame t                       its log-probability
+    "modified"      frame t + 1                   its log-probability
+    "constrained"   frame t + 1                   its log-probability, plus that of the
+                                                  termination symbol that follows it at frame t
+    ==============  ============================  ==============================================
 
     Args:
-        lm: (B, S + 1, V), predictor (language model) part of the unnormalised log-probabilities;
-            float16, bfloat16, float32 or float64 (16 bits are computed in float32). -inf means
+        lm: (B, S + 1, V), predictor (language model) part of the unnormalized log-probabilities;
+            float16, bfloat16, float32 or float64. 16-bit inputs are computed in float32. -inf means
             probability zero.
-        am: (B, T, V), encoder (acoustic) part; same dtype and device.
+        am: (B, T, V), encoder (acoustic model) part; same dtype and device.
         symbols: (B, S) int32 or int64 in [0, V), on the device of am.
         termination_symbol: the blank, in [0, V).
         boundary: (B, 4) int32 or int64 rows ``[s_begin, t_begin, s_end, t_end]``, on the CPU or
-            the device of am; None means ``[0, 0, S, T]``. What lm, am and symbols hold outside
-            does not matter. "modified" and "constrained" need at least as many frames as symbols.
-        rnnt_type: see above.
+            the device of am; None for ``[0, 0, S, T]``. lm, am and symbols outside of the boundary
+            may hold any value. "modified" and "constrained" need at least as many frames as
+            symbols.
+        rnnt_type: "regular", "modified" or "constrained", see the table.
         delay_penalty: >= 0; adds ``delay_penalty * ((t_end - 1) / 2 - t)`` to the score of every
             symbol at frame t.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         return_grad: also return posteriors.
 
     Returns:
-        The loss in nats, float64 for float64 inputs and float32 otherwise; with `return_grad` the
-        pair of it and ``(px_grad, py_grad)``: the posteriors of symbols, (B, S, T + 1) for
-        "regular" and (B, S, T) otherwise, and of termination symbols, (B, S + 1, T) (for
-        "constrained" without the forced ones). No path: +inf and zero gradient. NaN, +inf or a row
-        of -inf: NaN for that utterance only.
+        The loss in nats, float64 for float64 inputs and float32 otherwise. An utterance without a
+        path has loss +inf and zero gradient. If the scores of an utterance contain NaN, +inf or a
+        row of -inf, its loss is NaN; other utterances are not affected.
+
+        With ``return_grad``, a pair of the loss and ``(px_grad, py_grad)``. px_grad contains the
+        posteriors of the symbols, (B, S, T + 1) for "regular" and (B, S, T) otherwise. py_grad
+        contains the posteriors of the termination symbols, (B, S + 1, T), except those that
+        "constrained" adds after a symbol.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
-        ValueError: arguments that do not fit, and impossible values on the CPU; names the argument
-            or utterance, what was expected and what came.
-        RuntimeError: no stage for this device in this build; a second derivative.
+        TypeError: if an argument is not a tensor, or has the wrong dtype.
+        ValueError: if shapes, devices or options do not fit, or a value on the CPU is out of
+            range; names the argument or the utterance.
+        RuntimeError: if this build has no stages for the device, or on a second derivative.
 
     Example:
         >>> lm, am = torch.zeros(1, 3, 5), torch.zeros(1, 4, 5)
@@ -115,39 +121,42 @@ def rnnt_loss_smoothed(
     reduction: str = "mean",
     return_grad: bool = False,
 ) -> Tensor | LossAndGrads:
-    """:func:`rnnt_loss_simple` with log-probabilities mixed with those of lm alone and am alone.
+    """Computes :func:`rnnt_loss_simple` with smoothed log-probabilities.
 
-    ::
+    The log-probabilities are mixed with those of lm alone and of am alone::
 
         (1 - lm_only_scale - am_only_scale) * log_softmax(am_t + lm_u)
             + lm_only_scale * log_softmax(lm_u)
             + am_only_scale * log_softmax(am_t + log mean_{b,u} softmax(lm_u))
 
-    The mean is over all contexts (b, u) of the batch that are not padding, and is differentiated
-    too. So with ``am_only_scale != 0`` an utterance's loss depends on the others of its batch
-    (under DDP: of this process); otherwise it does not. This keeps lm and am meaningful by
-    themselves, which the pruning ranges need.
+    The mixture trains lm and am to be predictive on their own, which improves the pruning ranges.
+
+    The mean runs over all contexts (b, u) of the batch that are not padding. Gradients flow through
+    it. If ``am_only_scale`` is not 0, the loss of an utterance therefore depends on the other
+    utterances of its batch (under DDP, of the batch of its process).
 
     Args:
         lm: as in :func:`rnnt_loss_simple`.
-        am: likewise.
-        symbols: likewise.
-        termination_symbol: likewise.
-        lm_only_scale: >= 0.
-        am_only_scale: >= 0; the two add up to at most 1.
-        boundary: as in :func:`rnnt_loss_simple`; and so on.
-        rnnt_type: likewise.
-        delay_penalty: likewise.
-        reduction: likewise.
-        return_grad: likewise.
+        am: as in :func:`rnnt_loss_simple`.
+        symbols: as in :func:`rnnt_loss_simple`.
+        termination_symbol: as in :func:`rnnt_loss_simple`.
+        lm_only_scale: weight of the log-probabilities of lm alone, >= 0.
+        am_only_scale: weight of the log-probabilities of am alone, >= 0. The sum of both weights is
+            at most 1.
+        boundary: as in :func:`rnnt_loss_simple`.
+        rnnt_type: as in :func:`rnnt_loss_simple`.
+        delay_penalty: as in :func:`rnnt_loss_simple`.
+        reduction: as in :func:`rnnt_loss_simple`.
+        return_grad: as in :func:`rnnt_loss_simple`.
 
     Returns:
-        As :func:`rnnt_loss_simple`.
+        As in :func:`rnnt_loss_simple`.
 
     Raises:
-        TypeError: as there.
-        ValueError: as there, and scales that are negative or add up to more than 1.
-        RuntimeError: as there.
+        TypeError: as in :func:`rnnt_loss_simple`.
+        ValueError: as in :func:`rnnt_loss_simple`; also if a scale is negative or the sum of the
+            scales is above 1.
+        RuntimeError: as in :func:`rnnt_loss_simple`.
 
     Example:
         >>> lm, am = torch.zeros(1, 3, 5), torch.zeros(1, 4, 5)
@@ -172,23 +181,24 @@ def get_rnnt_logprobs(
     rnnt_type: str = "regular",
     boundary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of :func:`rnnt_loss_simple` in the form of ``mutual_information_recursion``.
+    """Returns the scores of :func:`rnnt_loss_simple` for ``mutual_information_recursion``.
 
     Args:
         lm: (B, S + 1, V), as in :func:`rnnt_loss_simple`.
-        am: (B, T, V), likewise.
-        symbols: (B, S), likewise.
-        termination_symbol: likewise.
-        rnnt_type: likewise.
-        boundary: (B, 4) or None, likewise.
+        am: (B, T, V), as in :func:`rnnt_loss_simple`.
+        symbols: (B, S), as in :func:`rnnt_loss_simple`.
+        termination_symbol: as in :func:`rnnt_loss_simple`.
+        rnnt_type: as in :func:`rnnt_loss_simple`.
+        boundary: (B, 4) or None, as in :func:`rnnt_loss_simple`.
 
     Returns:
-        px (B, S, T + 1) for "regular", -inf from frame t_end on, or (B, S, T) otherwise; py
-        (B, S + 1, T). float64 for float64 inputs and float32 otherwise; differentiable. For
-        "constrained" px has the following termination symbol's score in it.
+        The scores px of symbols and py of termination symbols, float64 for float64 inputs and
+        float32 otherwise. Both are differentiable. px is (B, S, T + 1) for "regular", with -inf
+        from frame t_end on, and (B, S, T) otherwise. py is (B, S + 1, T). For "constrained", px
+        includes the score of the termination symbol that follows the symbol.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`rnnt_loss_simple`.
+        TypeError, ValueError, RuntimeError: as in :func:`rnnt_loss_simple`.
 
     Example:
         >>> lm, am = torch.zeros(1, 3, 5), torch.zeros(1, 4, 5)
@@ -210,24 +220,25 @@ def get_rnnt_logprobs_smoothed(
     boundary: Tensor | None = None,
     rnnt_type: str = "regular",
 ) -> tuple[Tensor, Tensor]:
-    """Scores of :func:`rnnt_loss_smoothed` in the form of ``mutual_information_recursion``.
+    """Returns the scores of :func:`rnnt_loss_smoothed` for ``mutual_information_recursion``.
+
+    As in k2, boundary comes before rnnt_type, unlike in :func:`get_rnnt_logprobs`.
 
     Args:
         lm: (B, S + 1, V), as in :func:`rnnt_loss_smoothed`.
-        am: (B, T, V), likewise.
-        symbols: (B, S), likewise.
-        termination_symbol: likewise.
-        lm_only_scale: likewise.
-        am_only_scale: likewise.
-        boundary: (B, 4) or None, likewise.
-        rnnt_type: likewise. The order of these two is not that of :func:`get_rnnt_logprobs`, as in
-            k2.
+        am: (B, T, V), as in :func:`rnnt_loss_smoothed`.
+        symbols: (B, S), as in :func:`rnnt_loss_smoothed`.
+        termination_symbol: as in :func:`rnnt_loss_smoothed`.
+        lm_only_scale: as in :func:`rnnt_loss_smoothed`.
+        am_only_scale: as in :func:`rnnt_loss_smoothed`.
+        boundary: (B, 4) or None, as in :func:`rnnt_loss_smoothed`.
+        rnnt_type: as in :func:`rnnt_loss_smoothed`.
 
     Returns:
-        As :func:`get_rnnt_logprobs`.
+        As in :func:`get_rnnt_logprobs`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`rnnt_loss_smoothed`.
+        TypeError, ValueError, RuntimeError: as in :func:`rnnt_loss_smoothed`.
 
     Example:
         >>> lm, am = torch.zeros(1, 3, 5), torch.zeros(1, 4, 5)
@@ -253,7 +264,8 @@ def _loss(
     if options.delay_penalty > 0:
         label = label + _delay_penalty(boundary.to(am.device), am.size(1), options.delay_penalty)
     topology = options.topology
-    # The label scores of "constrained" include the forced blank by now.
+    # The label scores of "constrained" already include the blank that follows the label, so its
+    # recursion is that of "modified".
     rest = "modified" if topology.label_takes_blank else topology.name
     losses, blank_posteriors, label_posteriors = lattice_losses(
         DenseScores(blank, label, boundary),
@@ -284,7 +296,7 @@ def _logprobs(inputs: SimpleInputs, options: SimpleOptions) -> tuple[Tensor, Ten
 
 
 def _delay_penalty(boundary: Tensor, max_frames: int, delay_penalty: float) -> Tensor:
-    """(B, T, 1) float64: delay_penalty * ((t_end - 1) / 2 - t)."""
+    """Returns delay_penalty * ((t_end - 1) / 2 - t), (B, T, 1) float64."""
     frames = torch.arange(max_frames, device=boundary.device)
     middle = (boundary[:, 3, None, None] - 1).to(native.SCORE_DTYPE) / 2
     return delay_penalty * (middle - frames[:, None])

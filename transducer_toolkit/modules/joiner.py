@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The joiner: from encoder and predictor outputs to logits, packed without padding."""
+"""Joiners, which compute logits from encoder and predictor outputs."""
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from transducer_toolkit.ops.lattice import LatticeShape
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` is its weight and bias and nothing else: no subclass, hooks, pruning."""
+    """Returns whether `module` is an nn.Linear without subclass, hooks or parametrizations."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -26,19 +26,19 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 class Joiner(nn.Module):
-    """``Linear(activation(Linear(encoder) + Linear(predictor)))`` for every cell of the lattice.
+    """Computes ``Linear(activation(Linear(encoder) + Linear(predictor)))`` of each lattice cell.
 
     Args:
         encoder_dim: E, width of the encoder's output.
         predictor_dim: P, width of the predictor's output.
-        joiner_dim: D, width in which they are added.
-        vocab_size: V, blank included.
+        joiner_dim: D, width of the hidden layer.
+        vocab_size: V, including blank.
         activation: "tanh", "relu", "gelu", "silu" or "identity".
-        bias: whether the output layer has one.
+        bias: whether the output layer has a bias.
 
     Raises:
+        TypeError: if a size is not an int.
         ValueError: if a size is below 1 or the activation is unknown.
-        TypeError: if a size is no integer.
 
     Example:
         >>> joiner = Joiner(encoder_dim=8, predictor_dim=4, joiner_dim=16, vocab_size=10)
@@ -63,7 +63,7 @@ class Joiner(nn.Module):
         check_at_least(1, **sizes, joiner_dim=joiner_dim, vocab_size=vocab_size)
         self.activation = activation
         self.encoder_projection = nn.Linear(encoder_dim, joiner_dim)
-        # One bias is enough for the sum of the two.
+        # Without bias, because the two projections are added and one bias suffices.
         self.predictor_projection = nn.Linear(predictor_dim, joiner_dim, bias=False)
         self.output = nn.Linear(joiner_dim, vocab_size, bias=bias)
 
@@ -76,7 +76,16 @@ class Joiner(nn.Module):
         return self.encoder_projection.in_features
 
     def forward(self, encoder_out: Tensor, predictor_out: Tensor, shape: LatticeShape) -> Tensor:
-        """(B, T, E), (B, U + 1, P) -> packed logits (shape.num_cells, V)."""
+        """Computes the packed logits of all lattice cells.
+
+        Args:
+            encoder_out: (B, T, E) float.
+            predictor_out: (B, U + 1, P) float.
+            shape: the lattices of the batch.
+
+        Returns:
+            (shape.num_cells, V).
+        """
         enc = self.encoder_projection(encoder_out)
         pred = self.predictor_projection(predictor_out)
         if is_plain_linear(self.output):
@@ -85,19 +94,19 @@ class Joiner(nn.Module):
         return self.output(join(enc, pred, shape, activation=self.activation))
 
     def padded(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
-        """(B, T, E), (B, U + 1, P) -> logits (B, T, U + 1, V), padding included."""
+        """Computes padded logits (B, T, U + 1, V) from (B, T, E) and (B, U + 1, P)."""
         return self.step(encoder_out[:, :, None], predictor_out[:, None])
 
     def step(self, encoder_frames: Tensor, predictor_out: Tensor) -> Tensor:
-        """(..., E), (..., P), broadcast against each other -> logits (..., V); for decoding."""
+        """Computes logits (..., V) from (..., E) and (..., P), which broadcast; for decoding."""
         return self.step_projected(self.project_encoder(encoder_frames), predictor_out)
 
     def project_encoder(self, encoder_out: Tensor) -> Tensor:
-        """(..., E) -> (..., D): what of a step depends on the frame alone."""
+        """Computes the part (..., D) of :meth:`step` that depends only on the frames (..., E)."""
         return self.encoder_projection(encoder_out)
 
     def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
-        """As :meth:`step`, of frames that :meth:`project_encoder` has seen."""
+        """Computes :meth:`step` from the output of :meth:`project_encoder`."""
         hidden = projected_frames + self.predictor_projection(predictor_out)
         return self.output(apply_activation(hidden, self.activation))
 
@@ -106,14 +115,18 @@ class Joiner(nn.Module):
 
 
 class AdditiveJoiner(nn.Module):
-    """``Linear(encoder) + Linear(predictor)``, am and lm in width V: what simple losses train.
+    """Computes logits ``am + lm = Linear(encoder) + Linear(predictor)``, as in the simple losses.
 
-    The interface of :class:`Joiner`, so that a model may have either.
+    It has the interface of :class:`Joiner`, so that a model can use either class.
 
     Args:
         encoder_dim: E, width of the encoder's output.
         predictor_dim: P, width of the predictor's output.
-        vocab_size: V, blank included.
+        vocab_size: V, including blank.
+
+    Raises:
+        TypeError: if a size is not an int.
+        ValueError: if a size is below 1.
 
     Example:
         >>> joiner = AdditiveJoiner(encoder_dim=8, predictor_dim=4, vocab_size=10)
@@ -127,7 +140,7 @@ class AdditiveJoiner(nn.Module):
         sizes = {"encoder_dim": encoder_dim, "predictor_dim": predictor_dim}
         check_at_least(1, **sizes, vocab_size=vocab_size)
         self.am = nn.Linear(encoder_dim, vocab_size)
-        # One bias is enough for the sum of the two.
+        # Without bias, because am and lm are added and one bias suffices.
         self.lm = nn.Linear(predictor_dim, vocab_size, bias=False)
 
     @property
@@ -139,25 +152,25 @@ class AdditiveJoiner(nn.Module):
         return self.am.in_features
 
     def parts(self, encoder_out: Tensor, predictor_out: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, E), (B, U + 1, P) -> am (B, T, V), lm (B, U + 1, V)."""
+        """Computes am (B, T, V) from (B, T, E), and lm (B, U + 1, V) from (B, U + 1, P)."""
         return self.am(encoder_out), self.lm(predictor_out)
 
     def forward(self, encoder_out: Tensor, predictor_out: Tensor, shape: LatticeShape) -> Tensor:
-        """(B, T, E), (B, U + 1, P) -> packed logits (shape.num_cells, V)."""
+        """Computes the packed logits (shape.num_cells, V); arguments as in :class:`Joiner`."""
         return join(*self.parts(encoder_out, predictor_out), shape, activation="identity")
 
     def padded(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
-        """(B, T, E), (B, U + 1, P) -> logits (B, T, U + 1, V), padding included."""
+        """Computes padded logits (B, T, U + 1, V) from (B, T, E) and (B, U + 1, P)."""
         return self.step(encoder_out[:, :, None], predictor_out[:, None])
 
     def step(self, encoder_frames: Tensor, predictor_out: Tensor) -> Tensor:
-        """(..., E), (..., P), broadcast against each other -> logits (..., V); for decoding."""
+        """Computes logits (..., V) from (..., E) and (..., P), which broadcast; for decoding."""
         return self.step_projected(self.project_encoder(encoder_frames), predictor_out)
 
     def project_encoder(self, encoder_out: Tensor) -> Tensor:
-        """(..., E) -> am (..., V): what of a step depends on the frame alone."""
+        """Computes am (..., V), the part of :meth:`step` that depends only on frames (..., E)."""
         return self.am(encoder_out)
 
     def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
-        """As :meth:`step`, of frames that :meth:`project_encoder` has seen."""
+        """Computes :meth:`step` from the output of :meth:`project_encoder`."""
         return projected_frames + self.lm(predictor_out)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of all cells of an additive joiner from one batched product of exponentials."""
+"""The scores of all cells of an additive joiner, from one batched product of exponentials."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ def additive_scores(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[T
         blank[t, u] = am_scale * am[t, blank]      + context_blank[u] + common
         label[t, u] = am_scale * am[t, symbols[u]] + context_label[u] + common
 
-    with ``am_scale = combined_scale + am_only_scale``. A term of scale zero is left out. Where the
-    product has lost digits to underflow (am and a context have their maxima at different symbols)
-    the cell is computed again, term by term, in value and in gradient. Differentiable.
+    with ``am_scale = combined_scale + am_only_scale``. A term of scale zero is omitted.
+
+    If am and a context have their maxima at different symbols, the product may underflow. The
+    normalizer of such a cell, and its gradient, are computed again, term by term.
 
     Args:
         inputs: the tensors.
         options: blank and the two scales.
 
     Returns:
-        (B, T, S + 1) and (B, T, S) float64. NaN where am or contexts hold NaN or +inf, or nothing
-        in the sum is finite.
+        Blank scores (B, T, S + 1) and label scores (B, T, S), float64, differentiable. A score is
+        NaN if its row of am or contexts contains NaN or +inf, or if no term of the sum is finite.
 
     Example:
         >>> lm, am = torch.zeros(1, 2, 5), torch.ones(1, 3, 5)
@@ -56,7 +57,7 @@ def additive_scores(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[T
 
 
 def _shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(rows - max), subnormals as zero (they would slow the product down), and max (B, N)."""
+    """Returns exp(rows - max) and max (B, N). Subnormals, which slow products down, become 0."""
     if additive_stages.runs_here(rows):
         return additive_stages.shifted_exp(rows)
     maxima = rows.amax(-1, keepdim=True)
@@ -65,7 +66,7 @@ def _shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flush(values: Tensor) -> Tensor:
-    """Subnormals become zero, in place; NaN stays."""
+    """Sets subnormals to zero in place. NaN stays NaN."""
     return torch.ops.aten.hardshrink.out(values, torch.finfo(values.dtype).tiny, out=values)
 
 
@@ -80,7 +81,7 @@ def _forward(inputs: AdditiveInputs, options: AdditiveOptions, plan: NoPlan) -> 
         normalizer, blank_score, label_score = stages.scores(am_max, lm_max)
         return AdditiveScores(blank_score, label_score, normalizer, product)
 
-    # V-free from here, so in float64: scores are differences of large numbers.
+    # In float64, because scores are differences of large numbers. No tensor below has an axis V.
     score, num_symbols = native.SCORE_DTYPE, symbols.size(1)
     normalizer = product.to(score).log()
     normalizer += am_max.to(score)[:, :, None] + lm_max.to(score)[:, None, :]
@@ -153,7 +154,8 @@ def _backward(call: Backward) -> dict[str, Tensor]:
     grad = -options.combined_scale * of_cell
     if options.am_only_scale != 0:
         grad = torch.cat([grad, -options.am_only_scale * of_cell.sum(2, keepdim=True)], 2)
-    # An upstream gradient of 10^30 over a product near the threshold would overflow float32.
+    # Scaled, because an upstream gradient of 1e30 divided by a product near the threshold would
+    # overflow float32.
     scale = grad.abs().amax((1, 2), keepdim=True)
     is_idle = scale == 0
     scale = torch.where(scale > 0, scale, 1.0)
@@ -164,14 +166,15 @@ def _backward(call: Backward) -> dict[str, Tensor]:
         grad_am = torch.bmm(weight, lm_exp).mul_(am_exp)
         grad_lm = torch.bmm(weight.transpose(1, 2), am_exp).mul_(lm_exp)
     scale = scale.to(am.dtype)
-    # Nothing asked for (a NaN loss that was masked out): zero, not 0 * NaN.
+    # An utterance with upstream gradient 0, such as a masked NaN loss, gets gradient 0. The
+    # products would give 0 * NaN = NaN.
     grad_am, grad_lm = (_flush(x.mul_(scale)).masked_fill_(is_idle, 0) for x in (grad_am, grad_lm))
     am_scale = options.combined_scale + options.am_only_scale
     if am_scale != 0:
         grad_am[:, :, options.blank] += (am_scale * grad_blank.sum(2)).to(am.dtype)
         utterances = torch.arange(len(am), device=am.device)[:, None]
         picked = (am_scale * grad_label).transpose(1, 2).to(am.dtype)
-        # Indexing, not scatter_add: on CUDA it adds in the same order each time.
+        # Indexing, because scatter_add on CUDA adds in a random order.
         grad_am.transpose(1, 2).index_put_((utterances, symbols), picked, accumulate=True)
     additive_stages.repair_normalizer_backward(
         (am, contexts, product), lowest, normalizer, grad.contiguous(), (grad_am, grad_lm)
@@ -200,11 +203,12 @@ operator = Operator(
 
 
 def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """``out[b, i] = rows[b, index[b, i]]``; an index may come several times.
+    """Returns ``out[b, i] = rows[b, index[b, i]]``. The same index may occur several times.
 
-    On CUDA the backwards of ``gather`` and ``index_select`` add with atomics, in whatever order
-    they arrive; that of indexing sorts first. On the CPU ``index_select`` copies whole rows, where
-    there are such: several times as fast as ``gather``.
+    On CUDA, the function uses indexing, whose backward adds in a fixed order. The backwards of
+    ``gather`` and ``index_select`` add with atomics, in a random order. On the CPU, it uses
+    ``index_select`` for contiguous rows, which copies whole rows and is several times as fast as
+    ``gather``.
 
     Args:
         rows: (B, N, D).

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled stages of the additive joiner (logits = am_t + lm_u).
 
-The repair of normalizers runs on every device. The others are one pass where PyTorch needs several;
-they exist on the CPU only, see :func:`runs_here`.
+The repair of normalizers runs on every device. The other stages run on the CPU only (see
+:func:`runs_here`); each replaces several passes of PyTorch by one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from transducer_toolkit.ops import native
 
 
 def runs_here(tensor: Tensor) -> bool:
-    """Whether shifted_exp and AdditiveStages serve this tensor: on the CPU."""
+    """Returns whether shifted_exp and AdditiveStages support the tensor's device (the CPU)."""
     with native.backend_of(tensor) as backend:
         return not backend.is_cuda
 
 
 def lowest_product(scores: Tensor) -> float:
-    """A product of exponentials below this has lost too much to underflow."""
-    # Each of V products may have lost up to `tiny`: above this they are one rounding error.
+    """Returns the product of exponentials below which underflow makes it inaccurate."""
+    # Each of the V terms may have lost up to `tiny`. For a product of at least V * tiny / eps, the
+    # loss is at most one rounding error.
     limits = torch.finfo(scores.dtype)
     return scores.size(-1) * limits.tiny / limits.eps
 
 
 def shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, V) -> exp(rows - max) with subnormals as zero, and max (B, N)."""
+    """Returns exp(rows - max) of rows (B, N, V) with subnormals set to zero, and max (B, N)."""
     exponentials, maxima = torch.empty_like(rows), rows.new_empty(rows.shape[:-1])
     with native.backend_of(rows) as backend:
         native.extension.cpu.shifted_exp(
@@ -46,15 +47,16 @@ def shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class AdditiveInputs(NamedTuple):
-    """The two sides of an additive joiner.
+    """Inputs of :func:`~transducer_toolkit.ops.additive.additive_scores`.
 
     Attributes:
-        contexts: (B, S + 1, V) float32 or float64, and with an am_only_scale one row more. -inf
-            means probability zero.
-        am: (B, T, V), same dtype and device.
+        contexts: (B, S + 1, V) float32 or float64, the predictor part of the logits; with a
+            positive am_only_scale (B, S + 2, V), where the last row is the prior. -inf means
+            probability zero.
+        am: (B, T, V), same dtype and device, the encoder part of the logits.
         symbols: (B, S) int64 in [0, V).
-        context_blank: (B, S + 1) float64.
-        context_label: (B, S) float64.
+        context_blank: (B, S + 1) float64, the part of the blank scores that depends on u only.
+        context_label: (B, S) float64, the part of the label scores that depends on u only.
     """
 
     contexts: Tensor
@@ -66,7 +68,13 @@ class AdditiveInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class AdditiveOptions:
-    """Blank in [0, V), and the scales of the two normalized scores, each >= 0."""
+    """Options of :func:`~transducer_toolkit.ops.additive.additive_scores`.
+
+    Attributes:
+        blank: id of blank, in [0, V).
+        combined_scale: weight of the log-probabilities of am and lm together, >= 0.
+        am_only_scale: weight of the log-probabilities of am and the prior, >= 0.
+    """
 
     blank: int
     combined_scale: float
@@ -74,7 +82,14 @@ class AdditiveOptions:
 
 
 class AdditiveScores(NamedTuple):
-    """Scores (B, T, S + 1) and (B, T, S), normalizer and product (B, T, columns)."""
+    """Result of the operator of :func:`~transducer_toolkit.ops.additive.additive_scores`.
+
+    Attributes:
+        blank: (B, T, S + 1) float64, blank scores.
+        label: (B, T, S) float64, label scores.
+        normalizer: (B, T, columns) float64, one column for each context.
+        product: (B, T, columns), the product of the exponentials.
+    """
 
     blank: Tensor
     label: Tensor
@@ -83,11 +98,11 @@ class AdditiveScores(NamedTuple):
 
 
 class AdditiveStages:
-    """The passes over all cells of an additive joiner, on the CPU (csrc/additive_scores.h).
+    """The passes over all cells of an additive joiner on the CPU (csrc/additive_scores.h).
 
     Args:
-        inputs: the joiner.
-        product: (B, T, columns), of the exponentials of both sides.
+        inputs: the tensors.
+        product: (B, T, columns), the product of the exponentials of am and contexts.
         options: blank and scales.
     """
 
@@ -119,7 +134,7 @@ class AdditiveStages:
         )
 
     def scores(self, am_max: Tensor, lm_max: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """float64: normalizer (B, T, columns), blank (B, T, S + 1), label scores (B, T, S)."""
+        """Returns normalizer (B, T, columns), blank and label scores (additive_scores); float64."""
         size, num_symbols = self._product.shape, self._num_symbols
         normalizer = self._product.new_empty(size, dtype=native.SCORE_DTYPE)
         blank = normalizer.new_empty(size[0], size[1], num_symbols + 1)
@@ -139,11 +154,12 @@ class AdditiveStages:
     def weights(
         self, grad_blank: Tensor, grad_label: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Before the products of the way back.
+        """Computes the left operand of the matrix products of backward.
 
         Returns:
             Gradient of the normalizer (B, T, columns) float64; scale (B,) float64; weight
-            (B, T, columns); gradients of context_blank and context_label.
+            (B, T, columns), which is that gradient over scale and product; gradients of
+            context_blank and context_label.
         """
         weight = torch.empty_like(self._product)
         grad_normalizer = torch.empty_like(self._product, dtype=native.SCORE_DTYPE)
@@ -165,11 +181,12 @@ class AdditiveStages:
         return grad_normalizer, scale, weight, grad_context_blank, grad_context_label
 
     def gradients(self, **tensors: Tensor) -> None:
-        """After the products: overwrites grad_am and grad_lm, which hold them.
+        """Turns the matrix products of backward into gradients, in place.
 
         Args:
-            tensors: am_exp, lm_exp, normaliser, grad_blank, grad_label, grad_normalizer, scale,
-                grad_am, grad_lm.
+            tensors: am_exp, lm_exp, normalizer, grad_blank, grad_label, grad_normalizer, scale,
+                grad_am and grad_lm. grad_am and grad_lm hold the products and are overwritten by
+                the gradients.
         """
         with native.backend_of(self._product) as backend:
             native.extension.cpu.additive_gradients(
@@ -200,11 +217,11 @@ def _cells(joint: tuple[Tensor, Tensor, Tensor], threshold: float) -> dict[str, 
 def repair_normalizer(
     joint: tuple[Tensor, Tensor, Tensor], threshold: float, normalizer: Tensor
 ) -> None:
-    """Overwrites `normalizer` with logsumexp(am_t + lm_u) in the cells of product < threshold.
+    """Overwrites `normalizer` with logsumexp(am_t + lm_u) in cells whose product < threshold.
 
     Args:
         joint: am (B, T, V), lm (B, U + 1, V) and product (B, T, U + 1), float32 or float64.
-        threshold: see :func:`lowest_product`.
+        threshold: :func:`lowest_product`.
         normalizer: (B, T, U + 1) float64.
     """
     with native.backend_of(joint[0]) as backend:
@@ -220,14 +237,14 @@ def repair_normalizer_backward(
     grad: Tensor,
     grads: tuple[Tensor, Tensor],
 ) -> None:
-    """Adds grad * softmax(am_t + lm_u) of the cells of product < threshold to the gradients.
+    """Adds grad * softmax(am_t + lm_u) of cells whose product < threshold to the gradients.
 
     Args:
         joint: as in :func:`repair_normalizer`.
         threshold: as in :func:`repair_normalizer`.
         normalizer: the result of :func:`repair_normalizer`.
-        grad: (B, T, U + 1) float64, its gradient.
-        grads: of am and lm, shaped like these.
+        grad: (B, T, U + 1) float64, the gradient of the normalizer.
+        grads: the gradients of am and lm, with the shapes of am and lm.
     """
     with native.backend_of(joint[0]) as backend:
         backend.stages.repair_normaliser_backward(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``boundary`` and ``symbols`` of the k2-compatible losses: checks, defaults, what is padding.
+"""Checks, defaults and masks of ``boundary`` and ``symbols`` in the k2-compatible losses.
 
-A boundary row ``[s_begin, t_begin, s_end, t_end]`` says which part of ``(S symbols, T frames)`` an
-utterance is: frames ``t_begin <= t < t_end``, columns ``s_begin <= s <= s_end``.
+A boundary row ``[s_begin, t_begin, s_end, t_end]`` selects the part of ``(S symbols, T frames)``
+that belongs to an utterance: frames ``t_begin <= t < t_end``, columns ``s_begin <= s <= s_end``.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from transducer_toolkit.ops import checks
 def boundary_or_everything(
     boundary: Tensor | None, num_utterances: int, max_targets: int, max_frames: int
 ) -> Tensor:
-    """`boundary` as int64 where it is; for None rows [0, 0, S, T] on the CPU."""
+    """Returns `boundary` as int64 on its device; for None, rows [0, 0, S, T] on the CPU."""
     if boundary is not None:
         return boundary.detach().to(torch.int64)
-    # Not torch.tensor([...]): it would make symbolic sizes constants, and each shape a recompile.
+    # torch.tensor([...]) would turn symbolic sizes into constants, so that torch.compile would
+    # recompile for each shape.
     begin = torch.zeros(num_utterances, dtype=torch.int64)
     return torch.stack([begin, begin, begin + max_targets, begin + max_frames], 1)
 
 
 def real_frames(boundary: Tensor, max_frames: int, device: torch.device) -> Tensor:
-    """(B, T) bool: t_begin <= t < t_end."""
+    """Returns the mask of the frames of each utterance, (B, T) bool: t_begin <= t < t_end."""
     frames = torch.arange(max_frames, device=device)
     begin, end = boundary[:, 1, None].to(device), boundary[:, 3, None].to(device)
     return (begin <= frames) & (frames < end)
 
 
 def real_columns(boundary: Tensor, num_columns: int, device: torch.device) -> Tensor:
-    """(B, S + 1) bool: s_begin <= s <= s_end, the contexts that an utterance visits."""
+    """Returns the mask of the columns of each utterance, (B, S + 1): s_begin <= s <= s_end."""
     columns = torch.arange(num_columns, device=device)
     begin, end = boundary[:, 0, None].to(device), boundary[:, 2, None].to(device)
     return (begin <= columns) & (columns <= end)
@@ -41,10 +42,10 @@ def real_columns(boundary: Tensor, num_columns: int, device: torch.device) -> Te
 def _checked_symbols(
     symbols: Tensor, boundary: Tensor, max_frames: int, vocab_size: int, topology: str
 ) -> Tensor:
-    """Symbols as indices that are safe to gather with: padding 0, what nobody could check clipped.
+    """Returns the symbols with 0 in padding, clamped to [-1, V].
 
-    With boundary and symbols on the CPU all values are checked (ValueErrors name the utterance);
-    `topology` "" skips the check that a path exists.
+    If boundary and symbols are on the CPU, all values are checked; a ValueError names the
+    utterance. With topology "", the existence of a path is not checked.
     """
     if boundary.device.type == "cpu":
         checks.check_boundary_values(
@@ -66,7 +67,7 @@ def _checked_symbols(
     return symbols.to(torch.int64).masked_fill(~real, 0).clamp(-1, vocab_size)
 
 
-# An operator, so that reading the values does not break a torch.compile graph.
+# A custom operator, because reading the values would break the graph of torch.compile.
 torch.library.custom_op(
     "transducer_toolkit::checked_symbols",
     _checked_symbols,
@@ -84,13 +85,13 @@ def _checked_symbols_fake(symbols, boundary, max_frames, vocab_size, topology):
 def checked_symbols(
     symbols: Tensor, boundary: Tensor, *, max_frames: int, vocab_size: int, topology: str = ""
 ) -> tuple[Tensor, Tensor | None]:
-    """Symbols in [0, V) for gather (padding is 0), and which of them were invalid.
+    """Returns symbols in [0, V), which are safe for gather, and a mask of the invalid symbols.
 
-    The mask (B, S) is None where the values have been checked; an invalid symbol that could not be
-    checked must give its utterance a NaN loss.
+    Padding and invalid symbols become 0. The mask (B, S) is None if the values have been checked.
+    Otherwise the caller must set the loss of an utterance with an invalid symbol to NaN.
 
     Raises:
-        ValueError: values on the CPU that are impossible; names the utterance.
+        ValueError: if a value on the CPU is out of range; names the utterance.
     """
     safe: Tensor = torch.ops.transducer_toolkit.checked_symbols(
         symbols.detach(), boundary, max_frames, vocab_size, topology

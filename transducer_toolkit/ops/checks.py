@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of arguments shared by the losses: a name, what was expected, what came.
+"""Checks of arguments, whose errors have the form "name: expected X, got Y".
 
-Shape checks look at sizes only. Value checks read the tensors, so they run where the values are on
-the CPU already (or where the caller asked for them).
+Shape checks read sizes only. Value checks read the elements of tensors. To avoid synchronization,
+the losses run them only for tensors on the CPU, or if ``validate=True`` requests them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_tensor(value: object, name: str) -> None:
 
 
 def check_int(value: object, name: str) -> None:
-    """Raises a TypeError unless `value` is an int, which a bool is not."""
+    """Raises a TypeError unless `value` is an int. A bool is not accepted."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
@@ -40,18 +40,18 @@ def check_at_least(minimum: int, **values: object) -> None:
     for name, value in values.items():
         check_int(value, name)
         if value < minimum:  # type: ignore[operator]
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+            raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
 def check_probability(value: object, name: str) -> None:
     """Raises a TypeError or ValueError unless `value` is a number in [0, 1]."""
     check_number(value, name)
     if not 0 <= value <= 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
 def check_number(value: object, name: str) -> None:
-    """Raises a TypeError unless `value` is a real number, a 0-dimensional tensor included."""
+    """Raises a TypeError unless `value` is a real number or a 0-dimensional tensor."""
     if not (isinstance(value, (int, float)) or hasattr(value, "__float__")):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
@@ -69,28 +69,31 @@ def check_reduction(reduction: str) -> None:
 
 
 def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
-    """(B,) -> (B,) for "none", scalar for "mean" (over utterances) and "sum"."""
+    """Reduces losses (B,): "none" returns them, "mean" and "sum" return a scalar."""
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def may_read(validate: bool | None, *tensors: Tensor | None) -> bool:
-    """Whether to look at values: `validate`, or, where it is None, if all are on the CPU."""
+    """Returns whether values may be checked: `validate`, or for None if all are on the CPU."""
     if validate is not None:
         return validate
     return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raises a RuntimeError if one carries a tangent: the operators would give zero derivatives."""
+    """Raises a RuntimeError if a tensor has a forward-mode tangent.
+
+    The operators have no forward-mode derivative, and torch would silently use zero.
+    """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
-                "the losses have no forward-mode derivative (torch.func.jvp, forward_ad): use "
-                "backward, or torch.func.vjp"
+                "the losses do not support forward-mode derivatives (torch.func.jvp, forward_ad): "
+                "use backward or torch.func.vjp"
             )
 
 
@@ -108,7 +111,16 @@ def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
 
 
 def check_joint(enc: Tensor, pred: Tensor) -> None:
-    """Types, dtypes, devices and sizes of what a joiner adds: (B, T, D) and (B, U + 1, D)."""
+    """Checks types, dtypes, devices and shapes of the inputs of a joiner.
+
+    Args:
+        enc: expected to be (B, T, D).
+        pred: expected to be (B, U + 1, D).
+
+    Raises:
+        TypeError: if one of them is not a tensor, or the dtypes do not fit.
+        ValueError: if the shapes or the devices do not match.
+    """
     for name, tensor in (("enc", enc), ("pred", pred)):
         check_tensor(tensor, name)
         check_dtype(tensor, name, native.SUPPORTED_DTYPES)
@@ -128,7 +140,7 @@ def check_joint(enc: Tensor, pred: Tensor) -> None:
 def check_ranges(
     ranges: Tensor | None, num_utterances: int, num_frames: int, device: torch.device
 ) -> None:
-    """Type, dtype, size and device of ranges (B, T, R); None passes."""
+    """Raises a TypeError or ValueError unless ranges is None or (B, T, R) integers on `device`."""
     if ranges is None:
         return
     check_tensor(ranges, "ranges")
@@ -148,12 +160,12 @@ def check_ranges(
 def check_targets_and_lengths(
     targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor, device: torch.device
 ) -> None:
-    """Types, ranks, sizes and devices of the three index tensors.
+    """Checks types, shapes and devices of targets (B, U) and lengths (B,).
 
     Raises:
-        TypeError: not a tensor, or not int32 / int64.
-        ValueError: wrong rank or size, B = 0, or on a device that is neither `device` nor, for
-            lengths, the CPU.
+        TypeError: if one of them is not an int32 or int64 tensor.
+        ValueError: if a shape does not fit or B is 0, or if a tensor is not on `device`. Lengths
+            may also be on the CPU.
     """
     for name, tensor in (
         ("targets", targets),
@@ -165,7 +177,7 @@ def check_targets_and_lengths(
     if targets.dim() != 2:
         raise ValueError(f"targets: expected shape (B, U), got {tuple(targets.shape)}")
     if targets.size(0) == 0:
-        raise ValueError("targets: expected at least one utterance, got B = 0")
+        raise ValueError("targets: expected at least 1 utterance, got B = 0")
     for name, tensor in (("logit_lengths", logit_lengths), ("target_lengths", target_lengths)):
         if tuple(tensor.shape) != (targets.size(0),):
             raise ValueError(
@@ -179,7 +191,7 @@ def check_targets_and_lengths(
 
 
 def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
-    """Raises a TypeError unless blank is an int, a ValueError unless 0 <= blank < V."""
+    """Raises a TypeError unless blank is an int, and a ValueError unless 0 <= blank < V."""
     check_int(blank, name)
     if not 0 <= blank < vocab_size:
         raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V of logits), got {blank}")
@@ -188,17 +200,19 @@ def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
 def check_lengths_fit(
     logit_lengths: Tensor, target_lengths: Tensor, *, max_frames: int, max_targets: int
 ) -> None:
-    """Raises a ValueError naming the first utterance whose lengths are impossible.
+    """Raises a ValueError that names the first utterance whose lengths are out of range.
 
     Args:
-        logit_lengths: (B,) must be in [1, max_frames], T of padded or rows of packed logits.
-        target_lengths: (B,) must be in [0, max_targets], the width of targets.
+        logit_lengths: (B,), expected to be in [1, max_frames].
+        target_lengths: (B,), expected to be in [0, max_targets].
+        max_frames: T of padded logits, or the number of rows of packed logits.
+        max_targets: U, the width of targets.
     """
     frames, symbols = logit_lengths.tolist(), target_lengths.tolist()
     for b, (num_frames, num_targets) in enumerate(zip(frames, symbols, strict=True)):
         if not 1 <= num_frames <= max_frames:
             raise ValueError(
-                f"logit_lengths[{b}]: expected 1 to {max_frames} (what logits have room for), "
+                f"logit_lengths[{b}]: expected 1 to {max_frames} (the frames of logits), "
                 f"got {num_frames}"
             )
         if not 0 <= num_targets <= max_targets:
@@ -227,9 +241,15 @@ def check_labels(
     first: Tensor | None = None,
     name: str = "targets",
 ) -> None:
-    """Raises a ValueError naming the first label outside [0, V) or, unless None, equal to blank.
+    """Raises a ValueError that names the first label which is not in [0, V) or equals `blank`.
 
-    The labels of an utterance are `target_lengths` (B,) many from place `first` (B,) on, or from 0.
+    Args:
+        targets: (B, U).
+        target_lengths: (B,) number of labels of each utterance.
+        blank: id of blank, or None if labels may be blank.
+        vocab_size: V.
+        first: (B,) index of the first label of each utterance in its row; None for 0.
+        name: name of `targets` in the message.
     """
     places = torch.arange(targets.size(1), device=targets.device)
     if first is not None:
@@ -251,11 +271,11 @@ def check_labels(
 
 
 def check_boundary(boundary: object, num_utterances: int, device: torch.device) -> None:
-    """Type, shape and device of a boundary; None passes.
+    """Checks the type, the shape and the device of a boundary. None is accepted.
 
     Raises:
-        TypeError: neither None nor an int32 or int64 tensor.
-        ValueError: not (B, 4), or on a device that is neither `device` nor the CPU.
+        TypeError: if it is neither None nor an int32 or int64 tensor.
+        ValueError: if its shape is not (B, 4), or its device is neither `device` nor the CPU.
     """
     if boundary is None:
         return
@@ -274,13 +294,13 @@ def check_boundary(boundary: object, num_utterances: int, device: torch.device) 
 def check_boundary_values(
     boundary: Tensor, *, max_targets: int, max_frames: int, min_frames: int
 ) -> None:
-    """Raises a ValueError naming the first utterance whose boundary is impossible.
+    """Raises a ValueError that names the first utterance whose boundary is out of range.
 
     Args:
         boundary: (B, 4).
-        max_targets: S, no s_end is larger.
-        max_frames: T, no t_end is larger.
-        min_frames: no utterance has fewer frames.
+        max_targets: S, the largest s_end allowed.
+        max_frames: T, the largest t_end allowed.
+        min_frames: the smallest number of frames allowed.
     """
     for b, (s_begin, t_begin, s_end, t_end) in enumerate(boundary.tolist()):
         if not 0 <= s_begin <= s_end <= max_targets:
@@ -299,13 +319,13 @@ def check_boundary_values(
 def check_ranges_values(
     ranges: Tensor, logit_lengths: Tensor, max_targets: int, first: Tensor | None = None
 ) -> None:
-    """Raises a ValueError naming the first frame whose window is not one.
+    """Raises a ValueError that names the first frame without R consecutive symbols in [0, U].
 
     Args:
-        ranges: (B, T, R), R consecutive symbols for each frame, all in [0, max_targets].
-        logit_lengths: (B,) how many frames to look at.
+        ranges: (B, T, R).
+        logit_lengths: (B,) number of frames to check in each utterance.
         max_targets: U.
-        first: (B,) the first of them, or 0.
+        first: (B,) the first frame to check; None for 0.
     """
     width = ranges.size(2)
     frames = torch.arange(ranges.size(1)) - (0 if first is None else first.cpu()[:, None])
@@ -330,7 +350,7 @@ def check_not_negative(name: str, value: object) -> None:
 
 
 def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str) -> None:
-    """Raises a ValueError naming the first utterance that no path of `topology` can explain."""
+    """Raises a ValueError that names the first utterance without a path in `topology`."""
     row = TOPOLOGIES[topology]
     lengths = zip(logit_lengths.tolist(), target_lengths.tolist(), strict=True)
     for b, (num_frames, num_targets) in enumerate(lengths):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of padded logits (B, T, S + 1, V) and of a band of them, in k2's terms."""
+"""The k2-compatible losses of padded logits (B, T, S + 1, V), and of a band (B, T, R, V)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GridInputs(NamedTuple):
         logits: (B, T, S + 1, V), or (B, T, R, V) with ranges.
         symbols: (B, S) integers.
         boundary: (B, 4) integers, or None.
-        ranges: (B, T, R) integers, the symbols of each frame's cells, or None for all of them.
+        ranges: (B, T, R) integers, the columns of each frame, or None for all columns.
     """
 
     logits: Tensor
@@ -40,8 +40,8 @@ class GridInputs(NamedTuple):
         """Checks types, shapes, dtypes and devices.
 
         Raises:
-            TypeError: not a tensor, or a wrong dtype.
-            ValueError: a shape, a device or the termination symbol does not fit.
+            TypeError: if an argument is not a tensor, or has the wrong dtype.
+            ValueError: if a shape, a device or the termination symbol does not fit.
         """
         logits, symbols, boundary, ranges = self
         checks.check_tensor(logits, "logits")
@@ -79,7 +79,7 @@ class GridInputs(NamedTuple):
 def grid_loss(
     inputs: GridInputs, options: LossOptions, *, return_grad: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Returns losses (B,) and, with return_grad, the posteriors px_grad and py_grad."""
+    """Returns the losses (B,) and the posteriors (px_grad, py_grad), or None for the latter."""
     logits, symbols, boundary, ranges = inputs
     whole = inputs.whole_boundary()
     s_begin, t_begin, s_end, t_end = whole.unbind(1)
@@ -99,10 +99,10 @@ def grid_loss(
         return result.losses, None
     topology = TOPOLOGIES[options.topology]
     grid = logits.shape[:-1]  # (B, T, S + 1) or (B, T, R)
-    # Arc posteriors are not scaled, uses are.
+    # FastEmit scales the uses of labels by 1 + fastemit_lambda, but posteriors are not scaled.
     label = result.use_label.detach().view(grid) / (1 + options.fastemit_lambda)
     blank = result.use_blank.detach().view(grid)
-    if topology.label_takes_blank:  # these uses are not arcs
+    if topology.label_takes_blank:  # subtract the uses of blank scores by label arcs
         forced = torch.nn.functional.pad(label[:, :, :-1], (1, 0))
         blank = blank - (1 + options.fastemit_lambda) * forced
     if ranges is not None:
@@ -118,7 +118,7 @@ def grid_loss(
 
 
 def grid_logprobs(inputs: GridInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """Returns px and py, in plain torch; -inf outside of the lattice and of the band."""
+    """Returns px and py in plain torch, with -inf outside of the lattice and the band."""
     logits, symbols, _, ranges = inputs
     num_utterances, num_frames, _, vocab_size = logits.shape
     num_symbols = symbols.size(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every frame with every symbol, for real lattice cells only: packed joiner inputs and logits."""
+"""The hidden layer and the logits of a joiner, computed for real lattice cells only."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from transducer_toolkit.ops.registration import Backward, Derivative, Operator
 
 
 def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "tanh") -> Tensor:
-    """Adds every frame to every symbol and applies the activation, for real cells only.
+    """Computes the hidden layer ``activation(enc[b, t] + pred[b, u])`` of each lattice cell.
 
-    Row (b, t, u) of the result is ``activation(enc[b, t] + pred[b, u])``. One native call instead
-    of slicing, adding and concatenating per utterance; backward is two segmented sums whose order
-    of summation is fixed, so gradients do not depend on the number of threads. Padding of enc and
-    pred is never read and gets zero gradient.
+    One native call replaces slicing, adding and concatenating for each utterance. Backward is two
+    segmented sums with a fixed order of summation, so gradients do not depend on the number of
+    threads. Padding of enc and pred is not read, and its gradient is zero.
 
     Args:
-        enc: (B, T, D) float16, bfloat16, float32 or float64; T at least the longest logit length.
-        pred: (B, U + 1, D), same dtype and device; U at least the longest target length.
-        shape: the lattices.
+        enc: (B, T, D) float16, bfloat16, float32 or float64; T is at least ``shape.max_frames``.
+        pred: (B, U + 1, D), same dtype and device; U is at least ``shape.max_targets``.
+        shape: the lattices of the batch.
         activation: "tanh", "relu", "gelu", "silu" or "identity".
 
     Returns:
-        (shape.num_cells, D), packed.
+        (shape.num_cells, D), packed, with the dtype and the device of enc.
 
     Raises:
-        TypeError: enc and pred are not of one supported dtype.
-        ValueError: sizes that do not fit shape, or an unknown activation.
+        TypeError: if an argument has the wrong type, or enc and pred do not have the same supported
+            dtype.
+        ValueError: if shapes or devices do not match, or the activation is unknown.
+        RuntimeError: if this build has no stages for the device, or on a second derivative.
 
     Example:
         >>> shape = LatticeShape.from_lengths([2, 1], [1, 1])
@@ -60,27 +61,29 @@ def joiner_logits(
     *,
     activation: str = "tanh",
 ) -> Tensor:
-    """The output layer on top of :func:`join`: packed logits, without the hidden layer in memory.
+    """Computes the packed logits of a joiner without its hidden layer in memory.
 
-    ``functional.linear(join(enc, pred, shape), weight, bias)``, by tiles: the hidden layer of a
-    tile is made, multiplied and forgotten; backward makes it again. That saves ``2 * cells * D``
-    numbers (the hidden layer and its gradient), and time as well: tiles stay in cache.
+    The result equals ``functional.linear(join(enc, pred, shape), weight, bias)``. It is computed in
+    tiles. The hidden layer of a tile is discarded after the product, and backward computes it
+    again. This saves ``2 * num_cells * D`` numbers (the hidden layer and its gradient). On the CPU
+    it also saves time, because a tile stays in the cache.
 
     Args:
-        enc: (B, T, D) float16, bfloat16, float32 or float64; T at least the longest logit length.
-            Under autocast it is cast to autocast's dtype.
-        pred: (B, U + 1, D), same dtype and device; U at least the longest target length.
-        weight: (V, D), of any floating dtype; cast to that of enc.
-        bias: (V,) likewise, or None.
-        shape: the lattices.
+        enc: (B, T, D) float16, bfloat16, float32 or float64; T is at least ``shape.max_frames``.
+            Autocast casts it.
+        pred: (B, U + 1, D), same dtype and device; U is at least ``shape.max_targets``.
+        weight: (V, D) of any floating dtype; cast to the dtype of enc.
+        bias: (V,) of any floating dtype, or None; cast to the dtype of enc.
+        shape: the lattices of the batch.
         activation: "tanh", "relu", "gelu", "silu" or "identity".
 
     Returns:
-        (shape.num_cells, V), packed, dtype of enc.
+        (shape.num_cells, V), packed, with the dtype of enc after autocast.
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: sizes that do not fit, or an unknown activation.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes or devices do not match, or the activation is unknown.
+        RuntimeError: if this build has no stages for the device, or on a second derivative.
 
     Example:
         >>> shape = LatticeShape.from_lengths([2, 1], [1, 1])
@@ -130,7 +133,7 @@ _ACTIVATIONS = {
 
 
 def apply_activation(x: Tensor, activation: str) -> Tensor:
-    """The activation of one of native.ACTIVATIONS in plain torch, any shape."""
+    """Applies one of native.ACTIVATIONS to a tensor of any shape, in plain torch."""
     return _ACTIVATIONS[activation](x)
 
 
@@ -151,7 +154,8 @@ def _check(enc: Tensor, pred: Tensor, shape: LatticeShape, activation: str) -> N
             str(dtype).removeprefix("torch.") for dtype in native.SUPPORTED_DTYPES
         )
         raise TypeError(
-            f"enc, pred: expected one dtype of {supported}, got {enc.dtype} and {pred.dtype}"
+            f"enc, pred: expected the same dtype, one of {supported}, "
+            f"got {enc.dtype} and {pred.dtype}"
         )
     if enc.device != pred.device:
         raise ValueError(f"pred: expected device {enc.device}, that of enc, got {pred.device}")
@@ -173,13 +177,13 @@ def _check(enc: Tensor, pred: Tensor, shape: LatticeShape, activation: str) -> N
 
 @dataclass(frozen=True)
 class JoinOptions:
-    """The activation, one of native.ACTIVATIONS."""
+    """Options of :func:`join` and :func:`joiner_logits`: one of native.ACTIVATIONS."""
 
     activation: str
 
 
 class JoinPlan(NamedTuple):
-    """The cells of all lattices."""
+    """The number of cells of all lattices, which is the number of output rows."""
 
     num_cells: int
 
@@ -222,7 +226,7 @@ def _lattice_batch(inputs: JoinInputs | LogitsInputs, plan: JoinPlan) -> Lattice
     enc, pred = inputs.enc, inputs.pred
     return LatticeBatch(
         Lengths(inputs.logit_lengths, inputs.target_lengths, inputs.shape_index),
-        # Only the width of the targets matters to a join.
+        # A join reads only the width of the targets.
         torch.empty(pred.size(0), pred.size(1) - 1, dtype=torch.int64, device=enc.device),
         num_rows=plan.num_cells,
         max_frames=enc.size(1),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``Linear(activation(enc_t + pred_u))`` of lattice cells, a tile of rows at a time.
+"""``Linear(activation(enc_t + pred_u))`` of lattice cells, computed in tiles of rows.
 
-Neither the hidden layer nor (for a fused loss, unless they are few) the logits of all cells exist
-at once: a tile is made, used, and its memory taken for the next. Backward makes it again. The
-matrix products are torch's; the tile is small enough to stay in cache between them.
+The hidden layer of all cells never exists at once. The logits of all cells exist only in
+``joiner_logits``, and in a fused loss if they are small. All tiles use the same memory. Backward
+computes the tiles again. torch computes the matrix products; on the CPU a tile is small enough to
+stay in the cache between two of them.
 """
 
 from __future__ import annotations
@@ -19,27 +20,31 @@ from transducer_toolkit.ops import native, stages
 from transducer_toolkit.ops.lattice import LatticeBatch, RowTile
 from transducer_toolkit.ops.stages import Joint
 
-# Hidden layer, its gradient and logits of a tile together. On two CPUs tiles of 4 to 16 MiB were
-# within 10 % of each other, 4 the fastest at V = 500 and 10 at V = 5000, and others slower. A GPU
-# needs more rows to be busy, and each tile costs it a round of launches.
+# Size of the hidden layer, its gradient and the logits of a tile together. On two CPUs, the times
+# of tiles of 4 to 16 MiB were within 10 % of each other (4 MiB was fastest at V = 500, 10 MiB at
+# V = 5000), and other sizes were slower. A GPU needs more rows to be busy, and launches several
+# kernels for each tile.
 TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 512 * 2**20}
-# In a forward that keeps its logits smaller ones are faster: the hidden layer stays in the cache.
+# The same for a forward that keeps all logits. Smaller tiles are faster on the CPU, because the
+# hidden layer stays in the cache.
 TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
-# A tile takes no more than this share of a GPU's memory: 128 MiB of 8 GiB.
+# A tile takes at most this fraction of a GPU's memory: 128 MiB of 8 GiB.
 TILE_SHARE_OF_DEVICE = 1 / 64
-# A product on the CPU copies its right-hand side into the order it likes. So the weight goes in by
-# panels of at most this size, or that copy would be as large as the weight. A GPU makes none.
+# A matrix product on the CPU copies its right operand into another layout. The weight is therefore
+# multiplied in panels of at most this size; otherwise the copy would be as large as the weight. On
+# a GPU no copy is made.
 PANEL_BYTES = {"cpu": 2 * 2**20}
-# If all logits together are no more than this, backward need not make them again.
+# If all logits together are at most this large, forward keeps them for backward.
 KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
-MIN_PANEL_ROWS = 256  # narrower products are slow: at D = 8192 panels of 2 MiB took 40 % more time
-# cuBLAS takes its fast 16-bit kernels only where every row begins at a multiple of 16 bytes. So the
+# Narrower products are slow: at D = 8192, panels of 2 MiB took 40 % more time.
+MIN_PANEL_ROWS = 256
+# cuBLAS uses its fast 16-bit kernels only if every row begins at a multiple of 16 bytes. So the
 # tiles of a fused loss get a vocabulary that is a multiple of this.
 VOCAB_MULTIPLE = {"cuda": 8}
 
 
 def automatic_tile_cells(enc: Tensor, vocab_size: int, beside_kept: bool) -> int:
-    """Rows of a tile such that a tile takes TILE_BYTES, whatever V and D are."""
+    """Returns the number of rows for which a tile takes TILE_BYTES, for any V and D."""
     row_bytes = (2 * enc.size(-1) + vocab_size) * enc.element_size()
     budgets = TILE_BYTES_BESIDE_KEPT if beside_kept else TILE_BYTES
     budget = budgets.get(enc.device.type, budgets["cpu"])
@@ -50,21 +55,24 @@ def automatic_tile_cells(enc: Tensor, vocab_size: int, beside_kept: bool) -> int
 
 
 def padded_vocab_size(enc: Tensor, vocab_size: int) -> int:
-    """Columns of the logits of a tile: V, for 16-bit types rounded up to VOCAB_MULTIPLE."""
+    """Returns the number of columns of a tile's logits: V, rounded up to VOCAB_MULTIPLE."""
     multiple = VOCAB_MULTIPLE.get(enc.device.type, 1) if enc.dtype in native.SIXTEEN_BIT else 1
     return -(-vocab_size // multiple) * multiple
 
 
 def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
-    """Whether logits of `num_rows` rows in the dtype of enc are within KEPT_LOGITS_BYTES."""
+    """Returns whether `num_rows` rows of logits fit into KEPT_LOGITS_BYTES."""
     budget = KEPT_LOGITS_BYTES.get(enc.device.type, 0)
     row_bytes = padded_vocab_size(enc, vocab_size) * enc.element_size()
-    # Not bool(...): torch 2.4 cannot trace that of a symbolic size.
+    # Not bool(...): torch 2.4 cannot trace it for a symbolic size.
     return True if num_rows * row_bytes <= budget else False  # noqa: SIM210
 
 
 def _panels(weight: Tensor) -> list[slice]:
-    """Cut the rows of a weight into equal panels of PANEL_BYTES or MIN_PANEL_ROWS, the larger."""
+    """Divides the rows of a weight into equal panels.
+
+    A panel has about PANEL_BYTES, but at least MIN_PANEL_ROWS rows.
+    """
     vocab_size, width = weight.shape
     panel_bytes = PANEL_BYTES.get(weight.device.type)
     count = 1
@@ -75,14 +83,14 @@ def _panels(weight: Tensor) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
-# torch 2.8 and later: a product of 16-bit matrices can be handed out in float32, on CUDA only.
+# Since torch 2.8, a product of 16-bit matrices can be returned as float32, on CUDA only.
 _MM_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def _mm_to_float32(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two 16-bit matrices as a term of a float32 sum.
+    """Returns the product of two 16-bit matrices, to be added to a float32 sum.
 
-    On CUDA it is float32 where torch can return that. Otherwise torch rounds it to 16 bits.
+    On CUDA, it is float32 if torch supports that. Otherwise torch rounds it to 16 bits.
     """
     if _MM_HAS_OUT_DTYPE and left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=torch.float32)
@@ -90,7 +98,7 @@ def _mm_to_float32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def autocast(tensor: Tensor) -> Tensor:
-    """In the dtype that autocast, where it is on, would give a matrix product; float64 stays."""
+    """Casts a tensor as autocast casts the inputs of a matrix product. float64 stays float64."""
     device_type = tensor.device.type
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return tensor.to(torch.get_autocast_dtype(device_type))
@@ -110,15 +118,18 @@ class JointWeights(NamedTuple):
 
 
 class JointTiles:
-    """The joiner of a batch, by tiles. Arguments are trusted; autograd is not involved.
+    """Forward and backward of the joiner of a batch, in tiles, outside of autograd.
+
+    The arguments are not checked.
 
     Args:
         joint: encoder and predictor outputs in the dtype of the arithmetic, and the activation.
         weights: the output layer.
         batch: the lattices.
-        tile_cells: rows of a tile; None chooses.
-        beside_kept: this is a forward that keeps all logits.
-        pads_vocab: logits have :func:`padded_vocab_size` columns. Those of no symbol are -inf.
+        tile_cells: number of rows of a tile; None for an automatic size.
+        beside_kept: whether this is a forward that keeps all logits.
+        pads_vocab: whether the logits have :func:`padded_vocab_size` columns. The additional
+            columns are -inf.
     """
 
     def __init__(
@@ -145,18 +156,18 @@ class JointTiles:
             tile_cells = automatic_tile_cells(joint.enc, self.vocab_size, beside_kept)
         self.tile_cells = tile_cells
         self._panels = _panels(self.weight)
-        self._tile_rows = 0  # of the largest tile
+        self._tile_rows = 0  # rows of the largest tile
         self._wanted: frozenset[str] = frozenset()
-        # What forward does not touch costs it nothing, so gradients come last.
+        # The gradient is last, because pages that forward does not touch take no memory.
         self._widths = {"hidden": self.width, "logits": self.vocab_size, "grad_hidden": self.width}
         self._workspace: Tensor | None = None
-        self._sums: dict[str, Tensor] = {}  # of the gradients, by name
+        self._sums: dict[str, Tensor] = {}  # sums of the gradients, by name
         self._dtypes = {"enc": dtype, "pred": dtype, "weight": weight.dtype}
         if bias is not None:
             self._dtypes["bias"] = bias.dtype
 
     def _pad_vocab(self) -> None:
-        """Appends columns of logits that are -inf, which no softmax sees."""
+        """Appends columns to the logits. They are -inf, which does not change the softmax."""
         padding = self.vocab_size - self._num_symbols
         if padding == 0:
             return
@@ -166,9 +177,9 @@ class JointTiles:
         self.bias = torch.cat([self.bias, self.bias.new_full((padding,), -torch.inf)])
 
     def tiles(self, rows: Tensor | None = None, *, whole_logits: bool = False) -> Iterator[RowTile]:
-        """Tiles of all rows of the batch, or of `rows` (N,), ascending; RowTile has more."""
+        """Yields tiles of all rows of the batch, or of `rows`. The arguments are as in RowTile."""
         total = self.batch.num_rows if rows is None else rows.numel()
-        # Equal tiles: a short one at the end would be as slow as a whole one.
+        # Equal tiles, because a short last tile would take nearly as long as a full one.
         count = -(-total // self.tile_cells)
         self._tile_rows = -(-total // max(count, 1))
         self._workspace = None
@@ -177,10 +188,9 @@ class JointTiles:
             yield RowTile(begin, end - begin, rows, whole_logits=whole_logits)
 
     def buffer(self, name: str, num_rows: int) -> Tensor:
-        """(num_rows, width) of the tile's memory; the next call with this name takes it again."""
+        """Returns the memory (num_rows, width) of a buffer. All calls with a name share it."""
         if self._workspace is None:
-            # In one piece, and not from the heap: in its holes the peak would depend on what else
-            # was made and freed, and be twice as large at times.
+            # One mapping, and not from the heap: fragmentation of the heap could double the peak.
             size = self._tile_rows * sum(self._widths.values())
             self._workspace = native.mapped(size, like=self.joint.enc)
         begin = 0
@@ -191,13 +201,16 @@ class JointTiles:
         return self._workspace[begin : begin + num_rows * width].view(num_rows, width)
 
     def hidden(self, tile: RowTile) -> Tensor:
-        """activation(enc_t + pred_u): (tile rows, D), overwritten by the next tile."""
+        """Computes activation(enc_t + pred_u), (tile rows, D). The next tile overwrites it."""
         out = self.buffer("hidden", tile.size)
         stages.join_forward(self.joint, self.batch, tile, out)
         return out
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden @ weight.T + bias: (tile rows, V), overwritten by the next tile unless `out`."""
+        """Computes hidden @ weight.T + bias, (tile rows, V).
+
+        Without `out`, the next tile overwrites the result.
+        """
         if out is None:
             out = self.buffer("logits", hidden.size(0))
         for panel in self._panels:
@@ -209,9 +222,10 @@ class JointTiles:
         return out
 
     def start_backward(self, wanted: frozenset[str]) -> None:
-        """Makes room for the wanted gradients, of "enc", "pred", "weight" and "bias".
+        """Allocates the sums of the wanted gradients, of "enc", "pred", "weight" and "bias".
 
-        Sums are in float32 or wider: rounded to 16 bits after each tile, they would be wrong.
+        The sums are float32 or float64, because rounding a sum to 16 bits after each tile would
+        lose small terms.
         """
         dtype = native.compute_dtype(self.joint.enc.dtype)
         enc, pred = self.joint.enc, self.joint.pred
@@ -225,7 +239,7 @@ class JointTiles:
             self._sums["bias"] = self.weight.new_zeros(self.vocab_size, dtype=dtype)
 
     def backward(self, tile: RowTile, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Adds what a tile contributes to the gradients."""
+        """Adds the gradients of a tile to the sums."""
         if "weight" in self._sums:
             for panel in self._panels:
                 grad_weight, columns = self._sums["weight"][panel], grad_logits[:, panel]
@@ -245,12 +259,12 @@ class JointTiles:
         """Returns the wanted gradients in the dtypes of the inputs.
 
         Args:
-            scale: a scalar tensor that multiplies them, or None.
+            scale: a scalar tensor by which they are multiplied, or None.
         """
         grads = {}
         for name in self._wanted:
             total = self._sums[name]
-            if name in ("weight", "bias"):  # without the padding of the vocabulary
+            if name in ("weight", "bias"):  # drop the padding of the vocabulary
                 total = total[: self._num_symbols]
             scaled = total if scale is None else total * scale
             grads[name] = scaled.to(self._dtypes[name])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a batch's lattices, and the packed layout."""
+"""The lattices of a batch: their shapes, the packed layout, and their native views."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from transducer_toolkit.ops.checks import check_tensor
 
 @dataclass(frozen=True, eq=False)
 class LatticeShape:
-    """Frames and symbols of every utterance of a batch, as integers on the CPU.
+    """The numbers of frames and symbols of every utterance of a batch, on the CPU.
 
-    Utterance b has ``T_b * (U_b + 1)`` lattice cells. A packed tensor holds the cells of all
-    utterances one after the other, ``(num_cells, ...)``, each utterance in row-major order of
-    (t, u): cell (t, u) of utterance b is row ``cell_offsets[b] + t * (U_b + 1) + u``.
+    Utterance b has ``T_b * (U_b + 1)`` lattice cells. A packed tensor ``(num_cells, ...)`` contains
+    the cells of the utterances one after the other, each utterance in row-major order of (t, u).
+    Cell (t, u) of utterance b is row ``cell_offsets[b] + t * (U_b + 1) + u``.
 
-    Build it once where the lengths are known on the CPU (in collate): whoever gets it never waits
-    for a device to learn how large its output is. After :meth:`to` a device knows the lengths too,
-    and a loss that gets the shape copies nothing to it.
+    Build the shape once, where the lengths are known on the CPU, for example in ``collate_fn``.
+    Functions that take the shape can size their outputs without a device synchronization. After
+    :meth:`to`, the lengths are also on the device, so a loss copies nothing.
+
+    Attributes:
+        logit_lengths: (B,) int64 on the CPU, the number of frames T_b of each utterance.
+        target_lengths: (B,) int64 on the CPU, the number of symbols U_b of each utterance.
+        num_utterances: B.
+        max_frames: T, the largest T_b.
+        max_targets: U, the largest U_b.
+        num_frames: the sum of all T_b.
+        num_cells: the number of cells of all lattices.
+        cell_offsets: (B + 1,) int64 on the CPU, the first row of each utterance, and ``num_cells``.
 
     Example:
         >>> shape = LatticeShape.from_lengths([2, 3], [1, 0])
@@ -34,14 +44,14 @@ class LatticeShape:
         torch.Size([7, 5])
     """
 
-    logit_lengths: Tensor  # (B,) int64, CPU: T_b, frames
-    target_lengths: Tensor  # (B,) int64, CPU: U_b, symbols
-    num_utterances: int = field(init=False)  # B
-    max_frames: int = field(init=False)  # T
-    max_targets: int = field(init=False)  # U
-    num_frames: int = field(init=False)  # of all utterances
+    logit_lengths: Tensor
+    target_lengths: Tensor
+    num_utterances: int = field(init=False)
+    max_frames: int = field(init=False)
+    max_targets: int = field(init=False)
+    num_frames: int = field(init=False)
     num_cells: int = field(init=False)
-    cell_offsets: Tensor = field(init=False)  # (B + 1,) int64, CPU
+    cell_offsets: Tensor = field(init=False)
     _indices: dict[torch.device, Tensor] = field(init=False, repr=False)  # index() of each device
 
     def __post_init__(self) -> None:
@@ -72,41 +82,45 @@ class LatticeShape:
         """Checks the lengths and builds the shape.
 
         Args:
-            logit_lengths: (B,) frames of each utterance, at least 1. A tensor on a device is
-                copied, which waits for that device.
-            target_lengths: (B,) symbols of each utterance, at least 0.
+            logit_lengths: (B,) number of frames of each utterance, at least 1. Copying a tensor
+                from a device synchronizes with the device.
+            target_lengths: (B,) number of symbols of each utterance, at least 0.
+
+        Returns:
+            The shape.
 
         Raises:
-            ValueError: lengths are empty, of different size, or out of range.
-            TypeError: lengths are not integers.
+            TypeError: if the lengths are not integers.
+            ValueError: if the lengths are empty, differ in number, or are out of range.
         """
         frames = _lengths(logit_lengths, "logit_lengths", minimum=1)
         targets = _lengths(target_lengths, "target_lengths", minimum=0)
         if frames.numel() != targets.numel():
             raise ValueError(
-                f"target_lengths: expected {frames.numel()} lengths, as many as logit_lengths, "
+                f"target_lengths: expected {frames.numel()} lengths, B of logit_lengths, "
                 f"got {targets.numel()}"
             )
-        # In floating point first: a product of absurd lengths must not wrap round to a small one.
+        # In floating point, because an int64 product of very large lengths could overflow to a
+        # small number.
         if (frames.double() * (targets.double() + 1)).sum() >= 2**62:
             raise ValueError(
-                f"logit_lengths, target_lengths: too large, up to {int(frames.max())} frames and "
-                f"{int(targets.max())} symbols"
+                "logit_lengths, target_lengths: expected fewer than 2**62 cells, got up to "
+                f"{int(frames.max())} frames and {int(targets.max())} symbols"
             )
         return cls(frames, targets)
 
     def to(self, *args: Any, **kwargs: Any) -> LatticeShape:
-        """Itself, after one copy of the lengths to a device that has none yet.
+        """Copies the lengths to a device, unless it already has them; returns the shape itself.
 
-        The copy comes from pinned memory, on the current stream of the device, and is not waited
-        for. As with any tensor that is copied, another stream has to wait for that one before it
-        uses the shape: ``other.wait_stream(current)``. The lengths also stay on the CPU, so that
-        reading a size needs no synchronization.
-        Needed before a CUDA graph is captured; keep the shape as long as the graph. Takes the
-        arguments of ``Tensor.to``, so that a trainer moves a shape with its batch.
+        The copy is asynchronous, from pinned memory on the current stream of the device. Another
+        stream must wait for this stream before it uses the shape: ``other.wait_stream(current)``.
+        The lengths also stay on the CPU, so that reading a size needs no synchronization.
+
+        Call this method before a CUDA graph is captured, and keep the shape as long as the graph.
+        It takes the arguments of ``Tensor.to``, so that a trainer can move a shape with its batch.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured.
+            RuntimeError: if a CUDA graph is being captured and the device has no copy yet.
         """
         device = kwargs.get("device", args[0] if args else None)
         if isinstance(device, Tensor):
@@ -121,16 +135,18 @@ class LatticeShape:
         return self
 
     def index(self, device: torch.device) -> Tensor | None:
-        """Frames, symbols, first cell and first frame of each utterance, as the stages want them.
+        """Returns the lengths and offsets of the utterances on a device, for the stages.
 
         Returns:
-            (4, B) int64 on `device`, None if :meth:`to` was not called for it.
+            (4, B) int64 on `device`: frames, symbols, first cell and first frame of each
+            utterance. None if :meth:`to` was not called for the device.
         """
         return self._indices.get(device)
 
     def __getstate__(self) -> dict[str, Any]:
         cpu = torch.device("cpu")
-        return {**vars(self), "_indices": {cpu: self._indices[cpu]}}  # no device's memory
+        # A pickled shape must not refer to the memory of a device.
+        return {**vars(self), "_indices": {cpu: self._indices[cpu]}}
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor]:
@@ -138,13 +154,17 @@ class LatticeShape:
         return self.logit_lengths, self.target_lengths
 
     def pack(self, padded: Tensor) -> Tensor:
-        """Packs a padded tensor; differentiable.
+        """Packs a padded tensor. The operation is differentiable.
 
         Args:
-            padded: (B, T, U + 1, ...), T and U at least those of the shape.
+            padded: (B, T, U + 1, ...), where T and U are at least ``max_frames`` and
+                ``max_targets``.
 
         Returns:
             (num_cells, ...), same dtype and device.
+
+        Raises:
+            ValueError: if the shape of ``padded`` does not fit.
         """
         expected = (self.num_utterances, self.max_frames, self.max_targets + 1)
         if (
@@ -154,17 +174,28 @@ class LatticeShape:
             or (padded.size(2) < expected[2])
         ):
             raise ValueError(
-                f"padded: expected (B, T, U + 1, ...) of at least {expected}, "
+                f"padded: expected shape (B, T, U + 1, ...), at least {expected}, "
                 f"got {tuple(padded.shape)}"
             )
         return padded[self._mask(padded.size(1), padded.size(2), padded.device)]
 
     def unpack(self, packed: Tensor, fill: float = 0.0) -> Tensor:
-        """The inverse of :meth:`pack`: (num_cells, ...) -> (B, T, U + 1, ...), padding = fill."""
+        """Unpacks a packed tensor, the inverse of :meth:`pack`. The operation is differentiable.
+
+        Args:
+            packed: (num_cells, ...).
+            fill: value of padding.
+
+        Returns:
+            (B, T, U + 1, ...), same dtype and device.
+
+        Raises:
+            ValueError: if the shape of ``packed`` does not fit.
+        """
         if packed.dim() < 1 or packed.size(0) != self.num_cells:
             raise ValueError(
-                f"packed: expected {self.num_cells} rows, one for each cell, "
-                f"got shape {tuple(packed.shape)}"
+                f"packed: expected shape ({self.num_cells}, ...), one row for each cell, "
+                f"got {tuple(packed.shape)}"
             )
         grid = (self.num_utterances, self.max_frames, self.max_targets + 1)
         mask = self._mask(grid[1], grid[2], packed.device)
@@ -178,15 +209,19 @@ class LatticeShape:
 
 
 def check_shape(shape: object, num_utterances: int) -> None:
-    """Raises unless `shape` is None or a LatticeShape of that many utterances."""
+    """Checks that `shape` is None or a LatticeShape of `num_utterances` utterances.
+
+    Raises:
+        TypeError: if it is another object.
+        ValueError: if it has another number of utterances.
+    """
     if shape is None:
         return
     if not isinstance(shape, LatticeShape):
         raise TypeError(f"shape: expected a LatticeShape, got {type(shape).__name__}")
     if shape.num_utterances != num_utterances:
         raise ValueError(
-            f"shape: expected {num_utterances} utterances, as many as targets, "
-            f"got {shape.num_utterances}"
+            f"shape: expected {num_utterances} utterances, B of targets, got {shape.num_utterances}"
         )
 
 
@@ -194,7 +229,7 @@ def _lengths(lengths: Tensor | Sequence[int], name: str, *, minimum: int) -> Ten
     if isinstance(lengths, Tensor):
         check_tensor(lengths, name)
         if lengths.device.type == "meta":
-            raise ValueError(f"{name}: expected numbers, got a tensor on device meta")
+            raise ValueError(f"{name}: expected a tensor with data, got one on device meta")
         tensor = lengths.detach().cpu()
     else:
         try:
@@ -202,7 +237,7 @@ def _lengths(lengths: Tensor | Sequence[int], name: str, *, minimum: int) -> Ten
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name}: expected integers, got {lengths!r}") from error
     if tensor.dim() != 1 or tensor.numel() == 0:
-        raise ValueError(f"{name}: expected a shape of (B,) with B >= 1, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected shape (B,) with B >= 1, got {tuple(tensor.shape)}")
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
     tensor = tensor.to(torch.int64, copy=True)
@@ -218,13 +253,13 @@ def _index(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Lengths(NamedTuple):
-    """Frames and symbols of each utterance.
+    """The numbers of frames and symbols of each utterance.
 
     Attributes:
         logit_lengths: (B,) integers, on the CPU or the device of the stage.
         target_lengths: (B,) integers, on the CPU or the device of the stage.
-        shape_index: LatticeShape.index of these lengths on the device of the stage, if there is
-            one; then nothing is copied from the CPU.
+        shape_index: :meth:`LatticeShape.index` of these lengths on the device of the stage, or
+            None. With it, nothing is copied from the CPU.
     """
 
     logit_lengths: Tensor
@@ -233,10 +268,10 @@ class Lengths(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The cells that exist: `width` of each frame.
+    """A band of the lattice: each frame has cells for `width` consecutive symbols only.
 
     Attributes:
-        start: (B, T) integers, the first symbol of each frame's cells.
+        start: (B, T) integers, the first symbol of each frame.
         width: R.
     """
 
@@ -245,23 +280,27 @@ class Band(NamedTuple):
 
     @classmethod
     def of(cls, ranges: Tensor | None) -> Band | None:
-        """Returns the band of ranges (B, T, R), None for None."""
+        """Returns the band of ranges (B, T, R), or None if ranges is None."""
         return None if ranges is None else cls(ranges[:, :, 0], ranges.size(2))
 
 
 class LatticeBatch:
-    """Native view of a batch's lattices: which row of a logits-like tensor each cell is.
+    """Native view of the lattices of a batch, which maps each cell to a row of the logits.
 
     Args:
-        lengths: frames and symbols of each utterance.
-        targets: (B, U) integers on the device of the stage; padding may hold anything.
-        max_frames: T; no utterance has more frames.
-        padded: rows laid out as (B, T, U + 1), or (B, T, R) with a band, instead of packed.
-        num_rows: rows of the logits-like tensor; None computes them from lengths on the CPU.
-        band: the cells that exist; None: all U + 1 of each frame.
-        begins: (B, 2) integers, symbol and frame at which each lattice begins inside of the
-            padded layout; lengths count from there. None: zeros.
-        skip: (B,) bool on the device: utterances without cells. Their rows are padding.
+        lengths: numbers of frames and symbols of each utterance.
+        targets: (B, U) integers on the device of the stage. Padding may hold any value.
+        max_frames: T, the largest number of frames of an utterance.
+        padded: whether the rows have the layout (B, T, U + 1), or (B, T, R) with a band. Otherwise
+            they are packed.
+        num_rows: number of rows of the logits; None to compute it from lengths on the CPU.
+        band: the cells that exist, or None if all U + 1 cells of each frame exist.
+        begins: (B, 2) integers, the symbol and the frame at which each lattice begins in the padded
+            layout. The lengths are counted from there. None for zeros.
+        skip: (B,) bool on the device, the utterances that have no cells. Their rows are padding.
+
+    Raises:
+        ValueError: if a shape does not fit.
     """
 
     def __init__(
@@ -279,7 +318,8 @@ class LatticeBatch:
         device = targets.device
         logit_lengths, target_lengths, index = lengths
         band_start, band_width = (None, 0) if band is None else band
-        # Lengths on the CPU are worked on there: num_rows is known without waiting for a device.
+        # Keep lengths that are on the CPU there, so that num_rows is known without a
+        # synchronization.
         on_cpu = logit_lengths.device.type == target_lengths.device.type == "cpu"
         place = torch.device("cpu") if on_cpu and begins is None and index is None else device
         if index is None:
@@ -288,7 +328,7 @@ class LatticeBatch:
             num_frames, num_targets, first_cell, frames_before = index.unbind()
         targets = _index(targets, device)
         num_utterances, max_targets = targets.shape
-        # The stages read so many elements, whatever the caller forgot to check.
+        # The stages read this many elements, so a wrong shape would read out of bounds.
         for name, tensor, size in (
             ("logit_lengths", logit_lengths, (num_utterances,)),
             ("target_lengths", target_lengths, (num_utterances,)),
@@ -310,7 +350,8 @@ class LatticeBatch:
                 assert num_rows is not None
                 first_row = frames_before * stride if stride else first_cell
             else:
-                # Clamped: lengths nobody validated must not make the rows of two overlap.
+                # Clamped, because unvalidated lengths could otherwise make the rows of two
+                # utterances overlap.
                 columns = stride or (num_targets.clamp(-1, max_targets) + 1)
                 ends = (num_frames.clamp(0, max_frames) * columns).cumsum(0)
                 first_row = torch.cat([ends.new_zeros(1), ends[:-1]])
@@ -319,7 +360,8 @@ class LatticeBatch:
             band_start = _index(band_start, device)
         if begins is not None:
             first_symbol, first_frame = (_index(part, device) for part in begins.unbind(1))
-            # What leaves the rows of its utterance gets a length that no stage accepts.
+            # A lattice that leaves the rows of its utterance gets the invalid length -1, for which
+            # the stages return NaN.
             is_inside = (first_symbol >= 0) & (first_symbol <= max_targets - num_targets)
             is_inside &= (first_frame >= 0) & (first_frame <= max_frames - num_frames)
             num_frames = torch.where(is_inside, num_frames, -1)
@@ -335,7 +377,7 @@ class LatticeBatch:
             together = torch.stack([num_frames, num_targets, first_row])
             num_frames, num_targets, first_row = native.upload(together, device).unbind()
         if skip is not None:
-            num_frames = num_frames.masked_fill(skip, -1)  # an invalid length
+            num_frames = num_frames.masked_fill(skip, -1)  # an invalid length: no cells
         self.num_rows = num_rows
         self.num_utterances = num_utterances
         self.max_frames = max_frames
@@ -360,24 +402,25 @@ class LatticeBatch:
         )
 
     def all_rows(self) -> RowTile:
-        """The tile of all rows, padding included."""
+        """Returns the tile of all rows, including padding."""
         return RowTile(0, self.num_rows)
 
 
 def _shift(rows: Tensor, begins: Tensor) -> Tensor:
-    """Each row (B, N) moved left by its own number of places; the elements at the ends fill up."""
+    """Returns rows (B, N), each shifted left by its own number of elements, with edge padding."""
     places = torch.arange(rows.size(1), device=rows.device) + begins[:, None]
     return rows.gather(1, places.clamp(0, rows.size(1) - 1)) if rows.size(1) else rows
 
 
 class RowTile:
-    """Some rows of a batch, in ascending order: what one call of a stage works on.
+    """The rows of a batch that one call of a stage processes, in ascending order.
 
     Args:
-        begin: first row, or first element of `rows`.
+        begin: the first row; with `rows`, the index of the first element of `rows`.
         size: number of rows.
-        rows: (N,) int64, ascending; None: begin, begin + 1, ...
-        whole_logits: logits_grad reads the logits of all rows of the batch.
+        rows: (N,) int64, ascending; None for the rows begin, begin + 1, ...
+        whole_logits: whether the logits passed to logits_grad contain all rows of the batch, and
+            not only those of the tile.
     """
 
     def __init__(
@@ -385,7 +428,7 @@ class RowTile:
     ) -> None:
         self.begin = begin
         self.size = size
-        self.rows = rows  # kept alive for the stages, too
+        self.rows = rows  # also keeps the tensor alive, whose address the stages use
         address = 0 if rows is None else native.address(rows)
         self.native = native.extension.RowTile(
             rows=address, begin=begin, size=size, whole_logits=whole_logits
@@ -394,7 +437,7 @@ class RowTile:
 
 @dataclass(frozen=True)
 class CellScores:
-    """Scores of every row of a batch: the output of stage 1 and the input of stage 2.
+    """Scores of every row of a batch, the output of stage 1 and the input of stage 2.
 
     Attributes:
         blank: (rows,) float64, log-probability of blank.
@@ -408,7 +451,7 @@ class CellScores:
 
     @classmethod
     def zeros(cls, batch: LatticeBatch, device: torch.device) -> CellScores:
-        """Returns scores for stage 1 to write. It leaves padding alone, which stays zero."""
+        """Returns zeros, into which stage 1 writes. Stage 1 does not write padding."""
         return cls(
             *(
                 torch.zeros(batch.num_rows, dtype=native.SCORE_DTYPE, device=device)

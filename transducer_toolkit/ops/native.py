@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled module and describes it: dtypes, devices, streams, addresses, memory.
+"""The interface to the compiled module: dtypes, devices, streams, addresses and memory.
 
-This is the only file that imports ``transducer_toolkit._C``.
+No other file imports ``transducer_toolkit._C``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ except ImportError as error:
     if (_here.parents[1] / "CMakeLists.txt").exists():
         raise ImportError(
             "transducer_toolkit was imported from its source tree, where the compiled module "
-            "transducer_toolkit._C has not been built. The tree shadows an installed package when "
-            "Python starts in it: leave the folder, or build in place with `pip install -e .` "
-            f"(original error: {error})"
+            "transducer_toolkit._C has not been built. If Python starts in the source tree, the "
+            "tree hides an installed package: change to another folder, or build in place with "
+            f"`pip install -e .` (original error: {error})"
         ) from error
     raise ImportError(
         "the compiled module transducer_toolkit._C is missing or was built for another Python: "
@@ -46,24 +46,28 @@ SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What arithmetic on `dtype` happens in, and losses come out in: float32 for 16-bit types."""
+    """Returns the dtype of arithmetic and losses for inputs of `dtype`: float32 for 16 bits."""
     return torch.float32 if dtype in SIXTEEN_BIT else dtype
 
 
-# Of scores, posteriors and sums of logarithms (csrc/common.h: Score).
+# The dtype of scores, posteriors and sums of logarithms (Score in csrc/common.h).
 SCORE_DTYPE = torch.float64
 
 
 def build_info() -> dict[str, Any]:
-    """What this binary is.
+    """Returns a description of the compiled module.
 
     Returns:
-        version, compiler, build_type, cpu_path ("avx512", "avx2" or "baseline"), cuda_runtime (e.g.
-        13000, 0 without CUDA), cuda_architectures (e.g. "75-real 80-real 80-virtual"),
-        cuda_driver_floor (the lowest NVIDIA driver branch, e.g. 580; 0 without CUDA) and
-        cuda_devices (how many can be used here; 0 without CUDA in the build or in torch). Until
-        torch initializes CUDA, devices are counted as torch.cuda.device_count() does, so that a
-        process that is forked later can still use them.
+        A dictionary with these keys:
+
+        - version, compiler, build_type;
+        - cpu_path: "avx512", "avx2" or "baseline";
+        - cuda_runtime: for example 13000; 0 without CUDA;
+        - cuda_architectures: for example "75-real 80-real 80-virtual";
+        - cuda_driver_floor: the lowest NVIDIA driver branch, for example 580; 0 without CUDA;
+        - cuda_devices: the number of usable devices; 0 if this build or torch has no CUDA. Before
+          torch initializes CUDA, torch.cuda.device_count() counts them, so that a process that is
+          forked later can still use CUDA.
 
     Example:
         >>> build_info()["cpu_path"] in ("avx512", "avx2", "baseline")
@@ -76,7 +80,7 @@ def build_info() -> dict[str, Any]:
     info["cuda_driver_floor"] = {0: 0, 11: 450, 12: 525, 13: 580}.get(runtime // 1000, 580)
     info["cuda_devices"] = 0
     if runtime:
-        # Our own count initializes the driver, which a forked process cannot do again.
+        # Our own count initializes the driver. A forked process could then not use CUDA.
         ours, torchs = extension.cuda.device_count, torch.cuda.device_count
         info["cuda_devices"] = (ours if torch.cuda.is_initialized() else torchs)()
     return info
@@ -89,18 +93,24 @@ def require_supported_device(device: torch.device) -> None:
     if device.type == "cuda":
         raise RuntimeError(
             "the tensors are on a CUDA device, but this transducer_toolkit was built without CUDA. "
-            "Put nvcc on the PATH and rebuild: CMAKE_ARGS=-DTRANSDUCER_CUDA=ON pip install "
+            "Add nvcc to the PATH and rebuild: CMAKE_ARGS=-DTRANSDUCER_CUDA=ON pip install "
             "--force-reinstall --no-deps --no-cache-dir transducer_toolkit"
         )
-    raise RuntimeError(f"no transducer stage for device type {device.type!r}: expected cpu or cuda")
+    raise RuntimeError(f"device: expected type cpu or cuda, got {device.type!r}")
 
 
 class Backend:
-    """The stages for one kind of device, and how they are told to run."""
+    """The stages for one type of device, with their number of threads or their stream.
+
+    Attributes:
+        stages: the module of the compiled functions.
+        is_cuda: whether they are the CUDA stages, real or emulated.
+        queue: the keyword argument that sets the number of threads or the stream.
+    """
 
     def __init__(self, stages: Any, device: torch.device) -> None:
         self.stages = stages
-        self.is_cuda = stages is not extension.cpu  # or emulated: the same functions
+        self.is_cuda = stages is not extension.cpu
         if not self.is_cuda:
             self.queue = {"num_threads": torch.get_num_threads()}
         elif device.type == "cuda":
@@ -114,7 +124,7 @@ _stages_for_cpu_tensors: Any = extension.cpu
 
 @contextmanager
 def backend_of(tensor: Tensor) -> Iterator[Backend]:
-    """The backend that holds the tensor; inside, its device is CUDA's current one."""
+    """Yields the backend of the tensor's device, which is the current CUDA device inside."""
     device = tensor.device
     is_cuda = device.type == "cuda"
     with torch.cuda.device(device) if is_cuda else nullcontext():
@@ -123,9 +133,12 @@ def backend_of(tensor: Tensor) -> Iterator[Backend]:
 
 @contextmanager
 def emulated(module: Any) -> Iterator[None]:
-    """For tests: inside, the CUDA stages of the module _emulated serve tensors on the CPU.
+    """Runs the emulated CUDA stages on tensors on the CPU, for tests.
 
-    Holds for the whole process, not for the thread.
+    It affects all threads of the process.
+
+    Args:
+        module: the module _emulated.
     """
     global _stages_for_cpu_tensors
     before = _stages_for_cpu_tensors
@@ -137,7 +150,7 @@ def emulated(module: Any) -> Iterator[None]:
 
 
 def address(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()  # the stages know no strides
+    assert tensor.is_contiguous()  # the stages do not take strides
     return tensor.data_ptr()
 
 
@@ -145,7 +158,7 @@ _HUGE_FROM_BYTES = 8 * 2**20
 
 
 def empty(*size: int, like: Tensor) -> Tensor:
-    """A tensor of dtype and device of `like`, on huge pages if it is large and on the CPU."""
+    """Returns an uninitialized tensor like `like`, on huge pages if it is large and on the CPU."""
     tensor = like.new_empty(size)
     num_bytes = tensor.numel() * tensor.element_size()
     if tensor.device.type == "cpu" and num_bytes >= _HUGE_FROM_BYTES:
@@ -154,17 +167,22 @@ def empty(*size: int, like: Tensor) -> Tensor:
 
 
 def mapped(size: int, like: Tensor) -> Tensor:
-    """(size,) of dtype and device of `like`; large ones on the CPU come from the system itself.
+    """Returns an uninitialized tensor (size,) with the dtype and the device of `like`.
 
-    The allocator's heap keeps what is freed, in pieces that the next tensor of the same size does
-    not always fit; this goes back when the tensor does.
+    A large tensor on the CPU is mapped with mmap, so that the operating system gets its memory back
+    when the tensor is freed. Memory from the heap would stay in the process, and fragmentation of
+    the heap could raise the peak.
+
+    Raises:
+        RuntimeError: if there is not enough memory.
     """
     num_bytes = size * like.element_size()
     if like.device.type != "cpu" or num_bytes < _HUGE_FROM_BYTES:
         return like.new_empty(size)
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:  # what torch raises
+    except OSError as error:
+        # A RuntimeError, as torch's allocator raises.
         raise RuntimeError(f"not enough memory: tried to map {num_bytes} bytes") from error
     tensor = torch.frombuffer(memory, dtype=like.dtype)
     extension.cpu.advise_huge_pages(data=tensor.data_ptr(), bytes=num_bytes)
@@ -172,20 +190,20 @@ def mapped(size: int, like: Tensor) -> Tensor:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: nothing may be copied from the host or waited for."""
+    """Returns whether a CUDA graph is being captured, which forbids uploads and synchronization."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor on the CPU that runs behind what the device is still doing.
+    """Copies a tensor from the CPU to a device asynchronously, on the current stream.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: if a CUDA graph is being captured.
     """
     if is_capturing(device):
         raise RuntimeError(
-            "a CUDA graph that is being captured cannot copy lengths from the CPU: make a "
-            f"LatticeShape, call its to({str(device)!r}) before, and pass it as shape"
+            "lengths cannot be copied from the CPU while a CUDA graph is being captured: make a "
+            f"LatticeShape, call its to({str(device)!r}) before the capture, and pass it as shape"
         )
     if device.type == "cuda":
         tensor = tensor.pin_memory()

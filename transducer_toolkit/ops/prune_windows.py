@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows of symbols for the pruned loss: the mass of each, and the best feasible sequence."""
+"""Windows of symbols for the pruned loss: their masses, and the best feasible sequence."""
 
 from __future__ import annotations
 
@@ -10,55 +10,73 @@ from torch import Tensor
 
 from transducer_toolkit.ops.topology import Topology
 
-# float32 posteriors make windows that hold all of the mass unequal in the seventh digit; a start
-# chosen by that is chosen at random.
+# Several windows of a frame may contain all of the mass. Rounding of float32 posteriors makes their
+# masses differ in the seventh digit, so differences below this value are ignored.
 EQUAL_MASS = 2.0**-20
 
 
 def window_mass(px_grad: Tensor, py_grad: Tensor, width: int) -> Tensor:
-    """(B, T, S + 2 - R) float64: mass of each frame's window by its start."""
+    """Returns the mass of the window of each frame and start, (B, T, S + 2 - R) float64."""
     blank = py_grad.detach().to(torch.float64)
     num_starts = blank.size(1) - width + 1
     mass = blank[:, :num_starts].clone()
     for column in range(1, width):
         mass += blank[:, column : column + num_starts]
-    # What enters from below; no symbol enters at column 0.
+    # Subtract the posterior of the symbol that enters the window. No symbol enters column 0.
     mass[:, 1:] -= px_grad.detach()[:, : num_starts - 1, : blank.size(2)]
     return mass.transpose(1, 2)
 
 
 def _lowest_from_here_on(values: Tensor) -> Tensor:
-    """out[b, t] = min over t' >= t of values[b, t']."""
+    """Returns out[b, t] = min over t' >= t of values[b, t']."""
     return values.flip(1).cummin(1).values.flip(1)
 
 
 def greedy_starts(
     mass: Tensor, t_begin: Tensor, t_end: Tensor, first: Tensor, last: Tensor, step: int
 ) -> Tensor:
-    """Best window of each frame, repaired; (B, T), of no meaning in padding."""
+    """Returns the best start of each frame, changed to a feasible sequence.
+
+    See :func:`~transducer_toolkit.get_rnnt_prune_ranges` for the conditions.
+
+    Args:
+        mass: (B, T, starts), from :func:`window_mass`.
+        t_begin: (B,) the first real frame.
+        t_end: (B,) the end of the real frames.
+        first: (B,) the start of the first real frame.
+        last: (B,) the start of the last real frame.
+        step: the largest increase of the start from frame to frame.
+
+    Returns:
+        (B, T) int64 starts, meaningless in padding.
+    """
     frames = torch.arange(mass.size(1), device=mass.device)
-    starts = torch.round(mass / EQUAL_MASS).argmax(2)  # the lowest of equals
-    # The last real frame's start is given, and is the upper bound for the frames before it.
+    starts = torch.round(mass / EQUAL_MASS).argmax(2)  # argmax returns the lowest of equal starts
+    # The start of the last real frame is fixed. It is an upper bound for the frames before it.
     starts = torch.where(frames < t_end[:, None] - 1, starts, last[:, None])
     starts = torch.maximum(_lowest_from_here_on(starts), first[:, None])
-    # A step of at most `step` means that step * t - start never decreases.
+    # If no increase is above `step`, then step * t - start never decreases.
     slack = _lowest_from_here_on(step * frames - starts)
-    # And the first real frame starts at `first`: nothing before it can be further than that allows.
+    # The first real frame starts at `first`, so frame t starts at most step * (t - t_begin) later.
     return torch.minimum(step * frames - slack, first[:, None] + step * (frames - t_begin[:, None]))
 
 
 def optimal_starts(
     mass: Tensor, t_begin: Tensor, t_end: Tensor, first: Tensor, last: Tensor, step: int
 ) -> Tensor:
-    """The feasible sequence of largest total mass; of equals, the lower starts from the end on."""
+    """Returns the feasible sequence of largest total mass (B, T), by dynamic programming.
+
+    Among equal predecessors it selects the lowest. The arguments are those of
+    :func:`greedy_starts`.
+    """
     num_utterances, num_frames, num_starts = mass.shape
     impossible = mass.new_full((num_utterances, num_starts), float("-inf"))
     everywhere = torch.arange(num_starts, device=mass.device)
     step = min(step, num_starts - 1)
-    best = impossible  # total mass of the best way to each start
+    best = impossible  # total mass of the best sequence that ends in each start
     steps_back = []
     for t in range(num_frames):
-        # Windows over the possible predecessors s - step ... s of each start s.
+        # The possible predecessors of start s are s - step, ..., s.
         padded = torch.nn.functional.pad(best, (step, 0), value=float("-inf"))
         came_from = padded.unfold(1, step + 1, 1)  # (B, starts, step + 1)
         choice = came_from.argmax(2)
@@ -77,13 +95,13 @@ def optimal_starts(
 
 
 def feasible_width(s_range: int, boundary: Tensor, num_symbols: int, topology: Topology) -> int:
-    """R raised to what the utterances need, with a warning, and cut to S + 1."""
+    """Returns R, raised to the minimum of all utterances with a warning, and at most S + 1."""
     symbols, frames = (boundary[:, 2:] - boundary[:, :2]).unbind(1)
     needed = torch.ones_like(symbols)
     if topology.labels_share_frames:
-        # R - 1 columns a frame, T frames: (R - 1) * T >= U.
+        # T frames with an increase of at most R - 1 must reach column U: (R - 1) * T >= U.
         needed = torch.div(symbols - 1, frames, rounding_mode="floor") + 2
-    elif topology.label_takes_blank:  # a label needs the blank of the next column
+    elif topology.label_takes_blank:  # a label uses the blank of the next column
         needed = needed + (symbols > 0)
     utterance = int(needed.argmax())
     width = max(s_range, int(needed[utterance]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator that runs stage 2 on dense scores (B, T, U + 1), for the k2-compatible losses."""
+"""The operator that runs stage 2 on dense scores (B, T, S + 1), for the k2-compatible losses."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class DenseScores(NamedTuple):
     """Tensors of :func:`lattice_losses`.
 
     Attributes:
-        blank: (B, T, S + 1), any floating dtype and strides.
+        blank: (B, T, S + 1) of any floating dtype, with any strides.
         label: (B, T, S), or (B, T + 1, S) with an open end.
-        boundary: (B, 4) int64; values on the CPU are checked.
+        boundary: (B, 4) int64. Values on the CPU are checked.
     """
 
     blank: Tensor
@@ -34,10 +34,10 @@ class RecursionOptions:
     """Options of :func:`lattice_losses`.
 
     Attributes:
-        topology: one whose label arcs take no blank.
-        open_end: a path ends in frame t_end, which has label scores only, instead of with the arc
-            that leaves frame t_end - 1.
-        exact: the scores were computed in float64 (stages.lattice).
+        topology: a topology whose label arcs include no blank, so not "constrained".
+        open_end: whether a path ends in cell (t_end, s_end), where frame t_end has label scores
+            only. Otherwise it ends with the arc that leaves frame t_end - 1.
+        exact: whether the scores were computed in float64 (see stages.lattice).
     """
 
     topology: str
@@ -46,7 +46,7 @@ class RecursionOptions:
 
 
 class RecursionPlan(NamedTuple):
-    """Whether the posteriors are wanted; every gradient needs them."""
+    """Whether to compute the posteriors. Every gradient needs them."""
 
     with_posteriors: bool
 
@@ -56,10 +56,9 @@ class DenseLosses(NamedTuple):
 
     Attributes:
         losses: (B,) float64, differentiable.
-        blank_posteriors: shaped like blank, float64.
-        label_posteriors: shaped like label, float64.
-
-    The posteriors are constants, and have no elements unless they are wanted.
+        blank_posteriors: float64, with the shape of blank; not differentiable. Without
+            with_posteriors it has no elements.
+        label_posteriors: float64, with the shape of label; otherwise as blank_posteriors.
     """
 
     losses: Tensor
@@ -70,7 +69,7 @@ class DenseLosses(NamedTuple):
 def lattice_losses(
     scores: DenseScores, options: RecursionOptions, *, with_posteriors: bool
 ) -> DenseLosses:
-    """Runs stage 2 on dense scores; differentiable."""
+    """Runs stage 2 on dense scores. The losses are differentiable."""
     losses, blank_posteriors, label_posteriors = operator(
         scores, options, RecursionPlan(with_posteriors)
     )
@@ -78,7 +77,10 @@ def lattice_losses(
 
 
 def _shift(scores: Tensor, frames: Tensor, columns: Tensor) -> Tensor:
-    """out[b, t, u] = scores[b, t + frames[b], u + columns[b]]; 0 before the first row or column."""
+    """Returns out[b, t, u] = scores[b, t + frames[b], u + columns[b]].
+
+    Elements before the first row or column are 0; those after the last repeat it.
+    """
     _, num_rows, num_columns = scores.shape
     device = scores.device
     rows = torch.arange(num_rows, device=device) + frames[:, None]  # (B, T)
@@ -93,7 +95,7 @@ def _shift(scores: Tensor, frames: Tensor, columns: Tensor) -> Tensor:
 
 
 def _may_hold(condition: Tensor) -> bool:
-    """False if no element is true, which is looked at where that waits for no device."""
+    """Returns False if no element is true. On a device, returns True without a synchronization."""
     return not condition.is_cpu or bool(condition.any())
 
 
@@ -107,7 +109,8 @@ def _forward(scores: DenseScores, options: RecursionOptions, plan: RecursionPlan
     may_shift = boundary.device.type != "cpu" or bool(boundary[:, :2].any())
     s_begin, t_begin, s_end, t_end = boundary.to(blank.device).unbind(1)
 
-    # One row more than frames if the path ends in frame T; labels get a column nobody reads.
+    # With an open end, there is one more row than frames. Labels get one more column, which is
+    # never used.
     rows = num_frames + options.open_end
     shape = (num_utterances, rows, num_columns)
     blank_score, label_score = (blank.new_empty(shape, dtype=native.SCORE_DTYPE) for _ in range(2))
@@ -147,7 +150,7 @@ def _forward(scores: DenseScores, options: RecursionOptions, plan: RecursionPlan
         with_uses=plan.with_posteriors,
         exact=options.exact,
     )
-    # +inf is no score: its utterance is NaN, and says so.
+    # A score of +inf is invalid, so the loss of its utterance becomes NaN.
     is_bad = losses == float("-inf")
     losses = losses.masked_fill(is_bad, float("nan"))
     if not plan.with_posteriors:
@@ -158,7 +161,7 @@ def _forward(scores: DenseScores, options: RecursionOptions, plan: RecursionPlan
             posterior.masked_fill_(is_bad[:, None, None], float("nan"))
     if may_shift:
         posteriors = [_shift(posterior, -t_begin, -s_begin) for posterior in posteriors]
-    if options.open_end:  # the blank that leaves frame t_end is our own
+    if options.open_end:  # this function has added the blank that leaves frame t_end
         posteriors[0][utterances, end] = 0
     return DenseLosses(
         losses,
@@ -178,7 +181,10 @@ def _fake(scores: DenseScores, options: RecursionOptions, plan: RecursionPlan) -
 
 
 def _backward(call: Backward) -> dict[str, Tensor]:
-    """-posteriors * loss_grad in the dtype of the scores; 0 where loss_grad is, even beside NaN."""
+    """Returns -posteriors * loss_grad in the dtype of the scores.
+
+    The gradient is 0 if loss_grad is 0, even if the posteriors are NaN.
+    """
     weight = -call.grads["losses"][:, None, None]
     posteriors = {"blank": call.outputs.blank_posteriors, "label": call.outputs.label_posteriors}
     grads = {}
@@ -209,7 +215,7 @@ operator = Operator(
 def posteriors_of_symbols_and_frames(
     label_posteriors: Tensor, blank_posteriors: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(B, frames, S) and (B, T, S + 1) -> px_grad (B, S, frames), py_grad (B, S + 1, T)."""
+    """Returns px_grad (B, S, frames) and py_grad (B, S + 1, T), the transposed posteriors."""
     px_grad, py_grad = (
         posteriors.detach().transpose(1, 2).to(dtype).contiguous()
         for posteriors in (label_posteriors, blank_posteriors)
@@ -218,14 +224,17 @@ def posteriors_of_symbols_and_frames(
 
 
 def append_one(tensor: Tensor, dim: int, value: float = 0.0) -> Tensor:
-    """Append one slice of ``value`` along ``dim``.
+    """Appends one slice of ``value`` along ``dim``.
 
-    torch 2.4's ``torch.nn.functional.pad`` refuses tensors that are empty along another axis.
+    ``torch.nn.functional.pad`` of torch 2.4 rejects tensors that are empty along another axis.
 
     Args:
-        tensor: any.
-        dim: the axis that grows.
-        value: of all new elements.
+        tensor: a tensor of any shape.
+        dim: the axis along which the slice is appended.
+        value: the value of all new elements.
+
+    Returns:
+        The larger tensor.
 
     Example:
         >>> append_one(torch.ones(2, 1), 1), append_one(torch.ones(2, 0), 0).shape

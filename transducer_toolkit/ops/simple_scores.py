@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of blank and labels under an additive joiner, plain and smoothed, without its logits."""
+"""The blank and label scores of the simple and the smoothed loss, without logits."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class SimpleOptions:
     """The options of rnnt_loss_simple and rnnt_loss_smoothed.
 
     Raises:
-        TypeError: a value has the wrong type.
-        ValueError: a value is out of range; names it.
+        TypeError: if an option has the wrong type.
+        ValueError: if an option is out of range; names it.
     """
 
     termination_symbol: int
@@ -64,7 +64,7 @@ class SimpleOptions:
             scale = getattr(self, name)
             checks.check_number(scale, name)
             if not 0 <= scale <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {scale}")
+                raise ValueError(f"{name}: expected a number in [0, 1], got {scale}")
         if self.lm_only_scale + self.am_only_scale > 1 + 1e-6:
             raise ValueError(
                 "lm_only_scale, am_only_scale: expected a sum of at most 1, "
@@ -89,7 +89,11 @@ def scores_of_cells(
         inputs: the tensors, checked.
         options: the options.
         boundary: (B, 4) int64.
-        must_be_feasible: raise an error for an utterance without a path.
+        must_be_feasible: whether an utterance without a path is an error.
+
+    Raises:
+        ValueError: if a symbol or a boundary on the CPU is out of range, or an utterance has no
+            path.
     """
     lm, am, symbols, _ = inputs
     termination_symbol = options.termination_symbol
@@ -101,21 +105,21 @@ def scores_of_cells(
         vocab_size=am.size(2),
         topology=options.rnnt_type if must_be_feasible else "",
     )
-    # Zeroed before any product or reduction: 0 * NaN is NaN.
+    # Zero the padding before any product or reduction, because 0 * NaN is NaN.
     is_context = real_columns(boundary, lm.size(1), lm.device)  # (B, S + 1)
     is_frame = real_frames(boundary, am.size(1), am.device)  # (B, T)
     dtype = native.compute_dtype(am.dtype)
     lm = _zero_padding(lm.to(dtype), is_context)
     am = _zero_padding(am.to(dtype), is_frame)
 
-    # What a context adds to its blank (B, S + 1) and to its label (B, S) at every frame.
+    # Scores of blank (B, S + 1) and label (B, S) that depend on the context but not on the frame.
     lm_blank = lm[:, :, termination_symbol].to(native.SCORE_DTYPE)
     lm_label = lm[:, :-1].gather(2, symbols[:, :, None]).squeeze(2).to(native.SCORE_DTYPE)
     of_blank, of_label, contexts = [], [], lm
     combined_scale = 1.0 - lm_only_scale - am_only_scale
-    if combined_scale < 1e-6:  # SimpleOptions allows a sum of the others just above 1
+    if combined_scale < 1e-6:  # rounding: the sum of the others may be slightly above or below 1
         combined_scale = 0.0
-    # A scale of zero leaves its term out: 0 * -inf would be NaN.
+    # Omit terms of scale zero, because 0 * -inf is NaN.
     if combined_scale > 0:
         of_blank.append(combined_scale * lm_blank)
         of_label.append(combined_scale * lm_label)
@@ -148,26 +152,36 @@ def scores_of_cells(
 
 
 def _zero_padding(rows: Tensor, is_real: Tensor) -> Tensor:
-    """(B, N, V), zero where is_real (B, N) is not; where looking is free, no copy if all are."""
+    """Returns rows (B, N, V) with zeros where is_real (B, N) is false.
+
+    On the CPU, it returns rows itself if all are real.
+    """
     if is_real.is_cpu and not torch.compiler.is_compiling() and bool(is_real.all()):
         return rows
     return rows.masked_fill(~is_real[:, :, None], 0.0)
 
 
 def _log_sum_exp(rows: Tensor) -> Tensor:
-    """(B, N, V) -> (B, N) float64; NaN where nothing in a row is finite."""
+    """Returns the logsumexp of rows (B, N, V) as (B, N) float64; NaN if the maximum is infinite."""
     top = rows.detach().amax(-1, keepdim=True)
     return (rows - top).exp().sum(-1).to(native.SCORE_DTYPE).log() + top.squeeze(-1)
 
 
 def _log_mean_softmax(lm: Tensor, normalizer: Tensor, is_context: Tensor) -> Tensor:
-    """log of the mean of softmax(lm) over the real (b, u): (B,U+1,V), (B,U+1,1), (B,U+1) -> (V,)"""
+    """Returns the log of the mean of softmax(lm) over all real contexts (b, u), (V,).
+
+    Args:
+        lm: (B, S + 1, V).
+        normalizer: (B, S + 1, 1), logsumexp of lm.
+        is_context: (B, S + 1) bool, false in padding.
+    """
     log_probs = (lm - normalizer.to(lm.dtype)).masked_fill(~is_context[:, :, None], float("-inf"))
     top = log_probs.detach().amax((0, 1))
-    top = torch.where(top == float("-inf"), 0.0, top)  # a symbol that no context allows
+    # A symbol of probability zero in all contexts has top = -inf, and -inf - -inf is NaN.
+    top = torch.where(top == float("-inf"), 0.0, top)
     total = (log_probs - top).exp().sum((0, 1))
-    is_possible = total != 0  # NaN is kept
-    # The inner where keeps the derivative of log(0) out of the gradient.
+    is_possible = total != 0  # true for NaN, so that NaN propagates
+    # The inner where avoids the derivative of log(0), which would make the gradient NaN.
     log_total = torch.where(is_possible, total, 1.0).log()
     mean = log_total + top - is_context.sum().to(lm.dtype).log()
     return torch.where(is_possible, mean, float("-inf"))
@@ -177,8 +191,8 @@ def check_inputs(inputs: SimpleInputs, termination_symbol: int) -> None:
     """Checks types, shapes, dtypes and devices.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
-        ValueError: a shape, a device or the termination symbol does not fit.
+        TypeError: if an argument is not a tensor, or has the wrong dtype.
+        ValueError: if a shape, a device or the termination symbol does not fit.
     """
     lm, am, symbols, boundary = inputs
     for name, tensor in (("lm", lm), ("am", am)):
@@ -196,7 +210,7 @@ def check_inputs(inputs: SimpleInputs, termination_symbol: int) -> None:
     if symbols.dim() != 2:
         raise ValueError(f"symbols: expected shape (B, S), got {tuple(symbols.shape)}")
     if symbols.size(0) == 0:
-        raise ValueError("symbols: expected at least one utterance, got B = 0")
+        raise ValueError("symbols: expected at least 1 utterance, got B = 0")
     if symbols.device != am.device:
         raise ValueError(f"symbols: expected device {am.device}, that of am, got {symbols.device}")
     num_utterances, num_symbols = symbols.shape

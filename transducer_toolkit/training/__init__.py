@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in Lightning's terms; imported only by those who train (it needs lightning)."""
+"""Training with Lightning. Only the training code imports it, because it needs ``lightning``."""

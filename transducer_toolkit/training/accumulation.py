@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accumulated batches that count by their frames, as one large batch of them would."""
+"""Gradient accumulation in which every encoder frame has the same weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 class FrameWeights:
     """Turns Lightning's mean over accumulated batches into the mean over all of their frames.
 
-    With S_i the summed loss and F_i the frames of batch i, the gradient wanted of a step is that
-    of ``sum_i S_i / sum_i F_i``. Lightning divides the loss of each of N batches by N, also where
-    an epoch ends before the N-th. So batch i gives the loss ``S_i / F_1``, and before the step
-    the gradients are multiplied by ``N F_1 / sum_i F_i``. A step of one batch is left alone.
+    Let S_i be the summed loss and F_i the number of frames of batch i. A step needs the gradient
+    of ``sum_i S_i / sum_i F_i``. Lightning divides the loss of each of N batches by N, even if an
+    epoch ends before the N-th. Therefore :meth:`weigh` turns the loss of batch i into
+    ``S_i / F_1``, and :meth:`finish` multiplies the gradients by ``N F_1 / sum_i F_i`` before the
+    step. If a step has a single batch, neither changes anything.
 
     Example:
         >>> weights, x = FrameWeights(), torch.ones(1, requires_grad=True)
@@ -33,15 +34,15 @@ class FrameWeights:
         self._sum: Tensor | None = None
 
     def weigh(self, loss: Tensor, num_frames: Tensor, *, starts_step: bool) -> Tensor:
-        """The loss that a batch has to give.
+        """Returns the loss of a batch, weighted by the frames of the batch.
 
         Args:
-            loss: () the batch's mean over its frames.
-            num_frames: () float, its frames; under DDP the mean over the processes.
-            starts_step: whether it is the first batch of an optimizer step.
+            loss: () mean loss over the frames of the batch.
+            num_frames: () float, frames of the batch; under DDP the mean over the processes.
+            starts_step: whether the batch is the first of an optimizer step.
 
         Returns:
-            () ``loss`` times its frames over those of the first batch.
+            () ``loss`` times the frames of this batch over the frames of the first batch.
         """
         if starts_step or self._first is None or self._sum is None:
             self._first = self._sum = num_frames
@@ -51,15 +52,15 @@ class FrameWeights:
 
     @torch.no_grad()
     def finish(self, parameters: Iterable[Tensor], num_batches: int) -> None:
-        """Bring the accumulated gradients to the mean over all frames, in place.
+        """Scales the accumulated gradients in place, so that they are the mean over all frames.
 
         Args:
-            parameters: whose ``grad`` to scale.
-            num_batches: N, what Lightning divided the loss of each batch by.
+            parameters: the parameters whose ``grad`` is scaled.
+            num_batches: N, by which Lightning divided the loss of each batch.
         """
         if num_batches > 1 and self._first is not None and self._sum is not None:
             factor = num_batches * self._first / self._sum
             grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            if grads:  # a skipped step may have dropped them all
+            if grads:  # empty if SkipNonFiniteSteps has dropped all gradients
                 torch._foreach_mul_(grads, factor)
         self._first = self._sum = None

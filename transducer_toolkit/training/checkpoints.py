@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole or absent, often enough, and one more when told to stop."""
+"""Atomic checkpoints, written at intervals and when a signal ends the training."""
 
 from __future__ import annotations
 
@@ -32,29 +32,30 @@ logger = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its place, then rename it: readers and crashes see whole files.
+    """Writes a checkpoint to a temporary file beside the target, then renames it.
 
-    Loading never runs code from a checkpoint.
+    A reader therefore sees the old file or the new one, but never a part of one, even after a
+    crash. Loading never runs code from a checkpoint.
 
-    (Lightning's own writer prepares the file in the system's temporary folder; if that is another
-    file system, what it calls a move is a copy that a crash cuts short.) Addresses with a scheme,
-    such as ``s3://``, are left to Lightning.
+    Lightning's own writer prepares the file in the system's temporary folder. If that folder is on
+    another file system, the final move is a copy, and a crash can truncate it. Lightning still
+    writes addresses with a scheme, such as ``s3://``.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Save a checkpoint.
+        """Saves a checkpoint.
 
         Raises:
-            OSError: it cannot be written (the disk is full, say); a file that was there before is
-                untouched.
+            OSError: if the file cannot be written, for example because the disk is full. An older
+                file at ``path`` stays as it is.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        # Into memory first: torch's archive writer does not survive a write that fails.
+        # Into memory first: torch's archive writer aborts the process if a write fails.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         partial = path.with_name(f".{path.name}.partial")
@@ -63,11 +64,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with partial.open("wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
-                os.fsync(file.fileno())  # or a power failure leaves a renamed file without content
+                # Without it, a power failure can leave a renamed file without content.
+                os.fsync(file.fileno())
             partial.replace(path)
         except OSError as error:
             size_mib = buffer.tell() / 2**20
-            kept = "; the file before it is whole" if path.exists() else ""
+            kept = "; the previous checkpoint is intact" if path.exists() else ""
             message = f"{error.strerror}, checkpoint of {size_mib:.1f} MiB not written{kept}"
             raise OSError(error.errno, message, str(path)) from error
         finally:
@@ -79,21 +81,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load a checkpoint without running code from it, whoever asks for what.
+        """Loads a checkpoint without running code from it.
 
-        (Lightning leaves it to torch what a file may do, and unpickles all that an ``http://``
-        address gives.)
+        ``weights_only`` is ignored: the file may hold only tensors and plain values. (Lightning
+        itself applies torch's default, and unpickles anything from an ``http://`` address.)
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is damaged, or holds anything but tensors and plain values.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file is damaged, or holds objects other than tensors and plain
+                values.
         """
         filesystem = get_filesystem(path)
         if not filesystem.exists(str(path)):
             raise FileNotFoundError(f"no checkpoint at {path}")
         try:
             with filesystem.open(str(path), "rb") as source:
-                # A server may give a file from its beginning only.
+                # A remote file may not be seekable, but check_archive and torch.load seek.
                 is_local = isinstance(filesystem, LocalFileSystem)
                 file = source if is_local else io.BytesIO(source.read())
                 check_archive(file, path)
@@ -104,26 +107,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Write ``last.ckpt``: after each validation, in between, and when told to stop.
+    """Writes ``last.ckpt`` after each validation, at intervals, and on SIGTERM.
 
-    (``ModelCheckpoint(save_last=True)`` writes it only when the validation was the best so far.)
-    In between, it is written after optimizer steps, by agreement of all processes, and not where a
-    validation follows: a training resumed there would leave that out. List it behind the
-    ``ModelCheckpoint``, whose best score is part of the state.
+    ``ModelCheckpoint(save_last=True)`` writes the file only if the validation was the best so far.
 
-    On a signal the current step is finished, the checkpoint saved, and then: for SIGTERM the
-    process ends with exit status 143; for Slurm's warning (SIGUSR1, ask for it with
-    ``sbatch --signal=SIGUSR1@120``) the job is requeued; for a signal that someone else has a
-    handler for (submitit's SIGUSR2) that is called.
+    Between validations, the file is written after an optimizer step, once all processes agree. It
+    is not written if a validation follows the step, because a resumed training would skip that
+    validation. List this callback after ``ModelCheckpoint``, whose best score is part of the
+    checkpoint.
+
+    After a signal, the callback finishes the current step and saves the checkpoint. The signal
+    decides what follows:
+
+    - SIGTERM: the process ends with exit status 143.
+    - SIGUSR1, Slurm's warning (``sbatch --signal=SIGUSR1@120`` enables it): the job is requeued.
+    - SIGUSR2, if a handler was installed before (submitit installs one): that handler runs.
 
     Args:
         path: file to write.
-        every_minutes: between two checkpoints, or None.
+        every_minutes: minutes between two checkpoints, or None.
         every_n_steps: optimizer steps between two checkpoints, or None.
 
     Raises:
-        TypeError: an interval is no number.
-        ValueError: an interval is not positive.
+        TypeError: if an interval is not a number.
+        ValueError: if an interval is not positive.
     """
 
     EXIT_STATUS = 128 + signal.SIGTERM
@@ -135,26 +142,27 @@ class LastCheckpoint(Checkpoint):
             if value is None:
                 continue
             check_number(value, name)
-            if not value > 0:  # NaN, with which none would ever be due
-                raise ValueError(f"{name} must be positive or None, got {value}")
+            if not value > 0:  # also refuses NaN
+                raise ValueError(f"{name}: expected a positive number or None, got {value}")
         self.path = path
         self.every_s = None if every_minutes is None else 60 * every_minutes
         self.every_n_steps = every_n_steps
         self._saved_at_s = 0.0
         self._saved_at_step = 0
-        self._step = 0  # of the last look
-        self._received = 0  # signal number
-        self._previous: dict[int, Any] = {}  # handlers of those we wait for
+        self._step = 0  # trainer.global_step after the previous batch
+        self._received = 0  # number of the signal, 0 for none
+        self._previous: dict[int, Any] = {}  # the replaced handlers, by signal number
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at_s = time.monotonic()
         self._saved_at_step = self._step = trainer.global_step
         self._received = 0
-        # Not earlier: Lightning installs handlers just before, and takes them away at the end. Its
-        # own talk to the other processes, or save, in the middle of a step.
+        # Not earlier: Lightning installs its handlers just before this call and removes them at
+        # the end. Its handlers communicate or save in the middle of a step.
         signals = [signal.SIGTERM]
         environment = _cluster_environment(trainer)
-        if environment is None and SLURMEnvironment.detect():  # one device
+        # With one device, Lightning sets no cluster environment.
+        if environment is None and SLURMEnvironment.detect():
             environment = SLURMEnvironment()
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             signals.append(environment.requeue_signal or signal.SIGUSR1)
@@ -169,7 +177,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self._step:
-            return  # accumulating: the gradient so far would be lost
+            return  # still accumulating: a checkpoint holds no gradients
         self._step = trainer.global_step
         received, is_due = self._agree(trainer)
         if (received or is_due) and not _validates_next(trainer, batch_idx):
@@ -196,7 +204,7 @@ class LastCheckpoint(Checkpoint):
         self._received = number
 
     def _agree(self, trainer: Trainer) -> tuple[int, bool]:
-        """Signal received by any process, and whether a checkpoint is due in any."""
+        """Returns a signal that any process received (or 0), and whether a checkpoint is due."""
         elapsed_s = time.monotonic() - self._saved_at_s
         steps = trainer.global_step - self._saved_at_step
         is_due = (self.every_s is not None and elapsed_s >= self.every_s) or (
@@ -221,15 +229,18 @@ class LastCheckpoint(Checkpoint):
             sink.finalize("stopped")
         previous: Callable[[int, None], Any] | None = self._previous.get(number)
         if number == signal.SIGUSR2 and callable(previous):
-            previous(number, None)  # requeues and exits, in one process
-            time.sleep(60)  # the others wait to be ended
+            # In the main process, submitit's handler requeues the job and exits. In the others it
+            # returns, and they sleep until Slurm ends them.
+            previous(number, None)
+            time.sleep(60)
         elif number != signal.SIGTERM and trainer.is_global_zero:
             job = os.environ["SLURM_JOB_ID"]
             if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
                 job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
             logger.warning("requeueing Slurm job %s", job)
             subprocess.run(["scontrol", "requeue", job], check=True)
-        # The main process ends the others at once if one that it has started fails.
+        # Exit status 0 for a process that the main process started: if one of them fails, the main
+        # process kills the others at once, perhaps before they have finished.
         environment = _cluster_environment(trainer)
         started_here = environment is not None and not environment.creates_processes_externally
         raise SystemExit(0 if started_here and trainer.local_rank > 0 else self.EXIT_STATUS)
@@ -240,10 +251,11 @@ def _cluster_environment(trainer: Trainer) -> Any:
 
 
 def _validates_next(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether Lightning may validate after this batch."""
+    """Returns whether Lightning may validate after this batch."""
     if not trainer.enable_validation:
         return False
-    every = trainer.val_check_batch  # None: by time; infinite: at the end of an epoch
+    # None: Lightning validates by time. Infinity: it validates at the end of an epoch.
+    every = trainer.val_check_batch
     if trainer.check_val_every_n_epoch is None:
         batch_idx = trainer.fit_loop.total_batch_idx
     return trainer.is_last_batch or (every is not None and (batch_idx + 1) % every == 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The auxiliary CTC loss: a second way to the encoder, in training only."""
+"""The auxiliary CTC loss on the encoder's output, used in training only."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transducer_toolkit.ops.lattice import LatticeShape
 
 
 class CtcLoss(nn.Module):
-    """CTC of a linear layer on the encoder frames, to be added to a transducer loss.
+    """CTC loss of a linear layer on the encoder frames, to be added to a transducer loss.
 
     ``-log sum_paths prod_t softmax(W enc_t + b)[path_t]`` over the paths that collapse to the
-    targets (Graves et al., 2006). It finds an alignment sooner than a transducer does, and helps
-    the encoder to it; decoding does without its layer.
+    targets (Graves et al., 2006). CTC finds an alignment in fewer steps than a transducer loss, so
+    it speeds up the training of the encoder. Decoding does not use the layer.
 
     Args:
         encoder_dim: E, width of the encoder's output.
@@ -26,7 +26,7 @@ class CtcLoss(nn.Module):
         blank: id of blank.
 
     Raises:
-        ValueError: if ``weight`` is not positive and finite, or blank is outside [0, V).
+        ValueError: if ``weight`` is not positive and finite, or ``blank`` is not in [0, V).
 
     Example:
         >>> import torch
@@ -39,24 +39,24 @@ class CtcLoss(nn.Module):
     def __init__(self, encoder_dim: int, vocab_size: int, *, weight: float, blank: int = 0) -> None:
         super().__init__()
         if not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"weight must be positive and finite, got {weight}")
+            raise ValueError(f"weight: expected a positive and finite number, got {weight}")
         if not 0 <= blank < vocab_size:
-            raise ValueError(f"blank must be in [0, {vocab_size}), got {blank}")
+            raise ValueError(f"blank: expected an id in [0, {vocab_size}), got {blank}")
         self.weight = weight
         self.blank = blank
         self.output = nn.Linear(encoder_dim, vocab_size)
 
     def forward(self, encoder_out: Tensor, targets: Tensor, shape: LatticeShape) -> Tensor:
-        """Compute the loss of each utterance, without the weight.
+        """Computes the loss of each utterance; ``weight`` is not applied.
 
         Args:
-            encoder_out: (B, T, E) float; anything finite in padding.
-            targets: (B, U) integer ids, none of them blank; anything in padding.
-            shape: lengths of the utterances, on the CPU.
+            encoder_out: (B, T, E) float. Padding may hold any finite value.
+            targets: (B, U) integer ids other than blank. Padding may hold any value.
+            shape: the lattices of the batch.
 
         Returns:
-            (B,) float32, float64 for float64 input, in nats. An utterance with fewer frames than
-            symbols and repetitions has no path: its loss is 0, and so is its gradient.
+            (B,) float32, or float64 for float64 input, in nats. An utterance has no path if it has
+            fewer frames than symbols plus repetitions of a symbol. Its loss and gradient are 0.
         """
         logits = self.output(encoder_out)
         dtype = torch.promote_types(logits.dtype, torch.float32)

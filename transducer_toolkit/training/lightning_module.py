@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training, validation and test of a transducer in Lightning's terms."""
+"""The LightningModule that trains, validates and tests a transducer."""
 
 from __future__ import annotations
 
@@ -45,36 +45,45 @@ from transducer_toolkit.training.scoring import (
 from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
 
 logger = logging.getLogger(__name__)
-# What torch makes of an option; its messages name neither option nor value.
+# Errors that torch raises for a bad option. Their messages name neither the option nor its value.
 BAD_OPTION = (ArithmeticError, LookupError, TypeError, ValueError)
 
 
 class TransducerModule(LightningModule):
-    """A transducer, its loss stage and its optimiser.
+    """A LightningModule of a transducer, its loss stage and its optimizer.
 
-    The training loss is the sum over the utterances divided by the number of encoder frames, of
-    all processes and of all batches accumulated for an optimizer step together. Validation and
-    test decode and count word errors over the whole set; where the manifest of a test
-    set has word start times, the test also measures the symbol delay: by how much the first
-    symbol of each reference word, on the best path of the reference, is emitted after the word
-    starts. Logged: ``train/loss`` and, unweighted and no part of it, ``train/ctc``; ``val/loss``
-    (all nats a frame), ``val/wer``, ``test/wer/NAME``, ``test/symbol_delay_ms/NAME`` (mean over
-    the words).
+    The training loss is the sum of the losses of the utterances, divided by the number of encoder
+    frames. Both are counted over all processes and all batches of an optimizer step.
+
+    Validation and test decode every utterance and count the word errors of the whole set. If the
+    manifest of a test set has word start times, the test also measures the symbol delay. For each
+    word of the reference, this is the time from the start of the word until its first symbol is
+    emitted on the best path of the reference.
+
+    These values are logged:
+
+    - ``train/loss`` and ``val/loss``, in nats per frame;
+    - ``train/ctc``, in nats per frame, before it is weighted; ``train/loss`` does not include it;
+    - ``val/wer`` and ``test/wer/NAME``, the word error rate as a fraction;
+    - ``test/symbol_delay_ms/NAME``, the mean over the words.
 
     Args:
         model: the transducer.
-        tokenizer: whose symbols it emits.
+        tokenizer: the tokenizer of the symbols that the model emits.
         loss: the loss stage; needed for training and validation.
-        optimizer: called with the parameters; needed for training.
-        ctc: an auxiliary loss on the encoder frames, added in training; None is none.
-        scheduler: called with the optimizer and ``total_steps``, stepped once an optimizer step.
-        recipe: what checkpoints carry for
+        optimizer: a function from the parameters to the optimizer; needed for training.
+        ctc: an auxiliary loss on the encoder frames, added in training, or None.
+        scheduler: a function from the optimizer and ``total_steps`` to a schedule, which is
+            stepped once per optimizer step; None for a constant rate.
+        recipe: data stored in checkpoints for
             :meth:`~transducer_toolkit.inference.recognizer.Recognizer.from_checkpoint`.
-        search: called with the model's predictor and joiner and with ``topology``, gives the
-            search that validation and test decode with, such as
-            ``partial(ModifiedBeamSearch, beam=8)``; greedy by default.
-        num_logged_hypotheses: hypotheses printed beside their references after each validation.
-        topology: of the lattice that references are aligned in; None is that of the loss stage.
+        search: a function from the model's predictor, its joiner and ``topology`` to the search
+            that validation and test use, such as ``partial(ModifiedBeamSearch, beam=8)``. The
+            default is greedy search.
+        num_logged_hypotheses: number of hypotheses that are logged with their references after
+            each validation.
+        topology: topology of decoding and of the alignment of references; None for that of the
+            loss stage.
 
     Attributes:
         test_transcripts: transcripts of each test set by name, after a test.
@@ -123,7 +132,10 @@ class TransducerModule(LightningModule):
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
         if self.make_optimizer is None:
-            raise ValueError("training needs an optimizer: TransducerModule(..., optimizer=...)")
+            raise ValueError(
+                "optimizer: expected a function, got None; pass "
+                "TransducerModule(..., optimizer=...) to train"
+            )
         try:
             optimizer = self.make_optimizer(self.parameters())
         except BAD_OPTION as error:
@@ -141,18 +153,23 @@ class TransducerModule(LightningModule):
         }
 
     def compute_losses(self, batch: Batch) -> tuple[StageOutput, LatticeShape, Tensor]:
-        """Run model and loss stage on a batch.
+        """Runs the model and the loss stage on a batch.
 
         Returns:
-            The stage's output, the batch's lattices and ``encoder_out`` (B, T, E).
+            The output of the stage, the lattices of the batch, and ``encoder_out`` (B, T, E).
+
+        Raises:
+            ValueError: if the module has no loss stage.
         """
         if self.loss is None:
-            raise ValueError("this needs a loss stage: TransducerModule(..., loss=...)")
+            raise ValueError(
+                "loss: expected a loss stage, got None; pass TransducerModule(..., loss=...)"
+            )
         encoder_out, encoder_lengths, predictor_out = self.model(
             batch.features, batch.feature_lengths, batch.targets
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
-        shape.to(encoder_out.device)  # one copy for everybody behind
+        shape.to(encoder_out.device)  # one upload, which the joiner and the loss share
         output = self.loss(
             LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
         )
@@ -168,8 +185,8 @@ class TransducerModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output, shape, encoder_out = self.compute_losses(batch)
         num_frames = shape.logit_lengths.sum().to(self.device, output.losses.dtype)
-        # DDP averages gradients over the processes: with F the frames of all of them and W their
-        # number, W / F times each one's sum gives the sum of all over F.
+        # DDP averages the gradients over the W processes. With F frames in all processes together,
+        # W / F times the sum of each process averages to the total sum over F.
         mean_frames = self.trainer.strategy.reduce(num_frames, reduce_op="mean")
         loss = output.losses.sum() / mean_frames
         batch_size = len(batch)
@@ -197,9 +214,13 @@ class TransducerModule(LightningModule):
         try:
             hypotheses = self._search(encoder_out, shape.logit_lengths)
         except NonFiniteScoresError as error:
-            # A training goes on: val/loss says NaN, and these utterances count as not recognised.
+            # Do not end the training: val/loss is NaN, and these utterances get empty hypotheses.
             ids = [batch.utterance_ids[b] for b in error.utterances]
-            logger.warning("validation: no symbols, as scores are not finite: %s", ", ".join(ids))
+            logger.warning(
+                "validation: the scores of these utterances are NaN or infinite, their hypotheses "
+                "are empty: %s",
+                ", ".join(ids),
+            )
             lengths = shape.logit_lengths.clone()
             lengths[error.utterances] = 0
             hypotheses = self._search(encoder_out, lengths)
@@ -210,7 +231,7 @@ class TransducerModule(LightningModule):
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         transcripts = gather_transcripts(self._transcripts.get(0, []))
         errors = count_word_errors(transcripts)
-        # Every process computed the same values from all of the set.
+        # Every process has computed the same values, from the whole set.
         self.log("val/loss", sums[0] / sums[1], rank_zero_only=False, sync_dist=False)
         self.log("val/wer", errors.wer, prog_bar=True, rank_zero_only=False, sync_dist=False)
         if not self.trainer.sanity_checking:
@@ -226,7 +247,7 @@ class TransducerModule(LightningModule):
             hypotheses = self._search(encoder_out, encoder_lengths)
         except NonFiniteScoresError as error:
             raise NonFiniteScoresError(error.utterances, names=batch.utterance_ids) from error
-        # They are on the CPU: nothing is pending.
+        # The hypotheses are on the CPU, so no device work is pending.
         decoding_s = time.perf_counter() - started_s
         delays = self._symbol_delays(batch, encoder_out, encoder_lengths)
         self._keep(batch, hypotheses, dataloader_idx, delays, decoding_s)
@@ -259,7 +280,7 @@ class TransducerModule(LightningModule):
         symbol_delays_ms: Sequence[tuple[float, ...] | None] | None = None,
         decoding_s: float = 0.0,
     ) -> None:
-        """Keep the transcripts of a batch until the end of the epoch."""
+        """Keeps the transcripts of a batch until the end of the epoch."""
         delays = symbol_delays_ms or [None] * len(batch)
         lengths = batch.feature_lengths
         shares = (lengths / lengths.sum()).tolist()
@@ -287,7 +308,10 @@ class TransducerModule(LightningModule):
     def _symbol_delays(
         self, batch: Batch, encoder_out: Tensor, encoder_lengths: Tensor
     ) -> list[tuple[float, ...] | None]:
-        """Delays of the words whose start is known, of utterances that have a path at all."""
+        """Returns the symbol delays of each utterance.
+
+        They are None if the start times are unknown or the lattice of the utterance has no path.
+        """
         word_starts_s = batch.word_starts_s or [None] * len(batch)
         sizes = zip(encoder_lengths.tolist(), batch.target_lengths.tolist(), strict=True)
         rows = [
@@ -312,7 +336,7 @@ class TransducerModule(LightningModule):
         return delays
 
     def _show(self, transcripts: list[Transcript], errors: WordErrors) -> None:
-        """Put a few hypotheses beside their references, always the same utterances."""
+        """Logs hypotheses with their references. The utterances are the same in every epoch."""
         if not self.trainer.is_global_zero:
             return
         lines = [
@@ -329,5 +353,5 @@ class TransducerModule(LightningModule):
 
 
 def _named(error: Exception) -> type[Exception]:
-    """What a user's mistake raises here: an IndexError would be one of ours."""
+    """Returns the class of the error to raise for a bad option: TypeError or ValueError."""
     return TypeError if isinstance(error, TypeError) else ValueError

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of this process on a device, where the system tells."""
+"""Peak memory of this process on the CPU (Linux only) or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: torch.device) -> int:
-    """Forget the peak so far; returns the bytes in use now, 0 if unknown."""
+    """Resets the peak and returns the bytes in use now, or 0 if the system does not report them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError, AttributeError):
-        # What an earlier training of this process freed must not hide what this one takes.
+        # Return freed heap memory to the system: resident pages that an earlier training freed
+        # would hide the memory that this one allocates.
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
-        _CLEAR.write_text("5")  # sets the high-water mark of resident memory to the present
+        _CLEAR.write_text("5")  # resets VmHWM to the present resident memory, see proc(5)
     return _status_bytes("VmRSS")
 
 
 def peak(device: torch.device) -> int:
-    """Highest bytes in use since reset_peak; 0 if unknown."""
+    """Returns the peak bytes in use since :func:`reset_peak`, or 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")

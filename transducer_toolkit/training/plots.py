@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two pictures of a training: its curves, and one utterance with its lattice."""
+"""Figures of a training: the learning curves, and one utterance with its lattice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transducer_toolkit.decoding import Alignment
 
-# For each quantity its points (optimizer step, value).
+# The points (optimizer step, value) of each quantity.
 History = dict[str, list[tuple[int, float]]]
 
 INK, BLUE, ORANGE, GREY = "#22303c", "#2a6f97", "#e07a1f", "#8a97a3"
@@ -23,11 +23,11 @@ DPI = 140
 
 
 def draw_learning_curves(history: History) -> Figure:
-    """Draw losses, word error rate and learning rate over the optimizer steps.
+    """Draws the losses, the word error rate and the learning rate over the optimizer steps.
 
     Args:
         history: points of ``train/loss``, ``val/loss``, ``val/wer`` (a fraction) and
-            ``learning rate``; any may be missing.
+            ``learning rate``. Each of them is optional.
 
     Returns:
         The figure.
@@ -83,27 +83,27 @@ def draw_utterance(
     title: str,
     feature_frame_s: float,
 ) -> Figure:
-    """Draw an utterance's features above the occupancy of its lattice, with the best path.
+    """Draws the features of an utterance above the occupancy of its lattice and the best path.
 
     Args:
-        features: (T_in, F) float, CPU.
-        occupancy: (T, U + 1) posterior of each cell in [0, 1], CPU.
+        features: (T_in, F) float, on the CPU.
+        occupancy: (T, U + 1) posterior of each cell in [0, 1], on the CPU.
         alignment: best path, with a frame for each symbol.
         symbols: the U target symbols.
-        title: of the figure.
-        feature_frame_s: shift of the feature frames, seconds.
+        title: title of the figure.
+        feature_frame_s: shift of the feature frames in seconds.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if symbols, alignment and occupancy do not have the same U.
+        ValueError: if ``symbols``, ``alignment`` and ``occupancy`` have different U.
     """
     num_frames, num_columns = occupancy.shape
     num_targets = num_columns - 1
     if not len(symbols) == len(alignment.frames) == num_targets:
         raise ValueError(
-            f"symbols, alignment and occupancy must agree on U, got {len(symbols)}, "
+            f"symbols, alignment, occupancy: expected the same U, got {len(symbols)}, "
             f"{len(alignment.frames)} and {num_targets}"
         )
     duration_s = len(features) * feature_frame_s
@@ -145,7 +145,7 @@ def draw_utterance(
         vmin=1e-6,
         vmax=1.0,
     )
-    # The path stands in column u from the label of symbol u to that of symbol u + 1.
+    # The path is in column u from the frame of symbol u to that of symbol u + 1.
     path_s = np.concatenate(([0.0], times_s, [duration_s]))
     lattice.step(
         path_s, [*range(num_targets + 1), num_targets], where="post", color=ORANGE, linewidth=1.5
@@ -176,7 +176,7 @@ def _curve(axes: Axes, history: History, name: str, **style: Any) -> None:
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Running mean over a twentieth of the points, centred."""
+    """Returns the steps and a centered running mean over a twentieth of the points."""
     steps, values = (np.array(column) for column in zip(*points, strict=True))
     half = max(1, len(points) // 40)
     sums = np.concatenate(([0.0], np.cumsum(values)))
@@ -186,7 +186,7 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarr
 
 
 def _spread(times_s: np.ndarray, gap_s: float) -> np.ndarray:
-    """Move labels that would overlap to the right, by as little as keeps them apart."""
+    """Returns the positions of the labels, moved right until they are ``gap_s`` apart."""
     spread = times_s.copy()
     for index in range(1, len(spread)):
         spread[index] = max(spread[index], spread[index - 1] + gap_s)

@@ -18,20 +18,21 @@ def warmup_cosine(
     warmup_fraction: float = 0.1,
     final_fraction: float = 0.0,
 ) -> LambdaLR:
-    """Rise linearly to the optimizer's learning rate, then fall along half a cosine.
+    """Returns a schedule that rises linearly to the peak, then falls along half a cosine.
 
     At step k of K, with W = warmup_fraction * K, the factor is ``(k + 1) / W`` up to W and then
-    ``f + (1 - f) * (1 + cos(pi * (k - W) / (K - W))) / 2``. After K it stays at f: batches made
-    to a lattice budget may be a few more in one epoch than in another.
+    ``f + (1 - f) * (1 + cos(pi * (k - W) / (K - W))) / 2``. It stays at f after step K: the number
+    of batches that fit a lattice budget differs between epochs, so a training may take a few more
+    steps than K.
 
     Args:
-        optimizer: its learning rate is the peak.
+        optimizer: the optimizer; its learning rate is the peak.
         total_steps: optimizer steps in the whole training, K, at least 1.
-        warmup_fraction: part of the steps spent rising, in [0, 1).
-        final_fraction: factor reached at the end, f, in [0, 1].
+        warmup_fraction: fraction of the steps in which the rate rises, in [0, 1).
+        final_fraction: final factor f, in [0, 1].
 
     Returns:
-        The scheduler, to be stepped once an optimizer step.
+        The scheduler. Call its ``step`` once per optimizer step.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -63,22 +64,23 @@ def one_cycle(
     initial_fraction: float = 0.04,
     final_fraction: float = 4e-6,
 ) -> LambdaLR:
-    """Rise along half a cosine to the optimizer's learning rate, then fall along another.
+    """Returns a schedule that rises to the peak along half a cosine, then falls along another.
 
-    The 1cycle policy (Smith and Topin, 2017) in the form of ``torch.optim.lr_scheduler.OneCycleLR``
-    and with its defaults, without its cycle of momenta. With ``c(x) = (1 - cos(pi * x)) / 2`` and
-    ``W = warmup_fraction * K - 1`` the factor is ``i + (1 - i) * c(k / W)`` up to W and then
-    ``1 + (f - 1) * c((k - W) / (K - 1 - W))``. After K - 1 it stays at f, where torch's raises.
+    This is the 1cycle policy (Smith and Topin, 2017) with the formula and the defaults of
+    ``torch.optim.lr_scheduler.OneCycleLR``, but without its cycle of momenta. With
+    ``c(x) = (1 - cos(pi * x)) / 2`` and ``W = warmup_fraction * K - 1``, the factor is
+    ``i + (1 - i) * c(k / W)`` up to W and then ``1 + (f - 1) * c((k - W) / (K - 1 - W))``. After
+    step K - 1 it stays at f; torch's scheduler raises an error there.
 
     Args:
-        optimizer: its learning rate is the peak.
+        optimizer: the optimizer; its learning rate is the peak.
         total_steps: optimizer steps in the whole training, K, at least 1.
-        warmup_fraction: part of the steps spent rising, in [0, 1).
-        initial_fraction: factor at the start, i, in [0, 1].
-        final_fraction: factor reached at the end, f, in [0, 1].
+        warmup_fraction: fraction of the steps in which the rate rises, in [0, 1).
+        initial_fraction: initial factor i, in [0, 1].
+        final_fraction: final factor f, in [0, 1].
 
     Returns:
-        The scheduler, to be stepped once an optimizer step.
+        The scheduler. Call its ``step`` once per optimizer step.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -102,20 +104,20 @@ def one_cycle(
 
 
 def noam(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 10_000) -> LambdaLR:
-    """Rise linearly to the optimizer's learning rate, then fall as one over the square root.
+    """Returns a schedule that rises linearly to the peak, then falls as ``1 / sqrt(step)``.
 
-    The factor of step k is ``min((k + 1) / W, sqrt(W / (k + 1)))``: the schedule of "Attention Is
-    All You Need" (Vaswani et al., 2017, equation 3) with the peak named. Theirs is
-    ``lr = (W * width) ** -0.5``; that of "Conformer" (Gulati et al., 2020) has W = 10,000 and
-    ``lr = 0.05 * width ** -0.5``.
+    The factor of step k is ``min((k + 1) / W, sqrt(W / (k + 1)))``. This is the schedule of
+    "Attention Is All You Need" (Vaswani et al., 2017, equation 3), except that the optimizer gives
+    the peak. The peak of that paper is ``lr = (W * width) ** -0.5``. "Conformer" (Gulati et al.,
+    2020) uses W = 10,000 and ``lr = 0.05 * width ** -0.5``.
 
     Args:
-        optimizer: its learning rate is the peak.
-        total_steps: unused; every schedule is called with it.
-        warmup_steps: optimizer steps spent rising, W, at least 1.
+        optimizer: the optimizer; its learning rate is the peak.
+        total_steps: unused. Every schedule takes it.
+        warmup_steps: optimizer steps in which the rate rises, W, at least 1.
 
     Returns:
-        The scheduler, to be stepped once an optimizer step.
+        The scheduler. Call its ``step`` once per optimizer step.
 
     Raises:
         ValueError: if ``warmup_steps`` is below 1.
@@ -129,7 +131,7 @@ def noam(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 10_000) 
     del total_steps
     check_number(warmup_steps, "warmup_steps")
     if not warmup_steps >= 1:
-        raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps}")
+        raise ValueError(f"warmup_steps: expected at least 1, got {warmup_steps}")
 
     def factor(step: int) -> float:
         return min((step + 1) / warmup_steps, math.sqrt(warmup_steps / (step + 1)))
@@ -138,15 +140,15 @@ def noam(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 10_000) 
 
 
 def constant(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0) -> LambdaLR:
-    """Rise linearly to the optimizer's learning rate over ``warmup_steps`` and stay there.
+    """Returns a schedule that rises linearly for ``warmup_steps`` and is constant afterwards.
 
     Args:
-        optimizer: its learning rate is the plateau.
-        total_steps: unused; every schedule is called with it.
-        warmup_steps: optimizer steps spent rising.
+        optimizer: the optimizer; its learning rate is the constant.
+        total_steps: unused. Every schedule takes it.
+        warmup_steps: optimizer steps in which the rate rises, at least 0.
 
     Returns:
-        The scheduler, to be stepped once an optimizer step.
+        The scheduler. Call its ``step`` once per optimizer step.
 
     Raises:
         ValueError: if ``warmup_steps`` is negative.
@@ -160,12 +162,12 @@ def constant(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0) -
     del total_steps
     check_number(warmup_steps, "warmup_steps")
     if not warmup_steps >= 0:
-        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        raise ValueError(f"warmup_steps: expected at least 0, got {warmup_steps}")
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
 
 
 def _between(start: float, end: float, progress: float) -> float:
-    """From ``start`` to ``end`` along half a cosine, ``progress`` in [0, 1]."""
+    """Interpolates from ``start`` to ``end`` along half a cosine, ``progress`` in [0, 1]."""
     part = (1 + math.cos(math.pi * progress)) / 2
     return part * start + (1 - part) * end  # exact at both ends
 
@@ -177,9 +179,9 @@ def _check_ranges(
     initial_fraction: float = 0.0,
 ) -> None:
     if total_steps < 1:
-        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
     if not 0 <= warmup_fraction < 1:
-        raise ValueError(f"warmup_fraction must be in [0, 1), got {warmup_fraction}")
+        raise ValueError(f"warmup_fraction: expected a number in [0, 1), got {warmup_fraction}")
     for name, value in (("final", final_fraction), ("initial", initial_fraction)):
         if not 0 <= value <= 1:
-            raise ValueError(f"{name}_fraction must be in [0, 1], got {value}")
+            raise ValueError(f"{name}_fraction: expected a number in [0, 1], got {value}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error rates, delays and speed over whole sets, also when processes each hold a part."""
+"""Error rates, symbol delays and speed over whole sets, including sets spread over processes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ import torch
 
 @dataclass(frozen=True)
 class Transcript:
-    """One recognised utterance.
+    """The reference and the hypothesis of one utterance.
 
     Attributes:
-        id: the utterance.
-        reference: its text.
-        hypothesis: what was recognised.
-        symbol_delays_ms: of the words of the reference, see :func:`symbol_delays_ms`; None where
-            it is not known when they start.
-        duration_s: of its audio; 0 where it is not known.
-        decoding_s: time that encoder and search took for it; in a batch, by its part of the audio.
+        id: id of the utterance.
+        reference: the reference text.
+        hypothesis: the recognized text.
+        symbol_delays_ms: delays of the words of the reference, see :func:`symbol_delays_ms`; None
+            if their start times are unknown.
+        duration_s: duration of the audio; 0 if unknown.
+        decoding_s: time that the encoder and the search took. The time of a batch is divided among
+            its utterances in proportion to their durations.
     """
 
     id: str
@@ -38,12 +39,12 @@ class Transcript:
 
 @dataclass(frozen=True)
 class WordErrors:
-    """Errors of a set, counted in words along the cheapest alignment.
+    """Word errors of a set, counted along the alignment with the fewest errors.
 
     Attributes:
-        substitutions, deletions, insertions: words.
-        num_words: words of the references.
-        num_utterances: utterances.
+        substitutions, deletions, insertions: numbers of words.
+        num_words: number of words in the references.
+        num_utterances: number of utterances.
 
     Example:
         >>> errors = count_word_errors([Transcript("a", "one two", "one too")])
@@ -59,19 +60,21 @@ class WordErrors:
 
     @property
     def wer(self) -> float:
-        """Word error rate, errors over reference words; above 1 when much is inserted."""
+        """Word error rate: errors over reference words. Insertions can make it larger than 1."""
         errors = self.substitutions + self.deletions + self.insertions
         return errors / max(1, self.num_words)
 
 
 @dataclass(frozen=True)
 class CharacterErrors:
-    """Errors of a set, counted in characters along the cheapest alignment, spaces included.
+    """Character errors of a set, counted along the alignment with the fewest errors.
+
+    Spaces are characters.
 
     Attributes:
-        substitutions, deletions, insertions: characters.
-        num_characters: characters of the references.
-        num_utterances: utterances.
+        substitutions, deletions, insertions: numbers of characters.
+        num_characters: number of characters in the references.
+        num_utterances: number of utterances.
 
     Example:
         >>> errors = count_character_errors([Transcript("a", "one two", "one too")])
@@ -87,19 +90,20 @@ class CharacterErrors:
 
     @property
     def cer(self) -> float:
-        """Character error rate, errors over reference characters."""
+        """Character error rate: errors over reference characters."""
         errors = self.substitutions + self.deletions + self.insertions
         return errors / max(1, self.num_characters)
 
 
 def count_word_errors(transcripts: Iterable[Transcript]) -> WordErrors:
-    """Count the word errors of a set of transcripts.
+    """Counts the word errors of a set of transcripts.
 
     Args:
-        transcripts: any number; white space separates words, nothing else is normalised.
+        transcripts: any number of transcripts. Texts are split at white space and not normalized
+            further.
 
     Returns:
-        The summed errors. An empty reference counts what was inserted.
+        The summed errors. Every word of a hypothesis with an empty reference is an insertion.
 
     Example:
         >>> count_word_errors([Transcript("a", "one", "one two"), Transcript("b", "", "")])
@@ -109,13 +113,14 @@ def count_word_errors(transcripts: Iterable[Transcript]) -> WordErrors:
 
 
 def count_character_errors(transcripts: Iterable[Transcript]) -> CharacterErrors:
-    """Count the character errors of a set of transcripts.
+    """Counts the character errors of a set of transcripts.
 
     Args:
-        transcripts: any number; runs of white space count as one space, and none at the ends.
+        transcripts: any number of transcripts. A run of white space counts as one space; white
+            space at the ends is ignored.
 
     Returns:
-        The summed errors. An empty reference counts what was inserted.
+        The summed errors. Every character of a hypothesis with an empty reference is an insertion.
 
     Example:
         >>> count_character_errors([Transcript("a", "one", "on e")]).cer
@@ -125,7 +130,7 @@ def count_character_errors(transcripts: Iterable[Transcript]) -> CharacterErrors
 
 
 def _count(process: Callable[..., Any], transcripts: list[Transcript]) -> tuple[int, ...]:
-    """Substitutions, deletions, insertions, length of the references, utterances."""
+    """Returns substitutions, deletions, insertions, length of the references, utterances."""
     if not transcripts:
         return 0, 0, 0, 0, 0
     found = process(
@@ -142,13 +147,13 @@ def _count(process: Callable[..., Any], transcripts: list[Transcript]) -> tuple[
 
 
 def real_time_factor(transcripts: Iterable[Transcript]) -> float | None:
-    """Time that encoder and search took over the duration of the audio.
+    """Returns the decoding time divided by the duration of the audio.
 
     Args:
-        transcripts: any number.
+        transcripts: any number of transcripts.
 
     Returns:
-        The factor; None if no duration is known.
+        The real-time factor, or None if no duration is known.
 
     Example:
         >>> real_time_factor([Transcript("a", "", "", duration_s=2.0, decoding_s=0.5)])
@@ -162,17 +167,17 @@ def real_time_factor(transcripts: Iterable[Transcript]) -> float | None:
 def symbol_delays_ms(
     emission_times_s: Sequence[float], word_starts_s: Sequence[float]
 ) -> tuple[float, ...]:
-    """How late a model emits the words of an utterance: emission minus start, word by word.
+    """Returns the delay of each word of an utterance: emission time minus start time.
 
     Args:
-        emission_times_s: when the first symbol of each word is emitted, seconds.
-        word_starts_s: when each word starts in the audio, seconds.
+        emission_times_s: time in seconds at which the first symbol of each word is emitted.
+        word_starts_s: time in seconds at which each word starts in the audio.
 
     Returns:
-        Milliseconds; negative where a word is emitted before it starts.
+        The delays in milliseconds. A word emitted before it starts has a negative delay.
 
     Raises:
-        ValueError: if there are not as many of the ones as of the others.
+        ValueError: if the two sequences have different lengths.
 
     Example:
         >>> symbol_delays_ms([0.5, 1.25], [0.25, 1.0])
@@ -180,7 +185,7 @@ def symbol_delays_ms(
     """
     if len(emission_times_s) != len(word_starts_s):
         raise ValueError(
-            "emission_times_s and word_starts_s must have one time a word each, "
+            "emission_times_s, word_starts_s: expected the same number of times, "
             f"got {len(emission_times_s)} and {len(word_starts_s)}"
         )
     return tuple(
@@ -191,12 +196,12 @@ def symbol_delays_ms(
 
 @dataclass(frozen=True)
 class SymbolDelay:
-    """Symbol delay of a set.
+    """Symbol delay of a set of utterances.
 
     Attributes:
         mean_ms: mean over the words.
         median_ms: median over the words.
-        num_words: words with a known start.
+        num_words: number of words with a known start time.
     """
 
     mean_ms: float
@@ -205,13 +210,13 @@ class SymbolDelay:
 
 
 def measure_symbol_delay(transcripts: Iterable[Transcript]) -> SymbolDelay | None:
-    """Summarise the symbol delays of a set of transcripts.
+    """Computes the mean and the median symbol delay of a set of transcripts.
 
     Args:
-        transcripts: any number; those without delays are left out.
+        transcripts: any number of transcripts. Those without delays are ignored.
 
     Returns:
-        The delay; None if no transcript has one.
+        The symbol delay, or None if no transcript has delays.
 
     Example:
         >>> delays = [(80.0, 120.0, 400.0), None]
@@ -225,14 +230,14 @@ def measure_symbol_delay(transcripts: Iterable[Transcript]) -> SymbolDelay | Non
 
 
 def gather_transcripts(transcripts: list[Transcript]) -> list[Transcript]:
-    """Collect the transcripts of all processes of the default group, on every one of them.
+    """Gathers the transcripts of all processes of the default process group, in every process.
 
     Args:
-        transcripts: those of this process.
+        transcripts: the transcripts of this process.
 
     Returns:
-        All of them, each id once, in the order of the ids: the same whatever the number of
-        processes. Without a process group, those given.
+        The transcripts of all processes, sorted by id, each id once. Without a process group, the
+        transcripts of this process. The result does not depend on the number of processes.
 
     Example:
         >>> gather_transcripts([Transcript("b", "", ""), Transcript("a", "", "")])[0].id

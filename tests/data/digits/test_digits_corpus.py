@@ -108,7 +108,7 @@ def test_a_failing_worker_is_reported(tmp_path):
 
 
 def test_bad_sizes():
-    with pytest.raises(ValueError, match="num_train must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_train: expected at least 1, got 0"):
         DigitsCorpus(num_train=0)
 
 

@@ -144,9 +144,9 @@ def test_the_average_is_where_the_training_is():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay": 1.0}, r"decay must be in \(0, 1\) or None, got 1.0"),
-        ({"decay": 0.0}, r"decay must be in \(0, 1\) or None, got 0.0"),
-        ({"start_fraction": 1.0}, r"start_fraction must be in \[0, 1\), got 1.0"),
+        ({"decay": 1.0}, r"decay: expected a number in \(0, 1\) or None, got 1.0"),
+        ({"decay": 0.0}, r"decay: expected a number in \(0, 1\) or None, got 0.0"),
+        ({"start_fraction": 1.0}, r"start_fraction: expected a number in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -31,5 +31,5 @@ def test_only_a_lost_process_is_named(caplog, error, world_size, is_named):
         NameLostProcess().on_exception(trainer, None, error)
     assert bool(caplog.messages) == is_named
     if is_named:
-        assert "process 1 of 2: a process of this training has ended" in caplog.text
+        assert "process 1 of 2: another process of this training has ended" in caplog.text
         assert "raised from" not in caplog.text

@@ -92,7 +92,8 @@ def test_out_of_memory_names_an_option_and_a_value_that_fits(setting, error):
 
 def test_an_utterance_that_never_fits_is_named(setting):
     module, trainer = setting(10)
-    with pytest.raises(RuntimeError, match=r"not even utterance 'train-\d+' of \d\.\d s .*cells"):
+    message = r"utterance 'train-\d+' of \d\.\d s .*cells\) does not fit even in a batch by itself"
+    with pytest.raises(RuntimeError, match=message):
         PreScan().on_train_start(trainer, module)
 
 

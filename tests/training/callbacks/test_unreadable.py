@@ -20,7 +20,7 @@ def test_each_utterance_is_written_once_and_counted(tmp_path, caplog):
     assert rows == [{"id": "a", "reason": "utterance 'a': empty"}, {"id": "b", "reason": "gone"}]
     messages = [record.getMessage() for record in caplog.records]
     expected = f"2 utterances could not be read, see {path}"
-    assert messages == ["left out: utterance 'a': empty", expected]
+    assert messages == ["skipped: utterance 'a': empty", expected]
     resumed = CountUnreadable(path)
     resumed.load_state_dict(counter.state_dict())
     resumed.on_train_batch_start(None, None, batch, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning callbacks of the training stack."""
+"""Lightning callbacks for training."""
 
 from transducer_toolkit.training.callbacks.averaging import AverageWeights
 from transducer_toolkit.training.callbacks.clock import StepClock

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averages of the weights over the steps of a training."""
+"""A callback that averages the weights over the steps of a training."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from transducer_toolkit.ops.checks import check_number
 
 
 class AverageWeights(WeightAveraging):
-    """Validate, test and save with an average of the weights, while training goes on without it.
+    """Validates, tests and saves with an average of the weights. Training does not use the average.
 
-    After n averaged steps the next one counts ``max(1 - decay, 9 / (n + 10))``: an exponential
-    moving average that soon forgets the first weights. Without ``decay`` it counts
-    ``1 / (n + 1)``: their mean. Until the first step that is averaged the average is the present
-    weights. It covers the parameters of model, loss stage and CTC layer; buffers, such as feature
-    statistics, are copied. Checkpoints hold the average as ``state_dict``, what a
-    :class:`~transducer_toolkit.inference.recognizer.Recognizer` reads, and the present weights
-    for a resumed training.
+    After each averaged step, the average moves towards the present weights by a fraction::
+
+        average += fraction * (weights - average)
+        fraction = max(1 - decay, 9 / (n + 10))    # n: number of steps averaged before
+        fraction = 1 / (n + 1)                     # decay=None: the mean
+
+    The second argument of the maximum lets the average forget the first weights quickly. Before
+    the first averaged step, the average equals the present weights.
+
+    The average covers the parameters of the model, the loss stage and the CTC layer. Buffers, such
+    as feature statistics, are copied. In a checkpoint, ``state_dict`` is the average, which
+    :class:`~transducer_toolkit.inference.recognizer.Recognizer` reads. The checkpoint also holds
+    the present weights, from which a training resumes.
 
     Args:
-        decay: of the moving average, in (0, 1); None is the mean.
-        start_fraction: part of the training's steps before the first that is averaged, in [0, 1).
+        decay: decay of the exponential moving average, in (0, 1); None for the mean.
+        start_fraction: fraction of the training's steps before the first averaged step, in [0, 1).
 
     Raises:
-        TypeError: if an argument is no number.
-        ValueError: if one is out of range.
+        TypeError: if an argument is not a number.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> average = AverageWeights(decay=0.999)
@@ -41,10 +47,10 @@ class AverageWeights(WeightAveraging):
         if decay is not None:
             check_number(decay, "decay")
             if not 0 < decay < 1:
-                raise ValueError(f"decay must be in (0, 1) or None, got {decay}")
+                raise ValueError(f"decay: expected a number in (0, 1) or None, got {decay}")
         check_number(start_fraction, "start_fraction")
         if not 0 <= start_fraction < 1:
-            raise ValueError(f"start_fraction must be in [0, 1), got {start_fraction}")
+            raise ValueError(f"start_fraction: expected a number in [0, 1), got {start_fraction}")
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
         self.decay = decay
         self.start_fraction = start_fraction
@@ -57,7 +63,7 @@ class AverageWeights(WeightAveraging):
         torch._foreach_lerp_(averages, present, weight)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning would take the module's device, which until later is the CPU.
+        # Lightning would use the module's device, but the module is still on the CPU here.
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
@@ -84,12 +90,12 @@ class AverageWeights(WeightAveraging):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Lightning would put the present weights in place of the average also for a test.
+        # For a test, Lightning would replace the average by the present weights.
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _follow(self, pl_module: LightningModule) -> None:
-        """Before the first step that is averaged: take over the present weights."""
+        """Copies the present weights into the average, if no step has been averaged yet."""
         average = self._average_model
         if average is not None and average.n_averaged == 0:
             average.module.load_state_dict(pl_module.state_dict())

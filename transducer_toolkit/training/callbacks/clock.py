@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long training steps take, which part of that is the loss, and how much memory they need."""
+"""A callback that measures the time and the memory of training steps."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from transducer_toolkit.training.stages import LossInput
 
 
 class StepClock(Callback):
-    """Measure wall time and memory of training steps, without validation and start-up.
+    """Measures the wall time and the memory of training steps, without validation and start-up.
 
     Attributes:
-        seconds_per_step: mean so far, data loading included; 0 before the second step. With
-            accumulated batches, of as many as make a whole step.
-        training_s: wall time from the start of the training to its end, validation included.
-        loss_part: part of the steps' time that joiner and loss take, forward and backward. On a
-            CPU; a GPU works behind the clock's back, and this says nothing.
-        peak_memory_mib: highest memory since the start of the training beyond what was in use then;
-            resident memory of this process on a CPU, the allocator's on CUDA. 0 where the system
-            does not tell.
+        seconds_per_step: mean wall time of an optimizer step so far, including data loading and all
+            accumulated batches; 0 before the first batches were measured.
+        training_s: wall time from the start of the training to its end, including validation.
+        loss_part: fraction of the steps' time that the joiner and the loss take, forward and
+            backward. It is valid on the CPU only, because CUDA kernels run asynchronously.
+        peak_memory_mib: peak memory during the training, minus the memory in use at its start. On
+            the CPU it is the resident memory of this process, on CUDA the memory of torch's
+            allocator. 0 if the system does not report it.
     """
 
-    # The first batches pay for allocations and worker start-up.
+    # The first batches are slower: memory is allocated and the data workers start.
     NUM_IGNORED_BATCHES = 5
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StepClock(Callback):
         self._start = 0.0
         self._loss_s = 0.0
         self._loss_of_step_s = 0.0
-        self._mark = 0.0  # when joiner and loss last began to run, forward or backward
+        self._mark = 0.0  # when the joiner and the loss last began forward or backward
         self._memory_before = 0
         self.peak_memory_mib = 0.0
         self._hooks: list[Any] = []
@@ -83,8 +83,9 @@ class StepClock(Callback):
         is_over = False
 
         def leaves_the_loss(_: Tensor) -> None:
-            # At the first of the two: autograd goes on with what was made last, and by now all of
-            # joiner and loss is done. The second comes after a backward of the predictor.
+            # Only the first of the two gradients counts. Autograd runs the newest nodes first, so
+            # the backward of the joiner and the loss is complete when the first gradient arrives.
+            # The second arrives after the backward of the predictor.
             nonlocal is_over
             if not is_over:
                 self._loss_of_step_s += time.perf_counter() - self._mark

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimates the global feature statistics of an encoder before training."""
+"""A callback that estimates the global feature statistics of an encoder before training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from transducer_toolkit.modules.encoder_frontend import FeatureNormalizer
 
 
 class EstimateFeatureStatistics(Callback):
-    """Fill the encoder's global mean and standard deviation before training.
+    """Estimates the global mean and standard deviation of the features before training.
 
-    Does nothing for ``normalization="utterance"`` or when a checkpoint brought the statistics.
+    It does nothing if the encoder has ``normalization="utterance"``, or if a checkpoint contained
+    the statistics.
 
     Args:
-        num_batches: batches of the training set to look at, in each process.
+        num_batches: number of training batches that each process reads for the estimate.
     """
 
     def __init__(self, num_batches: int = 100) -> None:
@@ -30,8 +31,9 @@ class EstimateFeatureStatistics(Callback):
                 module.set_statistics(*self._measure(trainer, module.num_features))
 
     def _measure(self, trainer: Trainer, num_features: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each bin, over the batches of all processes."""
-        # float64: the variance is a difference. Rows: count, sum and sum of squares.
+        """Returns the mean and the standard deviation of each bin, over all processes."""
+        # Rows: count, sum and sum of squares. float64, because the variance is a difference of two
+        # large numbers.
         sums = torch.zeros(3, num_features, dtype=torch.float64)
         loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         for batch in itertools.islice(loader, self.num_batches):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to say when another process of a group has ended."""
+"""A callback that explains the error which follows the end of another process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["NameLostProcess"]
 
 logger = logging.getLogger(__name__)
 
-# Of gloo and of NCCL, whose errors name a socket and a source file.
+# Messages of gloo and NCCL when a connection is lost. They name a socket and a source file only.
 _LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|closed by peer|remote process|"
     r"socket|nccl (communicator was )?abort",
@@ -21,9 +21,9 @@ _LOST = re.compile(
 
 
 class NameLostProcess(Callback):
-    """Say in plain words that this process ends because another of the training has ended.
+    """Logs an explanation if this process fails because another process of the training has ended.
 
-    The error itself is left as it is, and ends the process.
+    The error itself is raised unchanged.
 
     Example:
         >>> callback = NameLostProcess()
@@ -35,9 +35,10 @@ class NameLostProcess(Callback):
         reason = str(exception).partition("\n")[0]
         if trainer.world_size > 1 and isinstance(exception, RuntimeError) and _LOST.search(reason):
             logger.error(
-                "process %d of %d: a process of this training has ended, so this one ends too "
-                "(%s). Why that one did is in its own output, or it was killed: by hand, or by the "
-                "system for want of memory. ckpt_path=last goes on from the last checkpoint",
+                "process %d of %d: another process of this training has ended, so this process "
+                "ends too (%s). Look for the cause in the output of that process. If it names no "
+                "cause, it was killed, for example because memory ran out. ckpt_path=last resumes "
+                "from the last checkpoint",
                 trainer.global_rank,
                 trainer.world_size,
                 reason,

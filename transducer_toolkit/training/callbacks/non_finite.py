@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps whose loss or gradient is NaN or infinite: skipped, counted, written down, limited."""
+"""A callback that skips and logs steps whose loss or gradient is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -25,28 +25,34 @@ logger = logging.getLogger(__name__)
 
 
 class SkipNonFiniteSteps(Callback):
-    """Leave the weights alone in a step with a NaN or infinite loss or gradient.
+    """Skips a step if its loss or its gradient is NaN or infinite.
 
-    All processes decide alike, from the losses of all. The gradients are dropped before the
-    optimizer sees them, statistics of batch norms are as they were before the step, the
-    learning-rate schedule goes on. The utterances are appended to ``path``, one JSON object a
-    step: those with such a loss, or all of the step where only the gradient has it.
+    A skipped step does not change the weights: the callback drops the gradients before the
+    optimizer runs. It also restores the statistics of batch norms. The learning-rate schedule
+    advances. All processes take the same decision, from the losses of all processes.
 
-    A gradient that overflows under a loss scale (``trainer.precision=16-mixed``) is the scaler's:
-    it skips the step, lowers the scale, and nothing is counted here until the scale is down to 1.
+    The callback appends one JSON object per skipped step to ``path``. It names the utterances with
+    a bad loss, or all utterances of the step if only the gradient is bad.
 
-    One number a step travels from the device to the CPU.
+    With a loss scale (``trainer.precision=16-mixed``), the gradient may overflow. The gradient
+    scaler then skips the step and lowers the scale. This callback does not count such steps unless
+    the scale is 1.
+
+    Each step copies two flags from the device to the CPU, which synchronizes with the device.
 
     Args:
         path: JSON-lines file to write.
-        max_consecutive: steps in a row to skip; one more ends the training. 0: the first ends it.
+        max_consecutive: number of consecutive steps that may be skipped. One more ends the
+            training; with 0, the first does.
 
     Attributes:
-        num_skipped: steps skipped since the training began, over all its resumptions.
+        num_skipped: number of steps skipped since the training began, including the part before
+            it was resumed.
 
     Raises:
-        TypeError: ``max_consecutive`` is no int.
-        ValueError: ``max_consecutive`` is negative; in training, too many steps in a row.
+        TypeError: if ``max_consecutive`` is not an int.
+        ValueError: if ``max_consecutive`` is negative; during training, if too many consecutive
+            steps were skipped.
     """
 
     def __init__(self, path: str, *, max_consecutive: int = 10) -> None:
@@ -56,10 +62,10 @@ class SkipNonFiniteSteps(Callback):
         self.num_skipped = 0
         self._consecutive = 0
         self._hook: Any = None
-        # Of the batches since the last optimizer step:
+        # Since the last optimizer step:
         self._batches: list[Batch] = []
         self._losses: list[Tensor] = []
-        self._statistics: list[tuple[Tensor, Tensor]] = []  # of a batch norm, and their copy
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # buffers of batch norms, their copies
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_skipped": self.num_skipped, "consecutive": self._consecutive}
@@ -73,8 +79,8 @@ class SkipNonFiniteSteps(Callback):
         if isinstance(loss, torch.nn.Module):
             self._hook = loss.register_forward_hook(self._after_loss)
         for optimizer in trainer.optimizers:
-            # A fused optimizer would unscale gradients by itself, within the step: after this
-            # callback has looked at them, and after they were clipped.
+            # A fused optimizer unscales the gradients inside its step, which is after this callback
+            # has checked them and after they were clipped.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,7 +122,7 @@ class SkipNonFiniteSteps(Callback):
                 self._consecutive = 0
             return
         for parameter in pl_module.parameters():
-            parameter.grad = None  # the optimizer passes over parameters without one
+            parameter.grad = None  # the optimizer skips parameters without a gradient
         with torch.no_grad():
             for buffer, before in self._statistics:
                 buffer.copy_(before)
@@ -129,10 +135,10 @@ class SkipNonFiniteSteps(Callback):
         named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         if self._consecutive > self.max_consecutive:
             raise ValueError(
-                f"the {what} is NaN or infinite in step {trainer.global_step}, the "
-                f"{self._consecutive}. in a row (max_consecutive={self.max_consecutive}); its "
-                f"utterances: {named}; those of all such steps are in {self.path}. Try a lower "
-                "optimizer.lr or trainer.gradient_clip_val, and look at these utterances"
+                f"the {what} is NaN or infinite in step {trainer.global_step} (consecutive steps: "
+                f"{self._consecutive}, max_consecutive={self.max_consecutive}); utterances of this "
+                f"step: {named}; {self.path} lists those of all such steps. Try a lower "
+                "optimizer.lr or trainer.gradient_clip_val, and check these utterances"
             )
         if trainer.is_global_zero:
             logger.warning("step %d skipped, NaN or infinite %s: %s", trainer.global_step, what,
@@ -149,22 +155,22 @@ class SkipNonFiniteSteps(Callback):
 
 
 def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Whether all entries are finite: a flag on the device, without a temporary for each tensor."""
+    """Returns a bool on the device: whether all entries of all tensors are finite."""
     if not tensors:
         return torch.ones((), dtype=torch.bool, device=device)
-    # A maximum of absolute values is NaN if one is, and cannot overflow as a sum of squares can.
+    # The maximum norm is NaN if an entry is NaN. Unlike a sum of squares, it cannot overflow.
     norms = torch._foreach_norm([t for t in tensors if t.numel()], ord=float("inf"))
     return torch.stack([norm.float() for norm in norms]).isfinite().all()
 
 
 def _scale(trainer: Trainer) -> float:
-    """The loss scale of 16-bit training; 1 if there is none."""
+    """Returns the loss scale of 16-bit training, or 1 if there is none."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else scaler.get_scale()
 
 
 def _utterances(batches: list[Batch], losses: list[Tensor]) -> list[str]:
-    """Utterances whose loss is not finite, or without losses all; of this process."""
+    """Returns the utterances of this process whose loss is not finite; without losses, all."""
     if [len(values) for values in losses] != [len(batch) for batch in batches]:
         return [id_ for batch in batches for id_ in batch.utterance_ids]
     return [
@@ -176,7 +182,7 @@ def _utterances(batches: list[Batch], losses: list[Tensor]) -> list[str]:
 
 
 def _gather(ids: list[str]) -> list[list[str]]:
-    """The lists of all processes."""
+    """Returns the lists of all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [ids]
     parts: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]

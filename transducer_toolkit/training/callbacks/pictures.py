@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks that draw learning curves and one utterance of the test set."""
+"""Callbacks that draw the learning curves and one utterance of the test set."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class LearningCurves(Callback):
-    """Draw losses, word error rate and learning rate over the steps, at the end of the training.
+    """Draws losses, word error rate and learning rate over the steps, at the end of the training.
 
-    The history is part of the checkpoint, so that a resumed training draws all of it.
+    Checkpoints contain the history, so a resumed training draws the curves from the beginning.
 
     Args:
         path: PNG file to write.
@@ -53,7 +53,7 @@ class LearningCurves(Callback):
     ) -> None:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         step, seen = trainer.global_step, self.history.get("train/loss")
-        # More than one batch passes by at a step if batches are accumulated.
+        # With accumulation, several batches have the same step. Add one point for each step.
         if step > 0 and step % every == 0 and (not seen or seen[-1][0] != step):
             self._add(trainer, "train/loss", float(trainer.callback_metrics["train/loss"]))
             self._add(trainer, "learning rate", trainer.optimizers[0].param_groups[0]["lr"])
@@ -73,9 +73,9 @@ class LearningCurves(Callback):
 
 
 class UtterancePicture(Callback):
-    """Draw one utterance of the first test set: features, lattice occupancy, best path.
+    """Draws one utterance of the first test set: features, lattice occupancy, best path.
 
-    Utterances without symbols, or without a path in the model's topology, are passed over.
+    It ignores utterances that have no symbols, or no path in the model's topology.
 
     Args:
         path: PNG file to write.
@@ -140,7 +140,7 @@ class UtterancePicture(Callback):
 
 
 def _row(batch: Batch, row: int) -> Batch:
-    """One utterance of a batch, as a batch without padding."""
+    """Returns one utterance of a batch, as a batch without padding."""
     num_frames = int(batch.feature_lengths[row])
     num_targets = int(batch.target_lengths[row])
     return Batch(

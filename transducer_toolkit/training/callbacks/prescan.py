@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest batches of an epoch, run before training: out of memory at once or not at all."""
+"""A callback that runs the largest batches before training, to find out whether they fit."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ logger = logging.getLogger(__name__)
 
 
 class PreScan(Callback):
-    """Run the epoch's largest batches forward and backward once, and report their peak memory.
+    """Runs the largest batches of the epoch forward and backward once, and logs the peak memory.
 
-    These are the batches with most lattice cells, most padded frames and most utterances. Their
-    gradients are discarded; random state, batch-norm statistics and weights stay as they were.
-    (The optimizer's state, which Adam allocates in the first step, comes on top: the report names
-    its size.) If memory does not suffice, the batch is halved until it does, and the error says
-    which option to set to what. Each process looks at its own batches.
+    These are the batches with the most lattice cells, the most padded frames and the most
+    utterances. Their gradients are discarded; random state, batch-norm statistics and weights do
+    not change. The peak does not include the optimizer's state, which Adam allocates in the first
+    step; the log gives its size. Each process runs its own batches.
+
+    If a batch does not fit into memory, it is halved until it fits. The error then recommends a
+    value for the option that limits the batches.
 
     Raises:
-        RuntimeError: (when training starts) not enough memory.
+        RuntimeError: when training starts, if a batch does not fit into memory.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader: Any = trainer.train_dataloader
         sampler: Any = getattr(loader, "batch_sampler", None)
         if not isinstance(pl_module, TransducerModule) or not hasattr(sampler, "largest"):
-            return  # not batches of ours
+            return  # another model, or a sampler that cannot tell its largest batches
         device = pl_module.device
         buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
         devices = [device] if device.type == "cuda" else []
@@ -54,7 +56,7 @@ class PreScan(Callback):
         peak_mib = max(0, memory.peak(device) - before) / 2**20
         state_mib = 2 * sum(p.numel() * p.element_size() for p in pl_module.parameters()) / 2**20
         logger.info(
-            "largest batches fit, peak %.0f MiB (and %.0f for an Adam's state): %s",
+            "the largest batches fit, peak %.0f MiB, plus %.0f MiB for the state of Adam: %s",
             peak_mib,
             state_mib,
             ", ".join(reports),
@@ -68,16 +70,15 @@ class PreScan(Callback):
         what: str,
         keys: list[EpochIndex],
     ) -> None:
-        """Run a batch; an error that says how much of it would fit, if it does not."""
+        """Runs a batch. If it does not fit, raises an error that says how much of it fits."""
         part = keys
         while not self._fits(trainer, module, loader, part):
             if len(part) == 1:
                 utterance = loader.dataset.utterances[part[0].position]
                 raise RuntimeError(
-                    f"out of memory: not even utterance {utterance.id!r} of "
-                    f"{utterance.duration_s:.1f} s ({_size(loader.batch_sampler, part)}) fits by "
-                    "itself; leave it out (data.max_duration_s), or use loss=fused or a smaller "
-                    "model"
+                    f"out of memory: utterance {utterance.id!r} of {utterance.duration_s:.1f} s "
+                    f"({_size(loader.batch_sampler, part)}) does not fit even in a batch by "
+                    "itself; exclude it (data.max_duration_s), or use loss=fused or a smaller model"
                 )
             part = part[: len(part) // 2]
         if len(part) < len(keys):
@@ -85,7 +86,7 @@ class PreScan(Callback):
             max_cells = _two_digits(sum(sampler.num_cells(key.position) for key in part))
             raise RuntimeError(
                 f"out of memory: the batch with {what} ({_size(sampler, keys)}) does not fit, "
-                f"{len(part)} of its utterances ({_size(sampler, part)}) do. Try "
+                f"but {len(part)} of its utterances ({_size(sampler, part)}) do. Try "
                 f"data.max_cells={max_cells} (now {sampler.max_cells}) or "
                 f"data.max_utterances={len(part)} (now {sampler.max_utterances})"
             )
@@ -95,7 +96,7 @@ class PreScan(Callback):
     ) -> bool:
         batch = trainer.precision_plugin.convert_input(loader.collate_fn(_read(loader, keys)))
         try:
-            # Not the wrapped module: no other process need have a batch of this size.
+            # Not the module wrapped by DDP, whose backward would wait for the other processes.
             with trainer.precision_plugin.train_step_context():
                 losses = module.compute_losses(batch.to(module.device))[0].losses
                 loss = losses.sum() / len(losses)
@@ -110,12 +111,12 @@ class PreScan(Callback):
 
 
 def _read(loader: Any, keys: list[EpochIndex]) -> list[Any]:
-    # As a worker would: a dataset may read a batch as a whole.
+    # As a data worker does: a dataset may read several utterances at once.
     return loader.dataset.__getitems__(keys)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # A CPU's allocator raises a plain RuntimeError.
+    # On the CPU, torch's allocator raises a plain RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         "can't allocate memory" in str(error) or "bad_alloc" in str(error)
     )
@@ -127,6 +128,6 @@ def _size(sampler: Any, keys: list[EpochIndex]) -> str:
 
 
 def _two_digits(value: int) -> int:
-    """Round down to two significant digits."""
+    """Rounds down to two significant digits."""
     unit = 10 ** max(0, len(str(value)) - 2)
     return value // unit * unit

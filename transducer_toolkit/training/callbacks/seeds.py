@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeds the random numbers of every training batch."""
+"""A callback that seeds torch's random numbers before every training batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transducer_toolkit.ops.checks import check_at_least
 
 
 class SeedEachBatch(Callback):
-    """Key the random numbers of dropout by seed, epoch, batch and process.
+    """Seeds torch before each batch from the seed, the epoch, the batch and the process.
 
-    So a resumed training goes on as if it had not been interrupted, and the processes of a group
-    do not all drop the same units.
+    A resumed training therefore draws the same dropout masks as an uninterrupted one, and the
+    processes of a group draw different masks.
 
     Args:
-        seed: of the training, at least 0.
+        seed: seed of the training, at least 0.
     """
 
     def __init__(self, seed: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Utterances of the training set that could not be read, counted and written down."""
+"""A callback that lists the utterances of the training set that could not be read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 class CountUnreadable(Callback):
-    """Append each utterance that ``data.on_bad_audio=skip`` left out, with the reason, to a file.
+    """Appends each utterance that ``data.on_bad_audio=skip`` skipped to a file, with the reason.
 
-    Each process writes down its own, once each; the log has the first ones and the count.
+    Each process lists its own utterances, each of them once. The log contains the first of them
+    and their number.
 
     Args:
         path: JSON-lines file to write.
-        num_logged: utterances that the log names.
+        num_logged: number of utterances that each process logs.
     """
 
     def __init__(self, path: str, *, num_logged: int = 10) -> None:
@@ -43,7 +44,7 @@ class CountUnreadable(Callback):
             for id_, why in new.items():
                 file.write(json.dumps({"id": id_, "reason": why}, ensure_ascii=False) + "\n")
                 if len(self._seen) < self.num_logged:
-                    logger.warning("left out: %s", why)
+                    logger.warning("skipped: %s", why)
                 self._seen.add(id_)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss stages: from encoder and predictor outputs to one loss an utterance.
+"""Loss stages, which compute the loss of each utterance from encoder and predictor outputs.
 
-A stage owns the way from the joiner to the loss, and nothing else: which layout the logits have,
-which loss is used, with which options. ``conf/loss/*.yaml`` selects one. None needs Lightning.
+A loss stage decides which layout the logits have, which loss is computed, and with which options.
+``conf/loss/*.yaml`` selects a stage. Loss stages do not need Lightning.
 """
 
 from transducer_toolkit.training.stages.additive import SimpleLoss, SmoothedLoss

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages of an additive joiner, logits = am + lm: nothing of the lattice's size times V exists."""
+"""Loss stages of an additive joiner, logits = am + lm, which never compute all logits."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from transducer_toolkit.training.stages.base import (
 
 
 class SmoothedLoss(LossStage):
-    """:func:`~transducer_toolkit.rnnt_loss_smoothed` of an :class:`AdditiveJoiner`.
+    """Computes :func:`~transducer_toolkit.rnnt_loss_smoothed` of an :class:`AdditiveJoiner`.
 
-    The model trained, decoded and exported has that joiner: ``logits = am + lm``.
+    The model is trained, decoded and exported with that joiner: ``logits = am + lm``.
 
     Args:
         blank: id of blank.
         topology: "regular", "modified" or "constrained".
-        lm_only_scale: weight of the predictor's own log-probabilities.
-        am_only_scale: weight of the encoder's own. Made for the windows of pruned training; a model
-            that is to be decoded wants 0. On the digits recipe 0.1 spread the symbols over so many
-            frames that a greedy search lost half of them (58 % WER, 5 % without).
-        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
+        lm_only_scale: weight of the log-probabilities of the predictor alone, in [0, 1].
+        am_only_scale: weight of the log-probabilities of the encoder alone, in [0, 1]. It helps to
+            find the windows of pruned training; use 0 for a model that is to be decoded. In the
+            digits recipe, 0.1 spread the symbols over so many frames that greedy search lost half
+            of them (WER 58 %, and 5 % with 0).
+        delay_penalty: penalty per frame of delay, applied after the warm-up; 0 disables it.
 
     Example:
         >>> import torch
@@ -66,7 +67,8 @@ class SmoothedLoss(LossStage):
     def forward(self, batch: LossInput) -> StageOutput:
         if not isinstance(batch.joiner, AdditiveJoiner):
             raise TypeError(
-                f"{type(self).__name__} trains an AdditiveJoiner, got {type(batch.joiner).__name__}"
+                f"joiner: expected an AdditiveJoiner for {type(self).__name__}, got "
+                f"{type(batch.joiner).__name__}"
             )
         am, lm = batch.joiner.parts(batch.encoder_out, batch.predictor_out)
         losses = rnnt_loss_smoothed(
@@ -86,12 +88,12 @@ class SmoothedLoss(LossStage):
 
 
 class SimpleLoss(SmoothedLoss):
-    """:func:`~transducer_toolkit.rnnt_loss_simple` of an :class:`AdditiveJoiner`: no smoothing.
+    """Computes :func:`~transducer_toolkit.rnnt_loss_simple` of an :class:`AdditiveJoiner`.
 
     Args:
         blank: id of blank.
         topology: "regular", "modified" or "constrained".
-        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
+        delay_penalty: penalty per frame of delay, applied after the warm-up; 0 disables it.
 
     Example:
         >>> stage = SimpleLoss(topology="constrained")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every loss stage gets, gives and offers."""
+"""The base class of the loss stages, their input and their output."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.checks import check_probability
 from transducer_toolkit.ops.lattice import LatticeShape
 
-# icefall's: a band, or a wish for early symbols, means nothing before a model has learnt a bit.
+# As in icefall. The warm-up exists because a band of symbols or a delay penalty is harmful before
+# the model has begun to align.
 MAX_WARMUP_STEPS = 2000
 WARMUP_PART = 0.2
 
 
 class LossInput(NamedTuple):
-    """A batch between the model and its loss.
+    """Input of a loss stage: the joiner, and the encoder and predictor outputs of a batch.
 
     Attributes:
-        joiner: the model's joiner, or one of yours with the methods of either class.
-        encoder_out: (B, T, E) float; anything finite in padding.
-        predictor_out: (B, U + 1, P) float; anything finite in padding.
-        targets: (B, U) integer ids on the device of ``encoder_out``; anything in padding.
-        shape: lengths of the batch's lattices, on the CPU.
+        joiner: the model's joiner, or a module with the methods of either joiner class.
+        encoder_out: (B, T, E) float. Padding may hold any finite value.
+        predictor_out: (B, U + 1, P) float. Padding may hold any finite value.
+        targets: (B, U) integer ids on the device of ``encoder_out``. Padding may hold any value.
+        shape: the lattices of the batch.
     """
 
     joiner: Joiner | AdditiveJoiner
@@ -45,11 +46,11 @@ class LossInput(NamedTuple):
 
 
 class StageOutput(NamedTuple):
-    """What a loss stage gives.
+    """Output of a loss stage.
 
     Attributes:
-        losses: (B,) float, the loss of each utterance (nats), to be minimised.
-        metrics: further scalars to log, detached, by name; each a mean over the batch.
+        losses: (B,) float, the loss of each utterance in nats.
+        metrics: detached scalars to log, by name. Each is a mean over the batch.
     """
 
     losses: Tensor
@@ -57,19 +58,22 @@ class StageOutput(NamedTuple):
 
 
 class LossStage(nn.Module, ABC):
-    """What every loss stage offers. It may own parameters; they are trained with the model.
+    """Base class of the loss stages.
 
-    The warm-up of a stage is the first ``min(2000, 20 %)`` of all steps. A stage that was never
-    told where the training stands is past it.
+    A stage may have parameters, which are trained together with the model.
+
+    The warm-up of a stage lasts for 2000 steps or 20 % of all steps, whichever is shorter. Without
+    a call of :meth:`set_progress`, the warm-up counts as complete.
 
     Attributes:
-        topology: of the lattice, one of :data:`~transducer_toolkit.decoding.TOPOLOGIES`.
-            Checkpoints carry it: a model is aligned and decoded as it was trained.
-        joiner_target: dotted path of the joiner class that this stage trains in place of the
-            model's, or None: any.
-        delay_penalty: penalty per frame of delay, applied after the warm-up: from the first step
-            on, it would pull symbols forward that have not found their place yet.
-        warmup_done: part of the warm-up that is over, from 0 to 1.
+        topology: topology of the lattice, one of
+            :data:`~transducer_toolkit.decoding.TOPOLOGIES`. Checkpoints contain it, so that a
+            model is aligned and decoded in the topology it was trained with.
+        joiner_target: dotted path of the joiner class that replaces the model's joiner, or None to
+            keep the model's joiner.
+        delay_penalty: penalty per frame of delay, applied after the warm-up. Before, it would move
+            symbols to earlier frames although the model has not aligned them yet.
+        warmup_done: completed fraction of the warm-up, in [0, 1].
     """
 
     topology: str = "regular"
@@ -79,61 +83,69 @@ class LossStage(nn.Module, ABC):
 
     @property
     def current_delay_penalty(self) -> float:
-        """``delay_penalty`` after the warm-up, 0 before its end."""
+        """``delay_penalty`` after the warm-up, 0 during the warm-up."""
         return self.delay_penalty if self.warmup_done >= 1.0 else 0.0
 
     @abstractmethod
     def forward(self, batch: LossInput) -> StageOutput:
-        """Compute the losses of a batch, not yet divided by anything, and further metrics."""
+        """Computes the loss of each utterance, without any reduction, and the metrics to log."""
 
     def bind(self, model: Transducer) -> None:
-        """Make what depends on the model's sizes; called once, before training."""
+        """Creates submodules that depend on the model's sizes. Call it once, before training."""
 
     def set_progress(self, step: int, num_steps: int) -> None:
-        """Tell the stage where the training stands; called before each step.
+        """Sets ``warmup_done``. Call it before each step.
 
         Args:
-            step: optimizer steps done.
-            num_steps: of the whole training.
+            step: number of completed optimizer steps.
+            num_steps: number of optimizer steps in the whole training.
         """
         self.warmup_done = min(1.0, step / max(1.0, min(MAX_WARMUP_STEPS, WARMUP_PART * num_steps)))
 
 
 def require_joiner(joiner: nn.Module, stage: LossStage) -> Joiner:
-    """The joiner, if it is one whose parts a stage may use; a TypeError otherwise."""
+    """Returns the joiner if it is a :class:`Joiner`, whose submodules a stage may call.
+
+    Raises:
+        TypeError: if it is another module.
+    """
     if not isinstance(joiner, Joiner):
         raise TypeError(
-            f"{type(stage).__name__} works inside of the joiner and needs a Joiner, got "
-            f"{type(joiner).__name__}; loss=packed takes any"
+            f"joiner: expected a Joiner for {type(stage).__name__}, which calls its submodules, "
+            f"got {type(joiner).__name__}; loss=packed accepts any joiner"
         )
     return joiner
 
 
 def require_plain_output(joiner: nn.Module, stage: LossStage) -> Joiner:
-    """The joiner, if its logits are those of its output layer's weight and bias, and of no code.
+    """Returns the joiner if its logits depend only on the weight and bias of its output layer.
 
     Raises:
-        TypeError: it is a subclass with a forward or step of its own, or the output layer is not a
-            plain nn.Linear (a subclass, hooks, pruning, weight norm).
+        TypeError: if the joiner is not a :class:`Joiner`, overrides ``forward`` or ``step``, or if
+            its output layer is not a plain ``nn.Linear`` (a subclass, hooks, pruning, weight norm).
     """
     plain = require_joiner(joiner, stage)
     kind = type(plain)
     overridden = kind.forward is not Joiner.forward or kind.step is not Joiner.step
     if overridden or not is_plain_linear(plain.output):
         raise TypeError(
-            f"{type(stage).__name__} multiplies by the weight of joiner.output itself and needs a "
-            f"plain nn.Linear there, in a Joiner whose forward and step are its own, got "
-            f"{kind.__name__} with {type(plain.output).__name__}; loss=packed takes any"
+            f"joiner: expected a Joiner with unmodified forward and step and a plain nn.Linear as "
+            f"output, because {type(stage).__name__} multiplies by joiner.output.weight directly, "
+            f"got {kind.__name__} with {type(plain.output).__name__}; loss=packed accepts any "
+            "joiner"
         )
     return plain
 
 
 def check_scales(lm_only_scale: float, am_only_scale: float) -> None:
-    """Raises unless both are in [0, 1]: what the loss asks for, before there is a batch."""
+    """Raises a TypeError or ValueError unless both are numbers in [0, 1].
+
+    The loss has the same condition, but checks it only when the first batch arrives.
+    """
     check_probability(lm_only_scale, "lm_only_scale")
     check_probability(am_only_scale, "am_only_scale")
 
 
 def per_frame(losses: Tensor, shape: LatticeShape) -> Tensor:
-    """Detached sum of the losses (B,) over the frames of the batch."""
+    """Returns the detached sum of the losses (B,), divided by the frames of the batch."""
     return losses.detach().sum() / shape.num_frames

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stage whose logits never exist as a whole."""
+"""The loss stage that computes logits by tiles of cells, never for the whole batch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from transducer_toolkit.training.stages.base import (
 
 
 class FusedLoss(LossStage):
-    """The numbers of :class:`PackedLoss` by :func:`~transducer_toolkit.fused_joiner_loss`.
+    """Computes :func:`~transducer_toolkit.fused_joiner_loss`.
 
-    Logs ``kept``, the part of the cells that backward visited.
+    The losses equal those of :class:`PackedLoss`. The metric ``kept`` is the fraction of the cells
+    that backward visits.
 
     Args:
         blank: id of blank.
         topology: "regular", "modified", "constrained" or "one_sym_per_frame".
-        fastemit_lambda: weight of FastEmit, 0 is off.
-        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
-        clamp: bound on the gradient of each logit, 0 is off.
-        dropped_mass: bound of the occupancy filter, 0 is exact.
+        fastemit_lambda: weight of FastEmit; 0 disables it.
+        delay_penalty: penalty per frame of delay, applied after the warm-up; 0 disables it.
+        clamp: bound on the gradient of each logit; 0 disables it.
+        dropped_mass: occupancy that backward may leave out, as in
+            :func:`~transducer_toolkit.fused_joiner_loss`; 0 for exact gradients.
 
     Example:
         >>> import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages that have the logits of all cells: packed, padded, and torchaudio's as the yardstick."""
+"""Loss stages that compute the logits of all cells: packed, padded, and torchaudio's loss."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from transducer_toolkit.training.stages.base import LossInput, LossStage, StageO
 
 
 class PackedLoss(LossStage):
-    """The joiner on packed cells and the loss of :func:`~transducer_toolkit.transducer_loss`.
+    """Computes :func:`~transducer_toolkit.transducer_loss` of packed logits.
 
     Args:
         blank: id of blank.
         topology: "regular", "modified", "constrained" or "one_sym_per_frame".
-        fastemit_lambda: weight of FastEmit, 0 is off.
-        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
-        clamp: bound on the gradient of each logit, 0 is off.
+        fastemit_lambda: weight of FastEmit; 0 disables it.
+        delay_penalty: penalty per frame of delay, applied after the warm-up; 0 disables it.
+        clamp: bound on the gradient of each logit; 0 disables it.
 
     Example:
         >>> import torch
@@ -67,16 +67,16 @@ class PackedLoss(LossStage):
 
 
 class FullLoss(LossStage):
-    """The joiner on the padded lattice and :func:`~transducer_toolkit.rnnt_loss`.
+    """Computes :func:`~transducer_toolkit.rnnt_loss` of padded logits.
 
-    The same numbers as :class:`PackedLoss`, with the memory of padded logits: the baseline of the
-    pruned losses.
+    The losses equal those of :class:`PackedLoss`, but the padded logits take more memory. This
+    stage is the baseline of the pruned losses.
 
     Args:
         blank: id of blank.
         topology: "regular", "modified" or "constrained".
-        fastemit_lambda: weight of FastEmit, 0 is off.
-        delay_penalty: penalty per frame of delay after the warm-up, 0 is off.
+        fastemit_lambda: weight of FastEmit; 0 disables it.
+        delay_penalty: penalty per frame of delay, applied after the warm-up; 0 disables it.
 
     Example:
         >>> stage = FullLoss(blank=0, topology="modified")
@@ -115,11 +115,11 @@ class FullLoss(LossStage):
 
 
 class TorchaudioLoss(LossStage):
-    """The joiner on the padded lattice and ``torchaudio.functional.rnnt_loss``: the yardstick.
+    """Computes ``torchaudio.functional.rnnt_loss`` of padded logits, for comparisons.
 
     Args:
         blank: id of blank.
-        clamp: bound on the gradient of each logit, 0 is off.
+        clamp: bound on the gradient of each logit; 0 disables it.
 
     Raises:
         ImportError: if torchaudio cannot be imported.
@@ -135,8 +135,8 @@ class TorchaudioLoss(LossStage):
             from torchaudio.functional import rnnt_loss
         except (ImportError, OSError) as error:
             raise ImportError(
-                "loss=torchaudio needs a torchaudio that fits the installed torch "
-                f"({error}); loss=packed needs none"
+                "loss=torchaudio needs a torchaudio that matches the installed torch "
+                f"({error}); install it, or use loss=packed, which does not need torchaudio"
             ) from error
         self._rnnt_loss = rnnt_loss
         self.blank = blank
@@ -144,7 +144,7 @@ class TorchaudioLoss(LossStage):
 
     def forward(self, batch: LossInput) -> StageOutput:
         joiner, encoder_out, predictor_out, targets, shape = batch
-        # torchaudio insists on the longest lengths being the sizes, and on int32 throughout.
+        # torchaudio requires that the longest lengths equal the sizes, and int32 everywhere.
         max_frames, max_targets = shape.max_frames, shape.max_targets
         device = encoder_out.device
         losses = self._rnnt_loss(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two-stage recipe: a smoothed loss finds the band, the joiner works in the band only."""
+"""Pruned training: a smoothed loss finds a band of symbols, and the joiner runs in the band."""
 
 from __future__ import annotations
 
@@ -34,23 +34,28 @@ PRUNED_SCALES = (0.1, 1.0)
 
 
 class PrunedLoss(LossStage):
-    """Smoothed loss -> ranges -> joiner and loss on ``prune_range`` symbols of each frame.
+    """Computes the pruned loss together with the smoothed loss that finds its band.
 
-    ``losses = simple_scale * smoothed + pruned_scale * pruned``; over the warm-up
-    (:class:`LossStage`) the scales go from 1.0 to 0.5 and from 0.1 to 1.0. Logs both
-    losses per frame.
+    The smoothed loss of an additive joiner finds a window of ``prune_range`` symbols for each
+    frame. The model's joiner and the pruned loss use only the cells in these windows::
+
+        losses = simple_scale * smoothed + pruned_scale * pruned
+
+    During the warm-up (see :class:`LossStage`), ``simple_scale`` falls from 1.0 to 0.5 and
+    ``pruned_scale`` rises from 0.1 to 1.0. The metrics are both scales, and both losses per frame.
 
     Args:
         blank: id of blank.
         topology: "regular", "modified" or "constrained".
-        prune_range: R, symbols kept for each frame.
-        lm_only_scale: of the smoothed loss.
-        am_only_scale: of the smoothed loss.
-        fastemit_lambda: weight of FastEmit in the pruned loss, 0 is off.
-        delay_penalty: penalty per frame of delay after the warm-up, in both losses, 0 is off.
-        method: how ranges are found, "greedy" or "optimal".
-        simple_joiner: the additive joiner of the smoothed loss; None: :meth:`bind` makes one, which
-            must come before a state dict is loaded.
+        prune_range: R, number of symbols kept for each frame.
+        lm_only_scale: as in :func:`~transducer_toolkit.rnnt_loss_smoothed`.
+        am_only_scale: as in :func:`~transducer_toolkit.rnnt_loss_smoothed`.
+        fastemit_lambda: weight of FastEmit in the pruned loss; 0 disables it.
+        delay_penalty: penalty per frame of delay in both losses, applied after the warm-up; 0
+            disables it.
+        method: "greedy" or "optimal", as in :func:`~transducer_toolkit.get_rnnt_prune_ranges`.
+        simple_joiner: the additive joiner of the smoothed loss. If it is None, call :meth:`bind`,
+            which creates one, before a state dict is loaded.
 
     Example:
         >>> import torch
@@ -107,7 +112,7 @@ class PrunedLoss(LossStage):
             ).to(next(model.parameters()))
 
     def scales(self) -> tuple[float, float]:
-        """Weights of the smoothed and of the pruned loss."""
+        """Returns the present weights of the smoothed loss and of the pruned loss."""
         simple, pruned = (
             first + self.warmup_done * (last - first)
             for first, last in (SIMPLE_SCALES, PRUNED_SCALES)
@@ -118,7 +123,8 @@ class PrunedLoss(LossStage):
         joiner = require_joiner(batch.joiner, self)
         if self.simple_joiner is None:
             raise ValueError(
-                f"{type(self).__name__} needs its simple_joiner: pass one, or call bind(model)"
+                f"simple_joiner: expected an AdditiveJoiner for {type(self).__name__}, got None; "
+                "pass one, or call bind(model)"
             )
         am, lm = self.simple_joiner.parts(batch.encoder_out, batch.predictor_out)
         simple, (px_grad, py_grad) = rnnt_loss_smoothed(
@@ -153,7 +159,7 @@ class PrunedLoss(LossStage):
     def pruned_losses(
         self, joiner: Joiner, batch: LossInput, ranges: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (B,) on the band of `ranges` (B, T, R), and further metrics."""
+        """Returns the losses (B,) on the band ``ranges`` (B, T, R), and metrics to log."""
         enc, pred = do_rnnt_pruning(
             joiner.encoder_projection(batch.encoder_out),
             joiner.predictor_projection(batch.predictor_out),
@@ -176,14 +182,15 @@ class PrunedLoss(LossStage):
 
 
 class FusedPrunedLoss(PrunedLoss):
-    """:class:`PrunedLoss` with the band's logits by :func:`~transducer_toolkit.fused_joiner_loss`.
+    """Computes :class:`PrunedLoss` with :func:`~transducer_toolkit.fused_joiner_loss` in the band.
 
-    The same numbers in less time and memory. Logs ``kept``, the part of the band's cells that
-    backward visited.
+    The losses are the same, in less time and memory. The metric ``kept`` is the fraction of the
+    band's cells that backward visits.
 
     Args:
-        dropped_mass: bound of the occupancy filter, 0 is exact.
-        options: of :class:`PrunedLoss`.
+        dropped_mass: occupancy that backward may leave out, as in
+            :func:`~transducer_toolkit.fused_joiner_loss`; 0 for exact gradients.
+        options: options of :class:`PrunedLoss`.
 
     Example:
         >>> stage = FusedPrunedLoss(prune_range=5, simple_joiner=AdditiveJoiner(8, 6, 5))
