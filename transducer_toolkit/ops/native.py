@@ -65,8 +65,8 @@ def build_info() -> dict[str, Any]:
     - cuda_architectures: for example "75-real 80-real 80-virtual";
     - cuda_driver_floor: the lowest NVIDIA driver branch, for example 580; 0 without CUDA;
     - cuda_devices: the number of usable devices; 0 if this build or torch has no CUDA. Before torch
-      initializes CUDA, torch.cuda.device_count() counts them, so that a process that is forked later
-      can still use CUDA.
+      initializes CUDA, torch.cuda.device_count() counts them, so that a process forked later can
+      still use CUDA.
 
     Example:
         >>> build_info()["cpu_path"] in ("avx512", "avx2", "baseline")
