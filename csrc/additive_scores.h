@@ -3,7 +3,7 @@
 // batched products of exponentials. On the CPU only: a GPU runs the same in PyTorch's kernels.
 #pragma once
 
-#include "normaliser_repair.h"
+#include "normalizer_repair.h"
 
 namespace transducer {
 
@@ -30,30 +30,30 @@ template <typename T>
 void ShiftedExpCpu(const T* rows, int64_t num_rows, int64_t size, int num_threads, T* exponentials,
                    T* max);
 
-// cells.product -> normaliser (B, T, columns), repaired; blank_score (B, T, S + 1); label_score
+// cells.product -> normalizer (B, T, columns), repaired; blank_score (B, T, S + 1); label_score
 // (B, T, S). am_max (B, T) and lm_max (B, columns) are those of ShiftedExpCpu.
 template <typename T>
 void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms, const T* am_max,
-                       const T* lm_max, int num_threads, Score* normaliser, Score* blank_score,
+                       const T* lm_max, int num_threads, Score* normalizer, Score* blank_score,
                        Score* label_score);
 
-// The first half of the way back: gradients of the scores -> grad_normaliser (B, T, columns); scale
+// The first half of the way back: gradients of the scores -> grad_normalizer (B, T, columns); scale
 // (B,), their largest magnitude in an utterance, 0 if all are; weight (B, T, columns) =
-// grad_normaliser / scale / product, 0 in the cells to repair; gradients of context_blank and
+// grad_normalizer / scale / product, 0 in the cells to repair; gradients of context_blank and
 // context_label.
 template <typename T>
 void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms,
                         const Score* grad_blank, const Score* grad_label, int num_threads,
-                        Score* grad_normaliser, Score* scale, T* weight, Score* grad_context_blank,
+                        Score* grad_normalizer, Score* scale, T* weight, Score* grad_context_blank,
                         Score* grad_context_label);
 
 // The second: on entry grad_am (B, T, V) = weight @ lm exponentials and grad_lm (B, columns, V) =
 // weight^T @ am exponentials, on exit the gradients, those of repaired cells included.
 template <typename T>
 void AdditiveGradientsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms,
-                          const T* am_exp, const T* lm_exp, const Score* normaliser,
+                          const T* am_exp, const T* lm_exp, const Score* normalizer,
                           const Score* grad_blank, const Score* grad_label,
-                          const Score* grad_normaliser, const Score* scale, int num_threads,
+                          const Score* grad_normalizer, const Score* scale, int num_threads,
                           T* grad_am, T* grad_lm);
 
 }  // namespace transducer

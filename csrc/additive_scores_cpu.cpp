@@ -22,7 +22,7 @@ void ShiftedExpCpu(const T* rows, int64_t num_rows, int64_t size, int num_thread
 
 template <typename T>
 void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms, const T* am_max,
-                       const T* lm_max, int num_threads, Score* normaliser, Score* blank_score,
+                       const T* lm_max, int num_threads, Score* normalizer, Score* blank_score,
                        Score* label_score) {
   const int64_t num_rows = cells.num_utterances * cells.num_frames;
   const int64_t columns = cells.num_columns, symbols = terms.num_symbols;
@@ -32,12 +32,12 @@ void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms
       const T* maxima = lm_max + i / cells.num_frames * columns;
       const Score top = static_cast<Score>(am_max[i]);
       for (int64_t k = 0; k < columns; ++k) {
-        normaliser[i * columns + k] = std::log(static_cast<Score>(product[k])) +
+        normalizer[i * columns + k] = std::log(static_cast<Score>(product[k])) +
                                       (top + static_cast<Score>(maxima[k]));
       }
     }
   });
-  RepairNormaliserCpu(cells, num_threads, normaliser);
+  RepairNormalizerCpu(cells, num_threads, normalizer);
   ParallelForRows(num_rows, num_threads, [&](int64_t begin, int64_t end) {
     const double am_scale = terms.combined_scale + terms.am_only_scale;
     for (int64_t i = begin; i < end; ++i) {
@@ -46,7 +46,7 @@ void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms
       const int64_t* symbol = terms.symbols + b * symbols;
       const Score* from_blank = terms.context_blank + b * (symbols + 1);
       const Score* from_label = terms.context_label + b * symbols;
-      const Score* norm = normaliser + i * columns;
+      const Score* norm = normalizer + i * columns;
       Score* blank = blank_score + i * (symbols + 1);
       Score* label = label_score + i * symbols;
       const auto of_am = [&](int64_t v) {
@@ -67,7 +67,7 @@ void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms
 template <typename T>
 void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms,
                         const Score* grad_blank, const Score* grad_label, int num_threads,
-                        Score* grad_normaliser, Score* scale, T* weight, Score* grad_context_blank,
+                        Score* grad_normalizer, Score* scale, T* weight, Score* grad_context_blank,
                         Score* grad_context_label) {
   const int64_t columns = cells.num_columns, symbols = terms.num_symbols;
   // One task an utterance: it owns its sums over frames.
@@ -82,7 +82,7 @@ void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& term
       const int64_t i = b * cells.num_frames + t;
       const Score* blank = grad_blank + i * (symbols + 1);
       const Score* label = grad_label + i * symbols;
-      Score* grad = grad_normaliser + i * columns;
+      Score* grad = grad_normalizer + i * columns;
       Score of_frame = 0;
       for (int64_t u = 0; u <= symbols; ++u) {
         const Score of_label = u < symbols ? label[u] : 0;
@@ -105,7 +105,7 @@ void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& term
     const int64_t first = b * cells.num_frames * columns;
     for (int64_t i = first; i < first + cells.num_frames * columns; ++i) {
       const T product = cells.product[i];
-      const Score grad = grad_normaliser[i] * inverse;
+      const Score grad = grad_normalizer[i] * inverse;
       weight[i] = grad == 0 || product < cells.threshold
                       ? 0
                       : static_cast<T>(grad / static_cast<Score>(product));
@@ -115,9 +115,9 @@ void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& term
 
 template <typename T>
 void AdditiveGradientsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms,
-                          const T* am_exp, const T* lm_exp, const Score* normaliser,
+                          const T* am_exp, const T* lm_exp, const Score* normalizer,
                           const Score* grad_blank, const Score* grad_label,
-                          const Score* grad_normaliser, const Score* scale, int num_threads,
+                          const Score* grad_normalizer, const Score* scale, int num_threads,
                           T* grad_am, T* grad_lm) {
   const int64_t size = cells.vocab_size, symbols = terms.num_symbols;
   const auto scaled = [size](const T* exponentials, Score factor, T* grad) {
@@ -153,7 +153,7 @@ void AdditiveGradientsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& te
       scaled(lm_exp + i * size, scale[i / cells.num_columns], grad_lm + i * size);
     }
   });
-  RepairNormaliserBackwardCpu(cells, normaliser, grad_normaliser, num_threads, grad_am, grad_lm);
+  RepairNormalizerBackwardCpu(cells, normalizer, grad_normalizer, num_threads, grad_am, grad_lm);
 }
 
 #define TRANSDUCER_INSTANTIATE(T)                                                                  \

@@ -14,7 +14,7 @@
 #include "joint_tile.h"
 #include "lattice.h"
 #include "logits_grad.h"
-#include "normaliser_repair.h"
+#include "normalizer_repair.h"
 #include "occupancy.h"
 
 namespace transducer {
@@ -58,9 +58,9 @@ struct CpuBackend {
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardWithoutScratch<T>;
   template <typename T>
-  static constexpr auto kRepair = &RepairNormaliserCpu<T>;
+  static constexpr auto kRepair = &RepairNormalizerCpu<T>;
   template <typename T>
-  static constexpr auto kRepairBackward = &RepairNormaliserBackwardCpu<T>;
+  static constexpr auto kRepairBackward = &RepairNormalizerBackwardCpu<T>;
   static constexpr auto kLattice = &LatticeCpu;
 
   static Queue QueueOf(Address num_threads) { return static_cast<int>(num_threads); }
@@ -82,9 +82,9 @@ struct CudaBackend {
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardCuda<T>;
   template <typename T>
-  static constexpr auto kRepair = &RepairNormaliserCuda<T>;
+  static constexpr auto kRepair = &RepairNormalizerCuda<T>;
   template <typename T>
-  static constexpr auto kRepairBackward = &RepairNormaliserBackwardCuda<T>;
+  static constexpr auto kRepairBackward = &RepairNormalizerBackwardCuda<T>;
   static constexpr auto kLattice = &LatticeCuda;
 
   static Queue QueueOf(Address stream) { return As<void>(stream); }
@@ -99,12 +99,12 @@ struct CudaBackend {
 template <typename Backend>
 void CellScores(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address logits,
                 int64_t vocab_size, int64_t blank, bool from_log_softmax, Address queue,
-                Address normaliser, Address blank_score, Address label_score) {
+                Address normalizer, Address blank_score, Address label_score) {
   ForDType(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     Backend::template kCellScores<T>(batch, tile, As<const T>(logits), vocab_size, blank,
                                      from_log_softmax, Backend::QueueOf(queue),
-                                     As<Score>(normaliser), As<Score>(blank_score),
+                                     As<Score>(normalizer), As<Score>(blank_score),
                                      As<Score>(label_score));
   });
 }
@@ -122,12 +122,12 @@ void Lattice(const LatticeBatch& batch, Topology topology, double delay_penalty,
 template <typename Backend>
 void LogitsGrad(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address logits,
                 int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
-                Address normaliser, Address use_blank, Address use_label, Address loss_grad,
+                Address normalizer, Address use_blank, Address use_label, Address loss_grad,
                 Address queue, Address grad) {
   ForDType(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     Backend::template kLogitsGrad<T>(batch, tile, As<const T>(logits), vocab_size, blank,
-                                     from_log_softmax, clamp, As<const Score>(normaliser),
+                                     from_log_softmax, clamp, As<const Score>(normalizer),
                                      As<const Score>(use_blank), As<const Score>(use_label),
                                      As<const Score>(loss_grad), Backend::QueueOf(queue),
                                      As<T>(grad));
@@ -174,27 +174,27 @@ void ForAdditiveCells(DType dtype, int64_t num_utterances, int64_t num_frames, i
 }
 
 template <typename Backend>
-void RepairNormaliser(DType dtype, int64_t num_utterances, int64_t num_frames, int64_t num_columns,
+void RepairNormalizer(DType dtype, int64_t num_utterances, int64_t num_frames, int64_t num_columns,
                       int64_t vocab_size, Address am, Address lm, Address product,
-                      double threshold, Address queue, Address normaliser) {
+                      double threshold, Address queue, Address normalizer) {
   ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
                    threshold, [&](const auto& cells) {
                      using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
                      Backend::template kRepair<T>(cells, Backend::QueueOf(queue),
-                                                  As<Score>(normaliser));
+                                                  As<Score>(normalizer));
                    });
 }
 
 template <typename Backend>
-void RepairNormaliserBackward(DType dtype, int64_t num_utterances, int64_t num_frames,
+void RepairNormalizerBackward(DType dtype, int64_t num_utterances, int64_t num_frames,
                               int64_t num_columns, int64_t vocab_size, Address am, Address lm,
-                              Address product, double threshold, Address normaliser, Address grad,
+                              Address product, double threshold, Address normalizer, Address grad,
                               Address queue, Address grad_am, Address grad_lm) {
   ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
                    threshold, [&](const auto& cells) {
                      using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
                      Backend::template kRepairBackward<T>(
-                         cells, As<const Score>(normaliser), As<const Score>(grad),
+                         cells, As<const Score>(normalizer), As<const Score>(grad),
                          Backend::QueueOf(queue), As<T>(grad_am), As<T>(grad_lm));
                    });
 }
@@ -208,7 +208,7 @@ void BindStages(pybind11::module_& m) {
   const auto queue = arg(Backend::kQueueName);
   m.def("cell_scores", &CellScores<Backend>, no_gil, arg("batch"), arg("tile"), named, arg("dtype"),
         arg("logits"), arg("vocab_size"), arg("blank"), arg("from_log_softmax"), queue,
-        arg("normaliser"), arg("blank_score"), arg("label_score"));
+        arg("normalizer"), arg("blank_score"), arg("label_score"));
   m.def("lattice", &Lattice<Backend>, no_gil, arg("batch"), named, arg("topology"),
         arg("delay_penalty"), arg("fastemit_lambda"), arg("exact"), arg("blank_score"),
         arg("label_score"), queue, arg("scratch"), arg("loss"), arg("use_blank"),
@@ -217,7 +217,7 @@ void BindStages(pybind11::module_& m) {
         arg("with_uses"));
   m.def("logits_grad", &LogitsGrad<Backend>, no_gil, arg("batch"), arg("tile"), named, arg("dtype"),
         arg("logits"), arg("vocab_size"), arg("blank"), arg("from_log_softmax"), arg("clamp"),
-        arg("normaliser"), arg("use_blank"), arg("use_label"), arg("loss_grad"), queue,
+        arg("normalizer"), arg("use_blank"), arg("use_label"), arg("loss_grad"), queue,
         arg("grad"));
   m.def("join_forward", &JoinForward<Backend>, no_gil, arg("batch"), arg("tile"), named,
         arg("dtype"), arg("enc"), arg("pred"), arg("width"), arg("activation"), queue,
@@ -226,13 +226,13 @@ void BindStages(pybind11::module_& m) {
         arg("dtype"), arg("grad_hidden"), arg("hidden"), arg("enc"), arg("pred"), arg("width"),
         arg("activation"), queue, arg("scratch"), arg("grad_enc"), arg("grad_pred"));
   m.def("join_backward_scratch", &Backend::JoinBackwardScratch, arg("batch"), arg("tile"));
-  m.def("repair_normaliser", &RepairNormaliser<Backend>, no_gil, named, arg("dtype"),
+  m.def("repair_normalizer", &RepairNormalizer<Backend>, no_gil, named, arg("dtype"),
         arg("num_utterances"), arg("num_frames"), arg("num_columns"), arg("vocab_size"), arg("am"),
-        arg("lm"), arg("product"), arg("threshold"), queue, arg("normaliser"));
-  m.def("repair_normaliser_backward", &RepairNormaliserBackward<Backend>, no_gil, named,
+        arg("lm"), arg("product"), arg("threshold"), queue, arg("normalizer"));
+  m.def("repair_normalizer_backward", &RepairNormalizerBackward<Backend>, no_gil, named,
         arg("dtype"), arg("num_utterances"), arg("num_frames"), arg("num_columns"),
         arg("vocab_size"), arg("am"), arg("lm"), arg("product"), arg("threshold"),
-        arg("normaliser"), arg("grad"), queue, arg("grad_am"), arg("grad_lm"));
+        arg("normalizer"), arg("grad"), queue, arg("grad_am"), arg("grad_lm"));
 }
 
 // The CUDA stages; the emulated module binds the same.

@@ -100,37 +100,37 @@ AdditiveArguments MakeAdditiveArguments(DType dtype, int64_t num_utterances, int
 }
 
 void AdditiveScores(const AdditiveArguments& arguments, Address am_max, Address lm_max,
-                    int num_threads, Address normaliser, Address blank_score,
+                    int num_threads, Address normalizer, Address blank_score,
                     Address label_score) {
   arguments.Call([&](const auto& cells) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
     AdditiveScoresCpu(cells, arguments.terms, As<const T>(am_max), As<const T>(lm_max),
-                      num_threads, As<Score>(normaliser), As<Score>(blank_score),
+                      num_threads, As<Score>(normalizer), As<Score>(blank_score),
                       As<Score>(label_score));
   });
 }
 
 void AdditiveWeights(const AdditiveArguments& arguments, Address grad_blank, Address grad_label,
-                     int num_threads, Address grad_normaliser, Address scale, Address weight,
+                     int num_threads, Address grad_normalizer, Address scale, Address weight,
                      Address grad_context_blank, Address grad_context_label) {
   arguments.Call([&](const auto& cells) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
     AdditiveWeightsCpu(cells, arguments.terms, As<const Score>(grad_blank),
-                       As<const Score>(grad_label), num_threads, As<Score>(grad_normaliser),
+                       As<const Score>(grad_label), num_threads, As<Score>(grad_normalizer),
                        As<Score>(scale), As<T>(weight), As<Score>(grad_context_blank),
                        As<Score>(grad_context_label));
   });
 }
 
 void AdditiveGradients(const AdditiveArguments& arguments, Address am_exp, Address lm_exp,
-                       Address normaliser, Address grad_blank, Address grad_label,
-                       Address grad_normaliser, Address scale, int num_threads, Address grad_am,
+                       Address normalizer, Address grad_blank, Address grad_label,
+                       Address grad_normalizer, Address scale, int num_threads, Address grad_am,
                        Address grad_lm) {
   arguments.Call([&](const auto& cells) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
     AdditiveGradientsCpu(cells, arguments.terms, As<const T>(am_exp), As<const T>(lm_exp),
-                         As<const Score>(normaliser), As<const Score>(grad_blank),
-                         As<const Score>(grad_label), As<const Score>(grad_normaliser),
+                         As<const Score>(normalizer), As<const Score>(grad_blank),
+                         As<const Score>(grad_label), As<const Score>(grad_normalizer),
                          As<const Score>(scale), num_threads, As<T>(grad_am), As<T>(grad_lm));
   });
 }
@@ -148,14 +148,14 @@ void BindAdditiveScores(py::module_& cpu) {
   cpu.def("shifted_exp", &ShiftedExp, no_gil, named, arg("dtype"), arg("rows"), arg("num_rows"),
           arg("size"), arg("num_threads"), arg("exponentials"), arg("max"));
   cpu.def("additive_scores", &AdditiveScores, no_gil, arg("arguments"), named, arg("am_max"),
-          arg("lm_max"), arg("num_threads"), arg("normaliser"), arg("blank_score"),
+          arg("lm_max"), arg("num_threads"), arg("normalizer"), arg("blank_score"),
           arg("label_score"));
   cpu.def("additive_weights", &AdditiveWeights, no_gil, arg("arguments"), named,
-          arg("grad_blank"), arg("grad_label"), arg("num_threads"), arg("grad_normaliser"),
+          arg("grad_blank"), arg("grad_label"), arg("num_threads"), arg("grad_normalizer"),
           arg("scale"), arg("weight"), arg("grad_context_blank"), arg("grad_context_label"));
   cpu.def("additive_gradients", &AdditiveGradients, no_gil, arg("arguments"), named,
-          arg("am_exp"), arg("lm_exp"), arg("normaliser"), arg("grad_blank"), arg("grad_label"),
-          arg("grad_normaliser"), arg("scale"), arg("num_threads"), arg("grad_am"),
+          arg("am_exp"), arg("lm_exp"), arg("normalizer"), arg("grad_blank"), arg("grad_label"),
+          arg("grad_normalizer"), arg("scale"), arg("num_threads"), arg("grad_am"),
           arg("grad_lm"));
 }
 

@@ -19,7 +19,7 @@ Score Pick(const T* row, int64_t index, Score max, Score log_sum) {
 template <typename T>
 void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const T* logits,
                    int64_t vocab_size, int64_t blank, bool from_log_softmax, int num_threads,
-                   Score* normaliser, Score* blank_score, Score* label_score) {
+                   Score* normalizer, Score* blank_score, Score* label_score) {
   const RowKernels<T>& kernels = GetRowKernels<T>();
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);
@@ -35,7 +35,7 @@ void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const T* logi
         max = static_cast<Score>(row_max);
         log_sum = std::log(static_cast<Score>(row_sum));
       }
-      normaliser[row] = max + log_sum;
+      normalizer[row] = max + log_sum;
       blank_score[row] = Pick(x, blank, max, log_sum);
       if (cell.u == batch.num_targets[cell.b]) {
         label_score[row] = kLogZero;

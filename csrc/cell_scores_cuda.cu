@@ -85,14 +85,14 @@ __device__ Score Pick(const T* x, int64_t index, Score max, Score log_sum) {
 }
 
 struct Outputs {
-  Score *normaliser, *blank_score, *label_score;
+  Score *normalizer, *blank_score, *label_score;
 };
 
 template <typename T>
 __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
                             int size, int64_t blank, Score max, Score log_sum,
                             const Outputs& outputs) {
-  outputs.normaliser[row] = max + log_sum;
+  outputs.normalizer[row] = max + log_sum;
   outputs.blank_score[row] = Pick(x, blank, max, log_sum);
   Score label = kLogZero;
   if (cell.u != batch.num_targets[cell.b]) {
@@ -182,9 +182,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
 template <typename T>
 void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const T* logits,
                     int64_t vocab_size, int64_t blank, bool from_log_softmax, void* stream,
-                    Score* normaliser, Score* blank_score, Score* label_score) {
+                    Score* normalizer, Score* blank_score, Score* label_score) {
   TRANSDUCER_CHECK(vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
-  const Outputs outputs{normaliser, blank_score, label_score};
+  const Outputs outputs{normalizer, blank_score, label_score};
   const int size = static_cast<int>(vocab_size);
   if (from_log_softmax) {
     TRANSDUCER_LAUNCH(PickKernel<T>, CeilDivide(tile.size, kRowThreads), kRowThreads, stream, batch,

@@ -20,7 +20,7 @@ const SoftplusTable& Softplus() {
   return table;
 }
 
-// Frames worked on at once. A cell waits some 50 cycles for its neighbour in the frame; those of the
+// Frames worked on at once. A cell waits some 50 cycles for its neighbor in the frame; those of the
 // other frames, each one cell behind the one before, fill the time.
 constexpr int64_t kFront = 4;
 

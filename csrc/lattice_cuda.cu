@@ -4,7 +4,7 @@
 //
 // A block's lanes stand along one axis of the lattice and walk along the other. A cell is made of
 // two values, one that its lane had at the step before (`own`) and one that the lane before it had
-// (`neighbour`), so a step costs one barrier and two values a lane in shared memory:
+// (`neighbor`), so a step costs one barrier and two values a lane in shared memory:
 //
 //   regular                lane i is i steps behind lane 0: lanes walk an anti-diagonal. The arcs
 //                          along both axes are alike, so lanes stand along the shorter one.
@@ -102,14 +102,14 @@ class Walk {
 #pragma unroll
         for (int k = 0; k < kPrefetch; ++k) {
           const int place = first + k - (kSkew ? lane_in_strip : 0);  // of the lane on its way
-          const Score neighbour = lane_in_strip > 0 ? exchange[(k & 1) ^ 1][lane_in_strip - 1]
+          const Score neighbor = lane_in_strip > 0 ? exchange[(k & 1) ^ 1][lane_in_strip - 1]
                                                     : BeforeStrip(lane, place, edge_before);
           Score handed = kLogZero;
           if (place >= 0) {
             const CellInputs cell = inputs[k];
             Score next_own = kLogZero;
             if (cell.row >= 0) {
-              Visit(lane, place, cell, own, neighbour, &next_own, &handed, has_nan);
+              Visit(lane, place, cell, own, neighbor, &next_own, &handed, has_nan);
               if (kBackward && FrameAt(lane, place) == 0 && SymbolAt(lane, place) == 0) {
                 *total = handed;
                 has_total = true;
@@ -175,7 +175,7 @@ class Walk {
     return at >= 0 && at < Length() ? edge_before[at] : kLogZero;
   }
 
-  __device__ void Visit(int lane, int place, const CellInputs& cell, Score own, Score neighbour,
+  __device__ void Visit(int lane, int place, const CellInputs& cell, Score own, Score neighbor,
                         Score* next_own, Score* handed, bool* has_nan) const {
     const int t = FrameAt(lane, place);
     Score label = cell.label;
@@ -183,15 +183,15 @@ class Walk {
     label += delay_penalty_ * (middle_ - static_cast<Score>(t));
     if (kBackward) {
       *has_nan |= cell.blank != cell.blank || cell.label != cell.label;
-      const Score by_blank = cell.blank + (kLanesAreFrames ? neighbour : own);
-      const Score by_label = label + (kLanesAreFrames ? own : neighbour);
+      const Score by_blank = cell.blank + (kLanesAreFrames ? neighbor : own);
+      const Score by_label = label + (kLanesAreFrames ? own : neighbor);
       if (arrays_.use_blank != nullptr) {
         arrays_.use_blank[cell.row] = by_blank;
         arrays_.use_label[cell.row] = by_label;
       }
       *next_own = *handed = Math::LogAdd(by_blank, by_label);
     } else {
-      const Score alpha = Math::LogAdd(own, neighbour);
+      const Score alpha = Math::LogAdd(own, neighbor);
       arrays_.alpha[cell.row] = alpha;
       *next_own = alpha + (kLanesAreFrames ? label : cell.blank);
       *handed = alpha + (kLanesAreFrames ? cell.blank : label);

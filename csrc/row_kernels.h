@@ -24,9 +24,9 @@ struct RowKernels {
   // everywhere. out may be x.
   void (*shifted_exp)(const T* x, int64_t size, T* out, C* max);
 
-  // out_i = scale * min(weight * exp(x_i - normaliser), limit), magnitudes below kFlushBelow as
+  // out_i = scale * min(weight * exp(x_i - normalizer), limit), magnitudes below kFlushBelow as
   // zero; weight >= 0, limit = +inf for none. out may be x.
-  void (*scaled_softmax)(const T* x, int64_t size, Score normaliser, C weight, C limit, C scale,
+  void (*scaled_softmax)(const T* x, int64_t size, Score normalizer, C weight, C limit, C scale,
                          T* out);
 
   // out_i = activation(a_i + b_i).

@@ -269,14 +269,14 @@ void ShiftedExp(const T* x, int64_t size, T* out, Compute<T>* max) {
 }
 
 template <typename T>
-void ScaledSoftmax(const T* x, int64_t size, Score normaliser, Compute<T> weight, Compute<T> limit,
+void ScaledSoftmax(const T* x, int64_t size, Score normalizer, Compute<T> weight, Compute<T> limit,
                    Compute<T> scale, T* out) {
   using C = Compute<T>;
   constexpr int64_t kLanes = Simd<C>::kLanes;
-  // normaliser = high + low: x - high is exact where the softmax matters (x close to it), so a
-  // large normaliser does not cost the gradient its last digits.
-  const C high = static_cast<C>(normaliser);
-  const C low = static_cast<C>(normaliser - static_cast<Score>(high));
+  // normalizer = high + low: x - high is exact where the softmax matters (x close to it), so a
+  // large normalizer does not cost the gradient its last digits.
+  const C high = static_cast<C>(normalizer);
+  const C low = static_cast<C>(normalizer - static_cast<Score>(high));
   const auto gradient = [=](Vec<T> v) {
     v = weight * Simd<C>::Exp((v - high) - low);
     v = v > limit ? Vec<T>{} + limit : v;

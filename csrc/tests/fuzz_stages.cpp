@@ -149,7 +149,7 @@ Problem MakeProblem(Bytes* bytes) {
 
 // Everything that the stages give, for one number of threads. `uses` may be asked for or not.
 struct Results {
-  std::vector<Score> normaliser, blank, label, loss, use_blank, use_label, dropped;
+  std::vector<Score> normalizer, blank, label, loss, use_blank, use_label, dropped;
   std::vector<int64_t> kept, num_kept;
 };
 
@@ -169,11 +169,11 @@ Results Forward(const Problem& p, const std::vector<T>& logits, const RowTile& t
   const size_t rows = static_cast<size_t>(p.batch.num_rows);
   const size_t size = static_cast<size_t>(p.batch.num_utterances);
   Results r;
-  r.normaliser.assign(rows, 0);
+  r.normalizer.assign(rows, 0);
   r.blank.assign(rows, 0);
   r.label.assign(rows, 0);
   CellScoresCpu(p.batch, tile, logits.data(), p.vocab_size, p.blank, p.from_log_softmax, threads,
-                r.normaliser.data(), r.blank.data(), r.label.data());
+                r.normalizer.data(), r.blank.data(), r.label.data());
   r.loss.assign(size, kUnwritten);
   r.use_blank.assign(rows, 0);
   r.use_label.assign(rows, 0);
@@ -204,7 +204,7 @@ bool SameBits(const std::vector<A>& a, const std::vector<A>& b) {
 }
 
 bool SameBits(const Results& a, const Results& b) {
-  return SameBits(a.normaliser, b.normaliser) && SameBits(a.blank, b.blank) &&
+  return SameBits(a.normalizer, b.normalizer) && SameBits(a.blank, b.blank) &&
          SameBits(a.label, b.label) && SameBits(a.loss, b.loss) &&
          SameBits(a.use_blank, b.use_blank) && SameBits(a.use_label, b.use_label) &&
          SameBits(a.dropped, b.dropped) && SameBits(a.kept, b.kept) &&
@@ -296,7 +296,7 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
   for (const int threads : {1, 2}) {
     std::vector<T> grad(logits.size(), unwritten);
     LogitsGradCpu(p.batch, {nullptr, 0, p.batch.num_rows}, logits.data(), p.vocab_size, p.blank,
-                  p.from_log_softmax, clamp, r.normaliser.data(), r.use_blank.data(),
+                  p.from_log_softmax, clamp, r.normalizer.data(), r.use_blank.data(),
                   r.use_label.data(), loss_grad.data(), threads, grad.data());
     for (const T g : grad) REQUIRE(std::memcmp(&g, &unwritten, sizeof(T)) != 0);
     if (threads == 1) first = grad;
@@ -310,12 +310,12 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
                 vocab * sizeof(T));
   }
   LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)}, some.data(),
-                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normaliser.data(),
+                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normalizer.data(),
                 r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, some.data());
   // And so do these rows of logits that stay where they are.
   std::vector<T> of_whole(some.size());
   LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept), true}, logits.data(),
-                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normaliser.data(),
+                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normalizer.data(),
                 r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, of_whole.data());
   REQUIRE(SameBits(some, of_whole));
   for (size_t i = 0; i < num_kept; ++i) {
@@ -383,21 +383,21 @@ void Repair(Bytes* bytes) {
   }
   const AdditiveCells<T> cells{size,      frames,    columns,        vocab,
                                am.data(), lm.data(), product.data(), T(0)};
-  std::vector<Score> normaliser[2];
+  std::vector<Score> normalizer[2];
   std::vector<T> grad_am[2], grad_lm[2];
   for (const int threads : {1, 2}) {
     const int i = threads - 1;
-    normaliser[i].assign(product.size(), kUnwritten);
-    RepairNormaliserCpu(cells, threads, normaliser[i].data());
+    normalizer[i].assign(product.size(), kUnwritten);
+    RepairNormalizerCpu(cells, threads, normalizer[i].data());
     grad_am[i].assign(am.size(), 0);
     grad_lm[i].assign(lm.size(), 0);
-    RepairNormaliserBackwardCpu(cells, normaliser[i].data(), grad.data(), threads,
+    RepairNormalizerBackwardCpu(cells, normalizer[i].data(), grad.data(), threads,
                                 grad_am[i].data(), grad_lm[i].data());
   }
   for (size_t i = 0; i < product.size(); ++i) {
-    REQUIRE((product[i] < 0) == (normaliser[0][i] != kUnwritten));
+    REQUIRE((product[i] < 0) == (normalizer[0][i] != kUnwritten));
   }
-  REQUIRE(SameBits(normaliser[0], normaliser[1]));
+  REQUIRE(SameBits(normalizer[0], normalizer[1]));
   REQUIRE(SameBits(grad_am[0], grad_am[1]) && SameBits(grad_lm[0], grad_lm[1]));
 }
 

@@ -13,7 +13,7 @@ namespace {
 
 struct Expected {
   double probability = 0;
-  std::vector<double> use_blank, use_label;  // unnormalised, by cell t * (U + 1) + u
+  std::vector<double> use_blank, use_label;  // unnormalized, by cell t * (U + 1) + u
 };
 
 // Walks every path of one utterance through cells that it `has`. `blank(t, u)` and `label(t, u)` are

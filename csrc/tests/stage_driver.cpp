@@ -29,14 +29,14 @@ int main() {
 
   const auto logits = RandomVector<float>(rows * kVocab, 1, 3);
   std::vector<float> grad(logits.size());
-  std::vector<Score> normaliser(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
+  std::vector<Score> normalizer(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
   std::vector<Score> loss(6);  // and room for dropped mass
   const std::vector<Score> loss_grad(3, 1);
-  CellScoresCpu(batch, tile, logits.data(), kVocab, 0, false, 1, normaliser.data(), blank.data(),
+  CellScoresCpu(batch, tile, logits.data(), kVocab, 0, false, 1, normalizer.data(), blank.data(),
                 label.data());
   LatticeCpu(batch, {}, blank.data(), label.data(), 1, nullptr, loss.data(), use_blank.data(),
              use_label.data());
-  LogitsGradCpu(batch, tile, logits.data(), kVocab, 0, false, 0, normaliser.data(), use_blank.data(),
+  LogitsGradCpu(batch, tile, logits.data(), kVocab, 0, false, 0, normalizer.data(), use_blank.data(),
                 use_label.data(), loss_grad.data(), 1, grad.data());
   std::vector<int64_t> kept(rows), num_kept(3);
   KeptRowsCpu(batch, use_blank.data(), use_label.data(), 1e-6, 1, kept.data(), num_kept.data(),

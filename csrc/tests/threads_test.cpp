@@ -8,7 +8,7 @@
 #include "../joint_tile.h"
 #include "../lattice.h"
 #include "../logits_grad.h"
-#include "../normaliser_repair.h"
+#include "../normalizer_repair.h"
 #include "../occupancy.h"
 #include "batch_fixture.h"
 #include "expect.h"
@@ -53,17 +53,17 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
 
   const auto logits = RandomVector<float>(rows * kVocab, 3, 3);
   std::vector<float> grad(logits.size());
-  std::vector<Score> normaliser(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
+  std::vector<Score> normalizer(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
   std::vector<Score> loss(size), loss_alone(size), scratch(rows), dropped(size);
   const std::vector<Score> loss_grad(size, 1);
   const LatticeOptions options{topology, 0.1, 0.2, true};
-  CellScoresCpu(batch, tile, logits.data(), kVocab, 0, false, num_threads, normaliser.data(),
+  CellScoresCpu(batch, tile, logits.data(), kVocab, 0, false, num_threads, normalizer.data(),
                 blank.data(), label.data());
   LatticeCpu(batch, options, blank.data(), label.data(), num_threads, nullptr, loss.data(),
              use_blank.data(), use_label.data());
   LatticeCpu(batch, options, blank.data(), label.data(), num_threads, scratch.data(),
              loss_alone.data(), nullptr, nullptr);
-  LogitsGradCpu(batch, tile, logits.data(), kVocab, 0, false, 0.0, normaliser.data(),
+  LogitsGradCpu(batch, tile, logits.data(), kVocab, 0, false, 0.0, normalizer.data(),
                 use_blank.data(), use_label.data(), loss_grad.data(), num_threads, grad.data());
   std::vector<int64_t> num_kept(size);
   outputs.kept.resize(rows);
@@ -77,12 +77,12 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
   std::vector<Score> repaired(product.size());
   const std::vector<Score> ones(product.size(), 1);
   std::vector<float> grad_am(am.size()), grad_lm(lm.size());
-  RepairNormaliserCpu(cells, num_threads, repaired.data());
-  RepairNormaliserBackwardCpu(cells, repaired.data(), ones.data(), num_threads, grad_am.data(),
+  RepairNormalizerCpu(cells, num_threads, repaired.data());
+  RepairNormalizerBackwardCpu(cells, repaired.data(), ones.data(), num_threads, grad_am.data(),
                               grad_lm.data());
 
   outputs.kept.insert(outputs.kept.end(), num_kept.begin(), num_kept.end());
-  for (const auto& part : {normaliser, blank, label, loss, loss_alone, use_blank, use_label,
+  for (const auto& part : {normalizer, blank, label, loss, loss_alone, use_blank, use_label,
                            dropped, repaired}) {
     outputs.Add(part);
   }

@@ -266,6 +266,6 @@ def test_cuda_stages_are_linked_and_say_why_they_cannot_run():
             from_log_softmax=False,
             clamp=0.0,
             stream=0,
-            **dict.fromkeys(("logits", "normaliser", "use_blank", "use_label"), 0),
+            **dict.fromkeys(("logits", "normalizer", "use_blank", "use_label"), 0),
             **dict.fromkeys(("loss_grad", "grad"), 0),
         )

@@ -130,7 +130,7 @@ class AdditiveStages:
                 am_max=native.address(am_max),
                 lm_max=native.address(lm_max),
                 **backend.queue,
-                normaliser=native.address(normalizer),
+                normalizer=native.address(normalizer),
                 blank_score=native.address(blank),
                 label_score=native.address(label),
             )
@@ -156,7 +156,7 @@ class AdditiveStages:
                 grad_blank=native.address(grad_blank),
                 grad_label=native.address(grad_label),
                 **backend.queue,
-                grad_normaliser=native.address(grad_normalizer),
+                grad_normalizer=native.address(grad_normalizer),
                 scale=native.address(scale),
                 weight=native.address(weight),
                 grad_context_blank=native.address(grad_context_blank),
@@ -168,17 +168,14 @@ class AdditiveStages:
         """After the products: overwrites grad_am and grad_lm, which hold them.
 
         Args:
-            tensors: am_exp, lm_exp, normaliser, grad_blank, grad_label, grad_normalizer, scale,
+            tensors: am_exp, lm_exp, normalizer, grad_blank, grad_label, grad_normalizer, scale,
                 grad_am, grad_lm.
         """
         with native.backend_of(self._product) as backend:
             native.extension.cpu.additive_gradients(
                 self.native,
                 **backend.queue,
-                **{
-                    name.replace("normalizer", "normaliser"): native.address(tensor)
-                    for name, tensor in tensors.items()
-                },
+                **{name: native.address(tensor) for name, tensor in tensors.items()},
             )
 
 
@@ -208,8 +205,8 @@ def repair_normalizer(
         normalizer: (B, T, U + 1) float64.
     """
     with native.backend_of(joint[0]) as backend:
-        backend.stages.repair_normaliser(
-            **_cells(joint, threshold), **backend.queue, normaliser=native.address(normalizer)
+        backend.stages.repair_normalizer(
+            **_cells(joint, threshold), **backend.queue, normalizer=native.address(normalizer)
         )
 
 
@@ -230,9 +227,9 @@ def repair_normalizer_backward(
         grads: of am and lm, shaped like these.
     """
     with native.backend_of(joint[0]) as backend:
-        backend.stages.repair_normaliser_backward(
+        backend.stages.repair_normalizer_backward(
             **_cells(joint, threshold),
-            normaliser=native.address(normalizer),
+            normalizer=native.address(normalizer),
             grad=native.address(grad),
             **backend.queue,
             grad_am=native.address(grads[0]),

@@ -68,7 +68,7 @@ def cell_scores(
             blank=options.blank,
             from_log_softmax=options.from_log_softmax,
             **backend.queue,
-            normaliser=native.address(out.normalizer),
+            normalizer=native.address(out.normalizer),
             blank_score=native.address(out.blank),
             label_score=native.address(out.label),
         )
@@ -180,7 +180,7 @@ def logits_grad(
             blank=options.blank,
             from_log_softmax=options.from_log_softmax,
             clamp=options.clamp,
-            normaliser=native.address(posteriors.normalizer),
+            normalizer=native.address(posteriors.normalizer),
             use_blank=native.address(posteriors.use_blank),
             use_label=native.address(posteriors.use_label),
             loss_grad=native.address(posteriors.loss_grad),
