@@ -33,7 +33,7 @@ class Utterance {
 
  public:
   Utterance(const LatticeBatch& batch, const LatticeOptions& options, int64_t b,
-            const Score* blank_score, const Score* label_score)
+            const LatticeScores& scores)
       : batch_(batch),
         softplus_(Softplus()),
         kernels_(GetRowKernelSet()),
@@ -42,8 +42,8 @@ class Utterance {
         labels_(batch.num_targets[b]),
         first_frame_(batch.first_frame != nullptr ? batch.first_frame[b] : 0),
         options_(options),
-        blank_(blank_score),
-        label_(label_score) {}
+        blank_(scores.blank),
+        label_(scores.label) {}
 
   // Backward variables: beta(t, u) = log-probability of all ways from (t, u) to the end. Returns
   // beta(0, 0), NaN if any score is NaN (also one that no path could use).
@@ -205,37 +205,40 @@ class Utterance {
 };
 
 template <Topology kTopology>
-void Run(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
-         const Score* label_score, int num_threads, Score* scratch, Score* loss, Score* use_blank,
-         Score* use_label) {
-  const bool wants_uses = use_blank != nullptr;
+void Run(const LatticeBatch& batch, const LatticeOptions& options, const LatticeScores& scores,
+         int num_threads, void* scratch, const LatticeOut& out) {
+  const bool wants_uses = out.use_blank != nullptr;
+  Score* beta = wants_uses ? out.use_blank : static_cast<Score*>(scratch);
   ParallelFor(batch.num_utterances, num_threads, [&](int64_t b) {
     if (!batch.IsValid(b)) {
-      loss[b] = kNaN;  // stage 3 tests IsValid too and needs no uses
+      out.loss[b] = kNaN;  // stage 3 tests IsValid too and needs no uses
       return;
     }
-    const Utterance<kTopology> utterance(batch, options, b, blank_score, label_score);
-    const Score total = utterance.Backward(wants_uses ? use_blank : scratch);
-    loss[b] = -total;
+    const Utterance<kTopology> utterance(batch, options, b, scores);
+    const Score total = utterance.Backward(beta);
+    out.loss[b] = -total;
     if (!wants_uses) return;
     if (std::isnan(total)) {
-      utterance.Fill(kNaN, use_blank, use_label);
+      utterance.Fill(kNaN, out.use_blank, out.use_label);
     } else if (total == kLogZero) {
-      utterance.Fill(0, use_blank, use_label);
+      utterance.Fill(0, out.use_blank, out.use_label);
     } else {
-      utterance.Posteriors(total, use_blank, use_label);
+      utterance.Posteriors(total, out.use_blank, out.use_label);
     }
   });
 }
 
 }  // namespace
 
-void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
-                const Score* label_score, int num_threads, Score* scratch, Score* loss,
-                Score* use_blank, Score* use_label) {
+int64_t LatticeScratchCpu(const LatticeBatch& batch, Topology, bool with_uses) {
+  return with_uses ? 0 : batch.num_rows * static_cast<int64_t>(sizeof(Score));
+}
+
+void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options,
+                const LatticeScores& scores, int num_threads, void* scratch,
+                const LatticeOut& out) {
   CallWithTopology(options.topology, [&](auto topology) {
-    Run<decltype(topology)::value>(batch, options, blank_score, label_score, num_threads, scratch, loss,
-                    use_blank, use_label);
+    Run<decltype(topology)::value>(batch, options, scores, num_threads, scratch, out);
   });
 }
 

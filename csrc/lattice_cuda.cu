@@ -331,18 +331,18 @@ void LaunchTopology(const LatticeBatch& batch, const LatticeOptions& options,
 }  // namespace
 
 int64_t LatticeScratchCuda(const LatticeBatch& batch, Topology topology, bool with_uses) {
-  return EdgeScratch(batch, topology) + (with_uses ? batch.num_rows : 0);
+  const int64_t numbers = EdgeScratch(batch, topology) + (with_uses ? batch.num_rows : 0);
+  return numbers * static_cast<int64_t>(sizeof(Score));
 }
 
-void LatticeCuda(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
-                 const Score* label_score, void* stream, Score* scratch, Score* loss,
-                 Score* use_blank, Score* use_label) {
+void LatticeCuda(const LatticeBatch& batch, const LatticeOptions& options,
+                 const LatticeScores& scores, void* stream, void* scratch, const LatticeOut& out) {
   TRANSDUCER_CHECK(batch.max_frames < 0x3fffffff && batch.max_targets < 0x3fffffff,
                    "a lattice of more than 2^30 frames or symbols");
-  const LatticeArrays arrays{blank_score, label_score,
-                             loss,        scratch + EdgeScratch(batch, options.topology),
-                             use_blank,   use_label,
-                             scratch};
+  Score* edges = static_cast<Score*>(scratch);
+  Score* alpha = edges + EdgeScratch(batch, options.topology);
+  const LatticeArrays arrays{scores.blank, scores.label,  out.loss, alpha,
+                             out.use_blank, out.use_label, edges};
   if (options.exact) {
     LaunchTopology<ExactMath>(batch, options, arrays, stream);
   } else {

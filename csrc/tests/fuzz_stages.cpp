@@ -172,22 +172,30 @@ Results Forward(const Problem& p, const std::vector<T>& logits, const RowTile& t
   r.normalizer.assign(rows, 0);
   r.blank.assign(rows, 0);
   r.label.assign(rows, 0);
-  CellScoresCpu(p.batch, tile, logits.data(), p.vocab_size, p.blank, p.from_log_softmax, threads,
-                r.normalizer.data(), r.blank.data(), r.label.data());
+  CellScoresCpu<T>(p.batch, tile, {logits.data(), p.vocab_size}, {p.blank, p.from_log_softmax, 0},
+                   threads, {r.normalizer.data(), r.blank.data(), r.label.data()});
   r.loss.assign(size, kUnwritten);
   r.use_blank.assign(rows, 0);
   r.use_label.assign(rows, 0);
-  LatticeCpu(p.batch, p.options, r.blank.data(), r.label.data(), threads, nullptr, r.loss.data(),
-             r.use_blank.data(), r.use_label.data());
-  std::vector<Score> scratch(rows), loss_alone(size, kUnwritten);
-  LatticeCpu(p.batch, p.options, r.blank.data(), r.label.data(), threads, scratch.data(),
-             loss_alone.data(), nullptr, nullptr);
+  const LatticeScores scores{r.blank.data(), r.label.data()};
+  LatticeCpu(p.batch, p.options, scores, threads, nullptr,
+             {r.loss.data(), r.use_blank.data(), r.use_label.data()});
+  const int64_t num_bytes = LatticeScratchCpu(p.batch, p.options.topology, false);
+  std::vector<char> scratch(static_cast<size_t>(num_bytes));
+  std::vector<Score> loss_alone(size, kUnwritten);
+  LatticeCpu(p.batch, p.options, scores, threads, scratch.data(),
+             {loss_alone.data(), nullptr, nullptr});
   REQUIRE(std::memcmp(loss_alone.data(), r.loss.data(), size * sizeof(Score)) == 0);
   r.kept.assign(rows, 0);
   r.num_kept.assign(size, -1);
   r.dropped.assign(size, -1);
-  const int64_t total = KeptRowsCpu(p.batch, r.use_blank.data(), r.use_label.data(), 1e-3, threads,
-                                    r.kept.data(), r.num_kept.data(), r.dropped.data());
+  KeptRowsCpu(p.batch, {r.use_blank.data(), r.use_label.data()}, 1e-3, threads, nullptr,
+              {r.kept.data(), r.num_kept.data(), r.dropped.data()});
+  int64_t total = 0;
+  for (const int64_t count : r.num_kept) {
+    REQUIRE(count >= 0);
+    total += count;
+  }
   REQUIRE(total <= p.batch.num_rows);
   r.kept.resize(static_cast<size_t>(total));
   for (size_t i = 0; i < r.kept.size(); ++i) {
@@ -292,12 +300,14 @@ template <typename T>
 void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, double clamp,
               const std::vector<Score>& loss_grad) {
   const T unwritten = FromCompute<T>(static_cast<Compute<T>>(kUnwritten));
+  const LogitsOptions options{p.blank, p.from_log_softmax, clamp};
+  const Posteriors posteriors{r.normalizer.data(), r.use_blank.data(), r.use_label.data(),
+                              loss_grad.data()};
   std::vector<T> first;
   for (const int threads : {1, 2}) {
     std::vector<T> grad(logits.size(), unwritten);
-    LogitsGradCpu(p.batch, {nullptr, 0, p.batch.num_rows}, logits.data(), p.vocab_size, p.blank,
-                  p.from_log_softmax, clamp, r.normalizer.data(), r.use_blank.data(),
-                  r.use_label.data(), loss_grad.data(), threads, grad.data());
+    LogitsGradCpu<T>(p.batch, {nullptr, 0, p.batch.num_rows}, {logits.data(), p.vocab_size}, options,
+                     posteriors, threads, grad.data());
     for (const T g : grad) REQUIRE(std::memcmp(&g, &unwritten, sizeof(T)) != 0);
     if (threads == 1) first = grad;
     REQUIRE(SameBits(first, grad));
@@ -309,14 +319,12 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
     std::memcpy(some.data() + i * vocab, logits.data() + r.kept[i] * p.vocab_size,
                 vocab * sizeof(T));
   }
-  LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)}, some.data(),
-                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normalizer.data(),
-                r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, some.data());
+  LogitsGradCpu<T>(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)},
+                   {some.data(), p.vocab_size}, options, posteriors, 1, some.data());
   // And so do these rows of logits that stay where they are.
   std::vector<T> of_whole(some.size());
-  LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept), true}, logits.data(),
-                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normalizer.data(),
-                r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, of_whole.data());
+  LogitsGradCpu<T>(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept), true},
+                   {logits.data(), p.vocab_size}, options, posteriors, 1, of_whole.data());
   REQUIRE(SameBits(some, of_whole));
   for (size_t i = 0; i < num_kept; ++i) {
     REQUIRE(std::memcmp(some.data() + i * vocab, first.data() + r.kept[i] * p.vocab_size,
@@ -344,9 +352,10 @@ void Join(const Problem& p, Bytes* bytes) {
     auto& grad_pred = grads[threads - 1][1];
     grad_enc.assign(enc.size(), 0);
     grad_pred.assign(pred.size(), 0);
-    JoinForwardCpu(batch, tile, enc.data(), pred.data(), width, activation, threads, hidden.data());
-    JoinBackwardCpu(batch, tile, hidden.data(), hidden.data(), enc.data(), pred.data(), width,
-                    activation, threads, grad_enc.data(), grad_pred.data());
+    const JoinInputs<T> inputs{enc.data(), pred.data(), width, activation};
+    JoinForwardCpu(batch, tile, inputs, threads, hidden.data());
+    JoinBackwardCpu<T>(batch, tile, inputs, hidden.data(), hidden.data(), threads, nullptr,
+                       {grad_enc.data(), grad_pred.data()});
   }
   REQUIRE(SameBits(grads[0][0], grads[1][0]) && SameBits(grads[0][1], grads[1][1]));
 }
@@ -446,8 +455,8 @@ void Additive(Bytes* bytes) {
     scores[i][0].assign(product.size(), kUnwritten);
     scores[i][1].assign(grad_blank.size(), kUnwritten);
     scores[i][2].assign(grad_label.size(), kUnwritten);
-    AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), threads, scores[i][0].data(),
-                      scores[i][1].data(), scores[i][2].data());
+    AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), threads,
+                      {scores[i][0].data(), scores[i][1].data(), scores[i][2].data()});
     grads[i][0].assign(product.size(), kUnwritten);
     grads[i][1].assign(context_blank.size(), kUnwritten);
     grads[i][2].assign(context_label.size(), kUnwritten);
@@ -455,13 +464,14 @@ void Additive(Bytes* bytes) {
     of_products[i][0].assign(product.size(), T(1));
     of_products[i][1].assign(am.size(), T(1));
     of_products[i][2].assign(lm.size(), T(1));
-    AdditiveWeightsCpu(cells, terms, grad_blank.data(), grad_label.data(), threads,
-                       grads[i][0].data(), scale[i].data(), of_products[i][0].data(),
-                       grads[i][1].data(), grads[i][2].data());
-    AdditiveGradientsCpu(cells, terms, am_exp.data(), lm_exp.data(), scores[i][0].data(),
-                         grad_blank.data(), grad_label.data(), grads[i][0].data(),
-                         scale[i].data(), threads, of_products[i][1].data(),
-                         of_products[i][2].data());
+    const AdditiveScoreGrads upstream{grad_blank.data(), grad_label.data()};
+    AdditiveWeightsCpu(
+        cells, terms, upstream, threads,
+        {grads[i][0].data(), scale[i].data(), grads[i][1].data(), grads[i][2].data()},
+        of_products[i][0].data());
+    AdditiveGradientsCpu<T>(cells, terms, {am_exp.data(), lm_exp.data()}, upstream,
+                            {scores[i][0].data(), grads[i][0].data(), scale[i].data()}, threads,
+                            of_products[i][1].data(), of_products[i][2].data());
   }
   REQUIRE(SameBits(scale[0], scale[1]));
   for (int k = 0; k < 3; ++k) {

@@ -167,8 +167,8 @@ MUTANTS = [
     Mutant(
         "kept rows: NaN is dropped",
         "csrc/occupancy_cpu.cpp",
-        "if (!(occupancy < lowest || occupancy == 0)) *out++ = row;",
-        "if (occupancy >= lowest && occupancy > 0) *out++ = row;",
+        "if (!(occupancy < lowest || occupancy == 0)) *end++ = row;",
+        "if (occupancy >= lowest && occupancy > 0) *end++ = row;",
         (FUSED,),
     ),
     Mutant(
@@ -295,7 +295,7 @@ MUTANTS = [
     Mutant(
         "the gradient of a fused loss forgets its scale",
         _OPS + "joint_tiles.py",
-        "(total if scale is None else total * scale)",
+        "total if scale is None else total * scale",
         "total",
         (FUSED,),
     ),
