@@ -8,7 +8,7 @@ they exist on the CPU only, see :func:`runs_here`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,7 +189,9 @@ class AdditiveStages:
             )
 
 
-def _cells(joint: tuple[Tensor, Tensor, Tensor], threshold: float) -> Any:
+def _cells(
+    joint: tuple[Tensor, Tensor, Tensor], threshold: float
+) -> native.extension.AdditiveCells:
     am, lm, product = joint
     return native.extension.AdditiveCells(
         dtype=native.DTYPES[am.dtype],

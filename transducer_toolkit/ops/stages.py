@@ -6,7 +6,7 @@ Arguments are trusted: the public functions in :mod:`transducer_toolkit.losses` 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def _scratch(num_bytes: int, like: Tensor) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
 
 
-def _logit_rows(logits: Tensor) -> Any:
+def _logit_rows(logits: Tensor) -> native.extension.LogitRows:
     return native.extension.LogitRows(
         dtype=native.DTYPES[logits.dtype],
         data=native.address(logits),
@@ -59,13 +59,13 @@ def _logit_rows(logits: Tensor) -> Any:
     )
 
 
-def _logits_options(options: LossOptions) -> Any:
+def _logits_options(options: LossOptions) -> native.extension.LogitsOptions:
     return native.extension.LogitsOptions(
         blank=options.blank, from_log_softmax=options.from_log_softmax, clamp=options.clamp
     )
 
 
-def _join_inputs(joint: Joint) -> Any:
+def _join_inputs(joint: Joint) -> native.extension.JoinInputs:
     return native.extension.JoinInputs(
         dtype=native.DTYPES[joint.enc.dtype],
         enc=native.address(joint.enc),
