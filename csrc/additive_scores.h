@@ -16,9 +16,9 @@ namespace transducer {
 //
 // with am_scale = combined_scale + am_only_scale. A term whose scale is zero is left out.
 struct AdditiveTerms {
-  int64_t num_symbols;         // S
-  const int64_t* symbols;      // (B, S), in [0, V)
-  int64_t blank;               // in [0, V)
+  int64_t num_symbols;     // S
+  const int64_t* symbols;  // (B, S), in [0, V)
+  int64_t blank;           // in [0, V)
   double combined_scale, am_only_scale;
   const Score* context_blank;  // (B, S + 1)
   const Score* context_label;  // (B, S)

@@ -31,8 +31,8 @@ void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms
       const T* maxima = lm_max + i / cells.num_frames * columns;
       const Score top = static_cast<Score>(am_max[i]);
       for (int64_t k = 0; k < columns; ++k) {
-        out.normalizer[i * columns + k] = std::log(static_cast<Score>(product[k])) +
-                                          (top + static_cast<Score>(maxima[k]));
+        out.normalizer[i * columns + k] =
+            std::log(static_cast<Score>(product[k])) + (top + static_cast<Score>(maxima[k]));
       }
     }
   });
@@ -127,32 +127,32 @@ void AdditiveGradientsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& te
   };
   ParallelForRows(cells.num_utterances * cells.num_frames, num_threads,
                   [&](int64_t begin, int64_t end) {
-    const double am_scale = terms.combined_scale + terms.am_only_scale;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / cells.num_frames;
-      T* grad = grad_am + i * size;
-      scaled(exponentials.am + i * size, saved.scale[b], grad);
-      if (am_scale == 0) continue;
-      const Score* blank = grads.blank + i * (symbols + 1);
-      const Score* label = grads.label + i * symbols;
-      const int64_t* symbol = terms.symbols + b * symbols;
-      Score of_blank = 0;
-      for (int64_t u = 0; u <= symbols; ++u) of_blank += blank[u];
-      grad[terms.blank] += static_cast<T>(am_scale * of_blank);
-      for (int64_t u = 0; u < symbols; ++u) {
-        grad[symbol[u]] += static_cast<T>(am_scale * label[u]);
-      }
-    }
-  });
+                    const double am_scale = terms.combined_scale + terms.am_only_scale;
+                    for (int64_t i = begin; i < end; ++i) {
+                      const int64_t b = i / cells.num_frames;
+                      T* grad = grad_am + i * size;
+                      scaled(exponentials.am + i * size, saved.scale[b], grad);
+                      if (am_scale == 0) continue;
+                      const Score* blank = grads.blank + i * (symbols + 1);
+                      const Score* label = grads.label + i * symbols;
+                      const int64_t* symbol = terms.symbols + b * symbols;
+                      Score of_blank = 0;
+                      for (int64_t u = 0; u <= symbols; ++u) of_blank += blank[u];
+                      grad[terms.blank] += static_cast<T>(am_scale * of_blank);
+                      for (int64_t u = 0; u < symbols; ++u) {
+                        grad[symbol[u]] += static_cast<T>(am_scale * label[u]);
+                      }
+                    }
+                  });
   ParallelForRows(cells.num_utterances * cells.num_columns, num_threads,
                   [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      scaled(exponentials.lm + i * size, saved.scale[i / cells.num_columns],
-             grad_lm + i * size);
-    }
-  });
-  RepairNormalizerBackwardCpu(cells, saved.normalizer, saved.grad_normalizer, num_threads,
-                              grad_am, grad_lm);
+                    for (int64_t i = begin; i < end; ++i) {
+                      scaled(exponentials.lm + i * size, saved.scale[i / cells.num_columns],
+                             grad_lm + i * size);
+                    }
+                  });
+  RepairNormalizerBackwardCpu(cells, saved.normalizer, saved.grad_normalizer, num_threads, grad_am,
+                              grad_lm);
 }
 
 #define TRANSDUCER_INSTANTIATE(T)                                                                  \

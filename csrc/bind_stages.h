@@ -80,8 +80,8 @@ struct AnyAdditiveCells {
 
   template <typename T>
   AdditiveCells<T> Of() const {
-    return {num_utterances,  num_frames,          num_columns, vocab_size, As<const T>(am),
-            As<const T>(lm), As<const T>(product), static_cast<T>(threshold)};
+    return {num_utterances,  num_frames,      num_columns,          vocab_size,
+            As<const T>(am), As<const T>(lm), As<const T>(product), static_cast<T>(threshold)};
   }
 };
 

@@ -20,7 +20,7 @@ T* As(Address address) {
 template <typename Struct, typename Value>
 struct Field {
   const char* name;
-  Value Struct::*member;
+  Value Struct::* member;
 
   // Takes the field's value from keyword arguments.
   void Set(const pybind11::kwargs& arguments, Struct* object) const {
@@ -35,14 +35,15 @@ struct Field {
         object->*member = given.cast<Value>();
       }
     } catch (const pybind11::cast_error&) {
-      throw pybind11::type_error(std::string(name) + ": expected a value of the field's type, got " +
+      throw pybind11::type_error(std::string(name) +
+                                 ": expected a value of the field's type, got " +
                                  std::string(pybind11::str(pybind11::type::of(given))));
     }
   }
 };
 
 template <typename Struct, typename Value>
-Field<Struct, Value> FieldOf(const char* name, Value Struct::*member) {
+Field<Struct, Value> FieldOf(const char* name, Value Struct::* member) {
   return {name, member};
 }
 

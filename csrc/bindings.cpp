@@ -51,9 +51,9 @@ struct AnyAdditiveExponentials {
 };
 
 void AdditiveGradients(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
-                       const AnyAdditiveExponentials& exponentials,
-                       const AdditiveScoreGrads& grads, const AdditiveSaved& saved,
-                       int num_threads, Address grad_am, Address grad_lm) {
+                       const AnyAdditiveExponentials& exponentials, const AdditiveScoreGrads& grads,
+                       const AdditiveSaved& saved, int num_threads, Address grad_am,
+                       Address grad_lm) {
   ForComputeDType(cells.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     AdditiveGradientsCpu<T>(cells.Of<T>(), terms,
@@ -63,8 +63,7 @@ void AdditiveGradients(const AnyAdditiveCells& cells, const AdditiveTerms& terms
 }
 
 void BindAdditiveStructs(py::module_& m) {
-  BindStruct<AdditiveTerms>(m, "AdditiveTerms",
-                            FieldOf("num_symbols", &AdditiveTerms::num_symbols),
+  BindStruct<AdditiveTerms>(m, "AdditiveTerms", FieldOf("num_symbols", &AdditiveTerms::num_symbols),
                             FieldOf("symbols", &AdditiveTerms::symbols),
                             FieldOf("blank", &AdditiveTerms::blank),
                             FieldOf("combined_scale", &AdditiveTerms::combined_scale),
@@ -158,8 +157,8 @@ PYBIND11_MODULE(_C, m) {
   BindAdditiveScores(cpu);
   cpu.def(
       "advise_huge_pages",
-      [](Address data, int64_t bytes) { AdviseHugePages(As<void>(data), bytes); },
-      py::kw_only(), py::arg("data"), py::arg("bytes"));
+      [](Address data, int64_t bytes) { AdviseHugePages(As<void>(data), bytes); }, py::kw_only(),
+      py::arg("data"), py::arg("bytes"));
 
   py::module_ cuda = m.def_submodule("cuda");
   cuda.def("device_count", &CudaDeviceCount);

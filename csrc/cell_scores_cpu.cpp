@@ -48,7 +48,7 @@ void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRo
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                            \
+#define TRANSDUCER_INSTANTIATE(T)                                                          \
   template void CellScoresCpu<T>(const LatticeBatch&, const RowTile&, const LogitRows<T>&, \
                                  const LogitsOptions&, int, const CellScoresOut&);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)

@@ -21,9 +21,7 @@ struct MaxAndSum {
   C max, sum;
 
   // What to subtract: never -inf, which would make NaN of the -inf logits of a masked vocabulary.
-  __device__ static C Reference(C max) {
-    return max == -kInfinityOf<C> ? C(0) : max;
-  }
+  __device__ static C Reference(C max) { return max == -kInfinityOf<C> ? C(0) : max; }
   __device__ void RaiseTo(C new_max) {
     if (!(new_max > max)) return;
     sum *= ExpOf<T>(max - Reference(new_max));  // exp(-inf) = 0 at first
@@ -100,8 +98,7 @@ __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t
 
 template <typename T>
 __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
-                            int size, int64_t blank, MaxAndSum<T> total,
-                            const CellScoresOut& out) {
+                            int size, int64_t blank, MaxAndSum<T> total, const CellScoresOut& out) {
   using C = Compute<T>;
   constexpr C kInfinity = kInfinityOf<C>;
   const bool has_sum = total.max > -kInfinity && total.max < kInfinity && total.sum == total.sum;
@@ -192,7 +189,7 @@ void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const LogitR
   }
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                             \
+#define TRANSDUCER_INSTANTIATE(T)                                                           \
   template void CellScoresCuda<T>(const LatticeBatch&, const RowTile&, const LogitRows<T>&, \
                                   const LogitsOptions&, void*, const CellScoresOut&);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)

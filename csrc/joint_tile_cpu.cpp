@@ -58,10 +58,10 @@ void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinI
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                                \
-  template void JoinForwardCpu<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&,     \
-                                  int, T*);                                                      \
-  template void JoinBackwardCpu<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&,    \
+#define TRANSDUCER_INSTANTIATE(T)                                                                 \
+  template void JoinForwardCpu<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&, int, \
+                                  T*);                                                            \
+  template void JoinBackwardCpu<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&,     \
                                    const T*, const T*, int, void*, const JoinGrads<T>&);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 

@@ -135,7 +135,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
 constexpr int kRowsInFlight = 4;
 // Blocks of a multiprocessor: as many as there are registers for.
 template <typename T>
-constexpr int kSumBlocksAtOnce = sizeof(T) == 4 ? 5 : sizeof(T) == 2 ? 4 : 3;
+constexpr int kSumBlocksAtOnce = sizeof(T) == 4   ? 5
+                                 : sizeof(T) == 2 ? 4
+                                                  : 3;
 
 // What the backward kernels read, for the channels from `channel` on.
 template <typename T, bool kPacked>
@@ -401,10 +403,10 @@ void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const Join
   }
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                               \
-  template void JoinForwardCuda<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&,   \
-                                   void*, T*);                                                  \
-  template void JoinBackwardCuda<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&,  \
+#define TRANSDUCER_INSTANTIATE(T)                                                              \
+  template void JoinForwardCuda<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&,  \
+                                   void*, T*);                                                 \
+  template void JoinBackwardCuda<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&, \
                                     const T*, const T*, void*, void*, const JoinGrads<T>&);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 #undef TRANSDUCER_INSTANTIATE

@@ -41,8 +41,7 @@ struct LatticeOut {
 // posteriors replace them.
 int64_t LatticeScratchCpu(const LatticeBatch& batch, Topology topology, bool with_uses);
 void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options,
-                const LatticeScores& scores, int num_threads, void* scratch,
-                const LatticeOut& out);
+                const LatticeScores& scores, int num_threads, void* scratch, const LatticeOut& out);
 
 // The same on the device, on `stream`.
 int64_t LatticeScratchCuda(const LatticeBatch& batch, Topology topology, bool with_uses);

@@ -68,9 +68,9 @@ class Utterance {
           has_nan |= std::isnan(blank_[cell]);
           has_nan |= u < labels_ && std::isnan(label_[cell]);
           const Score by_blank = blank_[cell] + AfterBlank(beta, next, t, u);
-          const Score by_label = u < labels_ ? LabelScore(here, u, Penalty(t)) +
-                                                   AfterLabel(beta, here, next, t, u)
-                                             : kLogZero;
+          const Score by_label =
+              u < labels_ ? LabelScore(here, u, Penalty(t)) + AfterLabel(beta, here, next, t, u)
+                          : kLogZero;
           beta[cell] = FastLogAdd(softplus_, by_blank, by_label);
         }
       }
@@ -189,7 +189,8 @@ class Utterance {
   // beta at the end of the label arc from (t, u).
   Score AfterLabel(const Score* beta, const Frame& here, const Frame& next, int64_t t,
                    int64_t u) const {
-    if constexpr (Traits::kLabelFrames == 0) return here.Has(u + 1) ? beta[here.offset + u + 1] : kLogZero;
+    if constexpr (Traits::kLabelFrames == 0)
+      return here.Has(u + 1) ? beta[here.offset + u + 1] : kLogZero;
     if (t + 1 < frames_) return next.Has(u + 1) ? beta[next.offset + u + 1] : kLogZero;
     if constexpr (!Traits::kEndsWithLabel) return kLogZero;
     return u + 1 == labels_ ? 0 : kLogZero;

@@ -44,7 +44,7 @@ struct ExactMath {
 struct LatticeArrays {
   const Score *blank_score, *label_score;
   Score* loss;
-  Score *alpha;                  // (num_rows,) workspace
+  Score* alpha;                  // (num_rows,) workspace
   Score *use_blank, *use_label;  // first: log-probability of all ways on by either arc
   Score* edges;                  // (B, 2 walks, 2, steps) workspace, where there are strips
 };
@@ -103,7 +103,7 @@ class Walk {
         for (int k = 0; k < kPrefetch; ++k) {
           const int place = first + k - (kSkew ? lane_in_strip : 0);  // of the lane on its way
           const Score neighbor = lane_in_strip > 0 ? exchange[(k & 1) ^ 1][lane_in_strip - 1]
-                                                    : BeforeStrip(lane, place, edge_before);
+                                                   : BeforeStrip(lane, place, edge_before);
           Score handed = kLogZero;
           if (place >= 0) {
             const CellInputs cell = inputs[k];
@@ -290,8 +290,7 @@ int64_t MostLanes(const LatticeBatch& batch, Topology topology) {
 int64_t EdgeScratch(const LatticeBatch& batch, Topology topology) {
   if (MostLanes(batch, topology) <= kMaxLanes) return 0;
   const bool lanes_are_frames = LanesAreFrames(batch, topology);
-  return batch.num_utterances * 4 *
-         (lanes_are_frames ? batch.max_targets + 1 : batch.max_frames);
+  return batch.num_utterances * 4 * (lanes_are_frames ? batch.max_targets + 1 : batch.max_frames);
 }
 
 template <Topology kTopology, bool kLanesAreFrames, typename Math>
@@ -305,8 +304,7 @@ void LaunchAll(const LatticeBatch& batch, const LatticeOptions& options,
                     batch.num_utterances * (wants_uses ? 2 : 1), threads, stream, batch, options,
                     arrays);
   if (!wants_uses) return;
-  const int64_t blocks =
-      CeilDivide(batch.num_utterances * batch.max_frames, kUsesThreads / kWarp);
+  const int64_t blocks = CeilDivide(batch.num_utterances * batch.max_frames, kUsesThreads / kWarp);
   TRANSDUCER_LAUNCH(UsesKernel<Math>, blocks, kUsesThreads, stream, batch,
                     1 + options.fastemit_lambda, arrays);
   if (StaticTraits<kTopology>::kLabelTakesBlank) {
@@ -341,7 +339,7 @@ void LatticeCuda(const LatticeBatch& batch, const LatticeOptions& options,
                    "a lattice of more than 2^30 frames or symbols");
   Score* edges = static_cast<Score*>(scratch);
   Score* alpha = edges + EdgeScratch(batch, options.topology);
-  const LatticeArrays arrays{scores.blank, scores.label,  out.loss, alpha,
+  const LatticeArrays arrays{scores.blank,  scores.label,  out.loss, alpha,
                              out.use_blank, out.use_label, edges};
   if (options.exact) {
     LaunchTopology<ExactMath>(batch, options, arrays, stream);

@@ -91,7 +91,7 @@ void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRo
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                            \
+#define TRANSDUCER_INSTANTIATE(T)                                                          \
   template void LogitsGradCpu<T>(const LatticeBatch&, const RowTile&, const LogitRows<T>&, \
                                  const LogitsOptions&, const Posteriors&, int, T*);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)

@@ -165,7 +165,7 @@ void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const LogitR
                     logits.data, of_rows, posteriors, grad);
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                             \
+#define TRANSDUCER_INSTANTIATE(T)                                                           \
   template void LogitsGradCuda<T>(const LatticeBatch&, const RowTile&, const LogitRows<T>&, \
                                   const LogitsOptions&, const Posteriors&, void*, T*);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)

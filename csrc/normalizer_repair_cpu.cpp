@@ -55,8 +55,7 @@ void RepairNormalizerCpu(const AdditiveCells<T>& cells, int num_threads, Score* 
       ShiftedSum(am, lm, cells.vocab_size, offset, row.data());
       T max, sum;
       kernels.max_and_sum_exp(row.data(), cells.vocab_size, &max, &sum);
-      normalizer[cell] =
-          offset + (static_cast<Score>(max) + std::log(static_cast<Score>(sum)));
+      normalizer[cell] = offset + (static_cast<Score>(max) + std::log(static_cast<Score>(sum)));
     }
   });
 }
@@ -92,9 +91,9 @@ void RepairNormalizerBackwardCpu(const AdditiveCells<T>& cells, const Score* nor
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                               \
-  template void RepairNormalizerCpu<T>(const AdditiveCells<T>&, int, Score*);                   \
-  template void RepairNormalizerBackwardCpu<T>(const AdditiveCells<T>&, const Score*,           \
+#define TRANSDUCER_INSTANTIATE(T)                                                     \
+  template void RepairNormalizerCpu<T>(const AdditiveCells<T>&, int, Score*);         \
+  template void RepairNormalizerBackwardCpu<T>(const AdditiveCells<T>&, const Score*, \
                                                const Score*, int, T*, T*);
 TRANSDUCER_INSTANTIATE(float)
 TRANSDUCER_INSTANTIATE(double)

@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
   bool is_changed = false;
   for (int64_t begin = 0; begin < num_terms; begin += kWarp) {
     const int64_t mine = begin + Lane();
-    const bool is_wanted = mine < num_terms && NeedsRepair(cells, cell_of(mine)) &&
-                           grad[cell_of(mine)] != 0;
+    const bool is_wanted =
+        mine < num_terms && NeedsRepair(cells, cell_of(mine)) && grad[cell_of(mine)] != 0;
     ForEachWanted(is_wanted, begin, [&](int64_t term) {
       if (!has_symbol) return;
       if (!is_changed) sum = out[row * cells.vocab_size + v];
@@ -114,9 +114,9 @@ void RepairNormalizerBackwardCuda(const AdditiveCells<T>& cells, const Score* no
                     stream, cells, normalizer, grad, grad_lm);
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                        \
-  template void RepairNormalizerCuda<T>(const AdditiveCells<T>&, void*, Score*);         \
-  template void RepairNormalizerBackwardCuda<T>(const AdditiveCells<T>&, const Score*,   \
+#define TRANSDUCER_INSTANTIATE(T)                                                      \
+  template void RepairNormalizerCuda<T>(const AdditiveCells<T>&, void*, Score*);       \
+  template void RepairNormalizerBackwardCuda<T>(const AdditiveCells<T>&, const Score*, \
                                                 const Score*, void*, T*, T*);
 TRANSDUCER_INSTANTIATE(float)
 TRANSDUCER_INSTANTIATE(double)

@@ -28,8 +28,7 @@ Score LowestKept(const LatticeBatch& batch, int64_t b, const Uses& uses, double 
     const Score occupancy = uses.Occupancy(row);
     if (occupancy > 0) mass[BinOf(occupancy)] += occupancy;  // not NaN
   });
-  const Score limit =
-      dropped_mass * static_cast<Score>(batch.num_frames[b] + batch.num_targets[b]);
+  const Score limit = dropped_mass * static_cast<Score>(batch.num_frames[b] + batch.num_targets[b]);
   int64_t bin = 0;
   while (bin < kNumBins - 1 && *dropped + mass[bin] <= limit) *dropped += mass[bin++];
   return EdgeOf(bin);

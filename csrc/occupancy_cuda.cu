@@ -78,9 +78,9 @@ int64_t NumRuns(const LatticeBatch& batch) {
 
 // What the kernels hand from one to the next. All of it is written before it is read.
 struct Scratch {
-  Units* units;         // (B, runs, kNumBins): the histograms
-  int64_t* num_kept;    // (B, runs)
-  Score* lowest_kept;   // (B,)
+  Units* units;        // (B, runs, kNumBins): the histograms
+  int64_t* num_kept;   // (B, runs)
+  Score* lowest_kept;  // (B,)
   int64_t num_runs;
 
   Scratch(const LatticeBatch& batch, Score* memory) : num_runs(NumRuns(batch)) {

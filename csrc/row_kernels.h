@@ -34,8 +34,8 @@ struct RowKernels {
 
   // With g_i = grad_i * activation'(a_i + b_i): grad_a_i += g_i, grad_b_i += g_i. `out` is what
   // add_activation wrote; activations whose derivative is a function of their value read only it.
-  void (*add_activation_backward)(const T* grad, const T* out, const T* a, const T* b,
-                                  int64_t size, Activation activation, C* grad_a, C* grad_b);
+  void (*add_activation_backward)(const T* grad, const T* out, const T* a, const T* b, int64_t size,
+                                  Activation activation, C* grad_a, C* grad_b);
 };
 
 // The kernels of one instruction set, for every type.

@@ -23,12 +23,12 @@
 namespace transducer {
 namespace {
 
-#define REQUIRE(condition) \
-  do {                     \
-    if (!(condition)) {    \
+#define REQUIRE(condition)                                                          \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
       std::fprintf(stderr, "%s:%d: required %s\n", __FILE__, __LINE__, #condition); \
-      std::abort();        \
-    }                      \
+      std::abort();                                                                 \
+    }                                                                               \
   } while (false)
 
 // Numbers from the fuzzer's bytes; zeros when they are used up.
@@ -111,13 +111,11 @@ Problem MakeProblem(Bytes* bytes) {
     p.num_frames.push_back(frames);
     p.num_targets.push_back(labels);
     p.first_frame.push_back(begin_frame);
-    const int64_t stride =
-        is_padded || has_band ? width : Clamped(labels, -1, max_targets) + 1;
+    const int64_t stride = is_padded || has_band ? width : Clamped(labels, -1, max_targets) + 1;
     // Products as native.py forms them; unsigned, for two's complement whatever comes.
     const uint64_t shift = static_cast<uint64_t>(begin_frame) * static_cast<uint64_t>(stride) +
                            (has_band ? 0 : static_cast<uint64_t>(begin_label));
-    const int64_t room =
-        is_padded ? max_frames * width : Clamped(frames, 0, max_frames) * stride;
+    const int64_t room = is_padded ? max_frames * width : Clamped(frames, 0, max_frames) * stride;
     p.first_row.push_back(static_cast<int64_t>(static_cast<uint64_t>(rows) + shift));
     rows += room;
     for (int64_t t = 0; t < max_frames && has_band; ++t) {
@@ -279,8 +277,7 @@ void CheckLosses(const Problem& p, const Results& r) {
         if (std::isfinite(score)) largest = std::max(largest, std::abs(score));
       }
     }
-    REQUIRE(expected == r.loss[b] ||
-            std::abs(expected - r.loss[b]) <= 1e-9 * (1 + size + largest));
+    REQUIRE(expected == r.loss[b] || std::abs(expected - r.loss[b]) <= 1e-9 * (1 + size + largest));
     if (!(size < 1e4 && largest < 1e6)) continue;
     // Every path leaves each frame once; labels are used U times (scaled by fastemit).
     Score labels = 0;
@@ -306,8 +303,8 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
   std::vector<T> first;
   for (const int threads : {1, 2}) {
     std::vector<T> grad(logits.size(), unwritten);
-    LogitsGradCpu<T>(p.batch, {nullptr, 0, p.batch.num_rows}, {logits.data(), p.vocab_size}, options,
-                     posteriors, threads, grad.data());
+    LogitsGradCpu<T>(p.batch, {nullptr, 0, p.batch.num_rows}, {logits.data(), p.vocab_size},
+                     options, posteriors, threads, grad.data());
     for (const T g : grad) REQUIRE(std::memcmp(&g, &unwritten, sizeof(T)) != 0);
     if (threads == 1) first = grad;
     REQUIRE(SameBits(first, grad));
@@ -434,8 +431,9 @@ void Additive(Bytes* bytes) {
   for (int64_t i = 0; i < size * symbols; ++i) symbol.push_back(bytes->Below(vocab));
   const AdditiveCells<T> cells{size,      frames,    columns,        vocab,
                                am.data(), lm.data(), product.data(), T(1e-3)};
-  const AdditiveTerms terms{symbols,       symbol.data(), bytes->Below(vocab),  combined_scale,
-                            am_only_scale, context_blank.data(), context_label.data()};
+  const AdditiveTerms terms{
+      symbols,       symbol.data(),        bytes->Below(vocab), combined_scale,
+      am_only_scale, context_blank.data(), context_label.data()};
   std::vector<Score> scores[2][3], grads[2][3], scale[2];
   std::vector<T> of_products[2][3];
   for (const int threads : {1, 2}) {
@@ -465,10 +463,10 @@ void Additive(Bytes* bytes) {
     of_products[i][1].assign(am.size(), T(1));
     of_products[i][2].assign(lm.size(), T(1));
     const AdditiveScoreGrads upstream{grad_blank.data(), grad_label.data()};
-    AdditiveWeightsCpu(
-        cells, terms, upstream, threads,
-        {grads[i][0].data(), scale[i].data(), grads[i][1].data(), grads[i][2].data()},
-        of_products[i][0].data());
+    AdditiveWeightsCpu(cells, terms, upstream, threads,
+                       {grads[i][0].data(), scale[i].data(), grads[i][1].data(),
+                        grads[i][2].data()},
+                       of_products[i][0].data());
     AdditiveGradientsCpu<T>(cells, terms, {am_exp.data(), lm_exp.data()}, upstream,
                             {scores[i][0].data(), grads[i][0].data(), scale[i].data()}, threads,
                             of_products[i][1].data(), of_products[i][2].data());

@@ -73,8 +73,7 @@ void TestAgainstEnumeration(Topology topology, Layout layout, double delay_penal
   std::vector<char> scratch(LatticeScratchCpu(batch, topology, false));
   std::vector<Score> use_blank(batch.num_rows), use_label(batch.num_rows);
   const LatticeScores scores{blank.data(), label.data()};
-  LatticeCpu(batch, options, scores, 2, nullptr,
-             {loss.data(), use_blank.data(), use_label.data()});
+  LatticeCpu(batch, options, scores, 2, nullptr, {loss.data(), use_blank.data(), use_label.data()});
   LatticeCpu(batch, options, scores, 1, scratch.data(), {loss_only.data(), nullptr, nullptr});
   EXPECT_TRUE(loss == loss_only);
   for (int64_t b = 0; b < size; ++b) {
@@ -94,7 +93,8 @@ void TestAgainstEnumeration(Topology topology, Layout layout, double delay_penal
         if (!fixture.Has(b, t, u)) continue;
         const int64_t cell = t * (labels + 1) + u, row = batch.Row(b, t, u);
         double by_blank = expected.use_blank[cell] / p;
-        if (transducer::TraitsOf(topology).label_takes_blank && u > 0) {  // FastEmit scales the forced blank too
+        if (transducer::TraitsOf(topology).label_takes_blank &&
+            u > 0) {  // FastEmit scales the forced blank too
           by_blank += fastemit_lambda * expected.use_label[cell - 1] / p;
         }
         EXPECT_NEAR(use_blank[row], by_blank, 1e-12);

@@ -255,11 +255,10 @@ void TestSixteenBit(const RowKernels<T>& kernels, const RowKernels<float>& exact
       for (const T x : out) wide_out.push_back(ToCompute(x));
       std::vector<float> sums[4];
       for (auto& values : sums) values.assign(size, 0.25f);
-      kernels.add_activation_backward(grad.data(), out.data(), a.data(), b.data(), size,
-                                      activation, sums[0].data(), sums[1].data());
-      exact.add_activation_backward(wide_grad.data(), wide_out.data(), wide_a.data(),
-                                    wide_b.data(), size, activation, sums[2].data(),
-                                    sums[3].data());
+      kernels.add_activation_backward(grad.data(), out.data(), a.data(), b.data(), size, activation,
+                                      sums[0].data(), sums[1].data());
+      exact.add_activation_backward(wide_grad.data(), wide_out.data(), wide_a.data(), wide_b.data(),
+                                    size, activation, sums[2].data(), sums[3].data());
       for (int64_t i = 0; i < size; ++i) {  // the compiler may contract a * b + c differently
         EXPECT_NEAR(sums[0][i], sums[2][i], 1e-6);
         EXPECT_NEAR(sums[1][i], sums[3][i], 1e-6);

@@ -88,8 +88,8 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
                               grad_lm.data());
 
   outputs.kept.insert(outputs.kept.end(), num_kept.begin(), num_kept.end());
-  for (const auto& part : {normalizer, blank, label, loss, loss_alone, use_blank, use_label,
-                           dropped, repaired}) {
+  for (const auto& part :
+       {normalizer, blank, label, loss, loss_alone, use_blank, use_label, dropped, repaired}) {
     outputs.Add(part);
   }
   for (const auto& part : {hidden, grad_enc, grad_pred, grad, grad_am, grad_lm}) outputs.Add(part);
