@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 try:
-    from transducer_toolkit import _C as extension  # type: ignore[attr-defined]
+    from transducer_toolkit import _C as extension
 except ImportError as error:
     _here = Path(__file__).resolve().parent
     if (_here.parents[1] / "CMakeLists.txt").exists():
