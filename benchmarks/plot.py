@@ -6,8 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import labels
-from benchmarks.results import Run, fingerprint
+from benchmarks.results import Run, fingerprint, labels
 from benchmarks.session import Row
 
 MIB = 2**20

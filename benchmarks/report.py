@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.results import Run, merged, read, workload_of
+from benchmarks.results import Run, labels, merged, read, workload_of
 from benchmarks.session import FLOORS, Row
 from benchmarks.workloads import Workload
 
@@ -213,23 +213,6 @@ def table(run: Run) -> str:
     lines = TABLES.get(suite, _suite_table)(run["rows"], workload, suite)
     head = [run["machine"], describe(workload, suite)]
     return "\n\n".join(head) + "\n" + "\n".join(["", *lines])
-
-
-def labels(runs: list[Run]) -> list[str]:
-    """What tells the runs of a document apart."""
-    phrases: tuple[Callable[[Run], str], ...] = (
-        lambda run: run["options"]["batch"],
-        lambda run: f"{sum(run['workload']['frames'])} frames",
-        lambda run: f"V {run['options']['vocab_size']}",
-        lambda run: f"D {run['options']['joiner_dim']}",
-        lambda run: run["options"]["lattice"],
-        lambda run: "denormals flushed" if run["options"]["flush_denormal"] else "denormals",
-        lambda run: f"{run['options']['threads']} thread(s)",
-    )
-    telling = [say for say in phrases if len({say(run) for run in runs}) > 1]
-    made = [", ".join(say(run) for say in telling) for run in runs]
-    repeated = len(set(made)) < len(made)
-    return [f"{label} #{index + 1}" if repeated else label for index, label in enumerate(made)]
 
 
 def overview(runs: list[Run]) -> str:

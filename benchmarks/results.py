@@ -13,6 +13,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,20 @@ def workload_of(run: Run) -> Workload:
     fields = run["workload"]
     lengths = {key: tuple(fields[key]) for key in ("frames", "symbols")}
     return Workload(**{**fields, **lengths})
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """What tells the runs of a document apart."""
+    phrases: tuple[Callable[[Run], str], ...] = (
+        lambda run: run["options"]["batch"],
+        lambda run: f"{sum(run['workload']['frames'])} frames",
+        lambda run: f"V {run['options']['vocab_size']}",
+        lambda run: f"D {run['options']['joiner_dim']}",
+        lambda run: run["options"]["lattice"],
+        lambda run: "denormals flushed" if run["options"]["flush_denormal"] else "denormals",
+        lambda run: f"{run['options']['threads']} thread(s)",
+    )
+    telling = [say for say in phrases if len({say(run) for run in runs}) > 1]
+    made = [", ".join(say(run) for say in telling) for run in runs]
+    repeated = len(set(made)) < len(made)
+    return [f"{label} #{index + 1}" if repeated else label for index, label in enumerate(made)]
