@@ -17,7 +17,7 @@ from transducer_toolkit.ops import native
 
 
 def runs_here(tensor: Tensor) -> bool:
-    """Whether shifted_exp and AdditiveStages serve this tensor: on the CPU."""
+    """Whether shifted_exp and AdditiveStages exist for this tensor: it must be on the CPU."""
     with native.backend_of(tensor) as backend:
         return not backend.is_cuda
 
@@ -131,7 +131,7 @@ class AdditiveStages:
     def weights(
         self, grad_blank: Tensor, grad_label: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Before the products of the way back.
+        """Computes the inputs of the products of the backward pass.
 
         Returns:
             Gradient of the normalizer (B, T, columns) float64; scale (B,) float64; weight
@@ -161,7 +161,7 @@ class AdditiveStages:
         return grad_normalizer, scale, weight, grad_context_blank, grad_context_label
 
     def gradients(self, **tensors: Tensor) -> None:
-        """After the products: overwrites grad_am and grad_lm, which hold them.
+        """Overwrites grad_am and grad_lm, which contain the products, with the gradients.
 
         Args:
             tensors: am_exp, lm_exp, normalizer, grad_blank, grad_label, grad_normalizer, scale,

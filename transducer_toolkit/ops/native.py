@@ -96,7 +96,7 @@ def require_supported_device(device: torch.device) -> None:
 
 
 class Backend:
-    """The stages for one kind of device, and how they are told to run."""
+    """The stages for one kind of device, and their queue argument: threads or a stream."""
 
     def __init__(self, stages: Any, device: torch.device) -> None:
         self.stages = stages
@@ -123,9 +123,9 @@ def backend_of(tensor: Tensor) -> Iterator[Backend]:
 
 @contextmanager
 def emulated(module: Any) -> Iterator[None]:
-    """For tests: inside, the CUDA stages of the module _emulated serve tensors on the CPU.
+    """Runs the CUDA stages of the module _emulated on tensors on the CPU. For tests.
 
-    Holds for the whole process, not for the thread.
+    Affects the whole process, not only the thread.
     """
     global _stages_for_cpu_tensors
     before = _stages_for_cpu_tensors
@@ -145,7 +145,7 @@ _HUGE_FROM_BYTES = 8 * 2**20
 
 
 def empty(*size: int, like: Tensor) -> Tensor:
-    """A tensor of dtype and device of `like`, on huge pages if it is large and on the CPU."""
+    """Returns a tensor of dtype and device of `like`, on huge pages if it is large and on the CPU."""
     tensor = like.new_empty(size)
     num_bytes = tensor.numel() * tensor.element_size()
     if tensor.device.type == "cpu" and num_bytes >= _HUGE_FROM_BYTES:
@@ -154,10 +154,10 @@ def empty(*size: int, like: Tensor) -> Tensor:
 
 
 def mapped(size: int, like: Tensor) -> Tensor:
-    """(size,) of dtype and device of `like`; large ones on the CPU come from the system itself.
+    """Returns a tensor (size,) of dtype and device of `like`; a large one on the CPU is mmapped.
 
-    The allocator's heap keeps what is freed, in pieces that the next tensor of the same size does
-    not always fit; this goes back when the tensor does.
+    Its memory is returned to the system together with the tensor. Freed heap blocks stay with the
+    allocator, in pieces that the next tensor of the same size does not always fit.
     """
     num_bytes = size * like.element_size()
     if like.device.type != "cpu" or num_bytes < _HUGE_FROM_BYTES:
