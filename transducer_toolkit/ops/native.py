@@ -145,7 +145,7 @@ _HUGE_FROM_BYTES = 8 * 2**20
 
 
 def empty(*size: int, like: Tensor) -> Tensor:
-    """Returns a tensor of dtype and device of `like`, on huge pages if it is large and on the CPU."""
+    """Returns a tensor like `like`, on huge pages if it is large and on the CPU."""
     tensor = like.new_empty(size)
     num_bytes = tensor.numel() * tensor.element_size()
     if tensor.device.type == "cpu" and num_bytes >= _HUGE_FROM_BYTES:
