@@ -28,8 +28,10 @@ void LaunchKernel(const char* file, int line, void (*kernel)(P...), int64_t bloc
   emulation::RunGrid(static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
                      [&] { kernel(static_cast<P>(arguments)...); });
 #else
+  // clang-format off: in a header it splits the closing >>>
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0,
-           static_cast<cudaStream_t>(stream)> > >(static_cast<P>(arguments)...);
+           static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
+  // clang-format on
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) {
     Fail(file, line, std::string("CUDA error: ") + cudaGetErrorString(status));
