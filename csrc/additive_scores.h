@@ -75,8 +75,8 @@ struct AdditiveExponentials {
   const T* lm;  // (B, columns, V)
 };
 
-// The second half. On entry grad_am (B, T, V) = weight @ lm exponentials and grad_lm (B, columns, V)
-// = weight^T @ am exponentials; on exit the gradients, those of repaired cells included.
+// The second half. On entry grad_am (B, T, V) = weight @ lm exponentials and grad_lm (B, columns,
+// V) = weight^T @ am exponentials; on exit the gradients, those of repaired cells included.
 template <typename T>
 void AdditiveGradientsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms,
                           const AdditiveExponentials<T>& exponentials,

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binds the stages of one backend. Every binding is written once, for the ...Cpu or ...Cuda
-// functions that a backend names. The twins take the same arguments, but for the queue: the number of
-// threads or the stream.
+// Binds the stages of one backend. Each binding is written once and calls the ...Cpu or the ...Cuda
+// function, which differ in one argument: the queue, that is the number of threads or the stream.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -31,7 +30,7 @@ void ForDType(DType dtype, F f) {
   }
 }
 
-// The same for float32 and float64 alone.
+// ForDType for float32 and float64 only.
 template <typename F>
 void ForComputeDType(DType dtype, F f) {
   TRANSDUCER_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, "float32 or float64 only");
@@ -39,7 +38,7 @@ void ForComputeDType(DType dtype, F f) {
   f(static_cast<double*>(nullptr));
 }
 
-// The structs whose element type Python names by a DType.
+// Structs whose element type is a DType at run time.
 struct AnyLogitRows {
   DType dtype;
   Address data;
@@ -207,7 +206,7 @@ void RepairNormalizerBackward(const AnyAdditiveCells& cells, Address normalizer,
   });
 }
 
-// The structs, into _C alone: _emulated takes the same.
+// Binds the structs. Only _C calls it; _emulated uses the types of _C.
 inline void BindStageStructs(pybind11::module_& m) {
   BindStruct<LatticeBatch>(m, "LatticeBatch",
                            FieldOf("num_utterances", &LatticeBatch::num_utterances),

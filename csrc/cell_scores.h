@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 1: from logits to three numbers per lattice cell. The last stage before the lattice that
-// knows the vocabulary.
+// Stage 1: computes three numbers per lattice cell from the logits.
 #pragma once
 
 #include "half.h"
@@ -20,9 +19,9 @@ struct CellScoresOut {
 //   normalizer = logsumexp(x)                       (0 if from_log_softmax)
 //   blank      = x[blank] - normalizer
 //   label      = x[target of (b, u)] - normalizer   (-inf in the last column, u = U_b)
-// A row with NaN or +inf, or with nothing but -inf, and a target outside [0, V) give NaN scores:
-// the lattice makes that utterance's loss NaN. (With from_log_softmax only blank and target are
-// read.)
+// Scores are NaN if the row contains NaN or +inf, if all of it is -inf, or if the target is outside
+// [0, V); stage 2 then makes the loss of that utterance NaN. With from_log_softmax, the stage reads
+// only the logits of blank and target.
 // The stage does not write the scores of padding rows.
 template <typename T>
 void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,

@@ -6,8 +6,8 @@
 namespace transducer {
 namespace {
 
-// A log-probability picked from a row: +inf is not one. Subtracting the maximum first keeps the
-// result right where max + log_sum would round.
+// The log-probability of one symbol of a row; NaN for a logit of +inf. Subtracting the maximum
+// first avoids the rounding of max + log_sum.
 template <typename T>
 Score Pick(const T* row, int64_t index, Score max, Score log_sum) {
   const Score score = (static_cast<Score>(ToCompute(row[index])) - max) - log_sum;

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 1: one warp a row, or one block where the vocabulary is large; one pass over the logits.
+// Stage 1: one warp per row, or one block per row for large vocabularies; one pass over the logits.
 #include "cell_scores.h"
 #include "device_rows.cuh"
 
 namespace transducer {
 namespace {
 
-constexpr int kWarpRow = 4096;  // longest row that a warp takes alone
+constexpr int kWarpRow = 4096;  // longer rows get a block
 constexpr int kBlockThreads = 256;
 
-// Blocks of a multiprocessor: float64 rows would spill for one more.
+// Blocks per multiprocessor. With one more, the kernel for float64 would spill.
 template <typename T>
 constexpr int kWarpRowBlocks = sizeof(T) == 8 ? kRowBlocksAtOnce - 1 : kRowBlocksAtOnce;
 constexpr int kBlockRowBlocks = 3;
 
-// Running logsumexp: `sum` = sum of exp(x - max) so far. NaN in x makes the sum NaN for good.
+// Running logsumexp: `sum` = sum of exp(x - max) so far. After a NaN in x, the sum stays NaN.
 template <typename T>
 struct MaxAndSum {
   using C = Compute<T>;
   C max, sum;
 
-  // What to subtract: never -inf, which would make NaN of the -inf logits of a masked vocabulary.
+  // The value to subtract. It is never -inf: -inf - -inf would make masked symbols NaN.
   __device__ static C Reference(C max) { return max == -kInfinityOf<C> ? C(0) : max; }
   __device__ void RaiseTo(C new_max) {
     if (!(new_max > max)) return;
@@ -29,9 +29,8 @@ struct MaxAndSum {
   }
 };
 
-// log(sum) to float64's accuracy where the sum is float64's; else to that of the sum, without a
-// float64 logarithm: 2^k * m -> k log 2 + log m with m near 1, whose float32 logarithm errs by
-// 3e-8.
+// log(sum). A float32 sum 2^k * m, with m near 1, needs no float64 logarithm: the result is
+// k log 2 + log m, and the float32 logarithm of m has an error of 3e-8.
 __device__ inline Score LogOfSum(double sum) { return log(sum); }
 __device__ inline Score LogOfSum(float sum) {
   constexpr Score kLog2 = 0.69314718055994530942;
@@ -75,7 +74,7 @@ __device__ MaxAndSum<T> WarpMaxAndSum(MaxAndSum<T> lane) {
   return lane;
 }
 
-// A log-probability picked from a row (cell_scores_cpu.cpp).
+// The log-probability of one symbol of a row (cell_scores_cpu.cpp).
 template <typename T>
 __device__ Score Pick(const T* x, int64_t index, Score max, Score log_sum) {
   const Score score = (static_cast<Score>(ToCompute(x[index])) - max) - log_sum;
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
       has_cell = true;
     }
   }
-  // A lane a row: what they read is waited for once.
+  // Each lane finishes one row, so the warp waits for memory once.
   const int64_t i = begin + Lane();
   if (!has_cell) return;
   WriteScores(batch, my_cell, tile.Row(i), logits + i * size, size, blank, mine, out);
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
   if (Lane() == 0) WriteScores(batch, cell, row, x, size, blank, total, out);
 }
 
-// from_log_softmax: two numbers a row and nothing to add up.
+// from_log_softmax: two logits per row and no sum.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     PickKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,

@@ -19,8 +19,8 @@ enum class DType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3
 
 enum class Activation : int { kIdentity = 0, kTanh = 1, kRelu = 2, kGelu = 3, kSilu = 4 };
 
-// Scores, posteriors and the recursion are float64 on the CPU whatever the logits are: they are
-// 1/V of the work, and they are where float32 transducer losses lose three digits.
+// Scores, posteriors and the recursion are float64 for logits of any dtype: they are 1/V of the
+// work, and in float32 the recursion loses three digits.
 using Score = double;
 
 constexpr Score kLogZero = -std::numeric_limits<Score>::infinity();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one way to start a kernel: on the device, or, with TRANSDUCER_EMULATION, on the host
+// Starts every kernel: on the device or, with TRANSDUCER_EMULATION, on the host
 // (emulation/cuda_emulation.h). Included by *_cuda.cu only.
 #pragma once
 
@@ -17,7 +17,7 @@
 namespace transducer {
 
 // Starts `blocks` blocks of `threads` threads on `stream`, a cudaStream_t of the current device.
-// Does not wait. Zero blocks are none: CUDA would call that an error.
+// Returns without waiting for the kernel. Zero blocks start nothing; CUDA would report an error.
 template <typename... P, typename... A>
 void LaunchKernel(const char* file, int line, void (*kernel)(P...), int64_t blocks, int threads,
                   void* stream, A... arguments) {
@@ -28,8 +28,10 @@ void LaunchKernel(const char* file, int line, void (*kernel)(P...), int64_t bloc
   emulation::RunGrid(static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
                      [&] { kernel(static_cast<P>(arguments)...); });
 #else
+  // clang-format off: in a header it splits the closing >>>
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0,
-           static_cast<cudaStream_t>(stream)> > >(static_cast<P>(arguments)...);
+           static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
+  // clang-format on
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) {
     Fail(file, line, std::string("CUDA error: ") + cudaGetErrorString(status));

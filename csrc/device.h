@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA half of the build knows about itself and the machine.
+// The CUDA runtime of the build and the CUDA devices of the machine.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@ int CudaRuntimeVersion() { return CUDART_VERSION; }
 int CudaDeviceCount() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    (void)cudaGetLastError();  // no driver is an answer here, not an error to leave behind
+    (void)cudaGetLastError();  // clears the error: without a driver the count is 0
     return 0;
   }
   return count;

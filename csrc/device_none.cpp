@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stands in for device_cuda.cu in a build without CUDA.
+// Replaces device_cuda.cu in a build without CUDA.
 #include "device.h"
 
 namespace transducer {

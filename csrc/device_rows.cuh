@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the row kernels share: warps, 16-byte accesses, the run of rows that a warp works on.
+// Shared by the row kernels: warps, 16-byte accesses, and the rows that a warp works on.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +13,7 @@ namespace transducer {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Constants of device code: a function of numeric_limits may not be called there.
+// Constants for device code, which must not call functions of numeric_limits.
 template <typename C>
 constexpr C kInfinityOf = std::numeric_limits<C>::infinity();
 template <typename C>
@@ -26,7 +26,7 @@ __device__ inline int64_t GlobalWarp() {
 
 inline int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Every lane of the warp gets the sum, or the maximum, over its lanes.
+// Returns the sum, or the maximum, over the lanes of the warp to every lane.
 template <typename C>
 __device__ inline C WarpSum(C value) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -35,7 +35,7 @@ __device__ inline C WarpSum(C value) {
   return value;
 }
 template <typename C>
-__device__ inline C WarpMax(C value) {  // NaN loses
+__device__ inline C WarpMax(C value) {  // ignores NaN
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const C other = __shfl_xor_sync(kFullWarp, value, offset);
     value = other > value ? other : value;
@@ -46,7 +46,7 @@ __device__ inline C WarpMax(C value) {  // NaN loses
 __device__ inline float Exp(float x) { return expf(x); }
 __device__ inline double Exp(double x) { return exp(x); }
 
-// exp(x) for x <= 0 to 2^-22 + |x| 2^-24 of it, in two instructions; 0 below 2^-126.
+// exp(x) for x <= 0 in two instructions, to a relative 2^-22 + |x| 2^-24; 0 below 2^-126.
 __device__ inline float QuickExp(float x) {
   const float in_octaves = x * 1.44269504088896340736f;
 #ifdef __CUDA_ARCH__
@@ -58,7 +58,8 @@ __device__ inline float QuickExp(float x) {
 #endif
 }
 
-// exp of what was made of elements of type T: bfloat16 logits err by 4e-3 of themselves anyway.
+// exp of a number computed from elements of type T. The quick version is more exact than bfloat16,
+// whose rounding error is 4e-3.
 template <typename T>
 __device__ inline Compute<T> ExpOf(Compute<T> x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -84,14 +85,14 @@ __device__ inline void StorePack(T* p, const Pack<T>& pack) {
 #ifdef TRANSDUCER_EMULATION
   *reinterpret_cast<Pack<T>*>(p) = pack;
 #else
-  uint4 bits;  // the compiler takes a struct apart, and stores element by element
+  uint4 bits;  // the compiler would store a struct element by element
   memcpy(&bits, &pack, sizeof(bits));
   __stwb(reinterpret_cast<uint4*>(p), bits);
 #endif
 }
 
-// Elements of a pack as what arithmetic happens in, and back. For bfloat16 by whole registers: two
-// elements cost two instructions one way and, from 8.0 on, one the other way.
+// Converts the elements of a pack to the type of the arithmetic, and back. bfloat16 is converted
+// two elements at a time: in two instructions and, from compute capability 8.0 on, back in one.
 template <typename T>
 __device__ inline void UnpackValues(const Pack<T>& pack, Compute<T> (&values)[Pack<T>::kSize]) {
 #pragma unroll
@@ -131,7 +132,7 @@ __device__ inline Pack<BFloat16> PackValues<BFloat16>(const float (&values)[8]) 
 }
 #endif
 
-// The same by accesses of kBytes, for an address that is a multiple of no more.
+// LoadPack in accesses of kBytes, for addresses that are multiples of kBytes only.
 template <int kBytes, typename T>
 __device__ inline Pack<T> LoadPackInParts(const T* p) {
   constexpr int kCount = kBytes / static_cast<int>(sizeof(T));
@@ -148,15 +149,16 @@ __device__ inline Pack<T> LoadPackInParts(const T* p) {
   return pack;
 }
 
-// A lane asks for so many packs before it uses the first: a row of 512 elements costs one trip to
-// memory instead of four or two. The compiler would not do that by itself for the last, incomplete
-// round, nor past a store. More than 16 elements do not fit in the registers.
+// A lane loads this many packs before it uses the first, so a row of 512 elements waits for memory
+// once instead of two or four times. The compiler does not do so in the last, incomplete round or
+// across a store. More than 16 elements do not fit in the registers.
 template <typename T>
 constexpr int kPacksInFlight = sizeof(T) == 2 ? 2 : 4;
 
-// on_pack(Pack) for this lane's packs of the row, counted from the row's first element, then
-// on_element(T) for the elements of the last, incomplete one. What a lane gets, and in what order,
-// does not depend on the address: for sums. Only the width of the accesses does.
+// Calls on_pack(Pack) for this lane's packs of the row, counted from the row's first element, then
+// on_element(T) for the elements of the last, incomplete pack. Which elements a lane gets, and in
+// which order, does not depend on the address, so sums do not either. Only the width of the
+// accesses depends on it.
 template <typename T, typename OnPack, typename OnElement>
 __device__ inline void ReadRow(const T* row, int size, int lane, int num_lanes, OnPack on_pack,
                                OnElement on_element) {
@@ -188,8 +190,8 @@ __device__ inline void ReadRow(const T* row, int size, int lane, int num_lanes, 
 }
 
 // A row of any length at any address in three parts: single elements up to the first 16-byte
-// boundary, packs, single elements. Neighboring lanes get neighboring addresses. Which lane gets
-// which element depends on the address: not for sums.
+// boundary, packs, single elements. Adjacent lanes get adjacent addresses. Which lane gets which
+// element depends on the address, so this is unsuitable for sums.
 template <typename T>
 struct RowParts {
   int head, num_packs, size;
@@ -202,8 +204,8 @@ struct RowParts {
     num_packs = (size - head) / kPack;
   }
 
-  // before(k, first element) for up to kPacksInFlight packs of this lane, then on_pack of the same;
-  // and on_element(element) for the rest of its share of the row.
+  // Calls before(k, first element) for up to kPacksInFlight packs of this lane, then on_pack for
+  // the same packs, and on_element(element) for the lane's single elements.
   template <typename Before, typename OnPack, typename OnElement>
   __device__ void ForEach(int lane, int num_lanes, Before before, OnPack on_pack,
                           OnElement on_element) const {
@@ -227,11 +229,11 @@ struct RowParts {
   }
 };
 
-// A warp takes a few rows in turn: the cell of the second to last costs next to nothing then.
+// A warp works on a few rows in turn: finding the cell of all but the first costs almost nothing.
 constexpr int kRowsPerWarp = 4, kRowThreads = 128;
 
-// Of a multiprocessor: leaves 96 registers a thread. Left alone, the compiler spills for one block
-// more.
+// Blocks per multiprocessor: leaves 96 registers per thread. Without this bound the compiler fits
+// one block more and spills.
 constexpr int kRowBlocksAtOnce = 5;
 
 inline int64_t RowBlocks(const RowTile& tile) {

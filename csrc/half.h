@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-bit floating point as storage: arithmetic happens in float32.
+// 16-bit floating point for storage; arithmetic on it is float32.
 #pragma once
 
 #include <cstring>
@@ -16,7 +16,7 @@ struct BFloat16 {  // the upper half of a float32
   uint16_t bits;
 };
 
-// The type that arithmetic on T happens in.
+// The type of arithmetic on T.
 template <typename T>
 struct ComputeOf {
   using Type = T;
@@ -55,8 +55,8 @@ TRANSDUCER_HD inline float ToCompute(Half x) {
 #else
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // Exponent bias 15 -> 127; infinity and NaN (31) -> 255. Subnormals through an integer, so that a
-  // processor set to flush float32 subnormals does not see one.
+  // Exponent bias 15 -> 127; infinity and NaN (31) -> 255. Subnormals are converted from an
+  // integer: a processor that flushes float32 subnormals would make them zero.
   const uint32_t normal = (magnitude << 13) + ((magnitude >= 0x7c00u ? 224u : 112u) << 23);
   const uint32_t subnormal = BitsOfFloat(static_cast<float>(magnitude) * 0x1p-24f);
   return FloatFromBits((magnitude < 0x400u ? subnormal : normal) | sign);
@@ -78,7 +78,7 @@ TRANSDUCER_HD inline double FromCompute<double>(double x) {
 template <>
 TRANSDUCER_HD inline BFloat16 FromCompute<BFloat16>(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  uint16_t rounded;  // the same number, but for which NaN it is
+  uint16_t rounded;  // equal to the code below except for the bits of NaN
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
   return {rounded};
 #else
@@ -90,7 +90,7 @@ TRANSDUCER_HD inline BFloat16 FromCompute<BFloat16>(float x) {
 template <>
 TRANSDUCER_HD inline Half FromCompute<Half>(float x) {
 #ifdef __CUDA_ARCH__
-  uint16_t rounded;  // the same number, but for which NaN it is
+  uint16_t rounded;  // equal to the code below except for the bits of NaN
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
   return {rounded};
 #else
@@ -112,12 +112,12 @@ TRANSDUCER_HD inline Half FromCompute<Half>(float x) {
 #endif
 }
 
-// Magnitudes below this are written as zero in gradients. float32 and bfloat16 subnormals carry
-// nothing and slow every later matrix product down; float16's are where small gradients live.
+// Gradients of smaller magnitude are written as zero. float32 and bfloat16 subnormals do not matter
+// and slow down every later matrix product; float16 needs its subnormals for small gradients.
 template <typename T>
 constexpr Compute<T> kFlushBelow = std::numeric_limits<Compute<T>>::min();
 
-// For explicit instantiation: what a logits-like tensor may hold.
+// For explicit instantiation: the element types of logits-like tensors.
 #define TRANSDUCER_FOR_EACH_DTYPE(macro) macro(float) macro(double) macro(Half) macro(BFloat16)
 
 }  // namespace transducer

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The joiner's input: one row of D channels per lattice cell, without a padded (B, T, U + 1, D)
-// tensor; and the backward pass, as segmented sums.
+// Stage 0: one row of D channels per lattice cell, without a padded (B, T, U + 1, D) tensor. Its
+// backward pass computes segmented sums.
 #pragma once
 
 #include "half.h"
@@ -38,8 +38,8 @@ void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinIn
 //     grads.enc[b, t] += sum_u g(t, u)        grads.pred[b, u] += sum_t g(t, u)
 //
 // hidden and grad_hidden are (tile rows, D). The order of summation is that of the rows and does
-// not depend on the number of threads. `scratch` has JoinBackwardScratchCpu bytes, which may hold
-// anything.
+// not depend on the number of threads. `scratch` has JoinBackwardScratchCpu bytes, which may
+// contain anything.
 int64_t JoinBackwardScratchCpu(const LatticeBatch& batch, const RowTile& tile);
 template <typename T>
 void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,

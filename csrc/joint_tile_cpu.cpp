@@ -37,8 +37,8 @@ void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinI
                      const JoinGrads<T>& grads) {
   const int64_t width = inputs.width;
   const RowKernels<T>& kernels = GetRowKernels<T>();
-  // One task a slice of channels: it owns all it writes, so every sum is made in the order of the
-  // rows, whatever the slice. Wide ones read the rows in one go.
+  // A task has a slice of the channels and alone writes to it, so every sum is in the order of the
+  // rows for any width of the slices. Wide slices read longer runs of each row.
   constexpr int64_t kMinSlice = 128;
   const int64_t share = (width + num_threads - 1) / std::max(num_threads, 1);
   const int64_t slice = std::max(kMinSlice, (share + kMinSlice - 1) / kMinSlice * kMinSlice);

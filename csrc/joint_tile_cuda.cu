@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gather, add, activate: one warp a row. Backward: one warp owns one sum (a frame's, or a symbol's)
-// over a slice of the channels and adds up the tile's rows in their order, so no sum depends on the
-// order in which warps run.
+// Forward: one warp per row gathers, adds and activates. Backward: one warp computes one sum (of a
+// frame or of a symbol) over a slice of the channels, in the order of the tile's rows, so no sum
+// depends on the order in which warps run.
 #include "device_rows.cuh"
 #include "joint_tile.h"
 
@@ -10,7 +10,7 @@ namespace {
 
 __device__ inline float Tanh(float x) { return tanhf(x); }
 __device__ inline double Tanh(double x) { return tanh(x); }
-// What is rounded to bfloat16 next: off by 2^-11 at most, a quarter of that rounding.
+// For results that are rounded to bfloat16: the error is at most 2^-11, a quarter of that rounding.
 __device__ inline float QuickTanh(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -63,7 +63,8 @@ __device__ inline C Slope(Activation activation, C x, C y) {
   }
 }
 
-// One lane's channels: a 16-byte pack where every row starts on such a boundary, else one element.
+// The channels of one lane: a 16-byte pack if every row starts on a 16-byte boundary, else one
+// element.
 template <typename T, bool kPacked>
 struct Channels {
   static constexpr int kCount = kPacked ? Pack<T>::kSize : 1;
@@ -131,15 +132,15 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
   }
 }
 
-// A sum asks for so many rows before it adds the first: it waits for memory a quarter as often.
+// A sum loads this many rows before it adds the first, and so waits for memory a quarter as often.
 constexpr int kRowsInFlight = 4;
-// Blocks of a multiprocessor: as many as there are registers for.
+// Blocks per multiprocessor, as the registers allow.
 template <typename T>
 constexpr int kSumBlocksAtOnce = sizeof(T) == 4   ? 5
                                  : sizeof(T) == 2 ? 4
                                                   : 3;
 
-// What the backward kernels read, for the channels from `channel` on.
+// Inputs of the backward kernels.
 template <typename T, bool kPacked>
 struct BackwardInputs {
   const T *grad_hidden, *hidden, *enc, *pred;
@@ -154,7 +155,7 @@ struct BackwardInputs {
             Channels<T, kPacked>::LoadRaw(hidden + i * width + channel)};
   }
 
-  // sum += d loss / d (enc + pred) of the row, which is of this cell.
+  // sum += d loss / d (enc + pred) of a row, which belongs to cell (b, t, u).
   __device__ void AddRow(const Row& row, const LatticeBatch& batch, int64_t b, int64_t t, int64_t u,
                          int64_t channel, Channels<T, kPacked>* sum) const {
     using Lanes = Channels<T, kPacked>;
@@ -182,7 +183,7 @@ struct BackwardInputs {
   }
 };
 
-// The first place in the tile whose row is `row` or a later one.
+// The first index in the tile whose row is >= `row`.
 __device__ inline int64_t LowerBound(const RowTile& tile, int64_t row) {
   int64_t low = 0, high = tile.size;
   if (tile.rows == nullptr) {
@@ -200,7 +201,8 @@ __device__ inline int64_t LowerBound(const RowTile& tile, int64_t row) {
   return low;
 }
 
-// Work of one warp: sum number `index` (of a frame or of a symbol) over one slice of the channels.
+// The sum that a warp computes: `index` is that of a frame or a symbol; it covers a slice of the
+// channels.
 struct WarpTask {
   int64_t index, channel;  // channel is this lane's first
 
@@ -212,7 +214,7 @@ struct WarpTask {
   }
 };
 
-// grad_enc[b, t] += sum over the frame's rows in the tile: a run of them.
+// grad_enc[b, t] += sum over the rows of the frame in the tile, which are consecutive.
 template <typename T, bool kPacked>
 __global__ void __launch_bounds__(kRowThreads, kSumBlocksAtOnce<T>)
     GradEncKernel(LatticeBatch batch, RowTile tile, BackwardInputs<T, kPacked> inputs,
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(kRowThreads)
   places[row] = -1;
 }
 
-// places[row] = where the tile lists it: the inverse of the list.
+// places[row] = index of the row in the tile.
 __global__ void __launch_bounds__(kRowThreads)
     PlacesKernel(LatticeBatch batch, RowTile tile, int32_t* places) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
@@ -279,11 +281,11 @@ class SymbolRows {
     if (end_ > batch.num_frames[b]) end_ = batch.num_frames[b];
   }
 
-  // The frames that the tile has rows of.
+  // The frames of the utterance that have rows in the tile.
   __device__ int64_t begin() const { return begin_; }
   __device__ int64_t end() const { return end_; }
 
-  // Where in the tile the symbol's row of this frame is; -1: nowhere.
+  // The index in the tile of the symbol's row of this frame, or -1.
   __device__ int32_t PlaceAt(int64_t t) const {
     if (t >= end_ || u_ < batch_.ColumnBegin(b_, t) || u_ >= batch_.ColumnEnd(b_, t)) return -1;
     const int64_t row = batch_.Row(b_, t, u_);
@@ -298,8 +300,8 @@ class SymbolRows {
   int64_t last_, begin_, end_;
 };
 
-// grad_pred[b, u] += sum over the symbol's rows in the tile: at most one a frame. Each lane asks for
-// the place of another frame, 32 frames ahead of their use.
+// grad_pred[b, u] += sum over the symbol's rows in the tile, at most one per frame. Each lane loads
+// the place of a different frame, 32 frames ahead of its use.
 template <typename T, bool kPacked>
 __global__ void __launch_bounds__(kRowThreads, kSumBlocksAtOnce<T>)
     GradPredKernel(LatticeBatch batch, RowTile tile, BackwardInputs<T, kPacked> inputs,
@@ -312,7 +314,7 @@ __global__ void __launch_bounds__(kRowThreads, kSumBlocksAtOnce<T>)
   const SymbolRows rows(batch, tile, places, b, u);
   if (rows.begin() >= rows.end()) return;
 
-  const bool has_channel = task.channel < inputs.width;  // others still hand out places
+  const bool has_channel = task.channel < inputs.width;  // the other lanes still provide places
   Compute<T>* out = grad_pred + (b * num_columns + u) * inputs.width + task.channel;
   Lanes sum{};
   if (has_channel) inputs.Read(out, &sum);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 2: the forward-backward recursion. Knows the topology, not the vocabulary.
+// Stage 2: the forward-backward recursion. It depends on the topology, not on the vocabulary.
 #pragma once
 
 #include "lattice_batch.h"
@@ -11,9 +11,9 @@ struct LatticeOptions {
   Topology topology = Topology::kRegular;
   // Adds delay_penalty * ((T_b - 1) / 2 - t) to every label score: later symbols cost more.
   double delay_penalty = 0;
-  // Label posteriors are multiplied by (1 + fastemit_lambda) on their way out; the loss is not.
+  // Label posteriors are multiplied by (1 + fastemit_lambda); the loss is not.
   double fastemit_lambda = 0;
-  // CUDA: float64's exponentials and logarithms, for float64 logits. The CPU has no others.
+  // CUDA: float64 exponentials and logarithms, for float64 logits. The CPU always uses them.
   bool exact = true;
 };
 
@@ -33,11 +33,12 @@ struct LatticeOut {
 // expected number of uses of its blank score and of its label score (posteriors; for
 // `constrained` the forced blank counts as a use).
 //
-// +inf loss and zero uses if no path survives; NaN loss and NaN uses if any score of the utterance
-// is NaN; NaN loss and untouched uses if its lengths are invalid.
+// The loss is +inf and the uses are zero if no path has a probability above zero. Both are NaN if
+// any score of the utterance is NaN. If its lengths are invalid, the loss is NaN and the uses are
+// not written.
 //
-// `scratch` has LatticeScratchCpu bytes, which may hold anything. With uses, the CPU needs none:
-// the backward variables live in use_blank and the forward variables in use_label until the
+// `scratch` has LatticeScratchCpu bytes, which may contain anything. With uses, the CPU needs none:
+// it keeps the backward variables in use_blank and the forward variables in use_label until the
 // posteriors replace them.
 int64_t LatticeScratchCpu(const LatticeBatch& batch, Topology topology, bool with_uses);
 void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options,

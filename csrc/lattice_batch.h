@@ -7,10 +7,10 @@ namespace transducer {
 
 // One cell (t, u) of the lattice of utterance b.
 struct Cell {
-  int64_t b = 0, t = 0, u = 0;  // where CellOf finds none, an address made of them is still sane
+  int64_t b = 0, t = 0, u = 0;  // zero, so that indices are in bounds when CellOf finds no cell
 };
 
-// The lattices of a batch, and which row of a logits-like tensor each of their cells is.
+// The lattices of a batch, and the row of each cell in a logits-like tensor.
 //
 // Cell (t, u) of utterance b, 0 <= t < num_frames[b], 0 <= u <= num_targets[b], is row
 //
@@ -23,10 +23,9 @@ struct Cell {
 //                                      the cells band_start <= u < band_start + R exist
 //   packed band (sum_b T_b * R, V):    the same with rows_per_utterance = 0
 //
-// In the padded layouts first_row may lie behind the beginning of the utterance's rows, for a
-// lattice that begins at a later frame or symbol. Scores, normalizers and posteriors use the same
-// rows, so one index serves every stage. Nothing here is owned; every pointer is on the device the
-// stage runs on.
+// In the padded layouts first_row may be greater than the utterance's first row, for a lattice that
+// begins at a later frame or symbol. Scores, normalizers and posteriors use the same rows. The
+// struct owns no memory; every pointer is on the device of the stage.
 struct LatticeBatch {
   int64_t num_utterances;      // B
   int64_t max_frames;          // T: no utterance has more frames
@@ -39,19 +38,19 @@ struct LatticeBatch {
   const int64_t* first_row;    // (B,) row of cell (0, band_start[b][0])
   const int64_t* targets;      // (B, U), anything beyond U_b
   const int64_t* band_start;   // (B, T), or null: every frame has all its cells
-  const int64_t* first_frame;  // (B,), or null: 0. Frame 0 of the lattice is this one of the audio;
-                               // only the delay penalty asks
+  const int64_t* first_frame;  // (B,), or null: 0. The frame of the audio that is frame 0 of the
+                               // lattice; only the delay penalty depends on it
 
   TRANSDUCER_HD int64_t Stride(int64_t b) const {
     return row_stride != 0 ? row_stride : num_targets[b] + 1;
   }
-  // A start that leaves no cell is one just outside, whatever it was: no sum with it wraps round.
+  // Clamps the start to just outside the lattice, so that sums with it cannot overflow.
   TRANSDUCER_HD int64_t BandStart(int64_t b, int64_t t) const {
     if (band_start == nullptr) return 0;
     const int64_t start = band_start[b * max_frames + t], highest = max_targets + 1;
     return start < -row_stride ? -row_stride : start > highest ? highest : start;
   }
-  // The cells of frame t are u = ColumnBegin ... ColumnEnd - 1; none if a start is nonsense.
+  // The cells of frame t are u = ColumnBegin ... ColumnEnd - 1; none for an invalid start.
   TRANSDUCER_HD int64_t ColumnBegin(int64_t b, int64_t t) const {
     const int64_t start = BandStart(b, t);
     return start > 0 ? start : 0;
@@ -66,13 +65,13 @@ struct LatticeBatch {
   }
   TRANSDUCER_HD int64_t Target(int64_t b, int64_t u) const { return targets[b * max_targets + u]; }
 
-  // False for lengths that would lead outside of the tensors: such an utterance gets a NaN loss
-  // instead of an out-of-bounds access (callers that did not validate must still be safe).
+  // False for lengths that would lead outside of the tensors. Such an utterance gets a NaN loss
+  // instead of an out-of-bounds access, because lengths on a device are not validated.
   TRANSDUCER_HD bool IsValid(int64_t b) const {
     const int64_t frames = num_frames[b], labels = num_targets[b];
     if (frames < 1 || frames > max_frames || labels < 0 || labels > max_targets) return false;
     if (row_stride != 0 && band_start == nullptr && labels + 1 > row_stride) return false;
-    // No sum with first_row, which may be anything: it could wrap round.
+    // first_row may have any value: a sum with it could overflow.
     const int64_t begin = b * rows_per_utterance, first = first_row[b];
     const int64_t end = rows_per_utterance != 0 ? begin + rows_per_utterance : num_rows;
     if (first < begin || first >= end) return false;
@@ -80,7 +79,7 @@ struct LatticeBatch {
     return frames * Stride(b) - unused <= end - first;
   }
 
-  // The utterance that a row belongs to, be it a cell or padding.
+  // The utterance of a row, which may be a cell or padding.
   TRANSDUCER_HD int64_t UtteranceOf(int64_t row) const {
     if (rows_per_utterance != 0) return row / rows_per_utterance;
     int64_t low = 0, high = num_utterances;  // the last one with first_row <= row
@@ -95,8 +94,8 @@ struct LatticeBatch {
     return low;
   }
 
-  // The cell that a row is; false if the row is padding. cell->b is set in any case. Of an
-  // utterance that is not valid, every row is padding.
+  // Finds the cell of a row; returns false if the row is padding. Sets cell->b in either case.
+  // Every row of an invalid utterance is padding.
   TRANSDUCER_HD bool CellOf(int64_t row, Cell* cell) const {
     const int64_t b = cell->b = UtteranceOf(row);
     if (!IsValid(b) || row < first_row[b]) return false;
@@ -109,9 +108,9 @@ struct LatticeBatch {
   }
 };
 
-// Some rows of a batch, in ascending order: what one call of a stage works on. A logits-like tensor
-// beside a tile has one row for each of its rows; with whole_logits those that are read have one for
-// each row of the batch.
+// The rows of a batch that one call of a stage processes, in ascending order. A logits-like
+// argument has one row for each row of the tile. With whole_logits, inputs have one for each row of
+// the batch.
 struct RowTile {
   const int64_t* rows;  // null: begin, begin + 1, ...; else rows[begin], rows[begin + 1], ...
   int64_t begin;
@@ -124,7 +123,8 @@ struct RowTile {
   TRANSDUCER_HD int64_t LogitsRow(int64_t i) const { return whole_logits ? Row(i) : i; }
 };
 
-// LatticeBatch::CellOf for rows asked in ascending order: most are in the frame of the one before.
+// LatticeBatch::CellOf for rows in ascending order, most of which are in the same frame as the
+// last.
 class CellCursor {
  public:
   TRANSDUCER_HD explicit CellCursor(const LatticeBatch& batch) : batch_(batch) {}

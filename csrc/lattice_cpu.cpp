@@ -20,13 +20,13 @@ const SoftplusTable& Softplus() {
   return table;
 }
 
-// Frames worked on at once. A cell waits some 50 cycles for its neighbor in the frame; those of the
-// other frames, each one cell behind the one before, fill the time.
+// Frames processed at once. A cell depends on its neighbor in the frame, with a latency of about 50
+// cycles. Cells of the other frames, each one cell behind the frame before, are computed meanwhile.
 constexpr int64_t kFront = 4;
 
-// One utterance. Every topology has the blank arc (t, u) -> (t + 1, u); they differ in the label
-// arc, and in what may reach the final node (T, U), which lies behind the last frame. Arcs that
-// leave a band do not exist.
+// One utterance. Every topology has the blank arc (t, u) -> (t + 1, u). They differ in the label
+// arc and in the arcs that may reach the final node (T, U), which is behind the last frame. Arcs
+// that leave a band do not exist.
 template <Topology kTopology>
 class Utterance {
   using Traits = StaticTraits<kTopology>;
@@ -45,12 +45,12 @@ class Utterance {
         blank_(scores.blank),
         label_(scores.label) {}
 
-  // Backward variables: beta(t, u) = log-probability of all ways from (t, u) to the end. Returns
-  // beta(0, 0), NaN if any score is NaN (also one that no path could use).
+  // Backward variables: beta(t, u) = log-probability of all paths from (t, u) to the end. Returns
+  // beta(0, 0), or NaN if any score is NaN, even one that is on no path.
   Score Backward(Score* beta) const {
     bool has_nan = false;
     for (int64_t last = frames_ - 1; last >= 0; last -= kFront) {
-      // frame[k] is t = last + 1 - k: the one that is done, and below it those of the front.
+      // frame[k] is t = last + 1 - k. frame[0] is done; the others are the front.
       const int64_t count = std::min(kFront, last + 1);
       Frame frame[kFront + 1];
       int64_t high = -1, low = labels_;
@@ -80,9 +80,9 @@ class Utterance {
     return first.Has(0) ? beta[first.offset] : kLogZero;
   }
 
-  // Forward variables, and the posteriors on the way. On entry `beta` holds Backward's result; on
+  // Computes forward variables and posteriors. On entry `beta` contains the result of Backward, on
   // exit posteriors. Forward variables are pushed: cell (t, u) is complete when the loop reaches
-  // it, adds itself to its successors, and makes room for its posterior.
+  // it. It adds itself to its successors and is then replaced by its posterior.
   void Posteriors(Score total, Score* beta_to_use_blank, Score* alpha_to_use_label) const {
     Score* beta = beta_to_use_blank;
     Score* alpha = alpha_to_use_label;
@@ -112,7 +112,7 @@ class Utterance {
           const Score by_blank = from + blank_[cell];
           const Score by_label = u < labels_ ? from + LabelScore(here, u, Penalty(t)) : kLogZero;
 
-          // Logarithms of the posteriors; these two nobody asks for any more.
+          // Logarithms of the posteriors. They replace alpha and beta, which are not read again.
           const Score log_blank = by_blank + AfterBlank(beta, next, t, u) - total;
           const Score log_label =
               u < labels_ ? by_label + AfterLabel(beta, here, next, t, u) - total : kLogZero;
@@ -133,7 +133,7 @@ class Utterance {
     }
   }
 
-  // Same value for every cell of the utterance.
+  // Sets the uses of every cell of the utterance.
   void Fill(Score value, Score* use_blank, Score* use_label) const {
     for (int64_t t = 0; t < frames_; ++t) {
       const Frame frame = FrameAt(t);
@@ -144,7 +144,7 @@ class Utterance {
   }
 
  private:
-  // From logarithms of posteriors to what the caller gets.
+  // Converts logarithms of posteriors to uses.
   void FinishFrame(const Frame& frame, Score* use_blank, Score* use_label) const {
     const int64_t first = frame.offset + frame.begin, size = frame.end - frame.begin;
     kernels_.posteriors(use_blank + first, size);

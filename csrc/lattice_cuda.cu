@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 2: one block walks the forward and one the backward variables of an utterance, side by
-// side; then a third of each cell's work, the posteriors, is done for all cells at once.
+// Stage 2: one block computes the forward variables of an utterance and one the backward variables,
+// concurrently. A second kernel computes the posteriors of all cells in parallel.
 //
-// A block's lanes stand along one axis of the lattice and walk along the other. A cell is made of
-// two values, one that its lane had at the step before (`own`) and one that the lane before it had
-// (`neighbor`), so a step costs one barrier and two values a lane in shared memory:
+// The lanes of a block are placed along one axis of the lattice and walk along the other. A cell is
+// computed from two values: one of its own lane at the step before (`own`) and one of the lane
+// before it (`neighbor`). So a step costs one barrier and two values per lane in shared memory:
 //
 //   regular                lane i is i steps behind lane 0: lanes walk an anti-diagonal. The arcs
-//                          along both axes are alike, so lanes stand along the shorter one.
-//   one symbol a frame     lanes stand along the symbols and walk the frames.
+//                          along both axes are alike, so lanes are along the shorter axis.
+//   one symbol a frame     lanes are along the symbols and walk the frames.
 //
-// A lattice with more lanes than a block has is cut into strips, one after the other; the last lane
-// of a strip leaves what it hands over for the first lane of the next. The backward walk is the
-// forward walk with both axes turned round.
+// A lattice that needs more lanes than a block has is processed in strips, one after the other; the
+// last lane of a strip stores its values for the first lane of the next. The backward walk is the
+// forward walk with both axes reversed.
 #include "device_rows.cuh"
 #include "lattice.h"
 #include "log_add.h"
@@ -20,12 +20,12 @@
 namespace transducer {
 namespace {
 
-constexpr int kMaxLanes = 512;  // of a block; more would not leave registers enough
+constexpr int kMaxLanes = 512;  // of a block; with more there are too few registers
 constexpr int kPrefetch = 4;    // steps that a score is read ahead of its use; even
 
-// Sums of logarithms are float64 always: that is where thousands of terms add up. What is added
-// each time is small, and float32's transcendental functions are good to 6e-8 of it. Float64 ones
-// would be most of the kernel where a GPU has few float64 units.
+// Sums of logarithms are always float64, because thousands of terms add up. Each term is small, so
+// the relative error of 6e-8 of float32 functions is enough for it. On a GPU with few float64
+// units, float64 functions would take most of the time of the kernel.
 struct QuickMath {
   __device__ static Score LogAdd(Score a, Score b) {
     const Score high = a > b ? a : b;
@@ -40,16 +40,16 @@ struct ExactMath {
   __device__ static Score Exp(Score x) { return exp(x); }
 };
 
-// Scores of a call, and where its results go. Without uses there is no alpha, and use_* are null.
+// Inputs, outputs and scratch of a call. Without uses there is no alpha, and use_* are null.
 struct LatticeArrays {
   const Score *blank_score, *label_score;
   Score* loss;
   Score* alpha;                  // (num_rows,) workspace
-  Score *use_blank, *use_label;  // first: log-probability of all ways on by either arc
+  Score *use_blank, *use_label;  // at first: log-probability of all paths that continue by that arc
   Score* edges;                  // (B, 2 walks, 2, steps) workspace, where there are strips
 };
 
-// What a step needs to know of its cell, read kPrefetch steps before.
+// Inputs of a cell, read kPrefetch steps before their use.
 struct CellInputs {
   int64_t row;  // -1: no such cell
   Score blank, label;
@@ -77,8 +77,8 @@ class Walk {
     middle_ = Score(0.5) * static_cast<Score>(frames_ - 1 - first_frame);
   }
 
-  // All threads of the block. exchange is shared. Backward returns true in one thread, which has
-  // set *total to beta(0, 0); *has_nan is each lane's own.
+  // Called by all threads of the block; exchange is in shared memory. For the backward walk, the
+  // thread that computes beta(0, 0) stores it in *total and returns true. *has_nan is per lane.
   __device__ bool Run(Score (*exchange)[kMaxLanes], Score* total, bool* has_nan) {
     const int lane_in_strip = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
     const int num_lanes = NumLanes(), length = Length();
@@ -101,7 +101,7 @@ class Walk {
       for (int first = 0; first < num_steps; first += kPrefetch) {
 #pragma unroll
         for (int k = 0; k < kPrefetch; ++k) {
-          const int place = first + k - (kSkew ? lane_in_strip : 0);  // of the lane on its way
+          const int place = first + k - (kSkew ? lane_in_strip : 0);  // along the walk
           const Score neighbor = lane_in_strip > 0 ? exchange[(k & 1) ^ 1][lane_in_strip - 1]
                                                    : BeforeStrip(lane, place, edge_before);
           Score handed = kLogZero;
@@ -162,13 +162,14 @@ class Walk {
     return inputs;
   }
 
-  // Behind the last frame, (T, U) is the end; a label from (T - 1, U - 1) also leads there in a
-  // topology whose paths may end with one. Before the first frame nothing hands over a label.
+  // (T, U), behind the last frame, is the end. In topologies whose paths may end with a label, a
+  // label arc from (T - 1, U - 1) also leads there. No label arc leads into the first frame.
   __device__ static Score HandedBeforeFirst(int lane) {
     return kBackward && Traits::kEndsWithLabel && lane == 0 ? 0 : kLogZero;
   }
 
-  // What the first lane of a strip gets. Lane 0 with lanes along the frames: the way in, or out.
+  // The neighbor value of the first lane of a strip. Lane 0 with lanes along the frames gets the
+  // start of the paths, or their end.
   __device__ Score BeforeStrip(int lane, int place, const Score* edge_before) const {
     if (lane == 0) return kLanesAreFrames && place == 0 ? 0 : kLogZero;
     const int at = kSkew ? place : place - 1;
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(kMaxLanes, 1)
 
 constexpr int kUsesThreads = 256;
 
-// use = exp(alpha + ways on - total), cell by cell. A warp a frame.
+// use = exp(alpha + log-probability of what follows - total) for each cell. One warp per frame.
 template <typename Math>
 __global__ void __launch_bounds__(kUsesThreads, 4)
     UsesKernel(LatticeBatch batch, Score label_gain, LatticeArrays arrays) {
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(kUsesThreads, 4)
   }
 }
 
-// constrained: the blank after a label is a use of the cell above's blank score.
+// constrained: the blank after a label is a use of the blank score of the next symbol's cell.
 __global__ void __launch_bounds__(kUsesThreads, 4)
     ForcedBlankKernel(LatticeBatch batch, LatticeArrays arrays) {
   const int64_t warp = GlobalWarp();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 3: from posteriors back to the vocabulary.
+// Stage 3: computes the gradient of the logits from the posteriors.
 #pragma once
 
 #include "half.h"
@@ -23,13 +23,13 @@ struct Posteriors {
 //
 // with occupancy = use_blank + use_label, the softmax taken from the saved normalizer; without the
 // softmax term if from_log_softmax. Both subtractions happen when target == blank. Subnormal
-// results are written as zero: they carry nothing and make the next matrix product several times
+// results are written as zero: they do not matter and make the next matrix product several times
 // slower.
 //
-// Writes every row of the tile: padding rows are zero, rows of an utterance whose uses are NaN or
-// whose lengths are invalid are NaN; an utterance with loss_grad[b] == 0 gets zeros whatever its
-// uses are, so a caller can mask a NaN loss out. grad (tile rows, V) may be the logits (in place)
-// unless the tile's logits are whole.
+// Writes every row of the tile. Padding rows are zero. Rows of an utterance whose uses are NaN or
+// whose lengths are invalid are NaN. An utterance with loss_grad[b] == 0 gets zeros even then, so a
+// caller can mask out a NaN loss. grad (tile rows, V) may be the logits (in place) unless the tile
+// has whole_logits.
 template <typename T>
 void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
                    const LogitsOptions& options, const Posteriors& posteriors, int num_threads,

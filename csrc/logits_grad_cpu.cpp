@@ -14,7 +14,7 @@ T NaNOf() {
   return FromCompute<T>(std::numeric_limits<Compute<T>>::quiet_NaN());
 }
 
-// What is the same for every row of a call.
+// Options that are the same for every row of a call.
 struct Context {
   int64_t vocab_size, blank;
   bool from_log_softmax;
@@ -31,7 +31,7 @@ void CellGrad(const Context& context, const T* x, Score normalizer, Score use_bl
     std::fill(grad, grad + size, T{});
     return;
   }
-  // A target beyond the vocabulary was NaN in stage 1; here it is one that has changed since.
+  // Stage 1 makes the scores of such a target NaN, unless the caller changed the targets since.
   if (std::isnan(occupancy) || target >= size) {
     std::fill(grad, grad + size, NaNOf<T>());
     return;
@@ -49,7 +49,7 @@ void CellGrad(const Context& context, const T* x, Score normalizer, Score use_bl
   };
   const T at_blank = entry(context.blank);
   const T at_target = target >= 0 ? entry(target) : T{};
-  // No entry can exceed the occupancy times the upstream gradient: skip rows that round to zero.
+  // No entry can exceed the occupancy times the upstream gradient: fill rows that round to zero.
   const bool negligible = occupancy * std::abs(loss_grad) < kFlushBelow<T>;
   if (context.from_log_softmax || negligible) {
     std::fill(grad, grad + size, T{});

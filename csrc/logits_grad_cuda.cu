@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 3: one warp a row; the logits are read once, 16 bytes a lane. No branch on the symbol stands
-// in the way of 16-byte stores: the two symbols that differ come last.
+// Stage 3: one warp per row reads the logits once, 16 bytes per lane. The two symbols with a
+// subtraction are written last, so that 16-byte stores need no branch on the symbol.
 #include "device_rows.cuh"
 #include "logits_grad.h"
 
 namespace transducer {
 namespace {
 
-// What is the same for every row of a call.
+// Options that are the same for every row of a call.
 struct GradOptions {
   int size;
   int blank;
@@ -36,16 +36,16 @@ class CellGradient {
         limit_(static_cast<C>(options.limit)),
         scale_(static_cast<C>(loss_grad)) {}
 
-  // Where nothing is subtracted.
+  // The entry of a symbol without a subtraction.
   __device__ C At(C x) const {
     C g = weight_ * ExpOf<T>((x - high_) - low_);
     g = scale_ * (g > limit_ ? limit_ : g);
     return g < kFlushBelow<T> && g > -kFlushBelow<T> ? C(0) : g;
   }
 
-  // The two entries where posteriors are subtracted: in float64, but for the exponential itself, which
-  // is float32's unless the logits are float64. (float64 exponentials, one a row, would outweigh
-  // the rest of the row on a GPU with few float64 units.)
+  // The two entries where posteriors are subtracted, in float64. The exponential is float32 unless
+  // the logits are float64: on a GPU with few float64 units, one float64 exponential per row would
+  // take longer than the rest of the row.
   __device__ T WithSubtraction(int v, T x) const {
     const Score occupancy = use_blank_ + use_label_;
     Score g = 0;
@@ -81,7 +81,7 @@ __device__ void FillRow(T* row, int size, T value) {
       [&](int v) { row[v] = value; });
 }
 
-// grad[v] = f(x[v]), f of Compute<T>; grad may be x: an entry is read and written by the same lane.
+// grad[v] = f(x[v]) in Compute<T>. grad may be x: the same lane reads and writes an entry.
 template <typename T, typename F>
 __device__ void TransformRow(const T* x, int size, T* grad, F f) {
   const auto from = reinterpret_cast<uintptr_t>(x), to = reinterpret_cast<uintptr_t>(grad);
@@ -102,7 +102,7 @@ __device__ void TransformRow(const T* x, int size, T* grad, F f) {
       [&](int v) { grad[v] = FromCompute<T>(f(ToCompute(x[v]))); });
 }
 
-// One block less at once than the other row kernels: with its packs a lane needs 100 registers.
+// One block less per multiprocessor than the other row kernels: a lane needs 100 registers.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     LogitsGradKernel(LatticeBatch batch, RowTile tile, const T* logits, GradOptions options,
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     }
     const bool has_label = is_cell && cell.u < batch.num_targets[cell.b];
     const int64_t target = has_label ? batch.Target(cell.b, cell.u) : int64_t{-1};
-    // A target beyond the vocabulary was NaN in stage 1; here it is one that has changed since.
+    // Stage 1 makes the scores of such a target NaN, unless the caller changed the targets since.
     if (!is_cell || occupancy != occupancy || target >= size) {
       FillRow(out, size, FromCompute<T>(kNaNOf<Compute<T>>));
       continue;
@@ -133,12 +133,12 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     const CellGradient<T> gradient(options, posteriors.normalizer[row], blank_uses, label_uses,
                                    target < 0 ? -1 : static_cast<int>(target), scale);
     const T* x = logits + tile.LogitsRow(i) * size;
-    // Two lanes see to the two entries with a subtraction, and keep them from the others' packs.
+    // Two lanes compute the two entries with a subtraction before the packs overwrite them.
     const int mine = Lane() == 0 ? options.blank : Lane() == 1 ? static_cast<int>(target) : -1;
     const T subtracted = mine >= 0 ? gradient.WithSubtraction(mine, x[mine]) : T{};
-    __syncwarp();  // out may be x: what they need of it has been read
-    // No entry can exceed the occupancy times the upstream gradient: do not even read rows that
-    // round to zero.
+    __syncwarp();  // out may be x: both lanes have read their logits
+    // No entry can exceed the occupancy times the upstream gradient: rows that round to zero are
+    // not read.
     const Score bound = occupancy * (scale < 0 ? -scale : scale);
     if (options.from_log_softmax || bound < kFlushBelow<T>) {
       FillRow(out, size, T{});

@@ -17,7 +17,7 @@ struct AdditiveCells {
   const T* am;             // (B, T, V)
   const T* lm;             // (B, U + 1, V)
   // (B, T, U + 1): sum_v exp(am_v - max am) * exp(lm_v - max lm). Below `threshold` too much of it
-  // has underflowed: such a cell is repaired. NaN is not below, and stays.
+  // has underflowed, and the cell is repaired. A cell of NaN is not repaired.
   const T* product;
   T threshold;
 
@@ -33,7 +33,7 @@ struct AdditiveCells {
 };
 
 // normalizer (B, T, U + 1) of the cells to repair = logsumexp_v(am_v + lm_v); NaN if nothing in the
-// row is finite. Other cells are left alone. T is float or double.
+// row is finite. Other cells are not written. T is float or double.
 template <typename T>
 void RepairNormalizerCpu(const AdditiveCells<T>& cells, int num_threads, Score* normalizer);
 

@@ -9,8 +9,8 @@
 namespace transducer {
 namespace {
 
-// am_v + lm_v - offset, formed in float64: the sum may be large where the difference is small, and
-// only the difference matters to the exponential.
+// am_v + lm_v - offset in float64: am_v + lm_v may be large where the difference is small, and the
+// exponential depends on the difference.
 template <typename T>
 void ShiftedSum(const T* am, const T* lm, int64_t size, Score offset, T* out) {
   for (int64_t v = 0; v < size; ++v) {
@@ -18,8 +18,8 @@ void ShiftedSum(const T* am, const T* lm, int64_t size, Score offset, T* out) {
   }
 }
 
-// About max_v(am_v + lm_v): rounded to T, which is near enough for what is only an offset. Several
-// running maxima instead of one, so that the compiler can keep them in a vector.
+// max_v(am_v + lm_v) rounded to T, which is exact enough for an offset. There are several running
+// maxima, so that the compiler can keep them in a vector.
 template <typename T>
 T MaxOfSum(const T* am, const T* lm, int64_t size) {
   constexpr int64_t kLanes = 16;
@@ -51,7 +51,7 @@ void RepairNormalizerCpu(const AdditiveCells<T>& cells, int num_threads, Score* 
       const T* am = cells.Am(b, t);
       const T* lm = cells.Lm(b, u);
       const Score offset = MaxOfSum(am, lm, cells.vocab_size);
-      // am and lm may exclude each other's symbols: a row of -inf is NaN, as everywhere.
+      // am and lm may exclude each other's symbols. A row of -inf gives NaN, as in cell_scores.
       ShiftedSum(am, lm, cells.vocab_size, offset, row.data());
       T max, sum;
       kernels.max_and_sum_exp(row.data(), cells.vocab_size, &max, &sum);
@@ -64,7 +64,7 @@ template <typename T>
 void RepairNormalizerBackwardCpu(const AdditiveCells<T>& cells, const Score* normalizer,
                                  const Score* grad, int num_threads, T* grad_am, T* grad_lm) {
   const RowKernels<T>& kernels = GetRowKernels<T>();
-  // One task a slice of the vocabulary of an utterance: it owns all it writes.
+  // A task has a slice of the vocabulary of an utterance and alone writes to it.
   constexpr int64_t kSlice = 256;
   const int64_t num_slices = (cells.vocab_size + kSlice - 1) / kSlice;
   ParallelFor(cells.num_utterances * num_slices, num_threads, [&](int64_t task) {

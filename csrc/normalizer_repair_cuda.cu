@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Few cells need repair: the lanes of a warp look at 32 at once, and work together on those that do.
+// Few cells need repair: the lanes of a warp test 32 cells at once and repair the found ones
+// together.
 #include "device_rows.cuh"
 #include "normalizer_repair.h"
 
@@ -11,7 +12,7 @@ __device__ bool NeedsRepair(const AdditiveCells<T>& cells, int64_t cell) {
   return cells.product[cell] < cells.threshold;
 }
 
-// am_v + lm_v - offset, formed in float64 (normalizer_repair_cpu.cpp).
+// am_v + lm_v - offset in float64 (normalizer_repair_cpu.cpp).
 template <typename T>
 __device__ T ShiftedSum(T am, T lm, Score offset) {
   return static_cast<T>((static_cast<Score>(am) + static_cast<Score>(lm)) - offset);
@@ -28,7 +29,7 @@ __device__ void ForEachWanted(bool is_wanted, int64_t begin, F f) {
   }
 }
 
-// logsumexp(am_t + lm_u) of one cell, by a warp.
+// logsumexp(am_t + lm_u) of one cell, computed by a warp.
 template <typename T>
 __device__ void Repair(const AdditiveCells<T>& cells, int64_t cell, Score* normalizer) {
   const int64_t frame = cell / cells.num_columns, b = frame / cells.num_frames;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
   const int64_t num_terms = kOfFrames ? cells.num_columns : cells.num_frames;
   const int64_t b = row / num_rows, index = row - b * num_rows;
   if (b >= cells.num_utterances) return;
-  const bool has_symbol = v < cells.vocab_size;  // others still help to look
+  const bool has_symbol = v < cells.vocab_size;  // the other lanes still test cells
   const auto cell_of = [&](int64_t term) {
     return kOfFrames ? cells.Cell(b, index, term) : cells.Cell(b, term, index);
   };

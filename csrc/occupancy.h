@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between stage 2 and a recomputing stage 3: which cells carry gradient at all.
+// Between stage 2 and a backward pass that recomputes logits: lists the cells that carry gradient.
 #pragma once
 
 #include "lattice_batch.h"
@@ -26,9 +26,9 @@ struct KeptRowsOut {
 // tau_b is the largest value on a grid of four a power of two such that the dropped occupancies sum
 // to at most dropped_mass * (T_b + U_b). The gradient of a cell's logits is at most twice its
 // occupancy in L1 norm, so the error is at most twice that sum. dropped_mass = 0 drops cells of
-// occupancy zero only. NaN is always kept; an utterance of invalid lengths has no rows.
+// occupancy zero only. Cells of NaN are always kept; an utterance of invalid lengths has no rows.
 //
-// `scratch` has KeptRowsScratchCpu bytes, which may hold anything.
+// `scratch` has KeptRowsScratchCpu bytes, which may contain anything.
 int64_t KeptRowsScratchCpu(const LatticeBatch& batch);
 void KeptRowsCpu(const LatticeBatch& batch, const Uses& uses, double dropped_mass, int num_threads,
                  void* scratch, const KeptRowsOut& out);

@@ -18,7 +18,7 @@ void ForEachCell(const LatticeBatch& batch, int64_t b, F f) {
   }
 }
 
-// Cells of occupancy below this are dropped; and those of occupancy zero.
+// Cells of lower occupancy are dropped, and cells of occupancy zero.
 Score LowestKept(const LatticeBatch& batch, int64_t b, const Uses& uses, double dropped_mass,
                  Score* dropped) {
   *dropped = 0;
@@ -40,8 +40,8 @@ int64_t KeptRowsScratchCpu(const LatticeBatch&) { return 0; }
 
 void KeptRowsCpu(const LatticeBatch& batch, const Uses& uses, double dropped_mass, int num_threads,
                  void*, const KeptRowsOut& out) {
-  // Each utterance writes to the room of its own rows; then the runs move together. Utterances lie
-  // in ascending order of rows, so a run never moves onto one that is yet to move.
+  // Each utterance writes into the part of the output that its own rows have; then these parts are
+  // moved together. Utterances are in ascending order of rows, so no part overwrites a later one.
   const auto room = [&](int64_t b) {
     return batch.rows_per_utterance != 0 ? b * batch.rows_per_utterance : batch.first_row[b];
   };

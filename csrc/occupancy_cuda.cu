@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Several blocks an utterance, each with a run of its cells: first a histogram of the run's
-// occupancies; then, with all histograms known, the threshold and how many rows the run keeps; then,
-// with all counts known, the rows themselves, in order.
+// Several blocks per utterance, each with a run of its cells. The first kernel computes a histogram
+// of the run's occupancies; the second the threshold, from all histograms, and the number of rows
+// that the run keeps; the third writes the rows, in order.
 #include "device_rows.cuh"
 #include "occupancy.h"
 #include "occupancy_grid.h"
@@ -10,11 +10,11 @@ namespace transducer {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-constexpr int kBlocksAtOnce = 2;  // of a multiprocessor: left alone, the compiler spills
+constexpr int kBlocksAtOnce = 2;  // per multiprocessor; without this bound the compiler spills
 
-// Masses are added as integers, in units of 2^-32 of the bin's power of two and rounded up: integer
-// sums do not depend on their order, and the bound on the dropped mass still holds. 2^30 cells of
-// one bin fit.
+// Masses are added as integers, in units of 2^-32 of the bin's power of two, rounded up. Integer
+// sums do not depend on their order, and the bound on the dropped mass still holds. The sum of 2^30
+// cells of one bin does not overflow.
 using Units = unsigned long long;
 constexpr int64_t kUnitBits = 32;
 
@@ -26,7 +26,8 @@ __device__ inline Units ToUnits(Score mass, int64_t bin) {
   return static_cast<Units>(units < kMost ? units : kMost);
 }
 
-// The sum over the block, to every thread. partial is shared, one a warp.
+// Returns the sum over the block to every thread. partial is in shared memory, one element per
+// warp.
 __device__ int64_t BlockSum(int64_t value, int64_t (&partial)[kWarps]) {
   const int64_t of_warp = WarpSum(value);
   if (Lane() == 0) partial[threadIdx.x / kWarp] = of_warp;
@@ -36,8 +37,8 @@ __device__ int64_t BlockSum(int64_t value, int64_t (&partial)[kWarps]) {
   return sum;
 }
 
-// A run of the cells of an utterance in the order of their rows, which are places 0, 1, ... of the
-// utterance; places that are padding are no cells.
+// A run of the cells of an utterance in the order of their rows. Places 0, 1, ... are the rows of
+// the utterance; places of padding have no cell.
 class CellRun {
  public:
   __device__ CellRun(const LatticeBatch& batch, int64_t b, int64_t run, int64_t num_runs)
@@ -67,7 +68,7 @@ class CellRun {
   int64_t begin_, end_;
 };
 
-// Runs of an utterance: of kCellsPerRun cells or more, so that the histograms stay few.
+// Runs of an utterance have kCellsPerRun cells or more, which limits the number of histograms.
 constexpr int64_t kCellsPerRun = 4096, kMostRuns = 64;
 
 int64_t NumRuns(const LatticeBatch& batch) {
@@ -76,7 +77,7 @@ int64_t NumRuns(const LatticeBatch& batch) {
   return runs < 1 ? 1 : runs > kMostRuns ? kMostRuns : runs;
 }
 
-// What the kernels hand from one to the next. All of it is written before it is read.
+// Results of one kernel that the next one reads. All of it is written before it is read.
 struct Scratch {
   Units* units;        // (B, runs, kNumBins): the histograms
   int64_t* num_kept;   // (B, runs)
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   for (int64_t bin = thread; bin < kNumBins; bin += kThreads) units[bin] = 0;
   __syncthreads();
   const CellRun cells(batch, b, run, scratch.num_runs);
-  Units of_bin_0 = 0;  // where most cells of a trained model are: atomics would queue up
+  Units of_bin_0 = 0;  // bin 0 has most cells of a trained model: atomics on it would be slow
   for (int64_t place = cells.begin() + thread; place < cells.end(); place += kThreads) {
     const int64_t row = cells.RowAt(place);
     if (row < 0) continue;
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   for (int64_t bin = thread; bin < kNumBins; bin += kThreads) out[bin] = units[bin];
 }
 
-// Every block of an utterance finds the same threshold, and counts what its run keeps.
+// Every block of an utterance finds the same threshold and counts the rows that its run keeps.
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     CountKernel(LatticeBatch batch, Uses uses, Score dropped_mass, Scratch scratch,
                 Score* dropped) {
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   int64_t out = BlockSum(before, partial);
   const CellRun cells(batch, b, run, scratch.num_runs);
   const Score lowest = scratch.lowest_kept[b];
-  int buffer = 0;  // two in turn: one barrier a round
+  int buffer = 0;  // two alternate, so that a round needs one barrier
   for (int64_t begin = cells.begin(); begin < cells.end(); begin += kThreads, buffer ^= 1) {
     const int64_t row = cells.RowAt(begin + thread);
     const bool is_kept = row >= 0 && IsKept(uses, row, lowest);

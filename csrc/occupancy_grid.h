@@ -8,8 +8,9 @@
 
 namespace transducer {
 
-// Bin i > 0 begins at EdgeOf(i), four bins a power of two, taken from the number's own exponent and
-// first two mantissa bits. Bin 0 is everything below 2^-128, the last one has no upper end.
+// Bin i > 0 begins at EdgeOf(i). There are four bins per power of two, given by the exponent and
+// the first two mantissa bits of a number. Bin 0 is everything below 2^-128; the last has no upper
+// end.
 constexpr int64_t kBinsPerOctave = 4, kLowestExponent = -128, kHighestExponent = 16;
 constexpr int64_t kNumBins = (kHighestExponent - kLowestExponent) * kBinsPerOctave;
 

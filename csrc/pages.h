@@ -5,9 +5,9 @@
 
 namespace transducer {
 
-// Asks for huge pages behind a large, not yet touched allocation. Logits are made anew each step:
-// of a stage's time, the faults of 4 KiB pages are more than half. A hint; nothing happens where
-// the system does not know it.
+// Advises the system to use huge pages for a large allocation that has not been written yet. Logits
+// are allocated in each step, and page faults of 4 KiB pages take more than half of a stage's time.
+// Does nothing on systems without such advice.
 void AdviseHugePages(void* data, int64_t bytes);
 
 }  // namespace transducer

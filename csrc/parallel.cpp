@@ -72,7 +72,7 @@ class Pool {
           threads_.emplace_back([this, index = static_cast<int>(threads_.size())] { Loop(index); });
         }
       } catch (const std::system_error&) {
-        // No more threads to be had: fewer helpers give the same result.
+        // The system has no more threads: fewer helpers give the same result.
         num_helpers = static_cast<int>(threads_.size());
       }
       job_ = job;
@@ -89,8 +89,7 @@ class Pool {
 
  private:
   void Loop(int index) {
-    // A worker is born inside the call that needs it and takes part in that call, which cannot end
-    // without it: it starts one generation behind.
+    // The call that creates a worker also waits for it, so the worker starts one generation behind.
     std::unique_lock<std::mutex> lock(mutex_);
     uint64_t seen = generation_ - 1;
     for (;;) {

@@ -6,8 +6,8 @@ namespace transducer {
 std::vector<const RowKernelSet*> RunnableRowKernelSets() {
   std::vector<const RowKernelSet*> sets = {&baseline::Kernels()};
 #ifdef TRANSDUCER_X86_DISPATCH
-  // __builtin_cpu_supports asks the operating system too: it must save the wider registers. Every
-  // processor with AVX2 has F16C, and older compilers cannot ask for it.
+  // __builtin_cpu_supports also checks that the operating system saves the wider registers. Every
+  // processor with AVX2 has F16C, which older compilers cannot test.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     sets.push_back(&avx2::Kernels());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&

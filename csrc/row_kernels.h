@@ -10,7 +10,7 @@
 
 namespace transducer {
 
-// T is what is in memory (float, double, Half, BFloat16); arithmetic is in C = Compute<T>.
+// T is the type in memory (float, double, Half, BFloat16); arithmetic is in C = Compute<T>.
 template <typename T>
 struct RowKernels {
   using C = Compute<T>;
@@ -19,9 +19,9 @@ struct RowKernels {
   // *sum NaN; so does a maximum that is not finite.
   void (*max_and_sum_exp)(const T* x, int64_t size, C* max, C* sum);
 
-  // *max = max_i x_i and out_i = exp(x_i - *max), subnormals of float32 as zero. A NaN in x gives
-  // NaN in its place, and what is beside it means nothing; a maximum that is not finite gives NaN
-  // everywhere. out may be x.
+  // *max = max_i x_i and out_i = exp(x_i - *max), float32 subnormals as zero. If x contains NaN,
+  // its element of out is NaN and the others are undefined. If the maximum is not finite, all are
+  // NaN. out may be x.
   void (*shifted_exp)(const T* x, int64_t size, T* out, C* max);
 
   // out_i = scale * min(weight * exp(x_i - normalizer), limit), magnitudes below kFlushBelow as
@@ -46,7 +46,7 @@ struct RowKernelSet {
   RowKernels<Half> float16;
   RowKernels<BFloat16> bfloat16;
 
-  // x_i = exp(x_i) for x_i up to some 600, 0 below -300: most cells of a lattice carry nothing.
+  // x_i = exp(x_i) for x_i up to about 600; 0 below -300, which is the case for most cells.
   void (*posteriors)(Score* x, int64_t size);
 
   template <typename T>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Body of row_kernels_{baseline,avx2,avx512}.cpp, which define TRANSDUCER_ISA (a namespace) and
 // TRANSDUCER_VECTOR_BYTES. Everything here has internal linkage: a template shared between
-// translation units of different instruction sets would be merged by the linker into whichever
-// came first, and crash on the older processor.
+// translation units of different instruction sets would be merged by the linker, and could crash on
+// an older processor.
 //
 // Written with the compilers' vector extension (GCC, Clang) rather than intrinsics: one source for
 // 4, 8 and 16 lanes. Comparisons are written so that NaN falls through to the arithmetic.
@@ -117,7 +117,7 @@ struct Simd<double> {
   typedef int64_t I __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));
   static constexpr int64_t kLanes = TRANSDUCER_VECTOR_BYTES / sizeof(double);
 
-  // float64 is for checking, not for training: the C library's last bit, lane by lane.
+  // float64 is for checks, not for training: the C library is called for each lane.
   static inline V Exp(V x) {
     for (int64_t i = 0; i < kLanes; ++i) x[i] = std::exp(x[i]);
     return x;
@@ -133,7 +133,7 @@ struct Simd<double> {
   }
 };
 
-// A vector of what T is computed in, float or double.
+// A vector of Compute<T>, float or double.
 template <typename T>
 using Vec = typename Simd<Compute<T>>::V;
 
@@ -216,7 +216,7 @@ inline Vec<T> Max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// The maximum of x, whose last part, of less than a vector, is `tail`; any number if there is a NaN.
+// The maximum of x; `tail` is its last, incomplete vector. Undefined if x contains NaN.
 template <typename T>
 inline Compute<T> MaxOf(const T* x, int64_t whole, Vec<T> tail) {
   using C = Compute<T>;
@@ -242,7 +242,7 @@ void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
   const int64_t whole = size - size % kLanes;
   const Vec<T> tail = LoadPart(x + whole, size - whole, -std::numeric_limits<C>::infinity());
   const C top = *max = MaxOf(x, whole, tail);
-  // With nothing finite to subtract there is no sum; NaN in x must still be seen below.
+  // Without a finite maximum there is no sum; a NaN in x must still be noticed below.
   if (std::isinf(top)) {
     *sum = std::numeric_limits<C>::quiet_NaN();
     return;
@@ -281,7 +281,8 @@ void ScaledSoftmax(const T* x, int64_t size, Score normalizer, Compute<T> weight
     v = weight * Simd<C>::Exp((v - high) - low);
     v = v > limit ? Vec<T>{} + limit : v;
     v = scale * v;
-    return ((v < kFlushBelow<T>)&(v > -kFlushBelow<T>)) ? Vec<T>{} : v;
+    constexpr C kBelow = kFlushBelow<T>;
+    return ((v < kBelow) & (v > -kBelow)) ? Vec<T>{} : v;
   };
   const int64_t whole = size - size % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) Store<T>(out + i, gradient(Load(x + i)));

@@ -102,6 +102,6 @@ def join_backward(
     grad_enc: Tensor,
     grad_pred: Tensor,
 ) -> None:
-    """The way back of stage 0."""
+    """The backward pass of stage 0."""
     joint = stages.Joint(enc, pred, activation)
     stages.join_backward(joint, batch, tile, hidden, grad_hidden, (grad_enc, grad_pred))

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA's execution model on the host, as far as the *_cuda.cu files use it: the same sources,
-// compiled as C++, run there block by block, each thread a fiber (emulation.cpp). For tests only.
+// The parts of CUDA's execution model that the *_cuda.cu files use, on the host. The same sources,
+// compiled as C++, run block by block, and each thread is a fiber (emulation.cpp). For tests only.
 //
-// Threads run until they wait: for their block (__syncthreads) or their warp (shuffles, votes,
-// __syncwarp). Which goes first is a matter of SetOrder, and no result may depend on it: one that
-// does lacks a barrier. Stricter than a device: every thread of a block must reach a barrier, all
-// of them the same one, and every lane of a warp a shuffle or vote; anything else is an error.
+// Threads run until they wait for their block (__syncthreads) or their warp (shuffles, votes,
+// __syncwarp). SetOrder chooses their order, and no result may depend on it: a kernel whose result
+// does lacks a barrier. Emulation is stricter than a device: all threads of a block must reach the
+// same barrier, and all lanes of a warp the same shuffle or vote; anything else is an error.
 #pragma once
 
 #include <math.h>
@@ -24,21 +24,21 @@ extern Index thread_index, block_index, block_size;
 
 enum class Order { kForward, kReverse, kRandom };
 
-// The order in which blocks, warps and lanes run from now on. Not while a grid runs.
+// Sets the order of blocks, warps and lanes of later grids. Must not be called while a grid runs.
 void SetOrder(Order order, unsigned seed);
 
 // Runs body once for each thread of each block. Throws Error if threads of a block or lanes of a
-// warp go separate ways where they may not. Calls from several threads run one after the other.
+// warp diverge at a barrier or shuffle. Calls from several threads run one after the other.
 void RunGrid(unsigned num_blocks, unsigned num_threads, const std::function<void()>& body);
 
-// What a running thread may call.
+// Called by running threads.
 struct Site {
   const char* file;
   int line;
 };
 bool WaitForBlock(Site site, bool vote);  // whether any thread voted true
 void WaitForWarp(Site site, unsigned mask);
-// Hands `bits` to the warp, waits for it, and returns the bits of all its lanes.
+// Shares `bits` with the warp, waits for all lanes, and returns the bits of all of them.
 const uint64_t* ExchangeInWarp(Site site, unsigned mask, uint64_t bits);
 
 template <typename T>

@@ -32,7 +32,7 @@ struct Thread {
 };
 
 struct Warp {
-  // Two in turn: a lane may hand over for the next exchange before another has read this one.
+  // Two alternate: a lane may write for the next exchange before another has read this one.
   uint64_t exchange[2][kWarpSize];
 };
 
@@ -66,7 +66,7 @@ bool IsSameSite(const Site& a, const Site& b) {
   return a.line == b.line && std::string(a.file) == b.file;
 }
 
-// Fibers that wait for something that will not come are dropped with their stacks.
+// Drops the fibers that still wait, with their stacks.
 [[noreturn]] void Abandon(const std::string& message) {
   machine.threads.clear();
   throw Error(message);
@@ -120,7 +120,7 @@ void Arrange(std::vector<T>& items) {
   }
 }
 
-// Runs each lane until it waits. Whether the warp can go on: all of it waited for itself.
+// Runs each lane until it waits. Returns whether all lanes wait for the warp, so that it can go on.
 bool RunWarp(int warp) {
   static std::vector<int> lanes(kWarpSize);
   std::iota(lanes.begin(), lanes.end(), 0);
@@ -146,7 +146,7 @@ bool RunWarp(int warp) {
   return true;
 }
 
-// All threads are at the block's barrier, or all have ended: whether it goes on.
+// Called when all threads wait for the block or have ended. Returns whether the block goes on.
 bool ReleaseBlock() {
   Thread& first = machine.threads.front();
   machine.block_vote = false;

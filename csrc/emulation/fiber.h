@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A stack of its own that runs until it gives way. Known to the address sanitizer.
+// A function with a stack of its own that runs until it suspends. The address sanitizer knows it.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ class Fiber {
   Fiber(const Fiber&) = delete;
 
   void Resume();          // from outside: runs the fiber until it suspends
-  static void Suspend();  // from inside: back to whoever resumed it
+  static void Suspend();  // from inside: returns to the caller of Resume
 
  private:
   static void Enter();

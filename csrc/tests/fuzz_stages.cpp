@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // libFuzzer: every CPU stage on a batch made from raw bytes. csrc/tests/fuzz.sh builds and runs it.
 //
-// Half of the inputs are lengths that fit, the other half what nobody validated: lengths, targets,
-// bands and begins of any value, with rows laid out as native.py does. The sanitizers watch memory (every array has its exact size); Require() watches the contracts: which losses are NaN,
-// what a sum of posteriors is, that every row of a gradient is written, that threads change no bit.
+// Half of the inputs have valid lengths. The other half has lengths, targets, bands and begins of
+// any value, with rows laid out as by ops/lattice.py. The sanitizers check memory accesses (every
+// array has its exact size). REQUIRE checks the contracts: which losses are NaN, the sums of
+// posteriors, that every row of a gradient is written, and that results do not depend on the number
+// of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -48,7 +50,7 @@ class Bytes {
   int64_t Below(int64_t limit) { return Take<uint8_t>() % limit; }
   bool Flip() { return Take<uint8_t>() & 1; }
 
-  // Something near a border of what is legal, or anything at all.
+  // A number near the limits of the legal range, or any number.
   int64_t Wild(int64_t limit) {
     switch (Below(6)) {
       case 0: return Take<int64_t>();
@@ -145,7 +147,7 @@ Problem MakeProblem(Bytes* bytes) {
   return p;
 }
 
-// Everything that the stages give, for one number of threads. `uses` may be asked for or not.
+// The outputs of the stages for one number of threads.
 struct Results {
   std::vector<Score> normalizer, blank, label, loss, use_blank, use_label, dropped;
   std::vector<int64_t> kept, num_kept;

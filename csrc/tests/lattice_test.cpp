@@ -16,8 +16,8 @@ struct Expected {
   std::vector<double> use_blank, use_label;  // unnormalized, by cell t * (U + 1) + u
 };
 
-// Walks every path of one utterance through cells that it `has`. `blank(t, u)` and `label(t, u)` are
-// log scores.
+// Walks every path of one utterance through cells that it `has`. `blank(t, u)` and `label(t, u)`
+// are log scores.
 Expected Enumerate(Topology topology, int64_t frames, int64_t labels,
                    const std::function<bool(int64_t, int64_t)>& has,
                    const std::function<double(int64_t, int64_t)>& blank,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The occupancy filter: its bound, that it is tight, and what it always keeps.
+// The occupancy filter: its bound, that the bound is tight, and the rows that are always kept.
 #include "../occupancy.h"
 
 #include <cmath>

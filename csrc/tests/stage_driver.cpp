@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs each stage once on fixed input, one thread: what benchmarks/instructions.py counts.
+// Runs each stage once on fixed input with one thread. benchmarks/instructions.py counts
+// instructions.
 #include <cstdio>
 #include <vector>
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every CPU stage from several threads at once, each asking for helpers: the same bits as alone.
-// Under the thread sanitizer this is where a race between rows or utterances would show.
+// Calls every CPU stage from several threads at once and compares the bits with those of one
+// thread. The thread sanitizer finds races between rows or utterances here.
 #include <numeric>
 #include <thread>
 #include <vector>

@@ -185,24 +185,25 @@ class AdditiveStages:
                 the gradients.
         """
         addresses = {name: native.address(tensor) for name, tensor in tensors.items()}
+        take = addresses.pop
+        exponentials = native.extension.AdditiveExponentials(am=take("am_exp"), lm=take("lm_exp"))
+        grads = native.extension.AdditiveScoreGrads(
+            blank=take("grad_blank"), label=take("grad_label")
+        )
+        saved = native.extension.AdditiveSaved(
+            normalizer=take("normalizer"),
+            grad_normalizer=take("grad_normalizer"),
+            scale=take("scale"),
+        )
         with native.backend_of(self._product) as backend:
             native.extension.cpu.additive_gradients(
                 self._cells,
                 self._terms,
-                exponentials=native.extension.AdditiveExponentials(
-                    am=addresses["am_exp"], lm=addresses["lm_exp"]
-                ),
-                grads=native.extension.AdditiveScoreGrads(
-                    blank=addresses["grad_blank"], label=addresses["grad_label"]
-                ),
-                saved=native.extension.AdditiveSaved(
-                    normalizer=addresses["normalizer"],
-                    grad_normalizer=addresses["grad_normalizer"],
-                    scale=addresses["scale"],
-                ),
+                exponentials=exponentials,
+                grads=grads,
+                saved=saved,
                 **backend.queue,
-                grad_am=addresses["grad_am"],
-                grad_lm=addresses["grad_lm"],
+                **addresses,  # grad_am and grad_lm
             )
 
 
