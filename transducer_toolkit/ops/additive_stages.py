@@ -221,7 +221,7 @@ def repair_normalizer(
 
     Args:
         joint: am (B, T, V), lm (B, U + 1, V) and product (B, T, U + 1), float32 or float64.
-        threshold: :func:`lowest_product`.
+        threshold: the result of :func:`lowest_product`.
         normalizer: (B, T, U + 1) float64.
     """
     with native.backend_of(joint[0]) as backend:
