@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-# make train   set up .venv, build, train the default recipe (digits), print its WER
-# make test    set up .venv, build, run the whole test suite
-# make bench   build the other projects' losses, run every benchmark suite, write build/benchmarks
-# make lint    check style and types
-# make docs    build the documentation site in build/site
-# make soak    run the slow checks: mutated kernels, all CUDA architectures, fuzzing; takes hours
-# make clean   remove .venv and all build results (trained models in outputs/ stay)
+# make train    set up .venv, build, train the default recipe (digits), print its WER
+# make test     set up .venv, build, run the whole test suite
+# make bench    build the other projects' losses, run every benchmark suite, write build/benchmarks
+# make lint     check style and types
+# make docs     build the documentation site in build/site
+# make soak     run the slow checks: mutated kernels, all CUDA architectures, fuzzing; takes hours
+# make gpu-kit  download everything that a GPU machine without network needs, into .gpu_kit
+# make clean    remove .venv and all build results (trained models in outputs/ stay)
 #
 # ARGS is passed to the command: make train ARGS="loss=torchaudio seed=2",
 # make test ARGS="-k joiner", make bench SUITES="loss step" ARGS="--threads 2 --lattice peaky".
@@ -22,7 +23,7 @@ SUITES ?= loss step pruned decode memory scaling accuracy
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
            $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
 
-.PHONY: train test bench lint docs soak clean
+.PHONY: train test bench lint docs soak gpu-kit clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -60,8 +61,11 @@ soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak.kill_and_resume --kills 20
 	csrc/tests/fuzz.sh build/fuzz -max_total_time=900
 
+gpu-kit: $(INSTALLED)
+	bash benchmarks/gpu/prepare.sh
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info transducer_toolkit/_C.*.so
+	rm -rf $(VENV) .gpu_kit build dist *.egg-info transducer_toolkit/_C.*.so
 
 # A project that cannot be built is reported once, and gets a row in every table.
 $(PEERS)/.installed: benchmarks/install_peers.py $(INSTALLED)

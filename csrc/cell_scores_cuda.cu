@@ -9,6 +9,11 @@ namespace {
 constexpr int kWarpRow = 4096;  // longest row that a warp takes alone
 constexpr int kBlockThreads = 256;
 
+// Blocks of a multiprocessor: float64 rows would spill for one more.
+template <typename T>
+constexpr int kWarpRowBlocks = sizeof(T) == 8 ? kRowBlocksAtOnce - 1 : kRowBlocksAtOnce;
+constexpr int kBlockRowBlocks = 3;
+
 // Running logsumexp: `sum` = sum of exp(x - max) so far. NaN in x makes the sum NaN for good.
 template <typename T>
 struct MaxAndSum {
@@ -109,7 +114,7 @@ __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
+__global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
     WarpRowKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
                   Outputs outputs) {
   CellCursor cursor(batch);
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
     BlockRowKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
                    Outputs outputs) {
   using C = Compute<T>;

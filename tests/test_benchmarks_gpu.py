@@ -1,41 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU benchmark's Python, on the CPU and tiny."""
 
-import re
+import json
 
 import pytest
 import torch
 
-from benchmarks.gpu import benchmark, extra, peers
+from benchmarks.gpu import benchmark, extra, kernel_times, peers, tables
+from benchmarks.gpu.timing import Kernel
 from benchmarks.jobs import pruned_job
 from benchmarks.workloads import Workload
 
+SMALL = ["--device", "cpu", "--frames", "60", "--shorten", "12"]
+SMALL += ["--vocab-size", "12", "--joiner-dim", "8"]
 
-def test_a_dry_run_measures_every_row(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "VOCAB_SIZE", 12)
-    monkeypatch.setattr(benchmark, "JOINER_DIM", 8)
+
+def test_a_dry_run_measures_every_row(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "timed", lambda run, prepare=tuple: (run(*prepare()), 1.0)[1])
-    shapes = benchmark.utterance_shapes(None)
-    monkeypatch.setattr(benchmark, "utterance_shapes", lambda path: shapes // 12 + 1)
-    benchmark.main(["--device", "cpu", "--frames", "60"])
-    table = capsys.readouterr().out.partition("a dry run")[2]
+    monkeypatch.setattr(benchmark, "kernels_of", lambda run: (run(), [Kernel("k", 1.0, 1)])[1])
+    path = tmp_path / "rows.json"
+    benchmark.main([*SMALL, "--json", str(path), "--projects", "ours", "torchaudio"])
+    document = json.loads(path.read_text())
+    assert {"device", "torch", "driver", "command", "date", "commit"} <= document.keys()
+    rows = document["rows"]
+    assert [row for row in rows if "problem" in row] == []
     losses = {}
-    for line in table.splitlines():
-        if match := re.match(r"(\S+ \S+) +(\w+) +(\w+) +(.*?) {2,}.* (-?\d+\.\d{3})$", line):
-            losses.setdefault((match[1], match[2], match[3]), {})[match[4]] = float(match[5])
-    for batch in ("sorted 10k", "unsorted 30"):
+    for row in rows:
+        if "loss_sum" in row:
+            key = row["batch"], row["suite"], row["mode"]
+            losses.setdefault(key, {})[row["name"]] = row["loss_sum"]
+    for batch in ("sorted", "unsorted"):
         for mode in benchmark.MODES:
             step, pruned = losses[batch, "step", mode], losses[batch, "pruned", mode]
             assert {"ours: packed", "ours: fused", "ours: full"} <= step.keys()
+            assert ("torchaudio" in step) == (mode != "bfloat16")
             expected = {"ours: pruned", "ours: fused, pruned", "plain torch (k2's steps)"}
             assert expected <= pruned.keys()
             tolerance = 2e-2 if mode == "bfloat16" else 1e-4
             for values in (step, pruned):
-                assert max(values.values()) - min(values.values()) < tolerance * max(
-                    values.values()
-                )
-    assert len(re.findall(r"stage +(?:float32|bfloat16)", table)) == 20
-    assert "Error" not in table
+                spread = max(values.values()) - min(values.values())
+                assert spread < tolerance * max(values.values())
+    assert sum(row["suite"] == "stage" for row in rows) == 20
+    table = capsys.readouterr().out
+    tables.main([str(path)])
+    assert capsys.readouterr().out.strip() in table
+    assert "figures: ms: fused float32 1000.00" in table
+
+
+def test_logits_are_drawn_once():
+    lengths = {"frames": (9, 6), "symbols": (5, 3), "vocab_size": 11, "joiner_dim": 7}
+    workload = benchmark.DeviceWorkload(**lengths)
+    leaf = workload.logits().requires_grad_()
+    assert leaf.data_ptr() == workload.logits().data_ptr()
+    assert not workload.logits().requires_grad
+    assert leaf.shape == (workload.shape.num_cells, 11) and 0.8 < leaf.std() < 1.2
+
+
+def test_rows_after_the_deadline_say_so(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    benchmark.main([*SMALL, "--json", str(path), "--batches", "sorted", "--seconds", "0"])
+    rows = json.loads(path.read_text())["rows"]
+    assert rows and all("out of time" in row["problem"] for row in rows)
+    assert "out of time" in capsys.readouterr().out
+
+
+def test_a_profile_names_the_kernels(capsys, tmp_path):
+    path = tmp_path / "profile.json"
+    kernel_times.main([*SMALL, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["name"], row["mode"]) for row in rows] == list(kernel_times.STEPS)
+    for row in rows:
+        times = [kernel["ms"] for kernel in row["kernels"]]
+        assert len(times) > 3 and times == sorted(times, reverse=True)
+        assert row["device_ms"] == pytest.approx(sum(times))
+    table = capsys.readouterr().out
+    assert "ours: fused, bfloat16" in table and "figures: device ms: fused bfloat16" in table
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("void transducer::(anonymous namespace)::WalkKernel<float, 2>(int, float*)", "WalkKernel"),
+        ("void transducer::<unnamed>::UsesKernel<float>(float *, int)", "UsesKernel"),
+        ("sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize64x64x32_warpgroupsize1x1x1",
+         "sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize64x64x32_warp"),
+        ("Memcpy HtoD (Pinned -> Device)", "Memcpy HtoD"),
+    ],
+)  # fmt: skip
+def test_short_names_of_kernels(name, short):
+    assert tables.short_name(name) == short
 
 
 def test_the_pruned_step_in_plain_torch_has_our_gradients():
@@ -52,7 +105,8 @@ def test_the_pruned_step_in_plain_torch_has_our_gradients():
 def test_a_peer_that_is_not_there_is_said_to_be(tmp_path, capsys):
     peers.main(["build", "--sources", str(tmp_path), "--target", str(tmp_path / "built")])
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == len(peers.SOURCES)
+    said = [line for line in said if not line.startswith("figures: ")]
+    assert [line.split(":")[0] for line in said] == ["warprnnt_numba", "warp_rnnt", "fast_rnnt"]
     assert all("no source distribution" in line for line in said)
 
 

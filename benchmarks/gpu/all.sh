@@ -3,7 +3,7 @@
 # Checks and measures everything on a machine with a GPU, the most valuable results first.
 #
 #   BUDGET=330 OUT=results bash benchmarks/gpu/all.sh             # every stage that fits
-#   bash benchmarks/gpu/all.sh parity memcheck racecheck peers    # these stages, in this order
+#   bash benchmarks/gpu/all.sh parity memcheck build_peers peers  # these stages, in this order
 #
 # Each stage appends its output to $OUT/log.txt and, when it ends, one line to $OUT/summary.txt:
 # name, status, seconds and its most important figures. The summary is also printed at the end, and
@@ -29,14 +29,14 @@ export OUT WORK
 rm -f "$OUT"/{summary.txt,log.txt,parity.xml,ncu.txt,sanitize.txt,gpu_{profile,benchmark,peers}.json}
 : >"$OUT/summary.txt"
 if [ "${DRY:-}" = 1 ]; then
-  echo "--device cpu --frames 60 --vocab-size 12 --joiner-dim 8" >"$WORK/sizes"
+  echo "--device cpu --frames 60 --shorten 12 --vocab-size 12 --joiner-dim 8" >"$WORK/sizes"
 else
   : >"$WORK/sizes"
 fi
 read -ra sizes <"$WORK/sizes"
 here=benchmarks/gpu
 all_stages="environment module parity first_failure profile table ncu memcheck racecheck synccheck \
-initcheck peers"
+initcheck build_peers peers"
 
 describe() {  # of a stage: the least and the most seconds it gets, and its command
   case $1 in
@@ -50,7 +50,9 @@ describe() {  # of a stage: the least and the most seconds it gets, and its comm
       --projects ours torchaudio --json "$OUT/gpu_benchmark.json" "${sizes[@]}" ;;
     ncu) stage 15 35 bash $here/ncu.sh ;;
     memcheck | racecheck | synccheck | initcheck) stage 15 40 bash $here/sanitize.sh "$1" ;;
-    peers) stage 60 "$BUDGET" bash $here/peers.sh ;;
+    build_peers) stage 20 180 "$PYTHON" $here/peers.py build --target build/gpu_peers --jobs 12 ;;
+    peers) stage 20 "$BUDGET" "$PYTHON" -m benchmarks.gpu.benchmark --batches sorted unsorted \
+      --projects all --peers-dir build/gpu_peers --json "$OUT/gpu_peers.json" "${sizes[@]}" ;;
     *) return 1 ;;
   esac
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times losses, steps and single stages on a GPU.
 
-    bash benchmarks/gpu/all.sh table peers      # with a module and the peers built, and a time limit
+    bash benchmarks/gpu/all.sh table build_peers peers    # within a time limit
     python3 -m benchmarks.gpu.benchmark --device cpu --frames 500    # dry: its times mean nothing
 
 LibriSpeech's shapes, V = 500, D = 512: "sorted" is 10,000 frames of a corpus sorted by length,
@@ -33,17 +33,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.records import Record, Row
+from benchmarks.gpu.single_stages import SingleStages
 from benchmarks.gpu.tables import benchmark_figures, benchmark_table
 from benchmarks.gpu.timing import arithmetic, kernels_of, timed
 from benchmarks.jobs import Implementation, Job
 from benchmarks.peers import Absent, implementations, require_present
 from benchmarks.workloads import LATTICE_SCALES, Workload, choose_batch, utterance_shapes
-from transducer_toolkit.ops import stages
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
 
 EXTRA = ("benchmarks.gpu.extra",)
 MODES = ("float32", "tf32", "bfloat16")
@@ -68,9 +68,10 @@ class DeviceWorkload(Workload):
 
 
 def batches(
-    device: str, max_frames: int, vocab_size: int, joiner_dim: int
+    device: str, max_frames: int, vocab_size: int, joiner_dim: int, shorten: int = 1
 ) -> dict[str, DeviceWorkload]:
-    shapes = utterance_shapes(None)
+    """Returns both batches; frames and symbols are divided by `shorten`."""
+    shapes = np.maximum(1, utterance_shapes(None) // shorten)
     unsorted = choose_batch(shapes, max_frames=10**9, batch="unsorted")[:30]
     chosen = {
         "sorted": choose_batch(shapes, max_frames=max_frames, batch="sorted"),
@@ -175,47 +176,16 @@ def suite_rows(
 
 def stage_rows(workload: Workload, bandwidth: float, dtype: torch.dtype) -> Iterator[Row]:
     """Yields a row for each stage on packed logits; its roofline moves what the stage must."""
-    shape, device = workload.shape, torch.device(workload.device)
-    targets, logits = workload.targets(), workload.logits().to(dtype)
-    lattices = LatticeBatch(
-        shape.logit_lengths,
-        shape.target_lengths,
-        targets,
-        max_frames=shape.max_frames,
-        padded=False,
-        device=device,
-    )
-    tile, scores = lattices.all_rows(), CellScores(lattices, device)
-    options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
-    loss_grad = torch.ones(shape.num_utterances, dtype=torch.float64, device=device)
-    grad = torch.empty_like(logits)
-
-    def stage_1() -> None:
-        stages.cell_scores(logits, lattices, tile, scores, blank=0)
-
-    def stage_2(exact: bool = False) -> tuple[torch.Tensor, ...]:
-        return stages.lattice(
-            scores.blank, scores.label, lattices, with_uses=True, exact=exact, **options
-        )
-
-    stage_1()
-    _, *uses = stage_2()
-
-    def stage_3() -> None:
-        stages.logits_grad(
-            logits, lattices, tile, scores.normaliser, *uses, loss_grad, blank=0, out=grad
-        )
-
-    def filter_rows() -> None:
-        stages.kept_rows(*uses, lattices, dropped_mass=1e-6)
-
-    logits_s = logits.nbytes / bandwidth
+    single = SingleStages(workload, dtype)
+    single.cell_scores()
+    single.lattice()
+    logits_s = single.logits.nbytes / bandwidth
     for name, run, floor_s in (
-        ("1 cell_scores", stage_1, logits_s),
-        ("2 lattice", stage_2, 0.0),
-        ("2 lattice, exact", lambda: stage_2(True), 0.0),
-        ("3 logits_grad", stage_3, 2 * logits_s),
-        ("kept_rows", filter_rows, 0.0),
+        ("1 cell_scores", single.cell_scores, logits_s),
+        ("2 lattice", single.lattice, 0.0),
+        ("2 lattice, exact", lambda: single.lattice(exact=True), 0.0),
+        ("3 logits_grad", single.logits_grad, 2 * logits_s),
+        ("kept_rows", single.kept_rows, 0.0),
     ):
         row: Row = {"suite": "stage", "mode": str(dtype).removeprefix("torch."), "name": name}
         row |= {"project": "ours", "ms": 1e3 * timed(run)}
@@ -252,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=MAX_FRAMES, help="of the sorted batch")
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--joiner-dim", type=int, default=512)
+    parser.add_argument("--shorten", type=int, default=1, help="divides all lengths: a dry run")
     parser.add_argument("--batches", nargs="+", default=["sorted", "unsorted"])
     parser.add_argument("--projects", nargs="+", default=["all"], help="all, ours, torchaudio, ...")
     parser.add_argument("--peers-dir", default="", help="where peers.py has built the others")
@@ -262,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = options.device
     deadline_s = time.perf_counter() + options.seconds
     sizes = options.vocab_size, options.joiner_dim
-    workloads = batches(device, options.frames, *sizes)
+    workloads = batches(device, options.frames, *sizes, options.shorten)
     bandwidth = copy_bytes_per_s(device)
     rates = {}
     for mode in MODES:
@@ -275,7 +246,10 @@ def main(arguments: list[str] | None = None) -> None:
         copy_gb_per_s=bandwidth / 1e9,
         product_tflops={mode: rate / 1e12 for mode, rate in rates.items()},
         batches={
-            name: {"utterances": len(workloads[name].frames), "cells": workloads[name].shape.num_cells}
+            name: {
+                "utterances": len(workloads[name].frames),
+                "cells": workloads[name].shape.num_cells,
+            }
             for name in options.batches
         },
     )

@@ -3,7 +3,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHON=${PYTHON:-python3}
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # other packages bring plugins that import a lot
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# all.sh ends a stage that takes too long by SIGTERM to all of its processes. Without this, bash would
+# end first; with it, the script gets the status of the command that was ended, and goes on.
+trap : TERM
 
 # A checksum of everything that the compiled module is made of.
 sources_checksum() {

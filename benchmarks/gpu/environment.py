@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints what this machine has of what the other stages of all.sh need.
 
-    python3 -m benchmarks.gpu.environment
+python3 -m benchmarks.gpu.environment
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device time of each kernel of the fused and of the packed step, by torch's profiler.
 
-    python3 -m benchmarks.gpu.kernel_times --json gpu_profile.json
-    ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-stage-once
+python3 -m benchmarks.gpu.kernel_times --json gpu_profile.json
+ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-stage-once
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 
 from benchmarks.gpu.benchmark import DeviceWorkload, batches
 from benchmarks.gpu.records import Record
+from benchmarks.gpu.single_stages import SingleStages
 from benchmarks.gpu.tables import profile_figures, profile_table
 from benchmarks.gpu.timing import arithmetic, kernels_of, timed
 from benchmarks.peers import implementations
-from transducer_toolkit.ops import stages
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 
 STEPS = (
     ("ours: fused", "bfloat16"),
@@ -28,7 +27,6 @@ STEPS = (
     ("ours: packed", "tf32"),
 )
 RUNS = 3
-TILE_ROWS = 22_000  # about what a tile of the fused step has on a GPU at V = 500, D = 512
 
 
 def profile_steps(record: Record, workload: DeviceWorkload) -> None:
@@ -54,53 +52,16 @@ def profile_steps(record: Record, workload: DeviceWorkload) -> None:
 
 def each_stage_once(workload: DeviceWorkload, dtype: torch.dtype) -> None:
     """Calls each stage on realistic sizes; only these calls are seen by a profiler of CUDA."""
-    shape, device = workload.shape, torch.device(workload.device)
-    lattices = LatticeBatch(
-        shape.logit_lengths,
-        shape.target_lengths,
-        workload.targets(),
-        max_frames=shape.max_frames,
-        padded=False,
-        device=device,
-    )
-    logits = workload.logits().to(dtype)
-    enc, pred, _, _ = (tensor.to(dtype) for tensor in workload.joiner_inputs())
-    scores = CellScores(lattices, device)
-    loss_grad = torch.ones(shape.num_utterances, dtype=torch.float64, device=device)
-    grad = torch.empty_like(logits)
-    tile = RowTile(0, min(TILE_ROWS, lattices.num_rows))
-    hidden = torch.zeros(tile.size, enc.size(-1), dtype=dtype, device=device)
-    grad_enc, grad_pred = torch.zeros_like(enc).float(), torch.zeros_like(pred).float()
+    single = SingleStages(workload, dtype)
+    device = torch.device(workload.device)
 
     def run() -> None:
-        stages.join_forward(enc, pred, lattices, tile, activation="tanh", out=hidden)
-        stages.cell_scores(logits, lattices, lattices.all_rows(), scores, blank=0)
-        options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
-        _, *uses = stages.lattice(
-            scores.blank, scores.label, lattices, with_uses=True, exact=False, **options
-        )
-        stages.kept_rows(*uses, lattices, dropped_mass=1e-7)
-        stages.logits_grad(
-            logits,
-            lattices,
-            lattices.all_rows(),
-            scores.normaliser,
-            *uses,
-            loss_grad,
-            blank=0,
-            out=grad,
-        )
-        stages.join_backward(
-            hidden,  # any gradient of that size
-            hidden,
-            enc,
-            pred,
-            lattices,
-            tile,
-            activation="tanh",
-            grad_enc=grad_enc,
-            grad_pred=grad_pred,
-        )
+        single.join_forward()
+        single.cell_scores()
+        single.lattice()
+        single.kept_rows()
+        single.logits_grad()
+        single.join_backward()
 
     run()
     if device.type == "cuda":
@@ -119,9 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--joiner-dim", type=int, default=512)
+    parser.add_argument("--shorten", type=int, default=1, help="divides all lengths: a dry run")
     parser.add_argument("--each-stage-once", action="store_true", help="for ncu: no times")
     options = parser.parse_args(arguments)
-    sizes = options.frames, options.vocab_size, options.joiner_dim
+    sizes = options.frames, options.vocab_size, options.joiner_dim, options.shorten
     workload = batches(options.device, *sizes)["sorted"]
     if options.each_stage_once:
         each_stage_once(workload, torch.float32)

@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.action == "fetch":
         options.sources.mkdir(parents=True, exist_ok=True)
         fetch_tools(options.sources)
+    found = []
     for name, requirement in SOURCES.items():
         try:
             if options.action == "fetch":
@@ -149,8 +150,10 @@ def main(arguments: list[str] | None = None) -> None:
                 options.target.mkdir(parents=True, exist_ok=True)
                 said = build(name, options.sources, options.target.resolve(), options.jobs)
             print(f"{name}: {said}", flush=True)
+            found.append(name)
         except NotBuilt as error:
-            print(f"{name}: {str(error).splitlines()[0]}", flush=True)
+            print(f"{name}: {error}", flush=True)
+        print(f"figures: {options.action}: {', '.join(found) or 'none'}", flush=True)
 
 
 if __name__ == "__main__":

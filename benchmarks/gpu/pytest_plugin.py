@@ -106,7 +106,7 @@ def spread(tests: list[str], count: int) -> list[str]:
     by_function: dict[str, list[str]] = {}
     for test in tests:
         by_function.setdefault(test.partition("[")[0], []).append(test)
-    turns = {function: 0 for function in by_function}
+    turns = dict.fromkeys(by_function, 0)
     while sum(turns.values()) < min(count, len(tests)):
         for function, own in by_function.items():
             if turns[function] < len(own) and sum(turns.values()) < count:

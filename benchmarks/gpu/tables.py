@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints the JSON files of the GPU benchmarks, and the output of ncu, as tables.
 
-    python3 -m benchmarks.gpu.tables gpu_benchmark.json gpu_peers.json gpu_profile.json
-    python3 -m benchmarks.gpu.tables --ncu ncu.txt
+python3 -m benchmarks.gpu.tables gpu_benchmark.json gpu_peers.json gpu_profile.json
+python3 -m benchmarks.gpu.tables --ncu ncu.txt
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def profile_figures(rows: list[Row]) -> str:
 
 def short_name(name: str) -> str:
     """Returns a kernel's name without return type, namespaces and arguments."""
-    name = re.sub(r"\(anonymous namespace\)", "", name)
+    name = re.sub(r"\(anonymous namespace\)|<unnamed>", "", name)
     name = re.sub(r"[<(].*", "", name)
     return name.split("::")[-1].removeprefix("void ").strip()[:60] or "unnamed"
 

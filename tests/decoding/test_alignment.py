@@ -17,7 +17,7 @@ from transducer_toolkit.losses.reference import lattice_paths
 
 def all_paths(blank, label, topology="regular"):
     """Every path as (frames of the labels, log-probability)."""
-    if topology == "constrained":
+    if TOPOLOGIES[topology].label_takes_blank:
         label = label + blank[:, 1:]
     scores = {"blank": blank, "label": label}
     for path in lattice_paths(*label.shape, topology):

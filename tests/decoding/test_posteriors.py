@@ -34,7 +34,7 @@ def brute_force(batch, topology):
             uses = []  # (kind, t, u) of each score that the path multiplies
             for kind, t, u in arcs:
                 uses.append((kind, t, u))
-                if topology == "constrained" and kind == "label":
+                if TOPOLOGIES[topology].label_takes_blank and kind == "label":
                     uses.append(("blank", t, u + 1))
             scores = {"blank": blank[row], "label": label[row]}
             paths.append((uses, sum(scores[kind][t, u] for kind, t, u in uses)))
@@ -60,9 +60,9 @@ def test_posteriors_equal_brute_force(batch, topology):
         lattice_occupancy(logits, targets, shape, blank=0, topology=topology), occupancy
     )
     # The sums that the documentation promises.
-    arcs = shape.logit_lengths + (
-        shape.target_lengths if topology in ("regular", "constrained") else 0
-    )
+    row = TOPOLOGIES[topology]
+    has_both = row.labels_share_frames or row.label_takes_blank
+    arcs = shape.logit_lengths + (shape.target_lengths if has_both else 0)
     torch.testing.assert_close(found.occupancy.sum((1, 2)), arcs.double())
     real = torch.arange(shape.max_targets) < shape.target_lengths[:, None]
     torch.testing.assert_close(found.labels.sum(1), real.double())

@@ -7,9 +7,10 @@ from unittest import mock
 
 import torch
 
+from tests import stage_calls as stages
 from tests.pretend_cuda import CUDA, pretend_cuda, to_cuda
 from tests.stage_cases import make_case
-from transducer_toolkit.ops import additive_stages, native, stages
+from transducer_toolkit.ops import additive_stages, native
 from transducer_toolkit.ops.lattice import CellScores
 
 HANDLE = 0x7E57
@@ -33,13 +34,14 @@ def recorded_streams():
     with pretend_cuda():
         real = native.extension.cuda
         names = [name for name in dir(real) if not name.startswith("_")]
-        doubles = {name: recorder(name, getattr(real, name)) for name in names}
-        doubles["lattice_scratch"] = real.lattice_scratch  # a size: nothing runs
+        sizes = {name: getattr(real, name) for name in names if name.endswith("_scratch")}
+        names = [name for name in names if name not in sizes]  # a size: nothing runs
+        doubles = {name: recorder(name, getattr(real, name)) for name in names} | sizes
         with (
             mock.patch.object(native.extension, "cuda", SimpleNamespace(**doubles)),
             mock.patch.object(torch.cuda, "current_stream", current_stream),
         ):
-            yield handles, [name for name in names if name != "lattice_scratch"]
+            yield handles, names
 
 
 def call_every_stage():
@@ -49,14 +51,14 @@ def call_every_stage():
     enc, pred = to_cuda(torch.randn(4, 9, 7)), to_cuda(torch.randn(4, 6, 7))
     grads = to_cuda(torch.zeros(4, 9, 7)), to_cuda(torch.zeros(4, 6, 7))
     loss_grad = to_cuda(torch.ones(4, dtype=torch.float64))
-    scores = CellScores(batch, CUDA)
+    scores = CellScores.zeros(batch, CUDA)
     stages.join_forward(enc, pred, batch, tile, activation="tanh", out=hidden)
     stages.cell_scores(logits, batch, tile, scores, blank=0)
     options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
     _, *uses = stages.lattice(scores.blank, scores.label, batch, with_uses=True, **options)
     stages.kept_rows(*uses, batch, dropped_mass=0.1)
     stages.logits_grad(
-        logits, batch, tile, scores.normaliser, *uses, loss_grad, blank=0, out=logits
+        logits, batch, tile, scores.normalizer, *uses, loss_grad, blank=0, out=logits
     )
     stages.join_backward(
         hidden,
@@ -71,8 +73,9 @@ def call_every_stage():
     )
     product = to_cuda(torch.ones(4, 9, 6))
     normaliser, grad = (to_cuda(torch.ones(4, 9, 6, dtype=torch.float64)) for _ in range(2))
-    additive_stages.repair_normaliser(enc, pred, product, 0.5, normaliser)
-    additive_stages.repair_normaliser_backward(enc, pred, product, 0.5, normaliser, grad, *grads)
+    joint = enc, pred, product
+    additive_stages.repair_normalizer(joint, 0.5, normaliser)
+    additive_stages.repair_normalizer_backward(joint, 0.5, normaliser, grad, grads)
 
 
 def test_every_stage_gets_the_current_stream():
@@ -88,8 +91,8 @@ def test_the_double_notices_the_default_stream():
             super().__init__(stages, device)
             self.queue = {"stream": 0}
 
-    with mock.patch.object(native, "Backend", DefaultStream):
-        with recorded_streams() as (handles, names):
-            call_every_stage()
+    patched = mock.patch.object(native, "Backend", DefaultStream)
+    with patched, recorded_streams() as (handles, names):
+        call_every_stage()
     assert sorted(handles) == sorted(names)
     assert all(set(found) == {0} for found in handles.values())
