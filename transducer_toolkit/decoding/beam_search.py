@@ -145,7 +145,10 @@ class ModifiedBeamSearch:
         length_normalized: bool = True,
         lm: LanguageModel | None = None,
         lm_weight: float = 0.3,
+        length_normalised: None = None,  # the former name, in configs of users
     ) -> None:
+        if length_normalised is not None:
+            raise TypeError("length_normalised: renamed, use length_normalized")
         check_model(predictor, joiner)
         check_int(beam, "beam")
         if beam < 1:
