@@ -39,13 +39,15 @@ bench: $(PEERS)/.installed
 	done
 
 lint: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet 'ruff>=0.8' 'mypy>=1.13'
+	$(BIN)/python -m pip install --quiet 'ruff>=0.8' 'mypy>=1.13' 'clang-format==19.1.7'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl' | \
+	  xargs $(BIN)/clang-format --dry-run --Werror
 
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.30,<2'
+	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.30,<2' 'ruff>=0.8'
 	$(BIN)/python -m benchmarks.lattice_picture docs/images/lattice.png --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 

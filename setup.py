@@ -57,7 +57,7 @@ setup(
     packages=[*find_packages(include=["transducer_toolkit*"]), "transducer_toolkit.conf"],
     package_dir={"transducer_toolkit.conf": "conf"},
     package_data={
-        "transducer_toolkit": ["py.typed", "**/*.yaml", "**/*.json"],
+        "transducer_toolkit": ["py.typed", "*.pyi", "**/*.yaml", "**/*.json"],
         "transducer_toolkit.conf": ["**/*.yaml"],
     },
     ext_modules=[Extension("transducer_toolkit._C", sources=[])],

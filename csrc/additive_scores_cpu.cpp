@@ -22,8 +22,7 @@ void ShiftedExpCpu(const T* rows, int64_t num_rows, int64_t size, int num_thread
 
 template <typename T>
 void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms, const T* am_max,
-                       const T* lm_max, int num_threads, Score* normaliser, Score* blank_score,
-                       Score* label_score) {
+                       const T* lm_max, int num_threads, const AdditiveScoresOut& out) {
   const int64_t num_rows = cells.num_utterances * cells.num_frames;
   const int64_t columns = cells.num_columns, symbols = terms.num_symbols;
   ParallelForRows(num_rows, num_threads, [&](int64_t begin, int64_t end) {
@@ -32,12 +31,12 @@ void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms
       const T* maxima = lm_max + i / cells.num_frames * columns;
       const Score top = static_cast<Score>(am_max[i]);
       for (int64_t k = 0; k < columns; ++k) {
-        normaliser[i * columns + k] = std::log(static_cast<Score>(product[k])) +
-                                      (top + static_cast<Score>(maxima[k]));
+        out.normalizer[i * columns + k] =
+            std::log(static_cast<Score>(product[k])) + (top + static_cast<Score>(maxima[k]));
       }
     }
   });
-  RepairNormaliserCpu(cells, num_threads, normaliser);
+  RepairNormalizerCpu(cells, num_threads, out.normalizer);
   ParallelForRows(num_rows, num_threads, [&](int64_t begin, int64_t end) {
     const double am_scale = terms.combined_scale + terms.am_only_scale;
     for (int64_t i = begin; i < end; ++i) {
@@ -46,9 +45,9 @@ void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms
       const int64_t* symbol = terms.symbols + b * symbols;
       const Score* from_blank = terms.context_blank + b * (symbols + 1);
       const Score* from_label = terms.context_label + b * symbols;
-      const Score* norm = normaliser + i * columns;
-      Score* blank = blank_score + i * (symbols + 1);
-      Score* label = label_score + i * symbols;
+      const Score* norm = out.normalizer + i * columns;
+      Score* blank = out.blank + i * (symbols + 1);
+      Score* label = out.label + i * symbols;
       const auto of_am = [&](int64_t v) {
         return am_scale != 0 ? am_scale * static_cast<Score>(am[v]) : 0;
       };
@@ -66,23 +65,22 @@ void AdditiveScoresCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms
 
 template <typename T>
 void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms,
-                        const Score* grad_blank, const Score* grad_label, int num_threads,
-                        Score* grad_normaliser, Score* scale, T* weight, Score* grad_context_blank,
-                        Score* grad_context_label) {
+                        const AdditiveScoreGrads& grads, int num_threads,
+                        const AdditiveWeightsOut& out, T* weight) {
   const int64_t columns = cells.num_columns, symbols = terms.num_symbols;
   // One task an utterance: it owns its sums over frames.
   ParallelFor(cells.num_utterances, num_threads, [&](int64_t b) {
-    Score* sum_blank = grad_context_blank + b * (symbols + 1);
-    Score* sum_label = grad_context_label + b * symbols;
+    Score* sum_blank = out.grad_context_blank + b * (symbols + 1);
+    Score* sum_label = out.grad_context_label + b * symbols;
     std::fill_n(sum_blank, symbols + 1, 0);
     std::fill_n(sum_label, symbols, 0);
     Score largest = 0;
     bool has_nan = false;
     for (int64_t t = 0; t < cells.num_frames; ++t) {
       const int64_t i = b * cells.num_frames + t;
-      const Score* blank = grad_blank + i * (symbols + 1);
-      const Score* label = grad_label + i * symbols;
-      Score* grad = grad_normaliser + i * columns;
+      const Score* blank = grads.blank + i * (symbols + 1);
+      const Score* label = grads.label + i * symbols;
+      Score* grad = out.grad_normalizer + i * columns;
       Score of_frame = 0;
       for (int64_t u = 0; u <= symbols; ++u) {
         const Score of_label = u < symbols ? label[u] : 0;
@@ -99,13 +97,13 @@ void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& term
         largest = std::max(largest, std::abs(grad[symbols + 1]));
       }
     }
-    scale[b] = has_nan ? 1 : largest;
+    out.scale[b] = has_nan ? 1 : largest;
     // An upstream gradient of 10^30 over a product near the threshold would overflow float32.
-    const Score inverse = scale[b] > 0 ? 1 / scale[b] : 0;
+    const Score inverse = out.scale[b] > 0 ? 1 / out.scale[b] : 0;
     const int64_t first = b * cells.num_frames * columns;
     for (int64_t i = first; i < first + cells.num_frames * columns; ++i) {
       const T product = cells.product[i];
-      const Score grad = grad_normaliser[i] * inverse;
+      const Score grad = out.grad_normalizer[i] * inverse;
       weight[i] = grad == 0 || product < cells.threshold
                       ? 0
                       : static_cast<T>(grad / static_cast<Score>(product));
@@ -115,56 +113,58 @@ void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& term
 
 template <typename T>
 void AdditiveGradientsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& terms,
-                          const T* am_exp, const T* lm_exp, const Score* normaliser,
-                          const Score* grad_blank, const Score* grad_label,
-                          const Score* grad_normaliser, const Score* scale, int num_threads,
-                          T* grad_am, T* grad_lm) {
+                          const AdditiveExponentials<T>& exponentials,
+                          const AdditiveScoreGrads& grads, const AdditiveSaved& saved,
+                          int num_threads, T* grad_am, T* grad_lm) {
   const int64_t size = cells.vocab_size, symbols = terms.num_symbols;
-  const auto scaled = [size](const T* exponentials, Score factor, T* grad) {
+  const auto scaled = [size](const T* exp, Score factor, T* grad) {
     if (factor == 0) {  // nothing asked for (a NaN loss that was masked out): not 0 * NaN
       std::fill_n(grad, size, T(0));
       return;
     }
     const T f = static_cast<T>(factor);
-    for (int64_t v = 0; v < size; ++v) grad[v] = grad[v] * exponentials[v] * f;
+    for (int64_t v = 0; v < size; ++v) grad[v] = grad[v] * exp[v] * f;
   };
   ParallelForRows(cells.num_utterances * cells.num_frames, num_threads,
                   [&](int64_t begin, int64_t end) {
-    const double am_scale = terms.combined_scale + terms.am_only_scale;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / cells.num_frames;
-      T* grad = grad_am + i * size;
-      scaled(am_exp + i * size, scale[b], grad);
-      if (am_scale == 0) continue;
-      const Score* blank = grad_blank + i * (symbols + 1);
-      const Score* label = grad_label + i * symbols;
-      const int64_t* symbol = terms.symbols + b * symbols;
-      Score of_blank = 0;
-      for (int64_t u = 0; u <= symbols; ++u) of_blank += blank[u];
-      grad[terms.blank] += static_cast<T>(am_scale * of_blank);
-      for (int64_t u = 0; u < symbols; ++u) {
-        grad[symbol[u]] += static_cast<T>(am_scale * label[u]);
-      }
-    }
-  });
+                    const double am_scale = terms.combined_scale + terms.am_only_scale;
+                    for (int64_t i = begin; i < end; ++i) {
+                      const int64_t b = i / cells.num_frames;
+                      T* grad = grad_am + i * size;
+                      scaled(exponentials.am + i * size, saved.scale[b], grad);
+                      if (am_scale == 0) continue;
+                      const Score* blank = grads.blank + i * (symbols + 1);
+                      const Score* label = grads.label + i * symbols;
+                      const int64_t* symbol = terms.symbols + b * symbols;
+                      Score of_blank = 0;
+                      for (int64_t u = 0; u <= symbols; ++u) of_blank += blank[u];
+                      grad[terms.blank] += static_cast<T>(am_scale * of_blank);
+                      for (int64_t u = 0; u < symbols; ++u) {
+                        grad[symbol[u]] += static_cast<T>(am_scale * label[u]);
+                      }
+                    }
+                  });
   ParallelForRows(cells.num_utterances * cells.num_columns, num_threads,
                   [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      scaled(lm_exp + i * size, scale[i / cells.num_columns], grad_lm + i * size);
-    }
-  });
-  RepairNormaliserBackwardCpu(cells, normaliser, grad_normaliser, num_threads, grad_am, grad_lm);
+                    for (int64_t i = begin; i < end; ++i) {
+                      scaled(exponentials.lm + i * size, saved.scale[i / cells.num_columns],
+                             grad_lm + i * size);
+                    }
+                  });
+  RepairNormalizerBackwardCpu(cells, saved.normalizer, saved.grad_normalizer, num_threads, grad_am,
+                              grad_lm);
 }
 
 #define TRANSDUCER_INSTANTIATE(T)                                                                  \
   template void ShiftedExpCpu<T>(const T*, int64_t, int64_t, int, T*, T*);                         \
   template void AdditiveScoresCpu<T>(const AdditiveCells<T>&, const AdditiveTerms&, const T*,      \
-                                     const T*, int, Score*, Score*, Score*);                       \
-  template void AdditiveWeightsCpu<T>(const AdditiveCells<T>&, const AdditiveTerms&, const Score*, \
-                                      const Score*, int, Score*, Score*, T*, Score*, Score*);      \
-  template void AdditiveGradientsCpu<T>(const AdditiveCells<T>&, const AdditiveTerms&, const T*,   \
-                                        const T*, const Score*, const Score*, const Score*,        \
-                                        const Score*, const Score*, int, T*, T*);
+                                     const T*, int, const AdditiveScoresOut&);                     \
+  template void AdditiveWeightsCpu<T>(const AdditiveCells<T>&, const AdditiveTerms&,               \
+                                      const AdditiveScoreGrads&, int, const AdditiveWeightsOut&,   \
+                                      T*);                                                         \
+  template void AdditiveGradientsCpu<T>(const AdditiveCells<T>&, const AdditiveTerms&,             \
+                                        const AdditiveExponentials<T>&, const AdditiveScoreGrads&, \
+                                        const AdditiveSaved&, int, T*, T*);
 TRANSDUCER_INSTANTIATE(float)
 TRANSDUCER_INSTANTIATE(double)
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binds the stages of one backend: integers in. Every binding is written once, for whichever of the
-// ...Cpu and ...Cuda functions a backend names. Both take one argument of how to run, the number of
-// threads or the stream, at the same place.
+// Binds the stages of one backend. Every binding is written once, for the ...Cpu or ...Cuda
+// functions that a backend names. The twins take the same arguments, but for the queue: the number of
+// threads or the stream.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,22 +9,16 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "bind_struct.h"
 #include "cell_scores.h"
 #include "check.h"
 #include "joint_tile.h"
 #include "lattice.h"
 #include "logits_grad.h"
-#include "normaliser_repair.h"
+#include "normalizer_repair.h"
 #include "occupancy.h"
 
 namespace transducer {
-
-using Address = std::uintptr_t;
-
-template <typename T>
-T* As(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Calls f with a null pointer of the element type that stands for `dtype`.
 template <typename F>
@@ -37,6 +31,60 @@ void ForDType(DType dtype, F f) {
   }
 }
 
+// The same for float32 and float64 alone.
+template <typename F>
+void ForComputeDType(DType dtype, F f) {
+  TRANSDUCER_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, "float32 or float64 only");
+  if (dtype == DType::kFloat32) return f(static_cast<float*>(nullptr));
+  f(static_cast<double*>(nullptr));
+}
+
+// The structs whose element type Python names by a DType.
+struct AnyLogitRows {
+  DType dtype;
+  Address data;
+  int64_t vocab_size;
+
+  template <typename T>
+  LogitRows<T> Of() const {
+    return {As<const T>(data), vocab_size};
+  }
+};
+
+struct AnyJoinInputs {
+  DType dtype;
+  Address enc, pred;
+  int64_t width;
+  Activation activation;
+
+  template <typename T>
+  JoinInputs<T> Of() const {
+    return {As<const T>(enc), As<const T>(pred), width, activation};
+  }
+};
+
+struct AnyJoinGrads {
+  Address enc, pred;
+
+  template <typename T>
+  JoinGrads<T> Of() const {
+    return {As<Compute<T>>(enc), As<Compute<T>>(pred)};
+  }
+};
+
+struct AnyAdditiveCells {
+  DType dtype;
+  int64_t num_utterances, num_frames, num_columns, vocab_size;
+  Address am, lm, product;
+  double threshold;
+
+  template <typename T>
+  AdditiveCells<T> Of() const {
+    return {num_utterances,  num_frames,      num_columns,          vocab_size,
+            As<const T>(am), As<const T>(lm), As<const T>(product), static_cast<T>(threshold)};
+  }
+};
+
 struct CpuBackend {
   using Queue = int;
   static constexpr const char* kQueueName = "num_threads";
@@ -47,27 +95,18 @@ struct CpuBackend {
   template <typename T>
   static constexpr auto kJoinForward = &JoinForwardCpu<T>;
   template <typename T>
-  static void JoinBackwardWithoutScratch(const LatticeBatch& batch, const RowTile& tile,
-                                         const T* grad_hidden, const T* hidden, const T* enc,
-                                         const T* pred, int64_t width, Activation activation,
-                                         Queue num_threads, int32_t*, Compute<T>* grad_enc,
-                                         Compute<T>* grad_pred) {
-    JoinBackwardCpu<T>(batch, tile, grad_hidden, hidden, enc, pred, width, activation, num_threads,
-                       grad_enc, grad_pred);
-  }
+  static constexpr auto kJoinBackward = &JoinBackwardCpu<T>;
   template <typename T>
-  static constexpr auto kJoinBackward = &JoinBackwardWithoutScratch<T>;
+  static constexpr auto kRepair = &RepairNormalizerCpu<T>;
   template <typename T>
-  static constexpr auto kRepair = &RepairNormaliserCpu<T>;
-  template <typename T>
-  static constexpr auto kRepairBackward = &RepairNormaliserBackwardCpu<T>;
+  static constexpr auto kRepairBackward = &RepairNormalizerBackwardCpu<T>;
   static constexpr auto kLattice = &LatticeCpu;
+  static constexpr auto kKeptRows = &KeptRowsCpu;
+  static constexpr auto kLatticeScratch = &LatticeScratchCpu;
+  static constexpr auto kKeptRowsScratch = &KeptRowsScratchCpu;
+  static constexpr auto kJoinBackwardScratch = &JoinBackwardScratchCpu;
 
   static Queue QueueOf(Address num_threads) { return static_cast<int>(num_threads); }
-  static int64_t LatticeScratch(const LatticeBatch& batch, Topology, bool with_uses) {
-    return with_uses ? 0 : batch.num_rows;
-  }
-  static int64_t JoinBackwardScratch(const LatticeBatch&, const RowTile&) { return 0; }
 };
 
 struct CudaBackend {
@@ -82,175 +121,181 @@ struct CudaBackend {
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardCuda<T>;
   template <typename T>
-  static constexpr auto kRepair = &RepairNormaliserCuda<T>;
+  static constexpr auto kRepair = &RepairNormalizerCuda<T>;
   template <typename T>
-  static constexpr auto kRepairBackward = &RepairNormaliserBackwardCuda<T>;
+  static constexpr auto kRepairBackward = &RepairNormalizerBackwardCuda<T>;
   static constexpr auto kLattice = &LatticeCuda;
+  static constexpr auto kKeptRows = &KeptRowsCuda;
+  static constexpr auto kLatticeScratch = &LatticeScratchCuda;
+  static constexpr auto kKeptRowsScratch = &KeptRowsScratchCuda;
+  static constexpr auto kJoinBackwardScratch = &JoinBackwardScratchCuda;
 
   static Queue QueueOf(Address stream) { return As<void>(stream); }
-  static int64_t LatticeScratch(const LatticeBatch& batch, Topology topology, bool with_uses) {
-    return LatticeScratchCuda(batch, topology, with_uses);
-  }
-  static int64_t JoinBackwardScratch(const LatticeBatch& batch, const RowTile& tile) {
-    return JoinBackwardScratchCuda(batch, tile);
-  }
 };
 
 template <typename Backend>
-void CellScores(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address logits,
-                int64_t vocab_size, int64_t blank, bool from_log_softmax, Address queue,
-                Address normaliser, Address blank_score, Address label_score) {
-  ForDType(dtype, [&](auto* type) {
+void CellScores(const LatticeBatch& batch, const RowTile& tile, const AnyLogitRows& logits,
+                const LogitsOptions& options, Address queue, const CellScoresOut& out) {
+  ForDType(logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backend::template kCellScores<T>(batch, tile, As<const T>(logits), vocab_size, blank,
-                                     from_log_softmax, Backend::QueueOf(queue),
-                                     As<Score>(normaliser), As<Score>(blank_score),
-                                     As<Score>(label_score));
+    Backend::template kCellScores<T>(batch, tile, logits.Of<T>(), options, Backend::QueueOf(queue),
+                                     out);
   });
 }
 
 template <typename Backend>
-void Lattice(const LatticeBatch& batch, Topology topology, double delay_penalty,
-             double fastemit_lambda, bool exact, Address blank_score, Address label_score,
-             Address queue, Address scratch, Address loss, Address use_blank, Address use_label) {
-  Backend::kLattice(batch, {topology, delay_penalty, fastemit_lambda, exact},
-                    As<const Score>(blank_score), As<const Score>(label_score),
-                    Backend::QueueOf(queue), As<Score>(scratch), As<Score>(loss),
-                    As<Score>(use_blank), As<Score>(use_label));
+void Lattice(const LatticeBatch& batch, const LatticeOptions& options, const LatticeScores& scores,
+             Address queue, Address scratch, const LatticeOut& out) {
+  Backend::kLattice(batch, options, scores, Backend::QueueOf(queue), As<void>(scratch), out);
 }
 
 template <typename Backend>
-void LogitsGrad(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address logits,
-                int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
-                Address normaliser, Address use_blank, Address use_label, Address loss_grad,
-                Address queue, Address grad) {
-  ForDType(dtype, [&](auto* type) {
+void KeptRows(const LatticeBatch& batch, const Uses& uses, double dropped_mass, Address queue,
+              Address scratch, const KeptRowsOut& out) {
+  Backend::kKeptRows(batch, uses, dropped_mass, Backend::QueueOf(queue), As<void>(scratch), out);
+}
+
+template <typename Backend>
+void LogitsGrad(const LatticeBatch& batch, const RowTile& tile, const AnyLogitRows& logits,
+                const LogitsOptions& options, const Posteriors& posteriors, Address queue,
+                Address grad) {
+  ForDType(logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backend::template kLogitsGrad<T>(batch, tile, As<const T>(logits), vocab_size, blank,
-                                     from_log_softmax, clamp, As<const Score>(normaliser),
-                                     As<const Score>(use_blank), As<const Score>(use_label),
-                                     As<const Score>(loss_grad), Backend::QueueOf(queue),
-                                     As<T>(grad));
+    Backend::template kLogitsGrad<T>(batch, tile, logits.Of<T>(), options, posteriors,
+                                     Backend::QueueOf(queue), As<T>(grad));
   });
 }
 
 template <typename Backend>
-void JoinForward(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address enc,
-                 Address pred, int64_t width, Activation activation, Address queue,
-                 Address hidden) {
-  ForDType(dtype, [&](auto* type) {
+void JoinForward(const LatticeBatch& batch, const RowTile& tile, const AnyJoinInputs& inputs,
+                 Address queue, Address hidden) {
+  ForDType(inputs.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backend::template kJoinForward<T>(batch, tile, As<const T>(enc), As<const T>(pred), width,
-                                      activation, Backend::QueueOf(queue), As<T>(hidden));
+    Backend::template kJoinForward<T>(batch, tile, inputs.Of<T>(), Backend::QueueOf(queue),
+                                      As<T>(hidden));
   });
 }
 
 template <typename Backend>
-void JoinBackward(const LatticeBatch& batch, const RowTile& tile, DType dtype, Address grad_hidden,
-                  Address hidden, Address enc, Address pred, int64_t width, Activation activation,
-                  Address queue, Address scratch, Address grad_enc, Address grad_pred) {
-  ForDType(dtype, [&](auto* type) {
+void JoinBackward(const LatticeBatch& batch, const RowTile& tile, const AnyJoinInputs& inputs,
+                  Address hidden, Address grad_hidden, Address queue, Address scratch,
+                  const AnyJoinGrads& grads) {
+  ForDType(inputs.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backend::template kJoinBackward<T>(batch, tile, As<const T>(grad_hidden), As<const T>(hidden),
-                                       As<const T>(enc), As<const T>(pred), width, activation,
-                                       Backend::QueueOf(queue), As<int32_t>(scratch),
-                                       As<Compute<T>>(grad_enc), As<Compute<T>>(grad_pred));
+    Backend::template kJoinBackward<T>(batch, tile, inputs.Of<T>(), As<const T>(hidden),
+                                       As<const T>(grad_hidden), Backend::QueueOf(queue),
+                                       As<void>(scratch), grads.Of<T>());
   });
 }
 
-// Calls f with the cells of an additive joiner in float32 or float64.
-template <typename F>
-void ForAdditiveCells(DType dtype, int64_t num_utterances, int64_t num_frames, int64_t num_columns,
-                      int64_t vocab_size, Address am, Address lm, Address product,
-                      double threshold, F f) {
-  const auto call = [&](auto* type) {
+template <typename Backend>
+void RepairNormalizer(const AnyAdditiveCells& cells, Address queue, Address normalizer) {
+  ForComputeDType(cells.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    f(AdditiveCells<T>{num_utterances, num_frames, num_columns, vocab_size, As<const T>(am),
-                       As<const T>(lm), As<const T>(product), static_cast<T>(threshold)});
-  };
-  TRANSDUCER_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, "float32 or float64 only");
-  if (dtype == DType::kFloat32) return call(static_cast<float*>(nullptr));
-  call(static_cast<double*>(nullptr));
+    Backend::template kRepair<T>(cells.Of<T>(), Backend::QueueOf(queue), As<Score>(normalizer));
+  });
 }
 
 template <typename Backend>
-void RepairNormaliser(DType dtype, int64_t num_utterances, int64_t num_frames, int64_t num_columns,
-                      int64_t vocab_size, Address am, Address lm, Address product,
-                      double threshold, Address queue, Address normaliser) {
-  ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
-                   threshold, [&](const auto& cells) {
-                     using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
-                     Backend::template kRepair<T>(cells, Backend::QueueOf(queue),
-                                                  As<Score>(normaliser));
-                   });
-}
-
-template <typename Backend>
-void RepairNormaliserBackward(DType dtype, int64_t num_utterances, int64_t num_frames,
-                              int64_t num_columns, int64_t vocab_size, Address am, Address lm,
-                              Address product, double threshold, Address normaliser, Address grad,
+void RepairNormalizerBackward(const AnyAdditiveCells& cells, Address normalizer, Address grad,
                               Address queue, Address grad_am, Address grad_lm) {
-  ForAdditiveCells(dtype, num_utterances, num_frames, num_columns, vocab_size, am, lm, product,
-                   threshold, [&](const auto& cells) {
-                     using T = std::remove_const_t<std::remove_pointer_t<decltype(cells.am)>>;
-                     Backend::template kRepairBackward<T>(
-                         cells, As<const Score>(normaliser), As<const Score>(grad),
-                         Backend::QueueOf(queue), As<T>(grad_am), As<T>(grad_lm));
-                   });
+  ForComputeDType(cells.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Backend::template kRepairBackward<T>(cells.Of<T>(), As<const Score>(normalizer),
+                                         As<const Score>(grad), Backend::QueueOf(queue),
+                                         As<T>(grad_am), As<T>(grad_lm));
+  });
 }
 
-// Everything but kept_rows: CUDA needs room for it, and only the CPU returns the total.
+// The structs, into _C alone: _emulated takes the same.
+inline void BindStageStructs(pybind11::module_& m) {
+  BindStruct<LatticeBatch>(m, "LatticeBatch",
+                           FieldOf("num_utterances", &LatticeBatch::num_utterances),
+                           FieldOf("max_frames", &LatticeBatch::max_frames),
+                           FieldOf("max_targets", &LatticeBatch::max_targets),
+                           FieldOf("num_rows", &LatticeBatch::num_rows),
+                           FieldOf("row_stride", &LatticeBatch::row_stride),
+                           FieldOf("rows_per_utterance", &LatticeBatch::rows_per_utterance),
+                           FieldOf("num_frames", &LatticeBatch::num_frames),
+                           FieldOf("num_targets", &LatticeBatch::num_targets),
+                           FieldOf("first_row", &LatticeBatch::first_row),
+                           FieldOf("targets", &LatticeBatch::targets),
+                           FieldOf("band_start", &LatticeBatch::band_start),
+                           FieldOf("first_frame", &LatticeBatch::first_frame));
+  BindStruct<RowTile>(m, "RowTile", FieldOf("rows", &RowTile::rows),
+                      FieldOf("begin", &RowTile::begin), FieldOf("size", &RowTile::size),
+                      FieldOf("whole_logits", &RowTile::whole_logits));
+  BindStruct<AnyLogitRows>(m, "LogitRows", FieldOf("dtype", &AnyLogitRows::dtype),
+                           FieldOf("data", &AnyLogitRows::data),
+                           FieldOf("vocab_size", &AnyLogitRows::vocab_size));
+  BindStruct<LogitsOptions>(m, "LogitsOptions", FieldOf("blank", &LogitsOptions::blank),
+                            FieldOf("from_log_softmax", &LogitsOptions::from_log_softmax),
+                            FieldOf("clamp", &LogitsOptions::clamp));
+  BindStruct<CellScoresOut>(m, "CellScoresOut", FieldOf("normalizer", &CellScoresOut::normalizer),
+                            FieldOf("blank", &CellScoresOut::blank),
+                            FieldOf("label", &CellScoresOut::label));
+  BindStruct<LatticeOptions>(m, "LatticeOptions", FieldOf("topology", &LatticeOptions::topology),
+                             FieldOf("delay_penalty", &LatticeOptions::delay_penalty),
+                             FieldOf("fastemit_lambda", &LatticeOptions::fastemit_lambda),
+                             FieldOf("exact", &LatticeOptions::exact));
+  BindStruct<LatticeScores>(m, "LatticeScores", FieldOf("blank", &LatticeScores::blank),
+                            FieldOf("label", &LatticeScores::label));
+  BindStruct<LatticeOut>(m, "LatticeOut", FieldOf("loss", &LatticeOut::loss),
+                         FieldOf("use_blank", &LatticeOut::use_blank),
+                         FieldOf("use_label", &LatticeOut::use_label));
+  BindStruct<Uses>(m, "Uses", FieldOf("blank", &Uses::blank), FieldOf("label", &Uses::label));
+  BindStruct<KeptRowsOut>(m, "KeptRowsOut", FieldOf("rows", &KeptRowsOut::rows),
+                          FieldOf("num_kept", &KeptRowsOut::num_kept),
+                          FieldOf("dropped", &KeptRowsOut::dropped));
+  BindStruct<Posteriors>(m, "Posteriors", FieldOf("normalizer", &Posteriors::normalizer),
+                         FieldOf("use_blank", &Posteriors::use_blank),
+                         FieldOf("use_label", &Posteriors::use_label),
+                         FieldOf("loss_grad", &Posteriors::loss_grad));
+  BindStruct<AnyJoinInputs>(m, "JoinInputs", FieldOf("dtype", &AnyJoinInputs::dtype),
+                            FieldOf("enc", &AnyJoinInputs::enc),
+                            FieldOf("pred", &AnyJoinInputs::pred),
+                            FieldOf("width", &AnyJoinInputs::width),
+                            FieldOf("activation", &AnyJoinInputs::activation));
+  BindStruct<AnyJoinGrads>(m, "JoinGrads", FieldOf("enc", &AnyJoinGrads::enc),
+                           FieldOf("pred", &AnyJoinGrads::pred));
+  BindStruct<AnyAdditiveCells>(m, "AdditiveCells", FieldOf("dtype", &AnyAdditiveCells::dtype),
+                               FieldOf("num_utterances", &AnyAdditiveCells::num_utterances),
+                               FieldOf("num_frames", &AnyAdditiveCells::num_frames),
+                               FieldOf("num_columns", &AnyAdditiveCells::num_columns),
+                               FieldOf("vocab_size", &AnyAdditiveCells::vocab_size),
+                               FieldOf("am", &AnyAdditiveCells::am),
+                               FieldOf("lm", &AnyAdditiveCells::lm),
+                               FieldOf("product", &AnyAdditiveCells::product),
+                               FieldOf("threshold", &AnyAdditiveCells::threshold));
+}
+
+// The stages of a backend.
 template <typename Backend>
 void BindStages(pybind11::module_& m) {
   using pybind11::arg;
   const pybind11::kw_only named;
   const auto no_gil = pybind11::call_guard<pybind11::gil_scoped_release>();
   const auto queue = arg(Backend::kQueueName);
-  m.def("cell_scores", &CellScores<Backend>, no_gil, arg("batch"), arg("tile"), named, arg("dtype"),
-        arg("logits"), arg("vocab_size"), arg("blank"), arg("from_log_softmax"), queue,
-        arg("normaliser"), arg("blank_score"), arg("label_score"));
-  m.def("lattice", &Lattice<Backend>, no_gil, arg("batch"), named, arg("topology"),
-        arg("delay_penalty"), arg("fastemit_lambda"), arg("exact"), arg("blank_score"),
-        arg("label_score"), queue, arg("scratch"), arg("loss"), arg("use_blank"),
-        arg("use_label"));
-  m.def("lattice_scratch", &Backend::LatticeScratch, arg("batch"), named, arg("topology"),
+  m.def("cell_scores", &CellScores<Backend>, no_gil, arg("batch"), arg("tile"), named,
+        arg("logits"), arg("options"), queue, arg("out"));
+  m.def("lattice", &Lattice<Backend>, no_gil, arg("batch"), named, arg("options"), arg("scores"),
+        queue, arg("scratch"), arg("out"));
+  m.def("lattice_scratch", Backend::kLatticeScratch, arg("batch"), named, arg("topology"),
         arg("with_uses"));
-  m.def("logits_grad", &LogitsGrad<Backend>, no_gil, arg("batch"), arg("tile"), named, arg("dtype"),
-        arg("logits"), arg("vocab_size"), arg("blank"), arg("from_log_softmax"), arg("clamp"),
-        arg("normaliser"), arg("use_blank"), arg("use_label"), arg("loss_grad"), queue,
-        arg("grad"));
+  m.def("kept_rows", &KeptRows<Backend>, no_gil, arg("batch"), named, arg("uses"),
+        arg("dropped_mass"), queue, arg("scratch"), arg("out"));
+  m.def("kept_rows_scratch", Backend::kKeptRowsScratch, arg("batch"));
+  m.def("logits_grad", &LogitsGrad<Backend>, no_gil, arg("batch"), arg("tile"), named,
+        arg("logits"), arg("options"), arg("posteriors"), queue, arg("grad"));
   m.def("join_forward", &JoinForward<Backend>, no_gil, arg("batch"), arg("tile"), named,
-        arg("dtype"), arg("enc"), arg("pred"), arg("width"), arg("activation"), queue,
-        arg("hidden"));
+        arg("inputs"), queue, arg("hidden"));
   m.def("join_backward", &JoinBackward<Backend>, no_gil, arg("batch"), arg("tile"), named,
-        arg("dtype"), arg("grad_hidden"), arg("hidden"), arg("enc"), arg("pred"), arg("width"),
-        arg("activation"), queue, arg("scratch"), arg("grad_enc"), arg("grad_pred"));
-  m.def("join_backward_scratch", &Backend::JoinBackwardScratch, arg("batch"), arg("tile"));
-  m.def("repair_normaliser", &RepairNormaliser<Backend>, no_gil, named, arg("dtype"),
-        arg("num_utterances"), arg("num_frames"), arg("num_columns"), arg("vocab_size"), arg("am"),
-        arg("lm"), arg("product"), arg("threshold"), queue, arg("normaliser"));
-  m.def("repair_normaliser_backward", &RepairNormaliserBackward<Backend>, no_gil, named,
-        arg("dtype"), arg("num_utterances"), arg("num_frames"), arg("num_columns"),
-        arg("vocab_size"), arg("am"), arg("lm"), arg("product"), arg("threshold"),
-        arg("normaliser"), arg("grad"), queue, arg("grad_am"), arg("grad_lm"));
-}
-
-// The CUDA stages; the emulated module binds the same.
-inline void BindCudaStages(pybind11::module_& m) {
-  using pybind11::arg;
-  BindStages<CudaBackend>(m);
-  m.def("kept_rows_scratch", &KeptRowsScratchCuda, arg("batch"));
-  m.def(
-      "kept_rows",
-      [](const LatticeBatch& batch, Address use_blank, Address use_label, double dropped_mass,
-         Address stream, Address scratch, Address kept_rows, Address num_kept, Address dropped) {
-        KeptRowsCuda(batch, As<const Score>(use_blank), As<const Score>(use_label), dropped_mass,
-                     As<void>(stream), As<Score>(scratch), As<int64_t>(kept_rows),
-                     As<int64_t>(num_kept), As<Score>(dropped));
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>(), arg("batch"), pybind11::kw_only(),
-      arg("use_blank"), arg("use_label"), arg("dropped_mass"), arg("stream"), arg("scratch"),
-      arg("kept_rows"), arg("num_kept"), arg("dropped"));
+        arg("inputs"), arg("hidden"), arg("grad_hidden"), queue, arg("scratch"), arg("grads"));
+  m.def("join_backward_scratch", Backend::kJoinBackwardScratch, arg("batch"), arg("tile"));
+  m.def("repair_normalizer", &RepairNormalizer<Backend>, no_gil, arg("cells"), named, queue,
+        arg("normalizer"));
+  m.def("repair_normalizer_backward", &RepairNormalizerBackward<Backend>, no_gil, arg("cells"),
+        named, arg("normalizer"), arg("grad"), queue, arg("grad_am"), arg("grad_lm"));
 }
 
 }  // namespace transducer

@@ -17,9 +17,9 @@ Score Pick(const T* row, int64_t index, Score max, Score log_sum) {
 }  // namespace
 
 template <typename T>
-void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const T* logits,
-                   int64_t vocab_size, int64_t blank, bool from_log_softmax, int num_threads,
-                   Score* normaliser, Score* blank_score, Score* label_score) {
+void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
+                   const LogitsOptions& options, int num_threads, const CellScoresOut& out) {
+  const int64_t vocab_size = logits.vocab_size;
   const RowKernels<T>& kernels = GetRowKernels<T>();
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);
@@ -27,30 +27,30 @@ void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const T* logi
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = tile.Row(i);
       if (!cursor.Find(row, &cell)) continue;
-      const T* x = logits + i * vocab_size;
+      const T* x = logits.data + i * vocab_size;
       Score max = 0, log_sum = 0;
-      if (!from_log_softmax) {
+      if (!options.from_log_softmax) {
         Compute<T> row_max, row_sum;
         kernels.max_and_sum_exp(x, vocab_size, &row_max, &row_sum);
         max = static_cast<Score>(row_max);
         log_sum = std::log(static_cast<Score>(row_sum));
       }
-      normaliser[row] = max + log_sum;
-      blank_score[row] = Pick(x, blank, max, log_sum);
+      out.normalizer[row] = max + log_sum;
+      out.blank[row] = Pick(x, options.blank, max, log_sum);
       if (cell.u == batch.num_targets[cell.b]) {
-        label_score[row] = kLogZero;
+        out.label[row] = kLogZero;
       } else {
         const int64_t target = batch.Target(cell.b, cell.u);
         const bool in_vocab = target >= 0 && target < vocab_size;
-        label_score[row] = in_vocab ? Pick(x, target, max, log_sum) : kNaN;
+        out.label[row] = in_vocab ? Pick(x, target, max, log_sum) : kNaN;
       }
     }
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                              \
-  template void CellScoresCpu<T>(const LatticeBatch&, const RowTile&, const T*, int64_t, int64_t, \
-                                 bool, int, Score*, Score*, Score*);
+#define TRANSDUCER_INSTANTIATE(T)                                                          \
+  template void CellScoresCpu<T>(const LatticeBatch&, const RowTile&, const LogitRows<T>&, \
+                                 const LogitsOptions&, int, const CellScoresOut&);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 
 }  // namespace transducer

@@ -21,9 +21,7 @@ struct MaxAndSum {
   C max, sum;
 
   // What to subtract: never -inf, which would make NaN of the -inf logits of a masked vocabulary.
-  __device__ static C Reference(C max) {
-    return max == -kInfinityOf<C> ? C(0) : max;
-  }
+  __device__ static C Reference(C max) { return max == -kInfinityOf<C> ? C(0) : max; }
   __device__ void RaiseTo(C new_max) {
     if (!(new_max > max)) return;
     sum *= ExpOf<T>(max - Reference(new_max));  // exp(-inf) = 0 at first
@@ -84,39 +82,34 @@ __device__ Score Pick(const T* x, int64_t index, Score max, Score log_sum) {
   return score == -kLogZero ? kNaN : score;
 }
 
-struct Outputs {
-  Score *normaliser, *blank_score, *label_score;
-};
-
 template <typename T>
 __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
                             int size, int64_t blank, Score max, Score log_sum,
-                            const Outputs& outputs) {
-  outputs.normaliser[row] = max + log_sum;
-  outputs.blank_score[row] = Pick(x, blank, max, log_sum);
+                            const CellScoresOut& out) {
+  out.normalizer[row] = max + log_sum;
+  out.blank[row] = Pick(x, blank, max, log_sum);
   Score label = kLogZero;
   if (cell.u != batch.num_targets[cell.b]) {
     const int64_t target = batch.Target(cell.b, cell.u);
     label = target >= 0 && target < size ? Pick(x, target, max, log_sum) : kNaN;
   }
-  outputs.label_score[row] = label;
+  out.label[row] = label;
 }
 
 template <typename T>
 __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
-                            int size, int64_t blank, MaxAndSum<T> total,
-                            const Outputs& outputs) {
+                            int size, int64_t blank, MaxAndSum<T> total, const CellScoresOut& out) {
   using C = Compute<T>;
   constexpr C kInfinity = kInfinityOf<C>;
   const bool has_sum = total.max > -kInfinity && total.max < kInfinity && total.sum == total.sum;
   const Score log_sum = has_sum ? LogOfSum(total.sum) : kNaN;
-  WriteScores(batch, cell, row, x, size, blank, static_cast<Score>(total.max), log_sum, outputs);
+  WriteScores(batch, cell, row, x, size, blank, static_cast<Score>(total.max), log_sum, out);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
     WarpRowKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
-                  Outputs outputs) {
+                  CellScoresOut out) {
   CellCursor cursor(batch);
   Cell cell, my_cell;
   MaxAndSum<T> mine{};
@@ -135,13 +128,13 @@ __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
   // A lane a row: what they read is waited for once.
   const int64_t i = begin + Lane();
   if (!has_cell) return;
-  WriteScores(batch, my_cell, tile.Row(i), logits + i * size, size, blank, mine, outputs);
+  WriteScores(batch, my_cell, tile.Row(i), logits + i * size, size, blank, mine, out);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
     BlockRowKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
-                   Outputs outputs) {
+                   CellScoresOut out) {
   using C = Compute<T>;
   __shared__ C max_of_warp[kBlockThreads / kWarp], sum_of_warp[kBlockThreads / kWarp];
   const int64_t row = tile.Row(blockIdx.x);
@@ -161,46 +154,44 @@ __global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
   MaxAndSum<T> total{max_of_warp[warp], sum_of_warp[warp]};
   total.RaiseTo(max);
   total.sum = WarpSum(Lane() < kBlockThreads / kWarp ? total.sum : C(0));
-  if (Lane() == 0) WriteScores(batch, cell, row, x, size, blank, total, outputs);
+  if (Lane() == 0) WriteScores(batch, cell, row, x, size, blank, total, out);
 }
 
 // from_log_softmax: two numbers a row and nothing to add up.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     PickKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
-               Outputs outputs) {
+               CellScoresOut out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   if (i >= tile.size) return;
   const int64_t row = tile.Row(i);
   Cell cell;
   if (!batch.CellOf(row, &cell)) return;
-  WriteScores(batch, cell, row, logits + i * size, size, blank, Score(0), Score(0), outputs);
+  WriteScores(batch, cell, row, logits + i * size, size, blank, Score(0), Score(0), out);
 }
 
 }  // namespace
 
 template <typename T>
-void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const T* logits,
-                    int64_t vocab_size, int64_t blank, bool from_log_softmax, void* stream,
-                    Score* normaliser, Score* blank_score, Score* label_score) {
-  TRANSDUCER_CHECK(vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
-  const Outputs outputs{normaliser, blank_score, label_score};
-  const int size = static_cast<int>(vocab_size);
-  if (from_log_softmax) {
+void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
+                    const LogitsOptions& options, void* stream, const CellScoresOut& out) {
+  TRANSDUCER_CHECK(logits.vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
+  const int size = static_cast<int>(logits.vocab_size);
+  if (options.from_log_softmax) {
     TRANSDUCER_LAUNCH(PickKernel<T>, CeilDivide(tile.size, kRowThreads), kRowThreads, stream, batch,
-                      tile, logits, size, blank, outputs);
+                      tile, logits.data, size, options.blank, out);
   } else if (size <= kWarpRow) {
-    TRANSDUCER_LAUNCH(WarpRowKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile, logits,
-                      size, blank, outputs);
+    TRANSDUCER_LAUNCH(WarpRowKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile,
+                      logits.data, size, options.blank, out);
   } else {
-    TRANSDUCER_LAUNCH(BlockRowKernel<T>, tile.size, kBlockThreads, stream, batch, tile, logits,
-                      size, blank, outputs);
+    TRANSDUCER_LAUNCH(BlockRowKernel<T>, tile.size, kBlockThreads, stream, batch, tile, logits.data,
+                      size, options.blank, out);
   }
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                                 \
-  template void CellScoresCuda<T>(const LatticeBatch&, const RowTile&, const T*, int64_t, int64_t, \
-                                  bool, void*, Score*, Score*, Score*);
+#define TRANSDUCER_INSTANTIATE(T)                                                           \
+  template void CellScoresCuda<T>(const LatticeBatch&, const RowTile&, const LogitRows<T>&, \
+                                  const LogitsOptions&, void*, const CellScoresOut&);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 #undef TRANSDUCER_INSTANTIATE
 

@@ -21,7 +21,7 @@ class Error : public std::runtime_error {
 
 }  // namespace transducer
 
-#define TRANSDUCER_CHECK(condition, message)                              \
-  do {                                                                    \
+#define TRANSDUCER_CHECK(condition, message)                             \
+  do {                                                                   \
     if (!(condition)) ::transducer::Fail(__FILE__, __LINE__, (message)); \
   } while (false)

@@ -29,7 +29,7 @@ void LaunchKernel(const char* file, int line, void (*kernel)(P...), int64_t bloc
                      [&] { kernel(static_cast<P>(arguments)...); });
 #else
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0,
-           static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
+           static_cast<cudaStream_t>(stream)> > >(static_cast<P>(arguments)...);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) {
     Fail(file, line, std::string("CUDA error: ") + cudaGetErrorString(status));

@@ -188,7 +188,7 @@ __device__ inline void ReadRow(const T* row, int size, int lane, int num_lanes, 
 }
 
 // A row of any length at any address in three parts: single elements up to the first 16-byte
-// boundary, packs, single elements. Neighbouring lanes get neighbouring addresses. Which lane gets
+// boundary, packs, single elements. Neighboring lanes get neighboring addresses. Which lane gets
 // which element depends on the address: not for sums.
 template <typename T>
 struct RowParts {

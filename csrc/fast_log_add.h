@@ -10,7 +10,7 @@
 
 namespace transducer {
 
-// g(x) = log(1 + exp(-x)) for x >= 0, to 4e-15: a polynomial of degree 6 around the centre of each
+// g(x) = log(1 + exp(-x)) for x >= 0, to 4e-15: a polynomial of degree 6 around the center of each
 // of 640 intervals; 0 from x = 40 on, where g < 5e-18.
 class SoftplusTable {
  public:
@@ -35,8 +35,8 @@ class SoftplusTable {
     // The interval from kEnd on is all zeros. NaN has no interval: it comes in through h.
     const double inside = x < kEnd ? x : kEnd;
     const int64_t i = static_cast<int64_t>(inside * kPerUnit);
-    const double centre = static_cast<double>(i) + 0.5;
-    const double h = ((x > kEnd ? kEnd : x) * kPerUnit - centre) / kPerUnit;
+    const double center = static_cast<double>(i) + 0.5;
+    const double h = ((x > kEnd ? kEnd : x) * kPerUnit - center) / kPerUnit;
     const auto& c = coefficients_[i];
     // Two short chains instead of one of six steps.
     const double h2 = h * h;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The joiner's input: one row of D channels per lattice cell, without a padded (B, T, U + 1, D)
-// tensor; and the way back, as segmented sums.
+// tensor; and the backward pass, as segmented sums.
 #pragma once
 
 #include "half.h"
@@ -8,37 +8,52 @@
 
 namespace transducer {
 
+// The two sides of a joiner, both contiguous. T is float, double, Half or BFloat16.
+template <typename T>
+struct JoinInputs {
+  const T* enc;   // (B, max_frames, D)
+  const T* pred;  // (B, max_targets + 1, D)
+  int64_t width;  // D
+  Activation activation;
+};
+
+// Gradients of enc and pred, shaped like these. Those of 16-bit inputs are float32.
+template <typename T>
+struct JoinGrads {
+  Compute<T>* enc;
+  Compute<T>* pred;
+};
+
 // For each row of the tile: hidden[row of (b, t, u)] = activation(enc[b, t] + pred[b, u]).
 //
-// enc is (B, max_frames, D), pred is (B, max_targets + 1, D), both contiguous; hidden has one row
-// for each row of the tile. Padding rows of hidden are set to zero, whatever stands in the padding
-// of enc and pred: a NaN there would pass through a matrix product into the gradient of the weight.
+// hidden (tile rows, D) has one row for each row of the tile. Padding rows of hidden are set to
+// zero, whatever the padding of enc and pred contains: a NaN there would pass through a matrix
+// product into the gradient of the weight.
 template <typename T>
-void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* enc, const T* pred,
-                    int64_t width, Activation activation, int num_threads, T* hidden);
+void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
+                    int num_threads, T* hidden);
 
 // Adds the tile's part of the gradients, g = grad_hidden * activation':
 //
-//     grad_enc[b, t] += sum_u g(t, u)        grad_pred[b, u] += sum_t g(t, u)
+//     grads.enc[b, t] += sum_u g(t, u)        grads.pred[b, u] += sum_t g(t, u)
 //
-// Sums of 16-bit gradients are made, and handed out, in float32. The order of summation is that of
-// the rows and does not depend on the number of threads.
+// hidden and grad_hidden are (tile rows, D). The order of summation is that of the rows and does
+// not depend on the number of threads. `scratch` has JoinBackwardScratchCpu bytes, which may hold
+// anything.
+int64_t JoinBackwardScratchCpu(const LatticeBatch& batch, const RowTile& tile);
 template <typename T>
-void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* grad_hidden,
-                     const T* hidden, const T* enc, const T* pred, int64_t width,
-                     Activation activation, int num_threads, Compute<T>* grad_enc,
-                     Compute<T>* grad_pred);
+void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
+                     const T* hidden, const T* grad_hidden, int num_threads, void* scratch,
+                     const JoinGrads<T>& grads);
 
-// The same on the device, on `stream`. Backward of a tile that lists its rows wants scratch of
-// JoinBackwardScratchCuda numbers, which may hold anything.
+// The same on the device, on `stream`.
+template <typename T>
+void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
+                     void* stream, T* hidden);
 int64_t JoinBackwardScratchCuda(const LatticeBatch& batch, const RowTile& tile);
 template <typename T>
-void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* enc, const T* pred,
-                     int64_t width, Activation activation, void* stream, T* hidden);
-template <typename T>
-void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* grad_hidden,
-                      const T* hidden, const T* enc, const T* pred, int64_t width,
-                      Activation activation, void* stream, int32_t* scratch, Compute<T>* grad_enc,
-                      Compute<T>* grad_pred);
+void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
+                      const T* hidden, const T* grad_hidden, void* stream, void* scratch,
+                      const JoinGrads<T>& grads);
 
 }  // namespace transducer

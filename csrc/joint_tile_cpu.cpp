@@ -9,8 +9,9 @@
 namespace transducer {
 
 template <typename T>
-void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* enc, const T* pred,
-                    int64_t width, Activation activation, int num_threads, T* hidden) {
+void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
+                    int num_threads, T* hidden) {
+  const int64_t width = inputs.width;
   const RowKernels<T>& kernels = GetRowKernels<T>();
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);
@@ -18,9 +19,9 @@ void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* enc
     for (int64_t i = begin; i < end; ++i) {
       T* out = hidden + i * width;
       if (cursor.Find(tile.Row(i), &cell)) {
-        kernels.add_activation(enc + (cell.b * batch.max_frames + cell.t) * width,
-                               pred + (cell.b * (batch.max_targets + 1) + cell.u) * width, width,
-                               activation, out);
+        kernels.add_activation(inputs.enc + (cell.b * batch.max_frames + cell.t) * width,
+                               inputs.pred + (cell.b * (batch.max_targets + 1) + cell.u) * width,
+                               width, inputs.activation, out);
       } else {
         std::fill_n(out, width, T{});
       }
@@ -28,11 +29,13 @@ void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* enc
   });
 }
 
+int64_t JoinBackwardScratchCpu(const LatticeBatch&, const RowTile&) { return 0; }
+
 template <typename T>
-void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* grad_hidden,
-                     const T* hidden, const T* enc, const T* pred, int64_t width,
-                     Activation activation, int num_threads, Compute<T>* grad_enc,
-                     Compute<T>* grad_pred) {
+void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
+                     const T* hidden, const T* grad_hidden, int num_threads, void*,
+                     const JoinGrads<T>& grads) {
+  const int64_t width = inputs.width;
   const RowKernels<T>& kernels = GetRowKernels<T>();
   // One task a slice of channels: it owns all it writes, so every sum is made in the order of the
   // rows, whatever the slice. Wide ones read the rows in one go.
@@ -48,18 +51,18 @@ void JoinBackwardCpu(const LatticeBatch& batch, const RowTile& tile, const T* gr
       const int64_t at = i * width + first;
       const int64_t at_enc = (cell.b * batch.max_frames + cell.t) * width + first;
       const int64_t at_pred = (cell.b * (batch.max_targets + 1) + cell.u) * width + first;
-      kernels.add_activation_backward(grad_hidden + at, hidden + at, enc + at_enc, pred + at_pred,
-                                      size, activation, grad_enc + at_enc, grad_pred + at_pred);
+      kernels.add_activation_backward(grad_hidden + at, hidden + at, inputs.enc + at_enc,
+                                      inputs.pred + at_pred, size, inputs.activation,
+                                      grads.enc + at_enc, grads.pred + at_pred);
     }
   });
 }
 
 #define TRANSDUCER_INSTANTIATE(T)                                                                 \
-  template void JoinForwardCpu<T>(const LatticeBatch&, const RowTile&, const T*, const T*,        \
-                                  int64_t, Activation, int, T*);                                  \
-  template void JoinBackwardCpu<T>(const LatticeBatch&, const RowTile&, const T*, const T*,       \
-                                   const T*, const T*, int64_t, Activation, int, Compute<T>*,     \
-                                   Compute<T>*);
+  template void JoinForwardCpu<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&, int, \
+                                  T*);                                                            \
+  template void JoinBackwardCpu<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&,     \
+                                   const T*, const T*, int, void*, const JoinGrads<T>&);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 
 }  // namespace transducer

@@ -135,7 +135,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
 constexpr int kRowsInFlight = 4;
 // Blocks of a multiprocessor: as many as there are registers for.
 template <typename T>
-constexpr int kSumBlocksAtOnce = sizeof(T) == 4 ? 5 : sizeof(T) == 2 ? 4 : 3;
+constexpr int kSumBlocksAtOnce = sizeof(T) == 4   ? 5
+                                 : sizeof(T) == 2 ? 4
+                                                  : 3;
 
 // What the backward kernels read, for the channels from `channel` on.
 template <typename T, bool kPacked>
@@ -347,22 +349,23 @@ __global__ void __launch_bounds__(kRowThreads, kSumBlocksAtOnce<T>)
 template <typename T, bool kPacked>
 void LaunchBackward(const LatticeBatch& batch, const RowTile& tile,
                     const BackwardInputs<T, kPacked>& inputs, void* stream, int32_t* places,
-                    Compute<T>* grad_enc, Compute<T>* grad_pred) {
+                    const JoinGrads<T>& grads) {
   const int64_t slices = CeilDivide(inputs.width, kWarp * Channels<T, kPacked>::kCount);
   const auto blocks = [&](int64_t sums) {
     return CeilDivide(batch.num_utterances * sums * slices, kRowThreads / kWarp);
   };
   TRANSDUCER_LAUNCH((GradEncKernel<T, kPacked>), blocks(batch.max_frames), kRowThreads, stream,
-                    batch, tile, inputs, grad_enc);
+                    batch, tile, inputs, grads.enc);
   TRANSDUCER_LAUNCH((GradPredKernel<T, kPacked>), blocks(batch.max_targets + 1), kRowThreads,
-                    stream, batch, tile, inputs, places, grad_pred);
+                    stream, batch, tile, inputs, places, grads.pred);
 }
 
 }  // namespace
 
 template <typename T>
-void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* enc, const T* pred,
-                     int64_t width, Activation activation, void* stream, T* hidden) {
+void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
+                     void* stream, T* hidden) {
+  const auto [enc, pred, width, activation] = inputs;
   if (AllPacked<T>(width, {enc, pred, hidden})) {
     TRANSDUCER_LAUNCH((JoinForwardKernel<T, true>), RowBlocks(tile), kRowThreads, stream, batch,
                       tile, enc, pred, width, activation, hidden);
@@ -373,39 +376,38 @@ void JoinForwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* en
 }
 
 int64_t JoinBackwardScratchCuda(const LatticeBatch& batch, const RowTile& tile) {
-  return tile.rows != nullptr ? batch.num_rows : 0;
+  return tile.rows != nullptr ? batch.num_rows * static_cast<int64_t>(sizeof(int32_t)) : 0;
 }
 
 template <typename T>
-void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const T* grad_hidden,
-                      const T* hidden, const T* enc, const T* pred, int64_t width,
-                      Activation activation, void* stream, int32_t* scratch, Compute<T>* grad_enc,
-                      Compute<T>* grad_pred) {
+void JoinBackwardCuda(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
+                      const T* hidden, const T* grad_hidden, void* stream, void* scratch,
+                      const JoinGrads<T>& grads) {
   if (tile.size == 0) return;
   TRANSDUCER_CHECK(tile.size <= 0x7fffffff, "a tile of more than 2^31 - 1 rows");
   int32_t* places = nullptr;
   if (tile.rows != nullptr) {
-    places = scratch;
+    places = static_cast<int32_t*>(scratch);
     TRANSDUCER_LAUNCH(ClearPlacesKernel, CeilDivide(batch.num_rows, kRowThreads), kRowThreads,
                       stream, batch, tile, places);
     TRANSDUCER_LAUNCH(PlacesKernel, CeilDivide(tile.size, kRowThreads), kRowThreads, stream, batch,
                       tile, places);
   }
+  const auto [enc, pred, width, activation] = inputs;
   if (AllPacked<T>(width, {grad_hidden, hidden, enc, pred})) {
-    const BackwardInputs<T, true> inputs{grad_hidden, hidden, enc, pred, width, activation};
-    LaunchBackward(batch, tile, inputs, stream, places, grad_enc, grad_pred);
+    const BackwardInputs<T, true> packed{grad_hidden, hidden, enc, pred, width, activation};
+    LaunchBackward(batch, tile, packed, stream, places, grads);
   } else {
-    const BackwardInputs<T, false> inputs{grad_hidden, hidden, enc, pred, width, activation};
-    LaunchBackward(batch, tile, inputs, stream, places, grad_enc, grad_pred);
+    const BackwardInputs<T, false> single{grad_hidden, hidden, enc, pred, width, activation};
+    LaunchBackward(batch, tile, single, stream, places, grads);
   }
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                                  \
-  template void JoinForwardCuda<T>(const LatticeBatch&, const RowTile&, const T*, const T*,        \
-                                   int64_t, Activation, void*, T*);                                \
-  template void JoinBackwardCuda<T>(const LatticeBatch&, const RowTile&, const T*, const T*,       \
-                                    const T*, const T*, int64_t, Activation, void*, int32_t*,      \
-                                    Compute<T>*, Compute<T>*);
+#define TRANSDUCER_INSTANTIATE(T)                                                              \
+  template void JoinForwardCuda<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&,  \
+                                   void*, T*);                                                 \
+  template void JoinBackwardCuda<T>(const LatticeBatch&, const RowTile&, const JoinInputs<T>&, \
+                                    const T*, const T*, void*, void*, const JoinGrads<T>&);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 #undef TRANSDUCER_INSTANTIATE
 

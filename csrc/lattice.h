@@ -17,24 +17,35 @@ struct LatticeOptions {
   bool exact = true;
 };
 
+// The output of stage 1, (num_rows,) each.
+struct LatticeScores {
+  const Score* blank;
+  const Score* label;
+};
+
+struct LatticeOut {
+  Score* loss;       // (B,)
+  Score* use_blank;  // (num_rows,), or null: the loss alone
+  Score* use_label;  // (num_rows,), null if use_blank is
+};
+
 // loss[b] = -log of the total probability of all paths of utterance b, and for each cell the
 // expected number of uses of its blank score and of its label score (posteriors; for
 // `constrained` the forced blank counts as a use).
 //
 // +inf loss and zero uses if no path survives; NaN loss and NaN uses if any score of the utterance
-// is NaN; NaN loss and untouched uses if its lengths are invalid. use_blank and use_label may both be null: the loss alone then,
-// in `scratch` of num_rows.
+// is NaN; NaN loss and untouched uses if its lengths are invalid.
 //
-// On the CPU uses no other memory: the backward variables live in use_blank and the forward
-// variables in use_label until the posteriors replace them.
-void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
-                const Score* label_score, int num_threads, Score* scratch, Score* loss,
-                Score* use_blank, Score* use_label);
+// `scratch` has LatticeScratchCpu bytes, which may hold anything. With uses, the CPU needs none:
+// the backward variables live in use_blank and the forward variables in use_label until the
+// posteriors replace them.
+int64_t LatticeScratchCpu(const LatticeBatch& batch, Topology topology, bool with_uses);
+void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options,
+                const LatticeScores& scores, int num_threads, void* scratch, const LatticeOut& out);
 
-// The same on the device, on `stream`, with a scratch of LatticeScratchCuda numbers always.
-void LatticeCuda(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
-                 const Score* label_score, void* stream, Score* scratch, Score* loss,
-                 Score* use_blank, Score* use_label);
+// The same on the device, on `stream`.
 int64_t LatticeScratchCuda(const LatticeBatch& batch, Topology topology, bool with_uses);
+void LatticeCuda(const LatticeBatch& batch, const LatticeOptions& options,
+                 const LatticeScores& scores, void* stream, void* scratch, const LatticeOut& out);
 
 }  // namespace transducer

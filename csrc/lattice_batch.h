@@ -24,7 +24,7 @@ struct Cell {
 //   packed band (sum_b T_b * R, V):    the same with rows_per_utterance = 0
 //
 // In the padded layouts first_row may lie behind the beginning of the utterance's rows, for a
-// lattice that begins at a later frame or symbol. Scores, normalisers and posteriors use the same
+// lattice that begins at a later frame or symbol. Scores, normalizers and posteriors use the same
 // rows, so one index serves every stage. Nothing here is owned; every pointer is on the device the
 // stage runs on.
 struct LatticeBatch {

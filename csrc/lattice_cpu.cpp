@@ -20,7 +20,7 @@ const SoftplusTable& Softplus() {
   return table;
 }
 
-// Frames worked on at once. A cell waits some 50 cycles for its neighbour in the frame; those of the
+// Frames worked on at once. A cell waits some 50 cycles for its neighbor in the frame; those of the
 // other frames, each one cell behind the one before, fill the time.
 constexpr int64_t kFront = 4;
 
@@ -33,7 +33,7 @@ class Utterance {
 
  public:
   Utterance(const LatticeBatch& batch, const LatticeOptions& options, int64_t b,
-            const Score* blank_score, const Score* label_score)
+            const LatticeScores& scores)
       : batch_(batch),
         softplus_(Softplus()),
         kernels_(GetRowKernelSet()),
@@ -42,8 +42,8 @@ class Utterance {
         labels_(batch.num_targets[b]),
         first_frame_(batch.first_frame != nullptr ? batch.first_frame[b] : 0),
         options_(options),
-        blank_(blank_score),
-        label_(label_score) {}
+        blank_(scores.blank),
+        label_(scores.label) {}
 
   // Backward variables: beta(t, u) = log-probability of all ways from (t, u) to the end. Returns
   // beta(0, 0), NaN if any score is NaN (also one that no path could use).
@@ -68,9 +68,9 @@ class Utterance {
           has_nan |= std::isnan(blank_[cell]);
           has_nan |= u < labels_ && std::isnan(label_[cell]);
           const Score by_blank = blank_[cell] + AfterBlank(beta, next, t, u);
-          const Score by_label = u < labels_ ? LabelScore(here, u, Penalty(t)) +
-                                                   AfterLabel(beta, here, next, t, u)
-                                             : kLogZero;
+          const Score by_label =
+              u < labels_ ? LabelScore(here, u, Penalty(t)) + AfterLabel(beta, here, next, t, u)
+                          : kLogZero;
           beta[cell] = FastLogAdd(softplus_, by_blank, by_label);
         }
       }
@@ -189,7 +189,8 @@ class Utterance {
   // beta at the end of the label arc from (t, u).
   Score AfterLabel(const Score* beta, const Frame& here, const Frame& next, int64_t t,
                    int64_t u) const {
-    if constexpr (Traits::kLabelFrames == 0) return here.Has(u + 1) ? beta[here.offset + u + 1] : kLogZero;
+    if constexpr (Traits::kLabelFrames == 0)
+      return here.Has(u + 1) ? beta[here.offset + u + 1] : kLogZero;
     if (t + 1 < frames_) return next.Has(u + 1) ? beta[next.offset + u + 1] : kLogZero;
     if constexpr (!Traits::kEndsWithLabel) return kLogZero;
     return u + 1 == labels_ ? 0 : kLogZero;
@@ -205,37 +206,40 @@ class Utterance {
 };
 
 template <Topology kTopology>
-void Run(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
-         const Score* label_score, int num_threads, Score* scratch, Score* loss, Score* use_blank,
-         Score* use_label) {
-  const bool wants_uses = use_blank != nullptr;
+void Run(const LatticeBatch& batch, const LatticeOptions& options, const LatticeScores& scores,
+         int num_threads, void* scratch, const LatticeOut& out) {
+  const bool wants_uses = out.use_blank != nullptr;
+  Score* beta = wants_uses ? out.use_blank : static_cast<Score*>(scratch);
   ParallelFor(batch.num_utterances, num_threads, [&](int64_t b) {
     if (!batch.IsValid(b)) {
-      loss[b] = kNaN;  // stage 3 tests IsValid too and needs no uses
+      out.loss[b] = kNaN;  // stage 3 tests IsValid too and needs no uses
       return;
     }
-    const Utterance<kTopology> utterance(batch, options, b, blank_score, label_score);
-    const Score total = utterance.Backward(wants_uses ? use_blank : scratch);
-    loss[b] = -total;
+    const Utterance<kTopology> utterance(batch, options, b, scores);
+    const Score total = utterance.Backward(beta);
+    out.loss[b] = -total;
     if (!wants_uses) return;
     if (std::isnan(total)) {
-      utterance.Fill(kNaN, use_blank, use_label);
+      utterance.Fill(kNaN, out.use_blank, out.use_label);
     } else if (total == kLogZero) {
-      utterance.Fill(0, use_blank, use_label);
+      utterance.Fill(0, out.use_blank, out.use_label);
     } else {
-      utterance.Posteriors(total, use_blank, use_label);
+      utterance.Posteriors(total, out.use_blank, out.use_label);
     }
   });
 }
 
 }  // namespace
 
-void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
-                const Score* label_score, int num_threads, Score* scratch, Score* loss,
-                Score* use_blank, Score* use_label) {
+int64_t LatticeScratchCpu(const LatticeBatch& batch, Topology, bool with_uses) {
+  return with_uses ? 0 : batch.num_rows * static_cast<int64_t>(sizeof(Score));
+}
+
+void LatticeCpu(const LatticeBatch& batch, const LatticeOptions& options,
+                const LatticeScores& scores, int num_threads, void* scratch,
+                const LatticeOut& out) {
   CallWithTopology(options.topology, [&](auto topology) {
-    Run<decltype(topology)::value>(batch, options, blank_score, label_score, num_threads, scratch, loss,
-                    use_blank, use_label);
+    Run<decltype(topology)::value>(batch, options, scores, num_threads, scratch, out);
   });
 }
 

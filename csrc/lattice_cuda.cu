@@ -4,7 +4,7 @@
 //
 // A block's lanes stand along one axis of the lattice and walk along the other. A cell is made of
 // two values, one that its lane had at the step before (`own`) and one that the lane before it had
-// (`neighbour`), so a step costs one barrier and two values a lane in shared memory:
+// (`neighbor`), so a step costs one barrier and two values a lane in shared memory:
 //
 //   regular                lane i is i steps behind lane 0: lanes walk an anti-diagonal. The arcs
 //                          along both axes are alike, so lanes stand along the shorter one.
@@ -44,7 +44,7 @@ struct ExactMath {
 struct LatticeArrays {
   const Score *blank_score, *label_score;
   Score* loss;
-  Score *alpha;                  // (num_rows,) workspace
+  Score* alpha;                  // (num_rows,) workspace
   Score *use_blank, *use_label;  // first: log-probability of all ways on by either arc
   Score* edges;                  // (B, 2 walks, 2, steps) workspace, where there are strips
 };
@@ -102,14 +102,14 @@ class Walk {
 #pragma unroll
         for (int k = 0; k < kPrefetch; ++k) {
           const int place = first + k - (kSkew ? lane_in_strip : 0);  // of the lane on its way
-          const Score neighbour = lane_in_strip > 0 ? exchange[(k & 1) ^ 1][lane_in_strip - 1]
-                                                    : BeforeStrip(lane, place, edge_before);
+          const Score neighbor = lane_in_strip > 0 ? exchange[(k & 1) ^ 1][lane_in_strip - 1]
+                                                   : BeforeStrip(lane, place, edge_before);
           Score handed = kLogZero;
           if (place >= 0) {
             const CellInputs cell = inputs[k];
             Score next_own = kLogZero;
             if (cell.row >= 0) {
-              Visit(lane, place, cell, own, neighbour, &next_own, &handed, has_nan);
+              Visit(lane, place, cell, own, neighbor, &next_own, &handed, has_nan);
               if (kBackward && FrameAt(lane, place) == 0 && SymbolAt(lane, place) == 0) {
                 *total = handed;
                 has_total = true;
@@ -175,7 +175,7 @@ class Walk {
     return at >= 0 && at < Length() ? edge_before[at] : kLogZero;
   }
 
-  __device__ void Visit(int lane, int place, const CellInputs& cell, Score own, Score neighbour,
+  __device__ void Visit(int lane, int place, const CellInputs& cell, Score own, Score neighbor,
                         Score* next_own, Score* handed, bool* has_nan) const {
     const int t = FrameAt(lane, place);
     Score label = cell.label;
@@ -183,15 +183,15 @@ class Walk {
     label += delay_penalty_ * (middle_ - static_cast<Score>(t));
     if (kBackward) {
       *has_nan |= cell.blank != cell.blank || cell.label != cell.label;
-      const Score by_blank = cell.blank + (kLanesAreFrames ? neighbour : own);
-      const Score by_label = label + (kLanesAreFrames ? own : neighbour);
+      const Score by_blank = cell.blank + (kLanesAreFrames ? neighbor : own);
+      const Score by_label = label + (kLanesAreFrames ? own : neighbor);
       if (arrays_.use_blank != nullptr) {
         arrays_.use_blank[cell.row] = by_blank;
         arrays_.use_label[cell.row] = by_label;
       }
       *next_own = *handed = Math::LogAdd(by_blank, by_label);
     } else {
-      const Score alpha = Math::LogAdd(own, neighbour);
+      const Score alpha = Math::LogAdd(own, neighbor);
       arrays_.alpha[cell.row] = alpha;
       *next_own = alpha + (kLanesAreFrames ? label : cell.blank);
       *handed = alpha + (kLanesAreFrames ? cell.blank : label);
@@ -290,8 +290,7 @@ int64_t MostLanes(const LatticeBatch& batch, Topology topology) {
 int64_t EdgeScratch(const LatticeBatch& batch, Topology topology) {
   if (MostLanes(batch, topology) <= kMaxLanes) return 0;
   const bool lanes_are_frames = LanesAreFrames(batch, topology);
-  return batch.num_utterances * 4 *
-         (lanes_are_frames ? batch.max_targets + 1 : batch.max_frames);
+  return batch.num_utterances * 4 * (lanes_are_frames ? batch.max_targets + 1 : batch.max_frames);
 }
 
 template <Topology kTopology, bool kLanesAreFrames, typename Math>
@@ -305,8 +304,7 @@ void LaunchAll(const LatticeBatch& batch, const LatticeOptions& options,
                     batch.num_utterances * (wants_uses ? 2 : 1), threads, stream, batch, options,
                     arrays);
   if (!wants_uses) return;
-  const int64_t blocks =
-      CeilDivide(batch.num_utterances * batch.max_frames, kUsesThreads / kWarp);
+  const int64_t blocks = CeilDivide(batch.num_utterances * batch.max_frames, kUsesThreads / kWarp);
   TRANSDUCER_LAUNCH(UsesKernel<Math>, blocks, kUsesThreads, stream, batch,
                     1 + options.fastemit_lambda, arrays);
   if (StaticTraits<kTopology>::kLabelTakesBlank) {
@@ -331,18 +329,18 @@ void LaunchTopology(const LatticeBatch& batch, const LatticeOptions& options,
 }  // namespace
 
 int64_t LatticeScratchCuda(const LatticeBatch& batch, Topology topology, bool with_uses) {
-  return EdgeScratch(batch, topology) + (with_uses ? batch.num_rows : 0);
+  const int64_t numbers = EdgeScratch(batch, topology) + (with_uses ? batch.num_rows : 0);
+  return numbers * static_cast<int64_t>(sizeof(Score));
 }
 
-void LatticeCuda(const LatticeBatch& batch, const LatticeOptions& options, const Score* blank_score,
-                 const Score* label_score, void* stream, Score* scratch, Score* loss,
-                 Score* use_blank, Score* use_label) {
+void LatticeCuda(const LatticeBatch& batch, const LatticeOptions& options,
+                 const LatticeScores& scores, void* stream, void* scratch, const LatticeOut& out) {
   TRANSDUCER_CHECK(batch.max_frames < 0x3fffffff && batch.max_targets < 0x3fffffff,
                    "a lattice of more than 2^30 frames or symbols");
-  const LatticeArrays arrays{blank_score, label_score,
-                             loss,        scratch + EdgeScratch(batch, options.topology),
-                             use_blank,   use_label,
-                             scratch};
+  Score* edges = static_cast<Score*>(scratch);
+  Score* alpha = edges + EdgeScratch(batch, options.topology);
+  const LatticeArrays arrays{scores.blank,  scores.label,  out.loss, alpha,
+                             out.use_blank, out.use_label, edges};
   if (options.exact) {
     LaunchTopology<ExactMath>(batch, options, arrays, stream);
   } else {

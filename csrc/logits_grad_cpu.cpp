@@ -23,7 +23,7 @@ struct Context {
 
 // One cell; target = -1 where there is no label arc.
 template <typename T>
-void CellGrad(const Context& context, const T* x, Score normaliser, Score use_blank,
+void CellGrad(const Context& context, const T* x, Score normalizer, Score use_blank,
               Score use_label, int64_t target, Score loss_grad, T* grad) {
   const int64_t size = context.vocab_size;
   const Score occupancy = use_blank + use_label;
@@ -40,7 +40,7 @@ void CellGrad(const Context& context, const T* x, Score normaliser, Score use_bl
   const auto entry = [&](int64_t v) {
     Score g = 0;
     if (!context.from_log_softmax && occupancy > 0) {
-      g = occupancy * std::exp(static_cast<Score>(ToCompute(x[v])) - normaliser);
+      g = occupancy * std::exp(static_cast<Score>(ToCompute(x[v])) - normalizer);
     }
     if (v == context.blank) g -= use_blank;
     if (v == target) g -= use_label;
@@ -55,7 +55,7 @@ void CellGrad(const Context& context, const T* x, Score normaliser, Score use_bl
     std::fill(grad, grad + size, T{});
   } else {
     using C = Compute<T>;
-    GetRowKernels<T>().scaled_softmax(x, size, normaliser, static_cast<C>(occupancy),
+    GetRowKernels<T>().scaled_softmax(x, size, normalizer, static_cast<C>(occupancy),
                                       static_cast<C>(context.limit), static_cast<C>(loss_grad),
                                       grad);
   }
@@ -66,12 +66,12 @@ void CellGrad(const Context& context, const T* x, Score normaliser, Score use_bl
 }  // namespace
 
 template <typename T>
-void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const T* logits,
-                   int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
-                   const Score* normaliser, const Score* use_blank, const Score* use_label,
-                   const Score* loss_grad, int num_threads, T* grad) {
-  const Context context{vocab_size, blank, from_log_softmax,
-                        clamp > 0 ? clamp : std::numeric_limits<Score>::infinity()};
+void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
+                   const LogitsOptions& options, const Posteriors& posteriors, int num_threads,
+                   T* grad) {
+  const int64_t vocab_size = logits.vocab_size;
+  const Context context{vocab_size, options.blank, options.from_log_softmax,
+                        options.clamp > 0 ? options.clamp : std::numeric_limits<Score>::infinity()};
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);
     Cell cell;
@@ -80,20 +80,20 @@ void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const T* logi
       T* out = grad + i * vocab_size;
       if (cursor.Find(row, &cell)) {
         const bool has_label = cell.u < batch.num_targets[cell.b];
-        CellGrad(context, logits + tile.LogitsRow(i) * vocab_size, normaliser[row], use_blank[row], use_label[row],
-                 has_label ? batch.Target(cell.b, cell.u) : -1, loss_grad[cell.b], out);
+        CellGrad(context, logits.data + tile.LogitsRow(i) * vocab_size, posteriors.normalizer[row],
+                 posteriors.use_blank[row], posteriors.use_label[row],
+                 has_label ? batch.Target(cell.b, cell.u) : -1, posteriors.loss_grad[cell.b], out);
       } else {
-        const bool is_nan = !batch.IsValid(cell.b) && loss_grad[cell.b] != 0;
+        const bool is_nan = !batch.IsValid(cell.b) && posteriors.loss_grad[cell.b] != 0;
         std::fill(out, out + vocab_size, is_nan ? NaNOf<T>() : T{});
       }
     }
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                                  \
-  template void LogitsGradCpu<T>(const LatticeBatch&, const RowTile&, const T*, int64_t, int64_t,  \
-                                 bool, double, const Score*, const Score*, const Score*,           \
-                                 const Score*, int, T*);
+#define TRANSDUCER_INSTANTIATE(T)                                                          \
+  template void LogitsGradCpu<T>(const LatticeBatch&, const RowTile&, const LogitRows<T>&, \
+                                 const LogitsOptions&, const Posteriors&, int, T*);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 
 }  // namespace transducer

@@ -21,17 +21,17 @@ class CellGradient {
  public:
   using C = Compute<T>;
 
-  __device__ CellGradient(const GradOptions& options, Score normaliser, Score use_blank,
+  __device__ CellGradient(const GradOptions& options, Score normalizer, Score use_blank,
                           Score use_label, int target, Score loss_grad)
       : options_(options),
-        normaliser_(normaliser),
+        normalizer_(normalizer),
         use_blank_(use_blank),
         use_label_(use_label),
         loss_grad_(loss_grad),
         target_(target),
-        // normaliser = high + low: x - high is exact where the softmax matters (x close to it).
-        high_(static_cast<C>(normaliser)),
-        low_(static_cast<C>(normaliser - static_cast<Score>(high_))),
+        // normalizer = high + low: x - high is exact where the softmax matters (x close to it).
+        high_(static_cast<C>(normalizer)),
+        low_(static_cast<C>(normalizer - static_cast<Score>(high_))),
         weight_(static_cast<C>(use_blank + use_label)),
         limit_(static_cast<C>(options.limit)),
         scale_(static_cast<C>(loss_grad)) {}
@@ -50,7 +50,7 @@ class CellGradient {
     const Score occupancy = use_blank_ + use_label_;
     Score g = 0;
     if (!options_.from_log_softmax && occupancy > 0) {
-      const C log_prob = static_cast<C>(static_cast<Score>(ToCompute(x)) - normaliser_);
+      const C log_prob = static_cast<C>(static_cast<Score>(ToCompute(x)) - normalizer_);
       g = occupancy * static_cast<Score>(Exp(log_prob));
     }
     if (v == options_.blank) g -= use_blank_;
@@ -62,7 +62,7 @@ class CellGradient {
 
  private:
   const GradOptions& options_;
-  const Score normaliser_, use_blank_, use_label_, loss_grad_;
+  const Score normalizer_, use_blank_, use_label_, loss_grad_;
   const int target_;
   const C high_, low_, weight_, limit_, scale_;
 };
@@ -106,8 +106,7 @@ __device__ void TransformRow(const T* x, int size, T* grad, F f) {
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     LogitsGradKernel(LatticeBatch batch, RowTile tile, const T* logits, GradOptions options,
-                     const Score* normaliser, const Score* use_blank, const Score* use_label,
-                     const Score* loss_grad, T* grad) {
+                     Posteriors posteriors, T* grad) {
   CellCursor cursor(batch);
   Cell cell;
   const int size = options.size;
@@ -116,9 +115,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     const int64_t row = tile.Row(i);
     T* out = grad + i * size;
     const bool is_cell = cursor.Find(row, &cell);
-    const Score scale = loss_grad[cell.b];
-    const Score blank_uses = is_cell ? use_blank[row] : 0;
-    const Score label_uses = is_cell ? use_label[row] : 0;
+    const Score scale = posteriors.loss_grad[cell.b];
+    const Score blank_uses = is_cell ? posteriors.use_blank[row] : 0;
+    const Score label_uses = is_cell ? posteriors.use_label[row] : 0;
     const Score occupancy = blank_uses + label_uses;
     if (scale == 0 || (!is_cell && batch.IsValid(cell.b))) {
       FillRow(out, size, T{});
@@ -131,7 +130,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
       FillRow(out, size, FromCompute<T>(kNaNOf<Compute<T>>));
       continue;
     }
-    const CellGradient<T> gradient(options, normaliser[row], blank_uses, label_uses,
+    const CellGradient<T> gradient(options, posteriors.normalizer[row], blank_uses, label_uses,
                                    target < 0 ? -1 : static_cast<int>(target), scale);
     const T* x = logits + tile.LogitsRow(i) * size;
     // Two lanes see to the two entries with a subtraction, and keep them from the others' packs.
@@ -154,21 +153,21 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
 }  // namespace
 
 template <typename T>
-void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const T* logits,
-                    int64_t vocab_size, int64_t blank, bool from_log_softmax, double clamp,
-                    const Score* normaliser, const Score* use_blank, const Score* use_label,
-                    const Score* loss_grad, void* stream, T* grad) {
-  TRANSDUCER_CHECK(vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
-  const GradOptions options{static_cast<int>(vocab_size), static_cast<int>(blank), from_log_softmax,
-                            clamp > 0 ? clamp : std::numeric_limits<Score>::infinity()};
-  TRANSDUCER_LAUNCH(LogitsGradKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile, logits,
-                    options, normaliser, use_blank, use_label, loss_grad, grad);
+void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
+                    const LogitsOptions& options, const Posteriors& posteriors, void* stream,
+                    T* grad) {
+  TRANSDUCER_CHECK(logits.vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
+  const GradOptions of_rows{static_cast<int>(logits.vocab_size), static_cast<int>(options.blank),
+                            options.from_log_softmax,
+                            options.clamp > 0 ? options.clamp
+                                              : std::numeric_limits<Score>::infinity()};
+  TRANSDUCER_LAUNCH(LogitsGradKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile,
+                    logits.data, of_rows, posteriors, grad);
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                                  \
-  template void LogitsGradCuda<T>(const LatticeBatch&, const RowTile&, const T*, int64_t, int64_t, \
-                                  bool, double, const Score*, const Score*, const Score*,          \
-                                  const Score*, void*, T*);
+#define TRANSDUCER_INSTANTIATE(T)                                                           \
+  template void LogitsGradCuda<T>(const LatticeBatch&, const RowTile&, const LogitRows<T>&, \
+                                  const LogitsOptions&, const Posteriors&, void*, T*);
 TRANSDUCER_FOR_EACH_DTYPE(TRANSDUCER_INSTANTIATE)
 #undef TRANSDUCER_INSTANTIATE
 

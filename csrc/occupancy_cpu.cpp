@@ -19,17 +19,16 @@ void ForEachCell(const LatticeBatch& batch, int64_t b, F f) {
 }
 
 // Cells of occupancy below this are dropped; and those of occupancy zero.
-Score LowestKept(const LatticeBatch& batch, int64_t b, const Score* use_blank,
-                 const Score* use_label, double dropped_mass, Score* dropped) {
+Score LowestKept(const LatticeBatch& batch, int64_t b, const Uses& uses, double dropped_mass,
+                 Score* dropped) {
   *dropped = 0;
   if (!(dropped_mass > 0)) return 0;
   std::array<Score, kNumBins> mass{};
   ForEachCell(batch, b, [&](int64_t row) {
-    const Score occupancy = use_blank[row] + use_label[row];
+    const Score occupancy = uses.Occupancy(row);
     if (occupancy > 0) mass[BinOf(occupancy)] += occupancy;  // not NaN
   });
-  const Score limit =
-      dropped_mass * static_cast<Score>(batch.num_frames[b] + batch.num_targets[b]);
+  const Score limit = dropped_mass * static_cast<Score>(batch.num_frames[b] + batch.num_targets[b]);
   int64_t bin = 0;
   while (bin < kNumBins - 1 && *dropped + mass[bin] <= limit) *dropped += mass[bin++];
   return EdgeOf(bin);
@@ -37,33 +36,33 @@ Score LowestKept(const LatticeBatch& batch, int64_t b, const Score* use_blank,
 
 }  // namespace
 
-int64_t KeptRowsCpu(const LatticeBatch& batch, const Score* use_blank, const Score* use_label,
-                    double dropped_mass, int num_threads, int64_t* kept_rows, int64_t* num_kept,
-                    Score* dropped) {
+int64_t KeptRowsScratchCpu(const LatticeBatch&) { return 0; }
+
+void KeptRowsCpu(const LatticeBatch& batch, const Uses& uses, double dropped_mass, int num_threads,
+                 void*, const KeptRowsOut& out) {
   // Each utterance writes to the room of its own rows; then the runs move together. Utterances lie
   // in ascending order of rows, so a run never moves onto one that is yet to move.
   const auto room = [&](int64_t b) {
     return batch.rows_per_utterance != 0 ? b * batch.rows_per_utterance : batch.first_row[b];
   };
   ParallelFor(batch.num_utterances, num_threads, [&](int64_t b) {
-    num_kept[b] = 0;
-    dropped[b] = 0;
+    out.num_kept[b] = 0;
+    out.dropped[b] = 0;
     if (!batch.IsValid(b)) return;
-    const Score lowest = LowestKept(batch, b, use_blank, use_label, dropped_mass, &dropped[b]);
-    int64_t* out = kept_rows + room(b);
+    const Score lowest = LowestKept(batch, b, uses, dropped_mass, &out.dropped[b]);
+    int64_t* end = out.rows + room(b);
     ForEachCell(batch, b, [&](int64_t row) {
-      const Score occupancy = use_blank[row] + use_label[row];
-      if (!(occupancy < lowest || occupancy == 0)) *out++ = row;
+      const Score occupancy = uses.Occupancy(row);
+      if (!(occupancy < lowest || occupancy == 0)) *end++ = row;
     });
-    num_kept[b] = out - (kept_rows + room(b));
+    out.num_kept[b] = end - (out.rows + room(b));
   });
   int64_t total = 0;
   for (int64_t b = 0; b < batch.num_utterances; ++b) {
-    const int64_t* begin = kept_rows + room(b);
-    if (num_kept[b] > 0) std::copy(begin, begin + num_kept[b], kept_rows + total);
-    total += num_kept[b];
+    const int64_t* begin = out.rows + room(b);
+    if (out.num_kept[b] > 0) std::copy(begin, begin + out.num_kept[b], out.rows + total);
+    total += out.num_kept[b];
   }
-  return total;
 }
 
 }  // namespace transducer

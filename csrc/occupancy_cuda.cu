@@ -78,9 +78,9 @@ int64_t NumRuns(const LatticeBatch& batch) {
 
 // What the kernels hand from one to the next. All of it is written before it is read.
 struct Scratch {
-  Units* units;         // (B, runs, kNumBins): the histograms
-  int64_t* num_kept;    // (B, runs)
-  Score* lowest_kept;   // (B,)
+  Units* units;        // (B, runs, kNumBins): the histograms
+  int64_t* num_kept;   // (B, runs)
+  Score* lowest_kept;  // (B,)
   int64_t num_runs;
 
   Scratch(const LatticeBatch& batch, Score* memory) : num_runs(NumRuns(batch)) {
@@ -95,14 +95,10 @@ struct Scratch {
 };
 static_assert(sizeof(Units) == sizeof(Score) && sizeof(int64_t) == sizeof(Score), "");
 
-struct Uses {
-  const Score *blank, *label;
-  __device__ Score Occupancy(int64_t row) const { return blank[row] + label[row]; }
-  __device__ bool IsKept(int64_t row, Score lowest) const {
-    const Score occupancy = Occupancy(row);
-    return !(occupancy < lowest || occupancy == 0);  // NaN is kept
-  }
-};
+__device__ inline bool IsKept(const Uses& uses, int64_t row, Score lowest) {
+  const Score occupancy = uses.Occupancy(row);
+  return !(occupancy < lowest || occupancy == 0);  // NaN is kept
+}
 
 // One warp: the first bin at which the mass up to and with it exceeds the limit, and the mass
 // below.
@@ -200,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   int64_t count = 0;
   for (int64_t place = cells.begin() + thread; place < cells.end(); place += kThreads) {
     const int64_t row = cells.RowAt(place);
-    count += row >= 0 && uses.IsKept(row, lowest);
+    count += row >= 0 && IsKept(uses, row, lowest);
   }
   count = BlockSum(count, partial);
   if (thread == 0) {
@@ -237,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   int buffer = 0;  // two in turn: one barrier a round
   for (int64_t begin = cells.begin(); begin < cells.end(); begin += kThreads, buffer ^= 1) {
     const int64_t row = cells.RowAt(begin + thread);
-    const bool is_kept = row >= 0 && uses.IsKept(row, lowest);
+    const bool is_kept = row >= 0 && IsKept(uses, row, lowest);
     const unsigned kept = __ballot_sync(kFullWarp, is_kept);
     if (Lane() == 0) count_of_warp[buffer][warp] = __popc(kept);
     __syncthreads();
@@ -254,22 +250,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 }  // namespace
 
 int64_t KeptRowsScratchCuda(const LatticeBatch& batch) {
-  return batch.num_utterances * (1 + NumRuns(batch) * (1 + kNumBins));
+  const int64_t numbers = batch.num_utterances * (1 + NumRuns(batch) * (1 + kNumBins));
+  return numbers * static_cast<int64_t>(sizeof(Score));
 }
 
-void KeptRowsCuda(const LatticeBatch& batch, const Score* use_blank, const Score* use_label,
-                  double dropped_mass, void* stream, Score* scratch, int64_t* kept_rows,
-                  int64_t* num_kept, Score* dropped) {
-  const Uses uses{use_blank, use_label};
-  const Scratch parts(batch, scratch);
+void KeptRowsCuda(const LatticeBatch& batch, const Uses& uses, double dropped_mass, void* stream,
+                  void* scratch, const KeptRowsOut& out) {
+  const Scratch parts(batch, static_cast<Score*>(scratch));
   const int64_t blocks = batch.num_utterances * parts.num_runs;
   if (dropped_mass > 0) {
     TRANSDUCER_LAUNCH(HistogramKernel, blocks, kThreads, stream, batch, uses, parts);
   }
   TRANSDUCER_LAUNCH(CountKernel, blocks, kThreads, stream, batch, uses, dropped_mass, parts,
-                    dropped);
-  TRANSDUCER_LAUNCH(CompactKernel, blocks, kThreads, stream, batch, uses, parts, kept_rows,
-                    num_kept);
+                    out.dropped);
+  TRANSDUCER_LAUNCH(CompactKernel, blocks, kThreads, stream, batch, uses, parts, out.rows,
+                    out.num_kept);
 }
 
 }  // namespace transducer

@@ -24,9 +24,9 @@ struct RowKernels {
   // everywhere. out may be x.
   void (*shifted_exp)(const T* x, int64_t size, T* out, C* max);
 
-  // out_i = scale * min(weight * exp(x_i - normaliser), limit), magnitudes below kFlushBelow as
+  // out_i = scale * min(weight * exp(x_i - normalizer), limit), magnitudes below kFlushBelow as
   // zero; weight >= 0, limit = +inf for none. out may be x.
-  void (*scaled_softmax)(const T* x, int64_t size, Score normaliser, C weight, C limit, C scale,
+  void (*scaled_softmax)(const T* x, int64_t size, Score normalizer, C weight, C limit, C scale,
                          T* out);
 
   // out_i = activation(a_i + b_i).
@@ -34,8 +34,8 @@ struct RowKernels {
 
   // With g_i = grad_i * activation'(a_i + b_i): grad_a_i += g_i, grad_b_i += g_i. `out` is what
   // add_activation wrote; activations whose derivative is a function of their value read only it.
-  void (*add_activation_backward)(const T* grad, const T* out, const T* a, const T* b,
-                                  int64_t size, Activation activation, C* grad_a, C* grad_b);
+  void (*add_activation_backward)(const T* grad, const T* out, const T* a, const T* b, int64_t size,
+                                  Activation activation, C* grad_a, C* grad_b);
 };
 
 // The kernels of one instruction set, for every type.

@@ -172,8 +172,8 @@ inline void Store<BFloat16>(BFloat16* p, Vec<float> v) {
 inline Vec<float> Load(const Half* p) {
 #if TRANSDUCER_VECTOR_BYTES == 64
   // The masked forms: the plain ones of GCC 12 warn about an undefined source of their own.
-  return (Vec<float>)_mm512_maskz_cvtph_ps(
-      0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff,
+                                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif TRANSDUCER_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -269,19 +269,19 @@ void ShiftedExp(const T* x, int64_t size, T* out, Compute<T>* max) {
 }
 
 template <typename T>
-void ScaledSoftmax(const T* x, int64_t size, Score normaliser, Compute<T> weight, Compute<T> limit,
+void ScaledSoftmax(const T* x, int64_t size, Score normalizer, Compute<T> weight, Compute<T> limit,
                    Compute<T> scale, T* out) {
   using C = Compute<T>;
   constexpr int64_t kLanes = Simd<C>::kLanes;
-  // normaliser = high + low: x - high is exact where the softmax matters (x close to it), so a
-  // large normaliser does not cost the gradient its last digits.
-  const C high = static_cast<C>(normaliser);
-  const C low = static_cast<C>(normaliser - static_cast<Score>(high));
+  // normalizer = high + low: x - high is exact where the softmax matters (x close to it), so a
+  // large normalizer does not cost the gradient its last digits.
+  const C high = static_cast<C>(normalizer);
+  const C low = static_cast<C>(normalizer - static_cast<Score>(high));
   const auto gradient = [=](Vec<T> v) {
     v = weight * Simd<C>::Exp((v - high) - low);
     v = v > limit ? Vec<T>{} + limit : v;
     v = scale * v;
-    return ((v < kFlushBelow<T>) & (v > -kFlushBelow<T>)) ? Vec<T>{} : v;
+    return ((v < kFlushBelow<T>)&(v > -kFlushBelow<T>)) ? Vec<T>{} : v;
   };
   const int64_t whole = size - size % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) Store<T>(out + i, gradient(Load(x + i)));
@@ -361,7 +361,8 @@ void AddActivationBackwardOf(const T* grad, const T* out, const T* a, const T* b
 template <typename F>
 void Dispatch(Activation activation, F f) {
   switch (activation) {
-    case Activation::kIdentity: return f(std::integral_constant<Activation, Activation::kIdentity>());
+    case Activation::kIdentity:
+      return f(std::integral_constant<Activation, Activation::kIdentity>());
     case Activation::kTanh: return f(std::integral_constant<Activation, Activation::kTanh>());
     case Activation::kRelu: return f(std::integral_constant<Activation, Activation::kRelu>());
     case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>());
@@ -371,7 +372,8 @@ void Dispatch(Activation activation, F f) {
 
 template <typename T>
 void AddActivation(const T* a, const T* b, int64_t size, Activation activation, T* out) {
-  Dispatch(activation, [&](auto tag) { AddActivationOf<T, decltype(tag)::value>(a, b, size, out); });
+  Dispatch(activation,
+           [&](auto tag) { AddActivationOf<T, decltype(tag)::value>(a, b, size, out); });
 }
 
 template <typename T>
@@ -400,11 +402,12 @@ void Posteriors(Score* x, int64_t size) {
     V r = v - n * 6.93145751953125e-1;
     r = r - n * 1.42860682030941723212e-6;
     const V s = r * r;
-    const V p =
-        r * ((1.26177193074810590878e-4 * s + 3.02994407707441961300e-2) * s +
-             9.99999999999999999910e-1);
+    const V p = r * ((1.26177193074810590878e-4 * s + 3.02994407707441961300e-2) * s +
+                     9.99999999999999999910e-1);
     const V q = ((3.00198505138664455042e-6 * s + 2.52448340349684104192e-3) * s +
-                 2.27265548208155028766e-1) * s + 2.00000000000000000009;
+                 2.27265548208155028766e-1) *
+                    s +
+                2.00000000000000000009;
     const V scale = (V)(((I)shifted - (I)(V{} + kRound) + 1023) << 52);
     const V y = (2.0 * (p / (q - p)) + 1.0) * scale;
     return is_nothing ? V{} : y;
@@ -414,8 +417,8 @@ void Posteriors(Score* x, int64_t size) {
   StorePart<Score>(x + whole, size - whole, exp(LoadPart(x + whole, size - whole, Score(0))));
 }
 
-constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME, kTable<float>, kTable<double>, kTable<Half>,
-                                kTable<BFloat16>, Posteriors};
+constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME, kTable<float>,    kTable<double>,
+                                kTable<Half>,        kTable<BFloat16>, Posteriors};
 
 }  // namespace
 

@@ -100,7 +100,7 @@ def misaligned(tensor: Tensor, elements: int) -> Tensor:
 def score(
     logits: Tensor, batch: LatticeBatch, tile: RowTile, **options: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 1: normaliser, blank score and label score; what is not written is 7."""
+    """Stage 1: normalizer, blank score and label score; what is not written is 7."""
     out = CellScores.zeros(batch, logits.device)
     for tensor in (out.normalizer, out.blank, out.label):
         tensor.fill_(7.0)

@@ -43,7 +43,7 @@ def check_stage_1(backend, case, vocab_size, dtype, *, shift=0, **options):
     actual = in_every_order(backend, run)
     # Scores are sums of float32 numbers whatever the dtype.
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-    check_close(actual, expected, tolerance, ("normaliser", "blank", "label"))
+    check_close(actual, expected, tolerance, ("normalizer", "blank", "label"))
 
 
 @accelerated
@@ -94,21 +94,21 @@ def test_cell_scores_of_bad_rows(name, vocab_size):
     actual = in_every_order(
         backend, lambda: score(logits.to(backend.device), there, there.all_rows())
     )
-    check_close(actual, expected, 2e-6, ("normaliser", "blank", "label"))
+    check_close(actual, expected, 2e-6, ("normalizer", "blank", "label"))
     assert expected[0][:6].isnan().tolist() == [True, True, True, False, False, True]
 
 
 # --- stage 3 ------------------------------------------------------------------------------------
 
 
-def run_gradient(logits, batch, normaliser, uses, loss_grad, device, *, inplace=False, **options):
+def run_gradient(logits, batch, normalizer, uses, loss_grad, device, *, inplace=False, **options):
     logits = logits.to(device, copy=True)
     out = logits if inplace else torch.full_like(logits, 7.0)
     stages.logits_grad(
         logits,
         batch,
         batch.all_rows(),
-        *(tensor.to(device) for tensor in (normaliser, *uses, loss_grad)),
+        *(tensor.to(device) for tensor in (normalizer, *uses, loss_grad)),
         **{"blank": 0, **options},
         out=out,
     )
@@ -116,8 +116,8 @@ def run_gradient(logits, batch, normaliser, uses, loss_grad, device, *, inplace=
 
 
 def check_stage_3(backend, batches, logits, uses, loss_grad, **options):
-    normaliser = logits.double().logsumexp(-1)
-    arguments = normaliser, uses, loss_grad
+    normalizer = logits.double().logsumexp(-1)
+    arguments = normalizer, uses, loss_grad
     inplace = options.pop("inplace", False)
     expected = run_gradient(logits, batches[0], *arguments, "cpu", **options)
     actual = in_every_order(
@@ -455,7 +455,7 @@ def test_bfloat16_tanh_errs_less_than_it_is_rounded(name):
 @accelerated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab_size", [2, 31, 70])
-def test_normaliser_repair(name, dtype, vocab_size):
+def test_normalizer_repair(name, dtype, vocab_size):
     backend = of(name)
     am = 200 * torch.randn(2, 5, vocab_size, dtype=dtype)
     lm = 200 * torch.randn(2, 4, vocab_size, dtype=dtype)
@@ -468,14 +468,14 @@ def test_normaliser_repair(name, dtype, vocab_size):
 
     def run(device):
         tensors = [tensor.to(device, copy=True) for tensor in (am, lm, product, grad)]
-        normaliser = torch.full((2, 5, 4), 7.0, dtype=torch.float64, device=device)
-        additive_stages.repair_normalizer(tensors[:3], 0.6, normaliser)
+        normalizer = torch.full((2, 5, 4), 7.0, dtype=torch.float64, device=device)
+        additive_stages.repair_normalizer(tensors[:3], 0.6, normalizer)
         grads = torch.ones_like(tensors[0]), torch.ones_like(tensors[1])
-        additive_stages.repair_normalizer_backward(tensors[:3], 0.6, normaliser, tensors[3], grads)
-        return normaliser, *grads
+        additive_stages.repair_normalizer_backward(tensors[:3], 0.6, normalizer, tensors[3], grads)
+        return normalizer, *grads
 
     expected = run("cpu")
     actual = in_every_order(backend, lambda: run(backend.device))
-    names = "normaliser", "grad_am", "grad_lm"
+    names = "normalizer", "grad_am", "grad_lm"
     check_close(actual, expected, 1e-12 if dtype == torch.float64 else 1e-6, names)
     assert expected[0].isnan().any() and expected[0].eq(7).any()

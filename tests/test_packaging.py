@@ -65,13 +65,13 @@ def wheel(source_tree, tmp_path_factory):
 
 def test_wheel_and_sdist_are_complete(wheel):
     names = zipfile.ZipFile(wheel[0]).namelist()
-    assert any(name.startswith("transducer_toolkit/_C.") for name in names)
+    assert any(re.fullmatch(r"transducer_toolkit/_C\..*\.(so|pyd)", name) for name in names)
     for path in [*(ROOT / "conf").rglob("*.yaml")]:
         assert f"transducer_toolkit/conf/{path.relative_to(ROOT / 'conf')}" in names
     for path in (ROOT / "transducer_toolkit").rglob("*"):
-        if path.is_file() and path.suffix in (".py", ".typed", ".yaml", ".json"):
+        if path.is_file() and path.suffix in (".py", ".pyi", ".typed", ".yaml", ".json"):
             assert str(path.relative_to(ROOT)) in names
-    assert "py.typed" in "".join(names)
+    assert {"transducer_toolkit/py.typed", "transducer_toolkit/_C.pyi"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "csrc"))]
     with tarfile.open(wheel[1]) as archive:
         sdist = {Path(*Path(name).parts[1:]) for name in archive.getnames()}

@@ -15,5 +15,5 @@ PYBIND11_MODULE(_emulated, m) {
       .value("random", emulation::Order::kRandom);
   m.def("set_order", &emulation::SetOrder, py::arg("order"), py::arg("seed") = 0);
   py::module_ cuda = m.def_submodule("cuda");
-  BindCudaStages(cuda);
+  BindStages<CudaBackend>(cuda);
 }

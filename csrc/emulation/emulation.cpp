@@ -25,9 +25,9 @@ enum class State { kReady, kAtBlock, kAtWarp, kDone };
 
 struct Thread {
   State state;
-  Site site;                 // where it waits
+  Site site;  // where it waits
   bool vote;
-  uint64_t waits_for_warp;   // so far
+  uint64_t waits_for_warp;  // so far
   std::unique_ptr<Fiber> fiber;
 };
 

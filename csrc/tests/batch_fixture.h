@@ -36,8 +36,8 @@ struct BatchFixture {
     int64_t row = 0;
     for (int64_t b = 0; b < size; ++b) {
       first_row.push_back(row);
-      row += is_padded ? max_frames * width
-                       : num_frames[b] * (has_band ? width : num_targets[b] + 1);
+      row +=
+          is_padded ? max_frames * width : num_frames[b] * (has_band ? width : num_targets[b] + 1);
       int64_t start = 0;
       const int64_t last = std::max<int64_t>(0, num_targets[b] + 1 - width);
       for (int64_t t = 0; t < max_frames && has_band; ++t) {

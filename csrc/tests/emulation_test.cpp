@@ -16,7 +16,7 @@ constexpr int kThreads = 96;
 
 // out[i] = in[i] + in of the thread after, through shared memory.
 template <bool kWithBarrier>
-__global__ void NeighbourKernel(const int* in, int* out) {
+__global__ void NeighborKernel(const int* in, int* out) {
   __shared__ int values[kThreads];
   const unsigned i = threadIdx.x, at = blockIdx.x * blockDim.x + i;
   values[i] = in[at];
@@ -24,7 +24,7 @@ __global__ void NeighbourKernel(const int* in, int* out) {
   out[at] = values[i] + values[(i + 1) % kThreads];
 }
 
-std::vector<int> Neighbours(void (*kernel)(const int*, int*), Order order, unsigned seed) {
+std::vector<int> Neighbors(void (*kernel)(const int*, int*), Order order, unsigned seed) {
   std::vector<int> in(3 * kThreads), out(in.size());
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<int>(i * i);
   emulation::SetOrder(order, seed);
@@ -33,15 +33,15 @@ std::vector<int> Neighbours(void (*kernel)(const int*, int*), Order order, unsig
 }
 
 void TestMissingBarrierShows() {
-  const auto expected = Neighbours(NeighbourKernel<true>, Order::kForward, 0);
+  const auto expected = Neighbors(NeighborKernel<true>, Order::kForward, 0);
   EXPECT_TRUE(expected[0] == 1 && expected[1] == 5);
   EXPECT_TRUE(expected[2 * kThreads - 1] == 191 * 191 + 96 * 96);
-  EXPECT_TRUE(Neighbours(NeighbourKernel<true>, Order::kReverse, 0) == expected);
-  EXPECT_TRUE(Neighbours(NeighbourKernel<true>, Order::kRandom, 1) == expected);
-  EXPECT_TRUE(Neighbours(NeighbourKernel<false>, Order::kForward, 0) !=
-              Neighbours(NeighbourKernel<false>, Order::kReverse, 0));
-  EXPECT_TRUE(Neighbours(NeighbourKernel<false>, Order::kRandom, 1) !=
-              Neighbours(NeighbourKernel<false>, Order::kRandom, 2));
+  EXPECT_TRUE(Neighbors(NeighborKernel<true>, Order::kReverse, 0) == expected);
+  EXPECT_TRUE(Neighbors(NeighborKernel<true>, Order::kRandom, 1) == expected);
+  EXPECT_TRUE(Neighbors(NeighborKernel<false>, Order::kForward, 0) !=
+              Neighbors(NeighborKernel<false>, Order::kReverse, 0));
+  EXPECT_TRUE(Neighbors(NeighborKernel<false>, Order::kRandom, 1) !=
+              Neighbors(NeighborKernel<false>, Order::kRandom, 2));
 }
 
 // Warp sums by both kinds of shuffle, votes, and a block's vote.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds fuzz_stages.cpp with clang's libFuzzer, address and undefined-behaviour sanitizers, and
+# Builds fuzz_stages.cpp with clang's libFuzzer, address and undefined-behavior sanitizers, and
 # runs it:  csrc/tests/fuzz.sh FOLDER [libFuzzer options, default -max_total_time=60]
 # FOLDER gets the build, the corpus and, if there is a finding, the input that makes it again.
 set -euo pipefail
@@ -9,7 +9,7 @@ shift
 cd "$(dirname "$0")/.."
 flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -DTRANSDUCER_X86_DISPATCH
        -fsanitize=fuzzer-no-link,address,undefined -Wall -Wextra -Werror -Wno-psabi -pthread)
-sources=(additive_scores_cpu cell_scores_cpu lattice_cpu logits_grad_cpu joint_tile_cpu normaliser_repair_cpu
+sources=(additive_scores_cpu cell_scores_cpu lattice_cpu logits_grad_cpu joint_tile_cpu normalizer_repair_cpu
          occupancy_cpu parallel row_kernels row_kernels_baseline row_kernels_avx2
          row_kernels_avx512 tests/fuzz_stages)
 objects=()

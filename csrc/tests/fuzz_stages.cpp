@@ -23,12 +23,12 @@
 namespace transducer {
 namespace {
 
-#define REQUIRE(condition) \
-  do {                     \
-    if (!(condition)) {    \
+#define REQUIRE(condition)                                                          \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
       std::fprintf(stderr, "%s:%d: required %s\n", __FILE__, __LINE__, #condition); \
-      std::abort();        \
-    }                      \
+      std::abort();                                                                 \
+    }                                                                               \
   } while (false)
 
 // Numbers from the fuzzer's bytes; zeros when they are used up.
@@ -111,13 +111,11 @@ Problem MakeProblem(Bytes* bytes) {
     p.num_frames.push_back(frames);
     p.num_targets.push_back(labels);
     p.first_frame.push_back(begin_frame);
-    const int64_t stride =
-        is_padded || has_band ? width : Clamped(labels, -1, max_targets) + 1;
+    const int64_t stride = is_padded || has_band ? width : Clamped(labels, -1, max_targets) + 1;
     // Products as native.py forms them; unsigned, for two's complement whatever comes.
     const uint64_t shift = static_cast<uint64_t>(begin_frame) * static_cast<uint64_t>(stride) +
                            (has_band ? 0 : static_cast<uint64_t>(begin_label));
-    const int64_t room =
-        is_padded ? max_frames * width : Clamped(frames, 0, max_frames) * stride;
+    const int64_t room = is_padded ? max_frames * width : Clamped(frames, 0, max_frames) * stride;
     p.first_row.push_back(static_cast<int64_t>(static_cast<uint64_t>(rows) + shift));
     rows += room;
     for (int64_t t = 0; t < max_frames && has_band; ++t) {
@@ -149,7 +147,7 @@ Problem MakeProblem(Bytes* bytes) {
 
 // Everything that the stages give, for one number of threads. `uses` may be asked for or not.
 struct Results {
-  std::vector<Score> normaliser, blank, label, loss, use_blank, use_label, dropped;
+  std::vector<Score> normalizer, blank, label, loss, use_blank, use_label, dropped;
   std::vector<int64_t> kept, num_kept;
 };
 
@@ -169,25 +167,33 @@ Results Forward(const Problem& p, const std::vector<T>& logits, const RowTile& t
   const size_t rows = static_cast<size_t>(p.batch.num_rows);
   const size_t size = static_cast<size_t>(p.batch.num_utterances);
   Results r;
-  r.normaliser.assign(rows, 0);
+  r.normalizer.assign(rows, 0);
   r.blank.assign(rows, 0);
   r.label.assign(rows, 0);
-  CellScoresCpu(p.batch, tile, logits.data(), p.vocab_size, p.blank, p.from_log_softmax, threads,
-                r.normaliser.data(), r.blank.data(), r.label.data());
+  CellScoresCpu<T>(p.batch, tile, {logits.data(), p.vocab_size}, {p.blank, p.from_log_softmax, 0},
+                   threads, {r.normalizer.data(), r.blank.data(), r.label.data()});
   r.loss.assign(size, kUnwritten);
   r.use_blank.assign(rows, 0);
   r.use_label.assign(rows, 0);
-  LatticeCpu(p.batch, p.options, r.blank.data(), r.label.data(), threads, nullptr, r.loss.data(),
-             r.use_blank.data(), r.use_label.data());
-  std::vector<Score> scratch(rows), loss_alone(size, kUnwritten);
-  LatticeCpu(p.batch, p.options, r.blank.data(), r.label.data(), threads, scratch.data(),
-             loss_alone.data(), nullptr, nullptr);
+  const LatticeScores scores{r.blank.data(), r.label.data()};
+  LatticeCpu(p.batch, p.options, scores, threads, nullptr,
+             {r.loss.data(), r.use_blank.data(), r.use_label.data()});
+  const int64_t num_bytes = LatticeScratchCpu(p.batch, p.options.topology, false);
+  std::vector<char> scratch(static_cast<size_t>(num_bytes));
+  std::vector<Score> loss_alone(size, kUnwritten);
+  LatticeCpu(p.batch, p.options, scores, threads, scratch.data(),
+             {loss_alone.data(), nullptr, nullptr});
   REQUIRE(std::memcmp(loss_alone.data(), r.loss.data(), size * sizeof(Score)) == 0);
   r.kept.assign(rows, 0);
   r.num_kept.assign(size, -1);
   r.dropped.assign(size, -1);
-  const int64_t total = KeptRowsCpu(p.batch, r.use_blank.data(), r.use_label.data(), 1e-3, threads,
-                                    r.kept.data(), r.num_kept.data(), r.dropped.data());
+  KeptRowsCpu(p.batch, {r.use_blank.data(), r.use_label.data()}, 1e-3, threads, nullptr,
+              {r.kept.data(), r.num_kept.data(), r.dropped.data()});
+  int64_t total = 0;
+  for (const int64_t count : r.num_kept) {
+    REQUIRE(count >= 0);
+    total += count;
+  }
   REQUIRE(total <= p.batch.num_rows);
   r.kept.resize(static_cast<size_t>(total));
   for (size_t i = 0; i < r.kept.size(); ++i) {
@@ -204,7 +210,7 @@ bool SameBits(const std::vector<A>& a, const std::vector<A>& b) {
 }
 
 bool SameBits(const Results& a, const Results& b) {
-  return SameBits(a.normaliser, b.normaliser) && SameBits(a.blank, b.blank) &&
+  return SameBits(a.normalizer, b.normalizer) && SameBits(a.blank, b.blank) &&
          SameBits(a.label, b.label) && SameBits(a.loss, b.loss) &&
          SameBits(a.use_blank, b.use_blank) && SameBits(a.use_label, b.use_label) &&
          SameBits(a.dropped, b.dropped) && SameBits(a.kept, b.kept) &&
@@ -271,8 +277,7 @@ void CheckLosses(const Problem& p, const Results& r) {
         if (std::isfinite(score)) largest = std::max(largest, std::abs(score));
       }
     }
-    REQUIRE(expected == r.loss[b] ||
-            std::abs(expected - r.loss[b]) <= 1e-9 * (1 + size + largest));
+    REQUIRE(expected == r.loss[b] || std::abs(expected - r.loss[b]) <= 1e-9 * (1 + size + largest));
     if (!(size < 1e4 && largest < 1e6)) continue;
     // Every path leaves each frame once; labels are used U times (scaled by fastemit).
     Score labels = 0;
@@ -292,12 +297,14 @@ template <typename T>
 void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, double clamp,
               const std::vector<Score>& loss_grad) {
   const T unwritten = FromCompute<T>(static_cast<Compute<T>>(kUnwritten));
+  const LogitsOptions options{p.blank, p.from_log_softmax, clamp};
+  const Posteriors posteriors{r.normalizer.data(), r.use_blank.data(), r.use_label.data(),
+                              loss_grad.data()};
   std::vector<T> first;
   for (const int threads : {1, 2}) {
     std::vector<T> grad(logits.size(), unwritten);
-    LogitsGradCpu(p.batch, {nullptr, 0, p.batch.num_rows}, logits.data(), p.vocab_size, p.blank,
-                  p.from_log_softmax, clamp, r.normaliser.data(), r.use_blank.data(),
-                  r.use_label.data(), loss_grad.data(), threads, grad.data());
+    LogitsGradCpu<T>(p.batch, {nullptr, 0, p.batch.num_rows}, {logits.data(), p.vocab_size},
+                     options, posteriors, threads, grad.data());
     for (const T g : grad) REQUIRE(std::memcmp(&g, &unwritten, sizeof(T)) != 0);
     if (threads == 1) first = grad;
     REQUIRE(SameBits(first, grad));
@@ -309,14 +316,12 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
     std::memcpy(some.data() + i * vocab, logits.data() + r.kept[i] * p.vocab_size,
                 vocab * sizeof(T));
   }
-  LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)}, some.data(),
-                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normaliser.data(),
-                r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, some.data());
+  LogitsGradCpu<T>(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)},
+                   {some.data(), p.vocab_size}, options, posteriors, 1, some.data());
   // And so do these rows of logits that stay where they are.
   std::vector<T> of_whole(some.size());
-  LogitsGradCpu(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept), true}, logits.data(),
-                p.vocab_size, p.blank, p.from_log_softmax, clamp, r.normaliser.data(),
-                r.use_blank.data(), r.use_label.data(), loss_grad.data(), 1, of_whole.data());
+  LogitsGradCpu<T>(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept), true},
+                   {logits.data(), p.vocab_size}, options, posteriors, 1, of_whole.data());
   REQUIRE(SameBits(some, of_whole));
   for (size_t i = 0; i < num_kept; ++i) {
     REQUIRE(std::memcmp(some.data() + i * vocab, first.data() + r.kept[i] * p.vocab_size,
@@ -344,9 +349,10 @@ void Join(const Problem& p, Bytes* bytes) {
     auto& grad_pred = grads[threads - 1][1];
     grad_enc.assign(enc.size(), 0);
     grad_pred.assign(pred.size(), 0);
-    JoinForwardCpu(batch, tile, enc.data(), pred.data(), width, activation, threads, hidden.data());
-    JoinBackwardCpu(batch, tile, hidden.data(), hidden.data(), enc.data(), pred.data(), width,
-                    activation, threads, grad_enc.data(), grad_pred.data());
+    const JoinInputs<T> inputs{enc.data(), pred.data(), width, activation};
+    JoinForwardCpu(batch, tile, inputs, threads, hidden.data());
+    JoinBackwardCpu<T>(batch, tile, inputs, hidden.data(), hidden.data(), threads, nullptr,
+                       {grad_enc.data(), grad_pred.data()});
   }
   REQUIRE(SameBits(grads[0][0], grads[1][0]) && SameBits(grads[0][1], grads[1][1]));
 }
@@ -383,21 +389,21 @@ void Repair(Bytes* bytes) {
   }
   const AdditiveCells<T> cells{size,      frames,    columns,        vocab,
                                am.data(), lm.data(), product.data(), T(0)};
-  std::vector<Score> normaliser[2];
+  std::vector<Score> normalizer[2];
   std::vector<T> grad_am[2], grad_lm[2];
   for (const int threads : {1, 2}) {
     const int i = threads - 1;
-    normaliser[i].assign(product.size(), kUnwritten);
-    RepairNormaliserCpu(cells, threads, normaliser[i].data());
+    normalizer[i].assign(product.size(), kUnwritten);
+    RepairNormalizerCpu(cells, threads, normalizer[i].data());
     grad_am[i].assign(am.size(), 0);
     grad_lm[i].assign(lm.size(), 0);
-    RepairNormaliserBackwardCpu(cells, normaliser[i].data(), grad.data(), threads,
+    RepairNormalizerBackwardCpu(cells, normalizer[i].data(), grad.data(), threads,
                                 grad_am[i].data(), grad_lm[i].data());
   }
   for (size_t i = 0; i < product.size(); ++i) {
-    REQUIRE((product[i] < 0) == (normaliser[0][i] != kUnwritten));
+    REQUIRE((product[i] < 0) == (normalizer[0][i] != kUnwritten));
   }
-  REQUIRE(SameBits(normaliser[0], normaliser[1]));
+  REQUIRE(SameBits(normalizer[0], normalizer[1]));
   REQUIRE(SameBits(grad_am[0], grad_am[1]) && SameBits(grad_lm[0], grad_lm[1]));
 }
 
@@ -425,8 +431,9 @@ void Additive(Bytes* bytes) {
   for (int64_t i = 0; i < size * symbols; ++i) symbol.push_back(bytes->Below(vocab));
   const AdditiveCells<T> cells{size,      frames,    columns,        vocab,
                                am.data(), lm.data(), product.data(), T(1e-3)};
-  const AdditiveTerms terms{symbols,       symbol.data(), bytes->Below(vocab),  combined_scale,
-                            am_only_scale, context_blank.data(), context_label.data()};
+  const AdditiveTerms terms{
+      symbols,       symbol.data(),        bytes->Below(vocab), combined_scale,
+      am_only_scale, context_blank.data(), context_label.data()};
   std::vector<Score> scores[2][3], grads[2][3], scale[2];
   std::vector<T> of_products[2][3];
   for (const int threads : {1, 2}) {
@@ -446,8 +453,8 @@ void Additive(Bytes* bytes) {
     scores[i][0].assign(product.size(), kUnwritten);
     scores[i][1].assign(grad_blank.size(), kUnwritten);
     scores[i][2].assign(grad_label.size(), kUnwritten);
-    AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), threads, scores[i][0].data(),
-                      scores[i][1].data(), scores[i][2].data());
+    AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), threads,
+                      {scores[i][0].data(), scores[i][1].data(), scores[i][2].data()});
     grads[i][0].assign(product.size(), kUnwritten);
     grads[i][1].assign(context_blank.size(), kUnwritten);
     grads[i][2].assign(context_label.size(), kUnwritten);
@@ -455,13 +462,14 @@ void Additive(Bytes* bytes) {
     of_products[i][0].assign(product.size(), T(1));
     of_products[i][1].assign(am.size(), T(1));
     of_products[i][2].assign(lm.size(), T(1));
-    AdditiveWeightsCpu(cells, terms, grad_blank.data(), grad_label.data(), threads,
-                       grads[i][0].data(), scale[i].data(), of_products[i][0].data(),
-                       grads[i][1].data(), grads[i][2].data());
-    AdditiveGradientsCpu(cells, terms, am_exp.data(), lm_exp.data(), scores[i][0].data(),
-                         grad_blank.data(), grad_label.data(), grads[i][0].data(),
-                         scale[i].data(), threads, of_products[i][1].data(),
-                         of_products[i][2].data());
+    const AdditiveScoreGrads upstream{grad_blank.data(), grad_label.data()};
+    AdditiveWeightsCpu(cells, terms, upstream, threads,
+                       {grads[i][0].data(), scale[i].data(), grads[i][1].data(),
+                        grads[i][2].data()},
+                       of_products[i][0].data());
+    AdditiveGradientsCpu<T>(cells, terms, {am_exp.data(), lm_exp.data()}, upstream,
+                            {scores[i][0].data(), grads[i][0].data(), scale[i].data()}, threads,
+                            of_products[i][1].data(), of_products[i][2].data());
   }
   REQUIRE(SameBits(scale[0], scale[1]));
   for (int k = 0; k < 3; ++k) {

@@ -19,13 +19,13 @@ struct Stages {
   const LatticeBatch& batch;
   Topology topology;
   bool from_log_softmax;
-  std::vector<Score> normaliser, blank, label, use_blank, use_label, loss;
+  std::vector<Score> normalizer, blank, label, use_blank, use_label, loss;
 
   Stages(const LatticeBatch& batch, Topology topology, bool from_log_softmax)
       : batch(batch),
         topology(topology),
         from_log_softmax(from_log_softmax),
-        normaliser(batch.num_rows),
+        normalizer(batch.num_rows),
         blank(batch.num_rows),
         label(batch.num_rows),
         use_blank(batch.num_rows),
@@ -34,18 +34,20 @@ struct Stages {
 
   template <typename T>
   void Forward(const std::vector<T>& logits) {
-    CellScoresCpu(batch, {nullptr, 0, batch.num_rows}, logits.data(), kVocab, kBlank,
-                  from_log_softmax, 2, normaliser.data(), blank.data(), label.data());
-    LatticeCpu(batch, {topology, 0, 0}, blank.data(), label.data(), 2, nullptr, loss.data(),
-               use_blank.data(), use_label.data());
+    CellScoresCpu<T>(batch, {nullptr, 0, batch.num_rows}, {logits.data(), kVocab},
+                     {kBlank, from_log_softmax, 0}, 2,
+                     {normalizer.data(), blank.data(), label.data()});
+    LatticeCpu(batch, {topology, 0, 0}, {blank.data(), label.data()}, 2, nullptr,
+               {loss.data(), use_blank.data(), use_label.data()});
   }
 
   template <typename T>
   void Backward(const std::vector<T>& logits, const std::vector<Score>& loss_grad, double clamp,
                 T* grad) {
-    LogitsGradCpu(batch, {nullptr, 0, batch.num_rows}, logits.data(), kVocab, kBlank,
-                  from_log_softmax, clamp, normaliser.data(), use_blank.data(), use_label.data(),
-                  loss_grad.data(), 2, grad);
+    LogitsGradCpu<T>(batch, {nullptr, 0, batch.num_rows}, {logits.data(), kVocab},
+                     {kBlank, from_log_softmax, clamp},
+                     {normalizer.data(), use_blank.data(), use_label.data(), loss_grad.data()}, 2,
+                     grad);
   }
 };
 
@@ -75,10 +77,11 @@ void TestTiles(Layout layout) {
   constexpr int64_t kTile = 5;
   for (int64_t begin = (batch.num_rows - 1) / kTile * kTile; begin >= 0; begin -= kTile) {
     const int64_t size = std::min(kTile, batch.num_rows - begin);
-    CellScoresCpu(batch, {nullptr, begin, size}, logits.data() + begin * kVocab, kVocab, kBlank,
-                  false, 1, tiled.normaliser.data(), tiled.blank.data(), tiled.label.data());
+    CellScoresCpu<float>(batch, {nullptr, begin, size}, {logits.data() + begin * kVocab, kVocab},
+                         {kBlank, false, 0}, 1,
+                         {tiled.normalizer.data(), tiled.blank.data(), tiled.label.data()});
   }
-  EXPECT_TRUE(whole.normaliser == tiled.normaliser && whole.blank == tiled.blank);
+  EXPECT_TRUE(whole.normalizer == tiled.normalizer && whole.blank == tiled.blank);
   EXPECT_TRUE(whole.label == tiled.label);
   std::vector<int64_t> every_third;
   for (int64_t row = 0; row < batch.num_rows; row += 3) every_third.push_back(row);
@@ -88,9 +91,10 @@ void TestTiles(Layout layout) {
     expected.insert(expected.end(), grad.begin() + row * kVocab, grad.begin() + (row + 1) * kVocab);
   }
   const RowTile tile{every_third.data(), 1, static_cast<int64_t>(every_third.size()) - 1};
-  LogitsGradCpu(batch, tile, x.data() + kVocab, kVocab, kBlank, false, 0, whole.normaliser.data(),
-                whole.use_blank.data(), whole.use_label.data(), loss_grad.data(), 1,
-                x.data() + kVocab);
+  LogitsGradCpu<float>(batch, tile, {x.data() + kVocab, kVocab}, {kBlank, false, 0},
+                       {whole.normalizer.data(), whole.use_blank.data(), whole.use_label.data(),
+                        loss_grad.data()},
+                       1, x.data() + kVocab);
   for (size_t i = kVocab; i < x.size(); ++i) EXPECT_TRUE(x[i] == expected[i]);
 }
 

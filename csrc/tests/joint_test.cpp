@@ -28,11 +28,11 @@ void TestJoin(Activation activation, Layout layout, int64_t width) {
     }
   }
   std::vector<T> hidden(batch.num_rows * width, T(99));
-  JoinForwardCpu(batch, fixture.AllRows(), enc.data(), pred.data(), width, activation, 2,
-                 hidden.data());
+  const JoinInputs<T> inputs{enc.data(), pred.data(), width, activation};
+  JoinForwardCpu(batch, fixture.AllRows(), inputs, 2, hidden.data());
   std::vector<T> grad_enc(enc.size()), grad_pred(pred.size());
-  JoinBackwardCpu(batch, fixture.AllRows(), grad_hidden.data(), hidden.data(), enc.data(),
-                  pred.data(), width, activation, 2, grad_enc.data(), grad_pred.data());
+  JoinBackwardCpu<T>(batch, fixture.AllRows(), inputs, hidden.data(), grad_hidden.data(), 2,
+                     nullptr, {grad_enc.data(), grad_pred.data()});
 
   std::vector<double> expected_enc(enc.size()), expected_pred(pred.size());
   std::vector<bool> is_cell(batch.num_rows);
@@ -66,9 +66,9 @@ void TestJoin(Activation activation, Layout layout, int64_t width) {
   std::vector<T> one_enc(enc.size()), one_pred(pred.size()), tile(7 * width);
   for (int64_t begin = 0; begin < batch.num_rows; begin += 7) {
     const RowTile rows{nullptr, begin, std::min<int64_t>(7, batch.num_rows - begin)};
-    JoinForwardCpu(batch, rows, enc.data(), pred.data(), width, activation, 1, tile.data());
-    JoinBackwardCpu(batch, rows, grad_hidden.data() + begin * width, tile.data(), enc.data(),
-                    pred.data(), width, activation, 1, one_enc.data(), one_pred.data());
+    JoinForwardCpu(batch, rows, inputs, 1, tile.data());
+    JoinBackwardCpu<T>(batch, rows, inputs, tile.data(), grad_hidden.data() + begin * width, 1,
+                       nullptr, {one_enc.data(), one_pred.data()});
   }
   EXPECT_TRUE(one_enc == grad_enc && one_pred == grad_pred);
 }

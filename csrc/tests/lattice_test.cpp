@@ -13,7 +13,7 @@ namespace {
 
 struct Expected {
   double probability = 0;
-  std::vector<double> use_blank, use_label;  // unnormalised, by cell t * (U + 1) + u
+  std::vector<double> use_blank, use_label;  // unnormalized, by cell t * (U + 1) + u
 };
 
 // Walks every path of one utterance through cells that it `has`. `blank(t, u)` and `label(t, u)` are
@@ -69,12 +69,12 @@ void TestAgainstEnumeration(Topology topology, Layout layout, double delay_penal
   const auto label = RandomVector<Score>(batch.num_rows, 2, 2);
   const LatticeOptions options{topology, delay_penalty, fastemit_lambda};
   const int64_t size = batch.num_utterances;
-  std::vector<Score> loss(size), loss_only(size), scratch(batch.num_rows);
+  std::vector<Score> loss(size), loss_only(size);
+  std::vector<char> scratch(LatticeScratchCpu(batch, topology, false));
   std::vector<Score> use_blank(batch.num_rows), use_label(batch.num_rows);
-  LatticeCpu(batch, options, blank.data(), label.data(), 2, nullptr, loss.data(), use_blank.data(),
-             use_label.data());
-  LatticeCpu(batch, options, blank.data(), label.data(), 1, scratch.data(), loss_only.data(),
-             nullptr, nullptr);
+  const LatticeScores scores{blank.data(), label.data()};
+  LatticeCpu(batch, options, scores, 2, nullptr, {loss.data(), use_blank.data(), use_label.data()});
+  LatticeCpu(batch, options, scores, 1, scratch.data(), {loss_only.data(), nullptr, nullptr});
   EXPECT_TRUE(loss == loss_only);
   for (int64_t b = 0; b < size; ++b) {
     const int64_t frames = batch.num_frames[b], labels = batch.num_targets[b];
@@ -93,7 +93,8 @@ void TestAgainstEnumeration(Topology topology, Layout layout, double delay_penal
         if (!fixture.Has(b, t, u)) continue;
         const int64_t cell = t * (labels + 1) + u, row = batch.Row(b, t, u);
         double by_blank = expected.use_blank[cell] / p;
-        if (transducer::TraitsOf(topology).label_takes_blank && u > 0) {  // FastEmit scales the forced blank too
+        if (transducer::TraitsOf(topology).label_takes_blank &&
+            u > 0) {  // FastEmit scales the forced blank too
           by_blank += fastemit_lambda * expected.use_label[cell - 1] / p;
         }
         EXPECT_NEAR(use_blank[row], by_blank, 1e-12);
@@ -110,8 +111,8 @@ void TestNonFinite() {
   auto label = RandomVector<Score>(batch.num_rows, 1, 2);
   std::vector<Score> loss(3), clean(3), use_blank(batch.num_rows), use_label(batch.num_rows);
   const auto run = [&](std::vector<Score>& out) {
-    LatticeCpu(batch, {}, blank.data(), label.data(), 1, nullptr, out.data(), use_blank.data(),
-               use_label.data());
+    LatticeCpu(batch, {}, {blank.data(), label.data()}, 1, nullptr,
+               {out.data(), use_blank.data(), use_label.data()});
   };
   run(clean);
   blank[batch.Row(0, 0, 2)] = kNaN;

@@ -26,11 +26,12 @@ void TestBound(Layout layout, double dropped_mass) {
 
   std::vector<int64_t> kept(batch.num_rows, -1), counts(3), one(batch.num_rows, -1), counts_one(3);
   std::vector<Score> dropped(3);
-  const int64_t total = KeptRowsCpu(batch, use_blank.data(), use_label.data(), dropped_mass, 2,
-                                    kept.data(), counts.data(), dropped.data());
-  KeptRowsCpu(batch, use_blank.data(), use_label.data(), dropped_mass, 1, one.data(),
-              counts_one.data(), dropped.data());
-  EXPECT_TRUE(counts == counts_one && total == counts[0] + counts[1] + counts[2]);
+  const Uses uses{use_blank.data(), use_label.data()};
+  KeptRowsCpu(batch, uses, dropped_mass, 2, nullptr, {kept.data(), counts.data(), dropped.data()});
+  KeptRowsCpu(batch, uses, dropped_mass, 1, nullptr,
+              {one.data(), counts_one.data(), dropped.data()});
+  const int64_t total = counts[0] + counts[1] + counts[2];
+  EXPECT_TRUE(counts == counts_one);
   EXPECT_TRUE(std::equal(kept.begin(), kept.begin() + total, one.begin()));
 
   int64_t i = 0;
@@ -76,9 +77,9 @@ void TestInvalidUtterance() {
   const std::vector<Score> uses(fixture.batch.num_rows, 0.5);
   std::vector<int64_t> kept(fixture.batch.num_rows), counts(2);
   std::vector<Score> dropped(2);
-  const int64_t total = KeptRowsCpu(fixture.batch, uses.data(), uses.data(), 1e-3, 1, kept.data(),
-                                    counts.data(), dropped.data());
-  EXPECT_TRUE(total == 9 && counts[0] == 0 && kept[0] == 9);
+  KeptRowsCpu(fixture.batch, {uses.data(), uses.data()}, 1e-3, 1, nullptr,
+              {kept.data(), counts.data(), dropped.data()});
+  EXPECT_TRUE(counts[0] == 0 && counts[1] == 9 && kept[0] == 9);
 }
 
 }  // namespace

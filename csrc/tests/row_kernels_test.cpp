@@ -93,18 +93,18 @@ void TestScaledSoftmax(const RowKernels<T>& kernels) {
       long double total = 0;
       for (T& value : x) value += static_cast<T>(offset);
       for (const T value : x) total += std::exp(static_cast<long double>(value) - offset);
-      const double normaliser = static_cast<double>(std::log(total)) + offset;
+      const double normalizer = static_cast<double>(std::log(total)) + offset;
       std::vector<T> out(size, T(9));
-      kernels.scaled_softmax(x.data(), size, normaliser, T(0.5), T(0.25), T(-2), out.data());
+      kernels.scaled_softmax(x.data(), size, normalizer, T(0.5), T(0.25), T(-2), out.data());
       for (int64_t i = 0; i < size; ++i) {
-        const double p = std::exp(static_cast<double>(x[i]) - normaliser);
+        const double p = std::exp(static_cast<double>(x[i]) - normalizer);
         const double expected = -2 * std::min(0.5 * p, 0.25);
-        // Rounding x - normaliser costs a relative error of its size: nothing where p matters.
-        const double ulps = 4 + std::abs(static_cast<double>(x[i]) - normaliser);
+        // Rounding x - normalizer costs a relative error of its size: nothing where p matters.
+        const double ulps = 4 + std::abs(static_cast<double>(x[i]) - normalizer);
         EXPECT_NEAR(out[i], expected, ulps * kUlp<T> * std::abs(expected) + 1e-37);
         EXPECT_TRUE(out[i] == 0 || std::abs(out[i]) >= std::numeric_limits<T>::min());
       }
-      kernels.scaled_softmax(x.data(), size, normaliser, T(0.5), T(0.25), T(-2), x.data());
+      kernels.scaled_softmax(x.data(), size, normalizer, T(0.5), T(0.25), T(-2), x.data());
       EXPECT_TRUE(x == out);
     }
   }
@@ -188,7 +188,7 @@ void TestActivations(const RowKernels<T>& kernels) {
   }
 }
 
-// Every 16-bit pattern there and back, and rounding between neighbours.
+// Every 16-bit pattern there and back, and rounding between neighbors.
 void TestHalfConversions() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const Half half{static_cast<uint16_t>(bits)};
@@ -204,7 +204,7 @@ void TestHalfConversions() {
     } else {
       EXPECT_TRUE(FromCompute<BFloat16>(from_bfloat).bits == bits);
     }
-    if ((bits & 0x7fff) < 0x7bff) {  // a finite number with a finite neighbour
+    if ((bits & 0x7fff) < 0x7bff) {  // a finite number with a finite neighbor
       const float next = ToCompute(Half{static_cast<uint16_t>(bits + 1)});
       const float middle = 0.5f * (from_half + next);
       EXPECT_TRUE(FromCompute<Half>(middle).bits == (bits & 1 ? bits + 1 : bits));  // to even
@@ -255,11 +255,10 @@ void TestSixteenBit(const RowKernels<T>& kernels, const RowKernels<float>& exact
       for (const T x : out) wide_out.push_back(ToCompute(x));
       std::vector<float> sums[4];
       for (auto& values : sums) values.assign(size, 0.25f);
-      kernels.add_activation_backward(grad.data(), out.data(), a.data(), b.data(), size,
-                                      activation, sums[0].data(), sums[1].data());
-      exact.add_activation_backward(wide_grad.data(), wide_out.data(), wide_a.data(),
-                                    wide_b.data(), size, activation, sums[2].data(),
-                                    sums[3].data());
+      kernels.add_activation_backward(grad.data(), out.data(), a.data(), b.data(), size, activation,
+                                      sums[0].data(), sums[1].data());
+      exact.add_activation_backward(wide_grad.data(), wide_out.data(), wide_a.data(), wide_b.data(),
+                                    size, activation, sums[2].data(), sums[3].data());
       for (int64_t i = 0; i < size; ++i) {  // the compiler may contract a * b + c differently
         EXPECT_NEAR(sums[0][i], sums[2][i], 1e-6);
         EXPECT_NEAR(sums[1][i], sums[3][i], 1e-6);

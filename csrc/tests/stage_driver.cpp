@@ -23,24 +23,27 @@ int main() {
   const auto enc = RandomVector<float>(3 * batch.max_frames * kWidth, 1, 1);
   const auto pred = RandomVector<float>(3 * (batch.max_targets + 1) * kWidth, 1, 2);
   std::vector<float> hidden(rows * kWidth), grad_enc(enc.size()), grad_pred(pred.size());
-  JoinForwardCpu(batch, tile, enc.data(), pred.data(), kWidth, Activation::kTanh, 1, hidden.data());
-  JoinBackwardCpu(batch, tile, hidden.data(), hidden.data(), enc.data(), pred.data(), kWidth,
-                  Activation::kTanh, 1, grad_enc.data(), grad_pred.data());
+  const JoinInputs<float> inputs{enc.data(), pred.data(), kWidth, Activation::kTanh};
+  JoinForwardCpu(batch, tile, inputs, 1, hidden.data());
+  JoinBackwardCpu<float>(batch, tile, inputs, hidden.data(), hidden.data(), 1, nullptr,
+                         {grad_enc.data(), grad_pred.data()});
 
   const auto logits = RandomVector<float>(rows * kVocab, 1, 3);
   std::vector<float> grad(logits.size());
-  std::vector<Score> normaliser(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
+  std::vector<Score> normalizer(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
   std::vector<Score> loss(6);  // and room for dropped mass
   const std::vector<Score> loss_grad(3, 1);
-  CellScoresCpu(batch, tile, logits.data(), kVocab, 0, false, 1, normaliser.data(), blank.data(),
-                label.data());
-  LatticeCpu(batch, {}, blank.data(), label.data(), 1, nullptr, loss.data(), use_blank.data(),
-             use_label.data());
-  LogitsGradCpu(batch, tile, logits.data(), kVocab, 0, false, 0, normaliser.data(), use_blank.data(),
-                use_label.data(), loss_grad.data(), 1, grad.data());
+  const LogitRows<float> x{logits.data(), kVocab};
+  const LogitsOptions options{0, false, 0};
+  CellScoresCpu(batch, tile, x, options, 1, {normalizer.data(), blank.data(), label.data()});
+  LatticeCpu(batch, {}, {blank.data(), label.data()}, 1, nullptr,
+             {loss.data(), use_blank.data(), use_label.data()});
+  LogitsGradCpu(batch, tile, x, options,
+                {normalizer.data(), use_blank.data(), use_label.data(), loss_grad.data()}, 1,
+                grad.data());
   std::vector<int64_t> kept(rows), num_kept(3);
-  KeptRowsCpu(batch, use_blank.data(), use_label.data(), 1e-6, 1, kept.data(), num_kept.data(),
-              loss.data() + 3);
+  KeptRowsCpu(batch, {use_blank.data(), use_label.data()}, 1e-6, 1, nullptr,
+              {kept.data(), num_kept.data(), loss.data() + 3});
 
   constexpr int64_t kFrames = 60, kSymbols = 15, kCells = 3 * kFrames * (kSymbols + 1);
   const auto am = RandomVector<float>(3 * kFrames * kVocab, 1, 4);
@@ -56,15 +59,17 @@ int main() {
   const AdditiveTerms terms{kSymbols, symbols.data(), 0, 1, 0, context.data(), context.data()};
   std::vector<Score> norm(kCells), by_blank(kCells), by_label(kCells), scale(3);
   std::vector<Score> sum_blank(context.size()), sum_label(context.size());
-  AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), 1, norm.data(), by_blank.data(),
-                    by_label.data());
+  AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), 1,
+                    {norm.data(), by_blank.data(), by_label.data()});
   std::vector<float> weight(kCells);
   std::vector<Score> grad_norm(kCells);
-  AdditiveWeightsCpu(cells, terms, by_blank.data(), by_label.data(), 1, grad_norm.data(),
-                     scale.data(), weight.data(), sum_blank.data(), sum_label.data());
-  AdditiveGradientsCpu(cells, terms, am_exp.data(), lm_exp.data(), norm.data(), by_blank.data(),
-                       by_label.data(), grad_norm.data(), scale.data(), 1, am_exp.data(),
-                       lm_exp.data());
+  const AdditiveScoreGrads upstream{by_blank.data(), by_label.data()};
+  AdditiveWeightsCpu(cells, terms, upstream, 1,
+                     {grad_norm.data(), scale.data(), sum_blank.data(), sum_label.data()},
+                     weight.data());
+  AdditiveGradientsCpu<float>(cells, terms, {am_exp.data(), lm_exp.data()}, upstream,
+                              {norm.data(), grad_norm.data(), scale.data()}, 1, am_exp.data(),
+                              lm_exp.data());
   std::printf("%s %lld cells, loss %.6f\n", GetRowKernelSet().name, static_cast<long long>(rows),
               loss[0]);
   return loss[0] > 0 ? 0 : 1;

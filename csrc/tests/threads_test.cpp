@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every CPU stage from several threads at once, each asking for helpers: the same bits as alone.
 // Under the thread sanitizer this is where a race between rows or utterances would show.
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -8,7 +9,7 @@
 #include "../joint_tile.h"
 #include "../lattice.h"
 #include "../logits_grad.h"
-#include "../normaliser_repair.h"
+#include "../normalizer_repair.h"
 #include "../occupancy.h"
 #include "batch_fixture.h"
 #include "expect.h"
@@ -46,29 +47,34 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
   const auto enc = RandomVector<float>(size * batch.max_frames * kWidth, 1, 1);
   const auto pred = RandomVector<float>(size * (batch.max_targets + 1) * kWidth, 1, 2);
   std::vector<float> hidden(rows * kWidth), grad_enc(enc.size()), grad_pred(pred.size());
-  JoinForwardCpu(batch, tile, enc.data(), pred.data(), kWidth, Activation::kTanh, num_threads,
-                 hidden.data());
-  JoinBackwardCpu(batch, tile, hidden.data(), hidden.data(), enc.data(), pred.data(), kWidth,
-                  Activation::kTanh, num_threads, grad_enc.data(), grad_pred.data());
+  const JoinInputs<float> inputs{enc.data(), pred.data(), kWidth, Activation::kTanh};
+  JoinForwardCpu(batch, tile, inputs, num_threads, hidden.data());
+  JoinBackwardCpu<float>(batch, tile, inputs, hidden.data(), hidden.data(), num_threads, nullptr,
+                         {grad_enc.data(), grad_pred.data()});
 
   const auto logits = RandomVector<float>(rows * kVocab, 3, 3);
   std::vector<float> grad(logits.size());
-  std::vector<Score> normaliser(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
-  std::vector<Score> loss(size), loss_alone(size), scratch(rows), dropped(size);
+  std::vector<Score> normalizer(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
+  std::vector<Score> loss(size), loss_alone(size), dropped(size);
+  std::vector<char> scratch(LatticeScratchCpu(batch, topology, false));
   const std::vector<Score> loss_grad(size, 1);
   const LatticeOptions options{topology, 0.1, 0.2, true};
-  CellScoresCpu(batch, tile, logits.data(), kVocab, 0, false, num_threads, normaliser.data(),
-                blank.data(), label.data());
-  LatticeCpu(batch, options, blank.data(), label.data(), num_threads, nullptr, loss.data(),
-             use_blank.data(), use_label.data());
-  LatticeCpu(batch, options, blank.data(), label.data(), num_threads, scratch.data(),
-             loss_alone.data(), nullptr, nullptr);
-  LogitsGradCpu(batch, tile, logits.data(), kVocab, 0, false, 0.0, normaliser.data(),
-                use_blank.data(), use_label.data(), loss_grad.data(), num_threads, grad.data());
+  const LogitRows<float> x{logits.data(), kVocab};
+  const LatticeScores scores{blank.data(), label.data()};
+  CellScoresCpu(batch, tile, x, {0, false, 0}, num_threads,
+                {normalizer.data(), blank.data(), label.data()});
+  LatticeCpu(batch, options, scores, num_threads, nullptr,
+             {loss.data(), use_blank.data(), use_label.data()});
+  LatticeCpu(batch, options, scores, num_threads, scratch.data(),
+             {loss_alone.data(), nullptr, nullptr});
+  LogitsGradCpu(batch, tile, x, {0, false, 0},
+                {normalizer.data(), use_blank.data(), use_label.data(), loss_grad.data()},
+                num_threads, grad.data());
   std::vector<int64_t> num_kept(size);
   outputs.kept.resize(rows);
-  outputs.kept.resize(KeptRowsCpu(batch, use_blank.data(), use_label.data(), 1e-2, num_threads,
-                                  outputs.kept.data(), num_kept.data(), dropped.data()));
+  KeptRowsCpu(batch, {use_blank.data(), use_label.data()}, 1e-2, num_threads, nullptr,
+              {outputs.kept.data(), num_kept.data(), dropped.data()});
+  outputs.kept.resize(std::accumulate(num_kept.begin(), num_kept.end(), int64_t{0}));
 
   const auto am = RandomVector<float>(2 * 9 * kWidth, 90, 4);
   const auto lm = RandomVector<float>(2 * 5 * kWidth, 90, 5);
@@ -77,13 +83,13 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
   std::vector<Score> repaired(product.size());
   const std::vector<Score> ones(product.size(), 1);
   std::vector<float> grad_am(am.size()), grad_lm(lm.size());
-  RepairNormaliserCpu(cells, num_threads, repaired.data());
-  RepairNormaliserBackwardCpu(cells, repaired.data(), ones.data(), num_threads, grad_am.data(),
+  RepairNormalizerCpu(cells, num_threads, repaired.data());
+  RepairNormalizerBackwardCpu(cells, repaired.data(), ones.data(), num_threads, grad_am.data(),
                               grad_lm.data());
 
   outputs.kept.insert(outputs.kept.end(), num_kept.begin(), num_kept.end());
-  for (const auto& part : {normaliser, blank, label, loss, loss_alone, use_blank, use_label,
-                           dropped, repaired}) {
+  for (const auto& part :
+       {normalizer, blank, label, loss, loss_alone, use_blank, use_label, dropped, repaired}) {
     outputs.Add(part);
   }
   for (const auto& part : {hidden, grad_enc, grad_pred, grad, grad_am, grad_lm}) outputs.Add(part);

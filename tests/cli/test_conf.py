@@ -135,7 +135,7 @@ def test_all_data_follow_seed_and_loss(option):
             7,
             "modified",
         ),
-        ("train", ["~experiment", "loss=torchaudio"], 1, "regular"),  # has no rnnt_type
+        ("train", ["~experiment", "loss=torchaudio"], 1, "regular"),  # has no topology
         ("evaluate", ["checkpoint=best.ckpt", "seed=3"], 3, "regular"),
         ("prepare", [], 0, "regular"),
     ):

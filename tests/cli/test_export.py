@@ -65,7 +65,7 @@ def test_usage(checkpoint, tmp_path, capsys):
     for arguments, message in (
         (["--help"], "--streaming"),
         ([str(checkpoint)], "--output"),
-        ([str(checkpoint), "--output", str(tmp_path), "--chunk-frames", "2"], "goes with --stream"),
+        ([str(checkpoint), "--output", str(tmp_path), "--chunk-frames", "2"], "needs --stream"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

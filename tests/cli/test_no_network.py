@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing is fetched that nobody asked for: no command opens a connection or looks up a name."""
+"""No command opens a connection or looks up a name, unless an option asks for it."""
 
 import subprocess
 import sys

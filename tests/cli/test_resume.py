@@ -96,7 +96,7 @@ def test_a_training_stopped_in_mid_epoch_goes_on_with_the_next_batch(
         "last.ckpt",
     ]
     log = (run_dir / "train.log").read_text()
-    assert "going on from" in log and ("SIGTERM: step 7 is saved in" in log) == (name == "SIGTERM")
+    assert "resuming from" in log and ("SIGTERM: step 7 is saved in" in log) == (name == "SIGTERM")
 
 
 def test_which_checkpoint(tmp_path):
@@ -107,7 +107,7 @@ def test_which_checkpoint(tmp_path):
         return resume.find_checkpoint(wanted, run_dir, name="digits")
 
     assert found(None) is None and found("auto") is None
-    with pytest.raises(FileNotFoundError, match=r"no run called 'digits' has left a checkpoints"):
+    with pytest.raises(FileNotFoundError, match=r"no run of the name 'digits' has a checkpoints"):
         found("last")
     for age, folder in enumerate((job, other)):
         path = folder / "checkpoints" / "last.ckpt"

@@ -43,7 +43,7 @@ def test_utterances_without_a_path_are_left_out(tmp_path, console, train_overrid
     write_manifest(tmp_path / "train.jsonl", rows)
     too_short = sum(t < u + 1 for t, u in lattice_sizes(rows))
     assert 0 < too_short < 32
-    options = ["loss=packed", "loss.rnnt_type=one_sym_per_frame", "+trainer.fast_dev_run=true"]
+    options = ["loss=packed", "loss.topology=one_sym_per_frame", "+trainer.fast_dev_run=true"]
     options.append(f"data.corpus.train={tmp_path}/train.jsonl")
     console(train, tmp_path, *train_overrides, *OPTIONS, *options)
     (log,) = tmp_path.rglob("train.log")

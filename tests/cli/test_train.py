@@ -149,7 +149,7 @@ def test_multirun_refuses_to_start_processes(tmp_path, console, train_overrides,
     assert "--multirun cannot start the processes of trainer=ddp" in capsys.readouterr().err
 
 
-def test_global_normalisation_estimates_its_statistics(tmp_path, console, train_overrides):
+def test_global_normalization_estimates_its_statistics(tmp_path, console, train_overrides):
     options = ["model.encoder.normalization=global", "test=false", "trainer.max_epochs=1"]
     console(main, tmp_path, *train_overrides, *options)
     path = tmp_path / "outputs" / "transducer" / "run" / "checkpoints" / "last.ckpt"

@@ -46,7 +46,7 @@ def test_captions_are_short_and_do_not_overlap():
     assert times == sorted(times)
 
 
-def test_nothing_recognised():
+def test_nothing_recognized():
     nothing = transcription()
     assert to_text("a.wav", nothing) == "a.wav\t\n"
     assert to_ctm("a.wav", nothing) == to_srt("a.wav", nothing) == ""

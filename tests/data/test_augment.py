@@ -51,7 +51,7 @@ def test_noise_has_the_snr_asked_for(snr_db, num_samples):
         assert power_db(waveform) - power_db(noisy - waveform) == pytest.approx(snr_db, abs=2.0)
 
 
-def test_equaliser_stays_within_its_range():
+def test_equalizer_stays_within_its_range():
     noise = 0.01 * torch.randn(16000)
     gains_db = []
     for seed in range(20):

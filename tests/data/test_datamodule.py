@@ -228,7 +228,7 @@ def test_missing_manifest(noise_corpus, tmp_path):
 
 def test_utterances_that_are_too_long_are_dropped_and_counted(noise_corpus, tmp_path, caplog):
     rows = read_manifest(noise_corpus / "train.jsonl")
-    day = dataclasses.replace(rows[0], id="day", duration_s=36_000.0)  # nobody reads its audio
+    day = dataclasses.replace(rows[0], id="day", duration_s=36_000.0)  # its audio is never read
     write_manifest(tmp_path / "train.jsonl", [*rows, day])
     corpus = manifest_corpus(noise_corpus, train=tmp_path / "train.jsonl")
     data = data_module(noise_corpus, corpus=corpus, max_duration_s=30.0)

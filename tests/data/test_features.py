@@ -71,7 +71,7 @@ def test_streamed_equals_whole(num_samples):
     stream = StreamingFbank(Fbank())
     for size in (1, 37, 160, 280, 333, 9999):
         pieces = [stream.accept(piece) for piece in waveform.split(size)]
-        # A frame comes as soon as its 400 samples are there, the first centred on sample 80.
+        # A frame comes as soon as its 400 samples are there, the first centered on sample 80.
         assert sum(map(len, pieces)) == max(0, (num_samples - 280) // 160 + 1)
         assert len(stream._samples) < 2 * 400
         # float32 log energies; and finish() begins anew: the next size sees a new utterance

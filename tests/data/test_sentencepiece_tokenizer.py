@@ -31,7 +31,7 @@ def test_round_trip_changes_nothing(tokenizer, text):
     assert 0 not in ids and 1 not in ids
 
 
-def test_white_space_is_normalised_and_blanks_vanish(tokenizer):
+def test_white_space_is_normalized_and_blanks_vanish(tokenizer):
     ids = tokenizer.encode("enter  the\n key ")
     assert ids == tokenizer.encode("enter the key")
     with_blanks = [id_ for pair in zip(ids, [0] * len(ids), strict=True) for id_ in pair]

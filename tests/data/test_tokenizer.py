@@ -22,7 +22,7 @@ def test_round_trip(tokenizer, text):
     assert tokenizer.decode(ids) == text and tokenizer.blank not in ids
 
 
-def test_white_space_is_normalised(tokenizer):
+def test_white_space_is_normalized(tokenizer):
     assert tokenizer.encode("  one \n two ") == tokenizer.encode("one two")
 
 

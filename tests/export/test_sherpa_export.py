@@ -91,7 +91,7 @@ def conformer():
     ],
     ids=["utterance", "additive", "conformer"],
 )
-def test_sherpa_recognises_what_we_recognise(tmp_path, make_encoder, joiner, context_size):
+def test_sherpa_recognizes_what_we_recognize(tmp_path, make_encoder, joiner, context_size):
     sherpa_onnx = pytest.importorskip("sherpa_onnx")
     recognizer = random_recognizer(make_encoder(), joiner, context_size)
     files = export_for_sherpa(recognizer, tmp_path / "new" / "folder", int8=True)

@@ -19,7 +19,7 @@ def texts(words):
 
 
 class Listener:
-    """A recogniser of audio in which sample k has the value k: it knows which words it hears.
+    """A recognizer of audio in which sample k has the value k: it knows which words it hears.
 
     It emits the words of a window a little early or late, gets words wrong or loses them within
     half a second of the window's ends, and calls parts of words there words.

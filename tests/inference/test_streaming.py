@@ -125,6 +125,6 @@ def test_what_does_not_stream_is_refused():
 
     with pytest.raises(ValueError, match="Offline does not stream"):
         StreamingRecognizer(random_recognizer(Offline()))
-    centred = ConvLstmEncoder(conv_channels=2, hidden_dim=8)
+    centered = ConvLstmEncoder(conv_channels=2, hidden_dim=8)
     with pytest.raises(ValueError, match="normalization='global', got 'utterance'"):
-        StreamingRecognizer(random_recognizer(centred))
+        StreamingRecognizer(random_recognizer(centered))

@@ -417,7 +417,7 @@ def test_one_bad_utterance_leaves_the_others_alone(value, topology):
 
 @pytest.mark.parametrize("symbol", ["blank", "label"])
 def test_an_infinite_log_probability_is_nan(symbol):
-    """No normaliser tells there."""
+    """No normalizer tells there."""
     batch = ragged_batch([3, 2], [1, 1], 5, dtype=torch.float32)
     log_probs = batch.logits.detach().log_softmax(-1)
     clean = transducer_loss(
@@ -430,7 +430,7 @@ def test_an_infinite_log_probability_is_nan(symbol):
     assert losses[0].isnan() and torch.equal(losses[1], clean[1])
 
 
-def test_gradient_does_not_depend_on_the_size_of_the_normaliser():
+def test_gradient_does_not_depend_on_the_size_of_the_normalizer():
     """Of 10^4 float32 holds three decimals; the rest is carried along."""
     batch = ragged_batch([9, 7], [4, 2], 12, dtype=torch.float32)
     logits = (batch.logits.detach() + 1e4).requires_grad_()

@@ -53,7 +53,7 @@ def test_padding_gets_no_gradient_and_gives_none(encoder):
     assert all(p.grad.isfinite().all() for p in encoder.parameters())
 
 
-def test_utterance_normalisation_removes_a_constant_per_bin():
+def test_utterance_normalization_removes_a_constant_per_bin():
     torch.manual_seed(0)
     encoder = ConvLstmEncoder(num_features=20, conv_channels=4, hidden_dim=16).eval()
     features, lengths = torch.randn(2, 30, 20), torch.tensor([30, 22])
@@ -164,7 +164,7 @@ def test_bad_input_is_named(features, lengths, message):
         encoder(features, torch.tensor(lengths))
 
 
-def test_bad_normalisation_is_named():
+def test_bad_normalization_is_named():
     with pytest.raises(ValueError, match="normalization must be one of"):
         FeatureNormalizer(20, "speaker")
     with pytest.raises(ValueError, match="statistics are used with normalization='global'"):

@@ -10,7 +10,7 @@ from transducer_toolkit.ops.additive_stages import AdditiveInputs, AdditiveOptio
 pytestmark = pytest.mark.usefixtures("stages")
 
 
-def simple_normaliser(lm, am):
+def simple_normalizer(lm, am):
     """logsumexp_v(am[b, t, v] + lm[b, u, v]) of every cell, out of the scores of blanks."""
     symbols = torch.zeros(lm.size(0), lm.size(1) - 1, dtype=torch.int64)
     nothing = torch.zeros(lm.size(0), lm.size(1), dtype=torch.float64)
@@ -27,7 +27,7 @@ def grads_of(value, *tensors, weights=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [0, 80, 87, 95, 103, 120, 200, 650, 720])
 @pytest.mark.parametrize("vocab_size", [2, 37, 500])
-def test_normaliser_survives_underflow_of_the_product(dtype, gap, vocab_size):
+def test_normalizer_survives_underflow_of_the_product(dtype, gap, vocab_size):
     # am and lm have their maxima at different symbols, `gap` above everything else.
     am = torch.randn(2, 5, vocab_size, dtype=dtype)
     lm = torch.randn(2, 4, vocab_size, dtype=dtype)
@@ -36,7 +36,7 @@ def test_normaliser_survives_underflow_of_the_product(dtype, gap, vocab_size):
     am.requires_grad_(), lm.requires_grad_()
     exact_am, exact_lm = (x.detach().double().requires_grad_() for x in (am, lm))
     expected = (exact_am[:, :, None] + exact_lm[:, None]).logsumexp(-1)
-    actual = simple_normaliser(lm, am)
+    actual = simple_normalizer(lm, am)
     eps = torch.finfo(dtype).eps
     # The result is float64: from float32 it is as exact at 700 as at 0, from float64 to rounding.
     rounding = gap * torch.finfo(torch.float64).eps
@@ -53,7 +53,7 @@ def test_huge_upstream_gradient_beside_a_tiny_product(gap):
     am, lm = torch.zeros(1, 1, 3), torch.zeros(1, 1, 3)
     am[..., 0], lm[..., 1] = gap, gap
     am.requires_grad_()
-    (grad,) = grads_of(simple_normaliser(lm, am) * 1e30, am)
+    (grad,) = grads_of(simple_normalizer(lm, am) * 1e30, am)
     torch.testing.assert_close(grad / 1e30, torch.tensor([[[0.5, 0.5, 0.0]]]))
 
 
@@ -64,8 +64,8 @@ def test_threads_do_not_change_a_bit():
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        normaliser = simple_normaliser(lm, am)
-        results.append([normaliser, *grads_of(normaliser, lm, am, weights=weights)])
+        normalizer = simple_normalizer(lm, am)
+        results.append([normalizer, *grads_of(normalizer, lm, am, weights=weights)])
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
@@ -73,7 +73,7 @@ def test_threads_do_not_change_a_bit():
 def test_second_derivative_is_refused():
     am = torch.zeros(1, 2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="the gradient of the gradient"):
-        total = simple_normaliser(torch.zeros(1, 2, 3), am).sum()
+        total = simple_normalizer(torch.zeros(1, 2, 3), am).sum()
         (grad,) = torch.autograd.grad(total, am, create_graph=True)
         grad.pow(2).sum().backward()
 
@@ -99,10 +99,10 @@ def test_scores_and_gradients_are_those_of_the_formula(gap, dtype, combined_scal
 
     exact = [x.detach().double().requires_grad_() for x in inputs]
     lm, am, context_blank, context_label = exact
-    normaliser = (am[:, :, None] + lm[:, None]).logsumexp(-1)
-    common = combined_scale * normaliser[:, :, :4]
+    normalizer = (am[:, :, None] + lm[:, None]).logsumexp(-1)
+    common = combined_scale * normalizer[:, :, :4]
     if am_only_scale > 0:
-        common = common + am_only_scale * normaliser[:, :, 4:]
+        common = common + am_only_scale * normalizer[:, :, 4:]
     am_scale = combined_scale + am_only_scale
     am_label = am.gather(2, symbols[:, None].expand(2, 5, 3))
     expected = (

@@ -260,12 +260,13 @@ def test_cuda_stages_are_linked_and_say_why_they_cannot_run():
         native.extension.cuda.logits_grad(
             batch.native,
             batch.all_rows().native,
-            dtype=native.extension.DType.float32,
-            vocab_size=5,
-            blank=0,
-            from_log_softmax=False,
-            clamp=0.0,
+            logits=native.extension.LogitRows(
+                dtype=native.extension.DType.float32, data=0, vocab_size=5
+            ),
+            options=native.extension.LogitsOptions(blank=0, from_log_softmax=False, clamp=0.0),
+            posteriors=native.extension.Posteriors(
+                normalizer=0, use_blank=0, use_label=0, loss_grad=0
+            ),
             stream=0,
-            **dict.fromkeys(("logits", "normaliser", "use_blank", "use_label"), 0),
-            **dict.fromkeys(("loss_grad", "grad"), 0),
+            grad=0,
         )

@@ -72,10 +72,10 @@ def call_every_stage():
         grad_pred=grads[1],
     )
     product = to_cuda(torch.ones(4, 9, 6))
-    normaliser, grad = (to_cuda(torch.ones(4, 9, 6, dtype=torch.float64)) for _ in range(2))
+    normalizer, grad = (to_cuda(torch.ones(4, 9, 6, dtype=torch.float64)) for _ in range(2))
     joint = enc, pred, product
-    additive_stages.repair_normalizer(joint, 0.5, normaliser)
-    additive_stages.repair_normalizer_backward(joint, 0.5, normaliser, grad, grads)
+    additive_stages.repair_normalizer(joint, 0.5, normalizer)
+    additive_stages.repair_normalizer_backward(joint, 0.5, normalizer, grad, grads)
 
 
 def test_every_stage_gets_the_current_stream():

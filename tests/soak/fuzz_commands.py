@@ -415,7 +415,7 @@ def make_world(folder: Path) -> World:
     case = Case("train", _command_line("train", dict(_right_options("train", world))))
     status, output = run(case, folder)
     if status != 0:
-        raise RuntimeError(f"the training that nobody spoilt ends with {status}:\n{output}")
+        raise RuntimeError(f"the training without a spoilt part ends with {status}:\n{output}")
     return world
 
 

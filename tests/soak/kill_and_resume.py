@@ -4,8 +4,8 @@
     python -m tests.soak.kill_and_resume --kills 20
 
 After each SIGKILL all checkpoints must load; each training must end with the weights, bit for bit,
-and the batches of one that nobody killed. Every other training validates within its epochs. Then a
-disk that fills up, and a process of a group that is killed: the others must end within a minute.
+and the batches of one that was never killed. Every other training validates within its epochs.
+Then the disk fills up, and one process of a group is killed: the others must end within a minute.
 """
 
 from __future__ import annotations
@@ -118,12 +118,12 @@ def check(condition: bool, what: str, folder: Path) -> None:
 
 
 def whole(work: Path, overrides: list[str], name: str) -> tuple[Path, float]:
-    """A training that nobody kills, and how long it takes."""
+    """A training that is never killed, and how long it takes."""
     folder = work / name
     folder.mkdir()
     began = time.monotonic()
     status = wait(start(folder, overrides), 3600)
-    check(status == 0, f"exit status {status} of a training that nobody killed", folder)
+    check(status == 0, f"exit status {status} of a training that was never killed", folder)
     return folder, time.monotonic() - began
 
 
@@ -234,7 +234,7 @@ def main() -> None:
             print(f"{kills} kills, {trainings} trainings", flush=True)
         print(
             f"{kills} SIGKILLs, {checkpoints} checkpoints read after them, {trainings} trainings "
-            "ended with the weights and batches of one that nobody killed"
+            "ended with the weights and batches of one that was never killed"
         )
         # No process that reads: the limit holds for the memory that it shares with us, too.
         disk_full(work, [*plain, "data.num_workers=0"])

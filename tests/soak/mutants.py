@@ -41,7 +41,7 @@ BAD_INPUT = "tests/losses/test_packed_bad_input.py"
 FULL = "tests/losses/test_full_and_pruned.py"
 PRUNING = "tests/losses/test_pruning.py"
 SIMPLE = "tests/losses/test_simple.py"
-NORMALISER = "tests/ops/test_additive.py"
+NORMALIZER = "tests/ops/test_additive.py"
 RECURSION = "tests/losses/test_mutual_information.py"
 FUSED = "tests/losses/test_fused_joiner.py"
 JOINER = "tests/modules/test_joiner.py"
@@ -80,11 +80,11 @@ MUTANTS = [
         (PACKED,),
     ),
     Mutant(
-        "the normaliser's low part is lost",
+        "the normalizer's low part is lost",
         "csrc/row_kernels.inl",
         "v = weight * Simd<C>::Exp((v - high) - low);",
         "v = weight * Simd<C>::Exp(v - high);",
-        (PACKED + "::test_gradient_does_not_depend_on_the_size_of_the_normaliser",),
+        (PACKED + "::test_gradient_does_not_depend_on_the_size_of_the_normalizer",),
     ),
     # --- stage 2 ---
     Mutant(
@@ -167,8 +167,8 @@ MUTANTS = [
     Mutant(
         "kept rows: NaN is dropped",
         "csrc/occupancy_cpu.cpp",
-        "if (!(occupancy < lowest || occupancy == 0)) *out++ = row;",
-        "if (occupancy >= lowest && occupancy > 0) *out++ = row;",
+        "if (!(occupancy < lowest || occupancy == 0)) *end++ = row;",
+        "if (occupancy >= lowest && occupancy > 0) *end++ = row;",
         (FUSED,),
     ),
     Mutant(
@@ -216,10 +216,10 @@ MUTANTS = [
     ),
     Mutant(
         "repair: the row's maximum twice",
-        "csrc/normaliser_repair_cpu.cpp",
+        "csrc/normalizer_repair_cpu.cpp",
         "offset + (static_cast<Score>(max) + std::log(static_cast<Score>(sum)));",
         "offset + std::log(static_cast<Score>(sum));",
-        (NORMALISER,),
+        (NORMALIZER,),
     ),
     Mutant(
         "a frame of the front begins one column late",
@@ -233,7 +233,7 @@ MUTANTS = [
         "csrc/additive_scores_cpu.cpp",
         "grad[symbols + 1] = -terms.am_only_scale * of_frame;",
         "grad[symbols + 1] = 0 * of_frame;",
-        (NORMALISER,),
+        (NORMALIZER,),
     ),
     # --- Python ---
     Mutant(
@@ -276,7 +276,7 @@ MUTANTS = [
         _OPS + "additive_stages.py",
         "return scores.size(-1) * limits.tiny / limits.eps",
         "return 0.0 * scores.size(-1) * limits.tiny / limits.eps",
-        (NORMALISER, SIMPLE),
+        (NORMALIZER, SIMPLE),
     ),
     Mutant(
         "the recursion shifts back the wrong way",
@@ -295,7 +295,7 @@ MUTANTS = [
     Mutant(
         "the gradient of a fused loss forgets its scale",
         _OPS + "joint_tiles.py",
-        "(total if scale is None else total * scale)",
+        "total if scale is None else total * scale",
         "total",
         (FUSED,),
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transducer-align --checkpoint PATH --text TEXT FILE``: when a model emits each symbol."""
+"""``transducer-align --checkpoint PATH --text TEXT FILE``: times at which a model emits symbols."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 FORMATS = ("json", "ctm", "png")
 CTM_NAME = "alignment.ctm"
 TIME_DECIMALS = 4  # of seconds in JSON
-PROBABILITY_DIGITS = 6  # significant ones: early and late frames can be very unlikely
+PROBABILITY_DIGITS = 6  # significant digits: early and late frames can be very unlikely
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; writes the alignment of each utterance to files or standard output.
+    """Write the alignment of each utterance to files or standard output.
 
     Args:
-        argv: arguments, those of the command line by default.
+        argv: arguments; None takes those of the command line.
 
     Returns:
         The exit status: 0, or 1 if an utterance could not be aligned (the others still are).
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     formats = _check(parser, args)
-    # Late imports: --help stays quick.
+    # Late imports keep --help fast.
     import torch
 
     from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             waveform = read_audio(
                 utterance.audio,
                 offset_s=utterance.offset_s,
-                # A file of the command line is read to its end.
+                # A file from the command line is read to its end.
                 duration_s=None if args.manifest is None else utterance.duration_s,
                 sample_rate=recognizer.fbank.sample_rate,
             )
@@ -96,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def to_json(utterance: Utterance, aligned: AlignedUtterance) -> dict[str, Any]:
-    """Everything about one alignment as plain values; times in seconds, logarithms natural.
+    """Return an alignment as plain values: times in seconds, natural logarithms.
 
     Args:
-        utterance: what was aligned.
+        utterance: the aligned utterance.
         aligned: the result.
     """
 
@@ -133,10 +133,10 @@ def to_json(utterance: Utterance, aligned: AlignedUtterance) -> dict[str, Any]:
 
 
 def ctm_lines(name: str, aligned: AlignedUtterance) -> list[str]:
-    """Lines ``name 1 start duration word`` of NIST's CTM format, times in seconds.
+    """Return lines ``name 1 start duration word`` of NIST's CTM format, times in seconds.
 
     Args:
-        name: of the utterance, without white space.
+        name: name of the utterance, without white space.
         aligned: the result.
 
     Example:
@@ -152,10 +152,10 @@ def ctm_lines(name: str, aligned: AlignedUtterance) -> list[str]:
 
 
 def file_names(ids: Sequence[str]) -> list[str]:
-    """Names for files and CTM lines: the ids, with ``_`` for whatever is no part of a plain name.
+    """Return names for files and CTM lines: the ids, with ``_`` for special characters.
 
     Args:
-        ids: of utterances.
+        ids: ids of the utterances.
 
     Raises:
         ValueError: if two ids get the same name.
@@ -215,15 +215,27 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[st
     if args.manifest is None and (args.text is None or args.file is None):
         parser.error("give either --text TEXT and one audio FILE, or --manifest PATH")
     if args.manifest is not None and (args.text is not None or args.file is not None):
-        parser.error("--manifest brings audio and text: give neither FILE nor --text with it")
+        parser.error("--manifest has audio and text: give neither FILE nor --text with it")
     default = "ctm" if args.output_dir is None else ",".join(FORMATS)
     formats = (default if args.format is None else args.format).split(",")
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
-        parser.error(f"--format knows {', '.join(FORMATS)}; got {', '.join(map(repr, unknown))}")
+        parser.error(
+            f"--format: expected some of {', '.join(FORMATS)}; got {', '.join(map(repr, unknown))}"
+        )
     if args.output_dir is None and formats not in (["json"], ["ctm"]):
         parser.error(f"--format {args.format} needs --output-dir: only json or ctm can be printed")
     return formats
+
+
+def _topology(name: str) -> str:
+    # Imported here: it imports torch, which would make --help slow.
+    from transducer_toolkit.ops.topology import TOPOLOGIES
+
+    if name not in TOPOLOGIES:
+        names = ", ".join(TOPOLOGIES)
+        raise argparse.ArgumentTypeError(f"expected one of {names}, got {name!r}")
+    return name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         "encoder frame that emits a symbol. Without --output-dir the words are printed as CTM.",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="audio file, any rate")
-    parser.add_argument("--text", help="what FILE says")
+    parser.add_argument("--text", help="the text that is spoken in FILE")
     parser.add_argument(
         "--manifest", type=Path, metavar="PATH", help="JSON lines with id, audio, duration_s, text"
     )
@@ -250,12 +262,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         metavar="FORMATS",
-        help=f"some of {','.join(FORMATS)} (default: all of them; ctm without --output-dir)",
+        help=f"some of {','.join(FORMATS)} (default: all; ctm without --output-dir)",
     )
     parser.add_argument(
         "--topology",
+        type=_topology,
         metavar="NAME",
-        help="topology of the lattice (default: that of the loss which trained the model)",
+        help="topology of the lattice (default: that of the loss that trained the model)",
     )
     add_device(parser)
     add_trust_package(parser)

@@ -27,6 +27,6 @@ def add_trust_package(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="also instantiate what the checkpoint names of this Python package, for models of "
+        help="also instantiate classes of this Python package, for models of "
         "your own: it runs the package's code with the checkpoint's arguments; may be repeated",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transducer-average --output PATH CHECKPOINT...``: the mean of checkpoints, as one more."""
+"""``transducer-average --output PATH CHECKPOINT...``: write the mean of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Args:
-        argv: arguments, those of the command line by default.
+        argv: arguments; None takes those of the command line.
 
     Returns:
         The exit status: 0, or 1 if the checkpoints cannot be read or do not belong together.
     """
     args = _parser().parse_args(argv)
-    import torch  # late: --help stays quick
+    import torch  # late, so that --help is fast
 
     try:
         mean = average_checkpoints(args.checkpoints)
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         torch.save(mean, args.output)
-    except (OSError, RuntimeError) as error:  # torch.save's is the latter, and names no file
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError without the path
         print(f"transducer-average: {args.output} cannot be written: {error}", file=sys.stderr)
         return 1
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints")
@@ -36,19 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
-    """Average the weights of checkpoints of one training, or of trainings of one model.
+    """Return the mean of checkpoints of one training, or of trainings of the same model.
 
     Args:
         paths: checkpoints of ``transducer-train``, at least one.
 
     Returns:
-        A checkpoint that ``Recognizer.from_checkpoint`` and ``init_from`` read. It has no state
-        of an optimizer: a training cannot be resumed from it. What is not floating point is that
-        of the last one.
+        A checkpoint for ``Recognizer.from_checkpoint`` and ``init_from``. It has no optimizer
+        state, so a training cannot be resumed from it. Values that are not floating point come from
+        the last checkpoint.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if one is not such a checkpoint, or not of the same model and symbols.
+        ValueError: if one is not such a checkpoint, or has another model or other symbols.
     """
     from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
 
@@ -71,9 +71,9 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
                     f"{path} differs from {paths[0]} in the size of {name}: {tuple(value.shape)} "
                     f"and {tuple(sums[name].shape)}"
                 )
-            # float64: the sum of many float32 would lose the last digits.
+            # float64, because a sum of many float32 loses the last digits.
             sums[name] = sums[name] + value.double() if value.is_floating_point() else value
-    # The dtypes are those of the last checkpoint, as of all.
+    # All checkpoints have the same dtypes as the last one.
     means = {
         name: (total / len(paths)).to(weights[name].dtype)
         if weights[name].is_floating_point()
@@ -86,8 +86,8 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transducer-average",
-        description="Write a checkpoint whose weights are the mean of those of others. Keep the "
-        "best five of a training with callbacks.checkpoint.save_top_k=5 "
+        description="Write a checkpoint whose weights are the mean of those of others. A training "
+        "keeps its best five checkpoints with callbacks.checkpoint.save_top_k=5 "
         "'callbacks.checkpoint.filename=\"{step}\"'.",
     )
     parser.add_argument(

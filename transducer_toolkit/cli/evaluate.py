@@ -30,13 +30,13 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Decode the test sets of ``cfg.data`` with a checkpoint and count the errors.
 
-    Printed are errors in words and in characters, the real-time factor (time of encoder and search
-    over duration of the audio; features come from the data workers) and, of the sets whose
-    manifests have word start times, the symbol delay. The run folder gets ``results.json``, all
+    The command prints the word and character errors, the real-time factor (time of encoder and
+    search divided by the duration of the audio; data workers compute the features) and, for sets
+    whose manifests have word start times, the symbol delay. It writes ``results.json``, all
     transcripts in ``transcripts/NAME.tsv`` and the errors of each utterance in
-    ``errors/NAME.jsonl``.
+    ``errors/NAME.jsonl`` to the run folder.
 
-    Model and tokenizer come from the checkpoint; the data config only says what to decode.
+    Model and tokenizer come from the checkpoint; the data config selects the test sets.
 
     Args:
         cfg: the composed config.
@@ -90,10 +90,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 
 def summary(transcripts: Sequence[Transcript]) -> dict[str, Any]:
-    """Error counts and rates of some transcripts, and the real-time factor, as plain values.
+    """Return error counts, error rates and the real-time factor of transcripts, as plain values.
 
     Args:
-        transcripts: of a set, or of one utterance.
+        transcripts: transcripts of a set, or of one utterance.
 
     Example:
         >>> from transducer_toolkit.training.scoring import Transcript
@@ -128,7 +128,7 @@ def _rates(errors: WordErrors | CharacterErrors, reference: int, rate: float) ->
 
 
 def _write_errors(folder: Path, transcripts: dict[str, list[Transcript]]) -> None:
-    """Write ``NAME.jsonl`` for each test set, one utterance a line."""
+    """Write ``NAME.jsonl`` for each test set, one utterance per line."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in transcripts.items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transducer-export CHECKPOINT --output DIR``: the files that sherpa-onnx loads."""
+"""``transducer-export CHECKPOINT --output DIR``: write the files that sherpa-onnx loads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NEEDED_PACKAGES = ("onnx", "onnxruntime")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; writes the files and prints their paths and sizes.
+    """Write the files of an export and print their paths and sizes.
 
     Args:
-        argv: arguments, those of the command line by default.
+        argv: arguments; None takes those of the command line.
 
     Returns:
         The exit status: 0, or 1 if the checkpoint could not be exported.
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.chunk_frames is not None and not args.streaming:
-        parser.error("--chunk-frames goes with --streaming")
+        parser.error("--chunk-frames needs --streaming")
     missing = [name for name in NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    # Late imports: --help stays quick.
+    # Late imports keep --help fast.
     from transducer_toolkit.export import export_for_sherpa
     from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
 
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{path.stat().st_size:12,d}  {path}")
     if recognizer.max_symbols_per_frame > 1:
         print(
-            "note: this model was trained to emit several symbols on one frame; sherpa-onnx takes "
-            "one at most. Compare `transducer-evaluate search.max_symbols_per_frame=1`; "
-            "loss.topology=modified trains for it.",
+            "note: this model was trained to emit several symbols on one frame; sherpa-onnx emits "
+            "at most one. transducer-evaluate search.max_symbols_per_frame=1 measures the loss in "
+            "accuracy; loss.topology=modified trains a model for one symbol per frame.",
             file=sys.stderr,
         )
     return 0
@@ -88,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         "--chunk-frames",
         type=int,
         metavar="N",
-        help="with --streaming: encoder frames of 40 ms that an LSTM encoder takes at once "
-        "(default: 4; an Emformer has its segments)",
+        help="with --streaming: encoder frames of 40 ms per call of an LSTM encoder (default: 4); "
+        "an Emformer takes one segment per call",
     )
     add_trust_package(parser)
     return parser

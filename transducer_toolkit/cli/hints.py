@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a misspelt override may have meant."""
+"""Suggestions for misspelled overrides."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG_MODULE = "transducer_toolkit.conf"
 
 
 def nearest_keys(config_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a ``hydra.main`` function: when it fails over an unknown key, name the nearest.
+    """Return a decorator for ``hydra.main`` functions that suggests keys for unknown ones.
 
     Args:
         config_name: the primary config.
@@ -37,7 +37,7 @@ def nearest_keys(config_name: str) -> Callable[[Callable[..., Any]], Callable[..
             try:
                 return main(*args, **kwargs)
             except SystemExit as end:
-                if end.code == 1:  # Hydra has said what is wrong
+                if end.code == 1:  # Hydra has printed its error
                     for hint in find_hints(config_name, sys.argv[1:]):
                         print(hint, file=sys.stderr)
                 raise
@@ -48,15 +48,14 @@ def nearest_keys(config_name: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
-    """Compare overrides with the keys, groups and options that there are.
+    """Return suggestions for overrides of keys, groups and options that do not exist.
 
     Args:
         config_name: the primary config.
-        arguments: of the command line.
+        arguments: arguments of the command line.
 
     Returns:
-        A sentence for each override that names nothing; none if there is no such override, or if
-        nothing is near it.
+        A sentence for each such override for which there is a similar name.
 
     Example:
         >>> find_hints("train", ["optimzer.lr=1e-3", "loss=packd", "lr=1"])
@@ -72,7 +71,7 @@ def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return _compare(config_name, overrides)
     except (HydraException, OmegaConfBaseException):
-        return []  # it is something else that is wrong
+        return []  # the error has another cause
 
 
 def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
@@ -96,7 +95,7 @@ def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
         if name in REMOVED_KEYS:
             hints.append(f"{name} is no option any more: {REMOVED_KEYS[name]}")
             continue
-        # What is added (+, ++) may be anything.
+        # An added key (+, ++) need not exist.
         if name not in keys and not override.is_add() and not override.is_force_add():
             near = _nearest(name, keys)
             if near:
@@ -105,7 +104,7 @@ def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
 
 
 def _nearest(name: str, keys: Sequence[str]) -> list[str]:
-    """Keys that end in ``name``, else those spelt most like it, as a whole or in their end."""
+    """Return keys that end in ``name``, else the most similar keys or ends of keys."""
     same_leaf = [key for key in keys if key.endswith("." + name)]
     if same_leaf:
         return sorted(same_leaf, key=len)[:3]
@@ -138,7 +137,7 @@ def _options(loader: ConfigLoader, group: str) -> list[str]:
 
 
 def _values(override: Override) -> list[str]:
-    """The options an override names: of a sweep several, of a deletion none."""
+    """Return the options of an override: several of a sweep, none of a deletion."""
     text = (override.input_line or "").partition("=")[2]
     return [value.strip() for value in text.split(",") if value.strip() not in ("", "null")]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands print and write."""
+"""Output of the commands: tables, transcripts and log messages."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from transducer_toolkit.training.scoring import (
 
 
 def quiet_lightning() -> None:
-    """Let Hydra's logging print Lightning's messages, once and in its format."""
-    # Lightning adds a handler of its own as it is imported.
+    """Print Lightning's messages once, in the format of Hydra's logging."""
+    # Lightning adds a handler of its own when it is imported.
     import lightning
 
     logging.getLogger(lightning.__name__).handlers.clear()
-    # Raised by Lightning's own use of torch; nothing that a user can mend.
+    # Caused by Lightning's use of torch; a user cannot change it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    # A run that goes on in its folder: the metrics were put aside, the checkpoints are meant.
+    # A run that resumes in its folder: the metrics were renamed, the checkpoints are its own.
     warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty")
 
 
 def print_word_errors(
     errors: Mapping[str, WordErrors], delays: Mapping[str, SymbolDelay | None] | None = None
 ) -> None:
-    """Print a table, one test set a line.
+    """Print a table of word errors, one line per test set.
 
     Args:
         errors: word errors by name of the test set.
-        delays: symbol delays likewise; their columns appear if a set has one.
+        delays: symbol delays by name of the test set; their columns appear if a set has one.
     """
     delays = delays or {}
     with_delays = any(delays.values())
@@ -58,10 +58,10 @@ def print_word_errors(
 
 
 def print_character_errors(transcripts: Mapping[str, Sequence[Transcript]]) -> None:
-    """Print a table of character errors and speed, one test set a line.
+    """Print a table of character errors and speed, one line per test set.
 
     Args:
-        transcripts: by name of the test set.
+        transcripts: transcripts by name of the test set.
     """
     width = max(len("test set"), *map(len, transcripts))
     header = f"{'test set':{width}s}   CER %    sub    del    ins   chars      audio s      RTF"
@@ -81,8 +81,8 @@ def write_transcripts(folder: Path, transcripts: Mapping[str, Sequence[Transcrip
     """Write ``NAME.tsv`` for each test set: id, reference and hypothesis, tab-separated.
 
     Args:
-        folder: made if need be.
-        transcripts: by name of the test set.
+        folder: output folder, made if it does not exist.
+        transcripts: transcripts by name of the test set.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in transcripts.items():

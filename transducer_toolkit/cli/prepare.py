@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transducer-prepare data=OPTION``: make a corpus before a training asks for it."""
+"""``transducer-prepare data=OPTION``: prepare a corpus before a training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Prepare the corpus of ``cfg.data`` as ``transducer-train`` would, and list its sets.
+    """Prepare the corpus of ``cfg.data`` as ``transducer-train`` does, and list its sets.
 
     Args:
         cfg: the composed config.
@@ -40,7 +40,7 @@ def prepare(cfg: DictConfig) -> None:
         if reads_cuts:
             from transducer_toolkit.data.lhotse_datamodule import open_texts
 
-            open_texts(path)  # or an error; to count them could take long
+            open_texts(path)  # raises if there are none; counting them could take long
         if reads_cuts or path.suffix != ".jsonl":
             print(f"{name:16s} {'-':>10s} {'-':>9s} {'-':>9s}  {path}")
             continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint a training goes on from."""
+"""Finds the checkpoint that a training resumes from."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ LAST = Path("checkpoints", "last.ckpt")
 
 
 def find_checkpoint(wanted: str | None, run_dir: Path, *, name: str) -> str | None:
-    """Resolve ``ckpt_path``.
+    """Return the checkpoint that ``ckpt_path`` means.
 
     Args:
-        wanted: a path; ``"auto"``: ``last.ckpt`` of this very run folder, if a process that was
-            stopped has left one there (a job that Slurm requeues gets its folder again);
-            ``"last"``: the newest ``last.ckpt`` of all runs of this name; or None.
+        wanted: the option. A path; ``"auto"`` for ``last.ckpt`` of this run folder, if it exists (a
+            job that Slurm requeues gets the same folder); ``"last"`` for the newest ``last.ckpt``
+            of all runs of this name; or None.
         run_dir: folder of this run, below the folder of all runs of its name.
-        name: of the run.
+        name: name of the run.
 
     Returns:
-        The path of a checkpoint, or None to begin anew.
+        The path of a checkpoint, or None for a new training.
 
     Raises:
-        FileNotFoundError: the checkpoint asked for does not exist.
+        FileNotFoundError: the checkpoint does not exist.
     """
     if wanted is None:
         return None
@@ -35,8 +35,8 @@ def find_checkpoint(wanted: str | None, run_dir: Path, *, name: str) -> str | No
         found = [path for folder in folders for path in folder.rglob(str(LAST)) if path.is_file()]
         if not found:
             raise FileNotFoundError(
-                f"ckpt_path=last: no run called {name!r} has left a {LAST} beside {run_dir}; "
-                "give its path, or ckpt_path=null to begin anew"
+                f"ckpt_path=last: no run of the name {name!r} has a {LAST} beside {run_dir}; "
+                "give the path of a checkpoint, or ckpt_path=null for a new training"
             )
         return str(max(found, key=lambda path: path.stat().st_mtime))
     if not Path(wanted).is_file() and "://" not in wanted:
@@ -47,7 +47,7 @@ def find_checkpoint(wanted: str | None, run_dir: Path, *, name: str) -> str | No
 
 
 def keep_metrics(run_dir: Path) -> None:
-    """Rename the metrics of a run that goes on in its folder: its logger begins a new file.
+    """Rename the metrics of a run that resumes in its folder, because its logger overwrites them.
 
     ``metrics.csv`` becomes ``metrics.1.csv``, or the next number that is free.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One name for a run, the same in all of its processes."""
+"""The name of a run, the same in all of its processes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ RUN_ID_VARIABLE = "TRANSDUCER_TOOLKIT_RUN_ID"
 
 
 def run_id() -> str:
-    """The name of this run's folder: its starting time, or what the launcher gives all processes.
+    """Return the name of this run's folder: its starting time or the id of its launcher.
 
     Hydra makes the folder in every process. Processes that Lightning starts inherit the time from
-    the environment; those of torchrun and Slurm share an id that their launcher provides.
+    the environment; processes of torchrun and Slurm share an id of their launcher.
 
     Example:
         >>> run_id() == run_id()
@@ -25,20 +25,21 @@ def run_id() -> str:
         os.environ[RUN_ID_VARIABLE] = (
             _launcher_id("TORCHELASTIC_RUN_ID", "torchrun")
             or _launcher_id("SLURM_JOB_ID", "slurm")
-            or f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"[:-3]  # two started at once stay apart
+            or f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"[
+                :-3
+            ]  # with milliseconds, as two runs may start at once
         )
     return os.environ[RUN_ID_VARIABLE]
 
 
 def _launcher_id(variable: str, prefix: str) -> str | None:
     value = os.environ.get(variable, "none")
-    # torchrun calls a run "none" unless it was given --rdzv-id: then the address of its
-    # rendezvous tells runs apart.
+    # Without --rdzv-id, torchrun's id is "none": take the address of the rendezvous instead.
     if value == "none" and prefix == "torchrun" and variable in os.environ:
         value = f"{os.environ.get('MASTER_ADDR', '')}-{os.environ.get('MASTER_PORT', '')}"
     return None if value == "none" else f"{prefix}-{value}"
 
 
 def register() -> None:
-    """Offer the name to Hydra's configs as ``${transducer_run_id:}``."""
+    """Make the name available in Hydra's configs as ``${transducer_run_id:}``."""
     OmegaConf.register_new_resolver("transducer_run_id", run_id, replace=True)

@@ -29,7 +29,7 @@ run_folder.register()
 @hints.nearest_keys("train")
 @hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Entry point; returns the best validation WER, for Hydra's sweepers."""
+    """Run the command; return the best validation WER, for Hydra's sweepers."""
     return train(cfg)
 
 
@@ -40,9 +40,9 @@ def train(cfg: DictConfig) -> float | None:
         cfg: the composed config.
 
     Returns:
-        The best validation WER (a fraction); None if there was no validation.
+        The best validation WER (a fraction), or None without a validation.
     """
-    # Late imports: --help, --cfg and shell completion stay quick.
+    # Late imports keep --help, --cfg and shell completion fast.
     import torch
     from hydra.utils import instantiate
     from lightning import seed_everything
@@ -54,7 +54,7 @@ def train(cfg: DictConfig) -> float | None:
     _check_options(cfg)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
-    if cfg.flush_denormal:  # before the first parallel region, or its threads do not follow
+    if cfg.flush_denormal:  # before the first parallel region, whose threads copy the setting
         torch.set_flush_denormal(True)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -70,7 +70,7 @@ def train(cfg: DictConfig) -> float | None:
         start_from(module, cfg.init_from)
 
     if ckpt_path is not None:
-        logger.info("going on from %s", ckpt_path)
+        logger.info("resuming from %s", ckpt_path)
         resume.keep_metrics(Path(cfg.run_dir))
     clock = StepClock()
     averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
@@ -107,7 +107,7 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _check_options(cfg: DictConfig) -> None:
-    """Raise a ValueError or TypeError for what nobody else would name as it is spelt here."""
+    """Check options whose own errors would not name the Hydra key."""
     from transducer_toolkit.ops.checks import (
         check_at_least,
         check_flag,
@@ -139,7 +139,7 @@ def _check_options(cfg: DictConfig) -> None:
 
 
 def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> TransducerModule:
-    """Build the model for a vocabulary, and everything that trains it.
+    """Build the model for the vocabulary of the data, with loss, optimizer and schedule.
 
     Args:
         cfg: the composed config.
@@ -189,15 +189,15 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
 
 
 def start_from(module: TransducerModule, path: str) -> None:
-    """Take over the weights of another training's checkpoint, of any loss mode, where they fit.
+    """Load weights from a checkpoint of another training, of any loss, where name and size match.
 
     Args:
-        module: whose model and loss stage get the weights.
+        module: the module whose model and loss stage get the weights.
         path: a checkpoint of ``transducer-train``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a checkpoint, or nothing in it fits.
+        ValueError: if it is not such a checkpoint, or no weight matches.
     """
     from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
 
@@ -224,7 +224,10 @@ def start_from(module: TransducerModule, path: str) -> None:
 
 
 def _refuse_processes_in_sweep(trainer: Trainer) -> None:
-    """Lightning's processes repeat the command line: in a sweep each would start all of it."""
+    """Raise an error in a sweep if Lightning would start processes.
+
+    They repeat the command line, so each would run the whole sweep.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -240,7 +243,7 @@ def _refuse_processes_in_sweep(trainer: Trainer) -> None:
 
 
 def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
-    """The callback that keeps the best checkpoint, if there is one."""
+    """Return the callback that keeps the best checkpoint, or None."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     found = (it for it in trainer.checkpoint_callbacks if isinstance(it, ModelCheckpoint))
@@ -248,7 +251,7 @@ def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
 
 
 def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) -> None:
-    """Print where everything is and what it gave; keep the same in results.json."""
+    """Print results and paths; write the results to results.json."""
     from transducer_toolkit.cli.output import print_word_errors, write_transcripts
 
     run_dir = Path(cfg.run_dir)
@@ -283,7 +286,7 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
 
 
 def _relative(path: Path) -> Path:
-    """The path as seen from here, if it lies below."""
+    """Return the path relative to the working directory if it lies below it."""
     path = path.resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 

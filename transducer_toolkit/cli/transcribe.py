@@ -27,10 +27,10 @@ AUDIO_SUFFIXES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; writes what was recognised in each file.
+    """Write the transcript of each file.
 
     Args:
-        argv: arguments, those of the command line by default.
+        argv: arguments; None takes those of the command line.
 
     Returns:
         The exit status: 0, or 1 if a file could not be read (the others are still transcribed).
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     _check(parser, args)
-    # Late imports: --help stays quick.
+    # Late imports keep --help fast.
     import torch
 
     from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     on_progress=partial(progress, path),
                 )
             except (OSError, ValueError) as error:
-                # A library's message may have many lines, and need not name the file.
+                # The message of a library may have many lines and may not name the file.
                 problem = str(error).partition("\n")[0]
                 named = problem if path in problem else f"{path}: {problem}"
                 print(f"transducer-transcribe: {named}", file=sys.stderr)
@@ -88,14 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_audio(paths: Sequence[str]) -> dict[str, Path]:
-    """List audio files, those of folders and of all folders below them included.
+    """Find audio files, in folders and in all folders below them too.
 
     Args:
-        paths: files, taken whatever their name, and folders, of which files with the name of an
-            audio file are taken.
+        paths: files, with any name, and folders, which are searched for names of audio files.
 
     Returns:
-        By path of the file, its name relative to the folder it was found in.
+        For the path of each file, its path relative to the folder that was searched.
 
     Raises:
         FileNotFoundError: a folder holds no audio files.
@@ -115,7 +114,7 @@ def find_audio(paths: Sequence[str]) -> dict[str, Path]:
 def _open_output(
     args: argparse.Namespace, files: dict[str, Path], stack: ExitStack
 ) -> Callable[[str, str], Any]:
-    """What is called with path and transcript of each file: writes to where --output says."""
+    """Return a function that writes the transcript of a file to the place that --output names."""
     folder = Path(args.output or "")
     if args.output is None or not (folder.is_dir() or args.output.endswith(os.sep)):
         if args.format == "srt" and len(files) > 1:
@@ -146,7 +145,10 @@ def _open_output(
 
 @contextmanager
 def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error, if that is a terminal; called with a path and its seconds done."""
+    """Show a bar on standard error if that is a terminal; yield a function that updates it.
+
+    The function is called with a path and the seconds of it that are done.
+    """
     if not sys.stderr.isatty():
         yield lambda path, done_s: None
         return
@@ -162,7 +164,7 @@ def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[str, float], None]
 
     durations_s = {}
     for path in paths:
-        durations_s[path] = 0.0  # of what will be complained about in its turn
+        durations_s[path] = 0.0  # unreadable files are reported later
         if os.path.isfile(path):
             with suppress(soundfile.LibsndfileError, TypeError):
                 durations_s[path] = soundfile.info(path).duration
@@ -174,7 +176,7 @@ def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[str, float], None]
             TextColumn("{task.description}"),
         ),
         console=Console(stderr=True),
-        redirect_stdout=sys.stdout.isatty(),  # lines above the bar; a pipe gets them itself
+        redirect_stdout=sys.stdout.isatty(),  # prints above the bar; not if stdout is a pipe
         transient=True,
     )
     done: dict[str, float] = {}
@@ -221,12 +223,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transducer-transcribe",
         description="Transcribe audio files (wav, flac, ogg, mp3, opus and others; any sample "
-        "rate, any length) with a checkpoint of transducer-train. Prints one line a file: its "
-        "path, a tab, the text. A file that cannot be read is named and left out; the exit status "
-        "is then 1.",
+        "rate, any length) with a checkpoint of transducer-train. Prints one line per file: its "
+        "path, a tab, the text. A file that cannot be read is reported and skipped; the exit "
+        "status is then 1.",
     )
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="audio file, or folder to be searched for some"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="audio file, or folder that is searched for audio files",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="checkpoint of transducer-train"
@@ -240,32 +245,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="write there rather than to standard output: to one file, or, if PATH is a folder or "
-        f"ends in {os.sep}, to one file for each audio file",
+        help="write to this file instead of standard output; if PATH is a folder or ends in "
+        f"{os.sep}, write one file for each audio file",
     )
     parser.add_argument(
         "--search", choices=("greedy", "modified_beam"), default="greedy", help="default: greedy"
     )
-    parser.add_argument("--beam", type=int, metavar="K", help="of the modified beam search: 4")
+    parser.add_argument(
+        "--beam", type=int, metavar="K", help="hypotheses of the modified beam search (default: 4)"
+    )
     parser.add_argument(
         "--max-symbols-per-frame",
         type=int,
         metavar="N",
-        help="of the greedy search (default: as in training)",
+        help="bound of the greedy search (default: as in training)",
     )
     parser.add_argument(
         "--window-s",
         type=float,
         default=WINDOW_S,
         metavar="S",
-        help="longer files are recognised in windows of so many seconds (default: %(default)g)",
+        help="seconds of a window, for files that are longer (default: %(default)g)",
     )
     parser.add_argument(
         "--overlap-s",
         type=float,
         default=OVERLAP_S,
         metavar="S",
-        help="which overlap by so many (default: %(default)g)",
+        help="seconds of overlap between windows (default: %(default)g)",
     )
     add_device(parser)
     add_trust_package(parser)

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from transducer_toolkit.inference.words import RecognizedWord
 
 CAPTION_LINE_LENGTH = 42  # characters; two lines a caption
-CAPTION_S = 6.0  # at most
-CAPTION_PAUSE_S = 1.0  # without a word for so long, a caption ends
-CAPTION_SHOWN_S = 1.0  # at least, unless the next one follows
+CAPTION_S = 6.0  # maximum duration of a caption
+CAPTION_PAUSE_S = 1.0  # a pause of this length ends a caption
+CAPTION_SHOWN_S = 1.0  # minimum duration, unless the next caption begins earlier
 
 
 def to_text(path: str, found: Transcription) -> str:
-    """One line: path, a tab, the text."""
+    """Return one line: path, a tab, the text."""
     return f"{path}\t{found.text}\n"
 
 
 def to_json(path: str, found: Transcription) -> str:
-    """One line: a JSON object with path, duration, text, and words with times and confidences."""
+    """Return one line: a JSON object with path, duration, text, and words with their times."""
     value: dict[str, Any] = {
         "audio": path,
         "duration_s": round(found.duration_s, 3),
@@ -44,7 +44,9 @@ def to_json(path: str, found: Transcription) -> str:
 
 
 def to_ctm(path: str, found: Transcription) -> str:
-    """A line ``path 1 start duration word confidence`` a word, seconds; no white space in the path.
+    """Return one line per word, ``path 1 start duration word confidence``, times in seconds.
+
+    White space in the path is replaced.
 
     Example:
         >>> from transducer_toolkit.inference.long_audio import Transcription
@@ -62,7 +64,7 @@ def to_ctm(path: str, found: Transcription) -> str:
 
 
 def to_srt(path: str, found: Transcription) -> str:
-    """Numbered captions of at most two lines and six seconds; a pause ends a caption."""
+    """Return numbered captions of at most two lines and six seconds; a pause ends a caption."""
     captions = _captions(found.words)
     blocks = []
     for number, words in enumerate(captions, start=1):

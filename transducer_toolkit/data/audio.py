@@ -15,7 +15,7 @@ __all__ = ["SAMPLE_RATE", "read_audio", "resample"]
 
 SAMPLE_RATE = 16000
 MAX_SAMPLE_RATE = 1_000_000
-# Numerator and denominator of a ratio of rates: resampling takes memory as their product.
+# Bound on numerator and denominator of a ratio of rates: memory grows with their product.
 MAX_RATIO_TERM = 1000
 
 
@@ -30,10 +30,10 @@ def read_audio(
 
     Args:
         path: any format that soundfile reads; several channels are averaged.
-        offset_s: where to start, seconds.
-        duration_s: how much to read, seconds; None reads to the end. A part that reaches beyond
-            the end of the file is cut there.
-        sample_rate: of the result, Hz; the file is resampled when it has another one.
+        offset_s: start of the part, in seconds.
+        duration_s: length of the part, in seconds; None reads to the end. A part that reaches
+            beyond the end of the file is cut there.
+        sample_rate: sample rate of the result, in Hz; a file of another rate is resampled.
 
     Returns:
         float32 CPU tensor ``(num_samples,)``, full scale being [-1, 1].
@@ -70,8 +70,8 @@ def read_audio(
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Resample ``(num_samples,)`` by windowed-sinc interpolation; equal rates return the input.
 
-    A ratio of large numbers, such as 44101 to 16000, is replaced by the nearest one of numbers up
-    to 1000, which is at most 0.05 % off: exactly, it would take gigabytes.
+    A ratio of large numbers, such as 44101 to 16000, is replaced by the nearest ratio of numbers up
+    to 1000, which is at most 0.05 % off: the exact ratio would take gigabytes.
 
     Args:
         waveform: float tensor ``(num_samples,)``.
@@ -105,9 +105,9 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
 
 def check_audio_path(path: str | os.PathLike[str]) -> None:
-    """Raise a FileNotFoundError or ValueError unless there is a regular file.
+    """Raise a FileNotFoundError or ValueError unless ``path`` is a regular file.
 
-    To open a pipe would wait for whoever writes to it.
+    A pipe is refused because opening one waits for a writer.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no audio file at {os.fspath(path)}")

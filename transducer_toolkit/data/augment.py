@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation of waveforms and features; the caller brings the random generator."""
+"""Augmentation of waveforms and features, with a random generator of the caller."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SPEED_STEP = 0.01  # speeds are multiples of this: few, small resampling kernels
 
 
 class WaveformPerturbation:
-    """Random speed, equalisation, noise, telephone band and gain, applied in this order.
+    """Applies random speed, equalization, noise, telephone band and gain, in this order.
 
     Args:
         speed: speeds are drawn from [1 - speed, 1 + speed] in steps of 0.01; pitch and tempo change
             together, and the length becomes ``num_samples / speed``. 0 is off.
-        eq_db: gains of the equaliser at five frequencies are drawn from [-eq_db, eq_db]. 0 is off.
+        eq_db: gains of the equalizer at five frequencies are drawn from [-eq_db, eq_db]. 0 is off.
         noise_snr_db: range of the signal-to-noise ratio, dB; the noise has a random spectral slope
             between white (0) and brown (-6 dB an octave). None is off.
         noise_probability: probability that noise is added.
@@ -96,13 +96,13 @@ class WaveformPerturbation:
             float32 tensor ``(num_samples / speed,)`` in [-1, 1].
         """
         if self.speed > 0:
-            # Read faster by `speed`: pretend that the rate was higher and come back to the nominal.
+            # To play faster by `speed`, take the rate as higher by it and resample to the nominal.
             percent = round(self.draw_speed(rng) / SPEED_STEP)
             waveform = resample(waveform, percent, round(1 / SPEED_STEP))
-        return self.colour(waveform, rng)
+        return self.color(waveform, rng)
 
-    def colour(self, waveform: Tensor, rng: np.random.Generator) -> Tensor:
-        """Apply everything but the speed; the length stays."""
+    def color(self, waveform: Tensor, rng: np.random.Generator) -> Tensor:
+        """Apply everything but the speed; the length does not change."""
         eq_knots_db = rng.uniform(-self.eq_db, self.eq_db, len(EQ_KNOTS_HZ))
         snr_db = None
         if self.noise_snr_db is not None and rng.random() < self.noise_probability:
@@ -136,7 +136,7 @@ def _energy(spectrum: Tensor) -> Tensor:
 
 
 def _fft_length(num_samples: int) -> int:
-    # A power of two is fast whatever the length; the padding also keeps the filter's tail from
+    # A power of two is fast for every length; the padding also keeps the filter's tail from
     # wrapping round onto the start.
     return 1 << (num_samples + SAMPLE_RATE // 50).bit_length()
 
@@ -168,7 +168,7 @@ def _noise_spectrum(fft_length: int, rng: np.random.Generator) -> Tensor:
 
 
 class SpecAugment:
-    """Warp the mel axis, then mask random bands of bins and spans of frames with the mean.
+    """Warps the mel axis, then masks random bands of bins and spans of frames with the mean.
 
     Args:
         max_freq_warp: the mel axis is stretched by a factor drawn from ``1 +- max_freq_warp``, as a
@@ -176,11 +176,11 @@ class SpecAugment:
         num_freq_masks: number of frequency masks.
         max_freq_width: a frequency mask covers 0 to this many bins.
         num_time_masks: number of time masks.
-        max_time_width: a time mask covers 0 to this many frames (10 ms each) ...
-        max_time_fraction: ... and at most this fraction of the utterance.
+        max_time_width: a time mask covers 0 to this many frames (10 ms each).
+        max_time_fraction: a time mask covers at most this fraction of the utterance.
 
     Raises:
-        TypeError: an option is no number, or no whole one where frames, bins or masks are counted.
+        TypeError: an option is no number, or a number of frames, bins or masks is no integer.
         ValueError: an option is negative, or the fraction is above 1.
 
     Example:
@@ -219,14 +219,14 @@ class SpecAugment:
             rng: source of all randomness.
 
         Returns:
-            Tensor like ``features``; the input is left alone.
+            Tensor like ``features``, which is not changed.
         """
         num_frames, num_bins = features.shape
         if self.max_freq_warp > 0:
             masked = _warp(features, 1.0 + rng.uniform(-self.max_freq_warp, self.max_freq_warp))
         else:
             masked = features.clone()
-        # The mean, not zero: features are log energies whose normalisation comes later.
+        # The mean, not zero: features are log energies whose normalization comes later.
         fill = float(masked.mean())
         max_time_width = min(self.max_time_width, int(self.max_time_fraction * num_frames))
         for _ in range(self.num_freq_masks):
@@ -239,7 +239,7 @@ class SpecAugment:
 
 
 def _warp(features: Tensor, factor: float) -> Tensor:
-    """Give bin ``k`` what was at ``k * factor``, interpolated; the last bin holds beyond."""
+    """Give bin ``k`` the interpolated value at ``k * factor``, or the last bin's beyond the end."""
     last = features.shape[1] - 1
     position = (torch.arange(features.shape[1]) * factor).clamp_max(last)
     below = position.long()

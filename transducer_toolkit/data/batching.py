@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches bounded by the number of lattice cells, and which utterances have a lattice at all."""
+"""Batches bounded by their lattice cells, and the check that a lattice has a path."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["EpochIndex", "LatticeBatchSampler"]
 
 
 class EpochIndex(NamedTuple):
-    """What the sampler asks of a dataset: one utterance, as augmented in one epoch.
+    """The key of one utterance, augmented for one epoch.
 
-    The epoch travels with the index because data workers hold copies of the dataset: a worker that
-    outlives an epoch would not see a counter advance.
+    The key contains the epoch because data workers hold copies of the dataset: a worker that lives
+    for several epochs would not see a counter of the dataset advance.
     """
 
     epoch: int
@@ -27,15 +27,16 @@ class EpochIndex(NamedTuple):
 
 
 class LatticeBatchSampler(Sampler[list[EpochIndex]]):
-    """Batches of similar length whose lattices hold at most ``max_cells`` cells together.
+    """Yields batches of utterances of similar length with at most ``max_cells`` lattice cells.
 
-    A batch's memory and time are those of its lattice, ``sum_b T_b * (U_b + 1)`` cells, so that is
-    what is bounded. An utterance that alone exceeds the bound gets a batch of its own.
+    The memory and the time of a batch grow with its lattice cells, ``sum_b T_b * (U_b + 1)``. An
+    utterance that exceeds the bound by itself gets a batch of its own.
 
-    Each epoch's batches are a function of ``(seed, epoch)``, computed alike on all ranks. Every
-    epoch has the same number of batches, ranks take disjoint ones, equally many, and those of one
-    step are of similar size. No utterance is dropped or repeated: batches are split until their
-    number is right. (Where even single utterances are too many for that, the smallest are joined.)
+    The batches of an epoch are a function of ``(seed, epoch)``, and all ranks compute the same
+    ones. Every epoch has the same number of batches. Each rank takes the same number of them, no
+    batch goes to two ranks, and the batches of one step have similar sizes. No utterance is dropped
+    or repeated: batches are split until their number is right. (If there are too many batches even
+    with one utterance each, the smallest are joined.)
 
     Args:
         num_frames: feature frames of each utterance, the encoder's input.
@@ -44,10 +45,10 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
             :meth:`transducer_toolkit.modules.Encoder.num_output_frames`.
         max_cells: bound on the cells of a batch.
         max_utterances: bound on the utterances of a batch.
-        shuffle: new batches in a new order each epoch; otherwise by length, longest first (so that
-            running out of memory happens at once).
-        seed: of the shuffling.
-        rank: this process, in ``[0, world_size)``.
+        shuffle: True for new batches in a new order in each epoch; False for batches sorted by
+            length, longest first, so that a lack of memory shows at once.
+        seed: seed of the shuffling.
+        rank: index of this process, in ``[0, world_size)``.
         world_size: number of processes.
 
     Raises:
@@ -119,20 +120,20 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.start = 0  # batches that the next iteration leaves out, at the front
-        # Shuffled epochs differ by a few batches; with 2 % in reserve all can have equally many.
+        self.start = 0  # the next iteration skips this many batches
+        # Shuffled epochs need slightly different numbers of batches; 2 % more suffices for all.
         needed = len(self._draw(epoch=0, attempt=0))
         steps = -(-(needed + (needed // 50 if shuffle else 0)) // world_size)
         self._num_batches = min(steps, len(frames) // world_size) * world_size
 
     @property
     def sampler(self) -> LatticeBatchSampler:
-        """Itself: Lightning calls ``set_epoch`` on a batch sampler's ``sampler``."""
+        """This object: Lightning calls ``set_epoch`` on a batch sampler's ``sampler``."""
         return self
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """What, beside the utterances and the epoch, decides the batches of all processes."""
+        """The values that determine the batches, together with the utterances and the epoch."""
         return {
             "num_utterances": len(self._cells),
             "max_cells": self.max_cells,
@@ -143,11 +144,14 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         }
 
     def num_cells(self, position: int) -> int:
-        """Lattice cells of an utterance."""
+        """Return the number of lattice cells of an utterance."""
         return int(self._cells[position])
 
     def largest(self, epoch: int) -> dict[str, list[EpochIndex]]:
-        """This process's batches of an epoch that need most memory, by what they have most of."""
+        """Return this process's batches of an epoch that may need most memory.
+
+        The keys name the measure in which a batch is the largest, such as "most cells".
+        """
         batches = self.batches_of_all_ranks(epoch)[self.rank :: self.world_size]
         measures: dict[str, Callable[[list[int]], int]] = {
             "most cells": lambda batch: int(self._cells[batch].sum()),
@@ -165,7 +169,7 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration gives."""
+        """Set the epoch whose batches the next iteration yields."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -178,17 +182,17 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
             yield [EpochIndex(epoch, position) for position in batch]
 
     def batches_of_all_ranks(self, epoch: int) -> list[list[int]]:
-        """Return positions: the batch of step ``s`` and rank ``r`` is ``s * world_size + r``."""
+        """Return the positions in each batch; step s of rank r has index ``s * world_size + r``."""
         for attempt in range(3):
             batches = self._draw(epoch=epoch, attempt=attempt)
             if len(batches) <= self._num_batches:
                 break
-        else:  # too many each time: what defined the number has the right one
+        else:  # too many each time: this draw defined the number and cannot exceed it
             batches = self._draw(epoch=0, attempt=0)
         self._split_or_join(batches)
         if self.world_size > 1:
-            # The batches of one step should take equally long on all ranks. Most are filled up with
-            # cells, and differ in what the encoder has to do.
+            # The batches of one step should take equally long on all ranks. Most have about equally
+            # many cells and differ in the encoder's work.
             batches.sort(key=self._padded_frames, reverse=True)
         if self.shuffle:
             steps = np.reshape(np.arange(len(batches)), (-1, self.world_size))
@@ -200,14 +204,14 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
         return len(batch) * int(self._frames[batch].max())
 
     def _draw(self, *, epoch: int, attempt: int) -> list[list[int]]:
-        """Batches within both bounds, as many as it takes."""
+        """Return as many batches as both bounds require."""
         pools = [np.arange(len(self._cells))]
         if self.shuffle:
             order = keyed_generator(self.seed, epoch, attempt, "batches").permutation(pools[0])
             typical = min(self.max_utterances, max(1, int(self.max_cells / self._cells.mean())))
             pool = typical * self.POOL_BATCHES
             pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        # lexsort: the frames decide, then the cells; ties keep the (random) order.
+        # lexsort sorts by frames, then by cells; ties keep their (random) order.
         return [
             batch
             for pool in pools
@@ -230,8 +234,8 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
 
     def _split_or_join(self, batches: list[list[int]]) -> None:
         """Bring ``batches`` to their final number, in place."""
-        if len(batches) < self._num_batches:  # halve those with most utterances
-            # The path of halvings decides among equals, and keeps the order.
+        if len(batches) < self._num_batches:  # halve the batches with most utterances
+            # The path of halvings breaks ties, and sorting by it restores the order.
             heap: list[tuple[int, tuple[int, ...], list[int]]] = [
                 (-len(batch), (index,), batch) for index, batch in enumerate(batches)
             ]
@@ -242,6 +246,6 @@ class LatticeBatchSampler(Sampler[list[EpochIndex]]):
                 heapq.heapreplace(heap, (-middle, (*path, 0), batch[:middle]))
                 heapq.heappush(heap, (middle - len(batch), (*path, 1), batch[middle:]))
             batches[:] = [batch for _, _, batch in sorted(heap, key=lambda entry: entry[1])]
-        while len(batches) > self._num_batches:  # only when all are single utterances
+        while len(batches) > self._num_batches:  # only if each batch is a single utterance
             batches.sort(key=lambda batch: int(self._cells[batch].sum()), reverse=True)
             batches[-2:] = [batches[-2] + batches[-1]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are made once: complete or absent, whoever is killed, however many ask."""
+"""Folders that are made once: complete or absent, even if a process is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["build_once", "default_cache_dir", "fingerprint"]
 
 
 def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/transducer_toolkit``, else ``~/.cache/transducer_toolkit``."""
+    """Return ``$XDG_CACHE_HOME/transducer_toolkit``, else ``~/.cache/transducer_toolkit``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "transducer_toolkit"
 
 
 def fingerprint(recipe: Any) -> str:
-    """Return 12 hexadecimal digits that identify a JSON-serialisable recipe.
+    """Return 12 hexadecimal digits that identify a JSON-serializable recipe.
 
     Example:
         >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
@@ -35,15 +35,15 @@ def fingerprint(recipe: Any) -> str:
 
 
 def build_once(folder: str | os.PathLike[str], build: Callable[[Path], None]) -> Path:
-    """Make ``folder`` by ``build`` unless it exists.
+    """Make ``folder`` by calling ``build``, unless it exists.
 
-    ``build`` fills a temporary sibling, which is renamed when it is complete: ``folder`` never
-    holds a part. Other processes wait; a killed one's lock ends with it, and what it left is
-    removed by the next.
+    ``build`` fills a temporary folder next to it, which is renamed when it is complete. Other
+    processes wait for it. The lock of a killed process is released, and the next process removes
+    the incomplete folder that the killed one left.
 
     Args:
-        folder: the folder wanted.
-        build: called with an empty folder to fill; whatever it raises is passed on.
+        folder: the folder to make.
+        build: called with an empty folder to fill; its exceptions are passed on.
 
     Returns:
         ``folder``.

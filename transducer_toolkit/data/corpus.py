@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a corpus is to the data module: something to prepare, and manifests."""
+"""The interface of a corpus: it can be prepared, and it has manifests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Corpus", "CorpusManifests", "ManifestCorpus"]
 
 @dataclass(frozen=True)
 class CorpusManifests:
-    """Where the manifests of a corpus are; each test set has a name."""
+    """Paths of the manifests of a corpus; test sets have names."""
 
     train: Path
     val: Path
@@ -22,22 +22,22 @@ class CorpusManifests:
 
 
 class Corpus(Protocol):
-    """A corpus: made (downloaded, synthesised, ...) by one process, read by all."""
+    """A corpus: one process makes it (downloads or synthesizes it), all processes read it."""
 
     def prepare(self) -> None:
-        """Make the corpus if need be; safe to call again and from several processes."""
+        """Make the corpus if it does not exist; several processes may call this at a time."""
 
     def manifests(self) -> CorpusManifests:
-        """Return the manifests of a prepared corpus; cheap, and the same in every process."""
+        """Return the manifests of a prepared corpus, the same in every process."""
 
 
 class ManifestCorpus:
-    """A corpus that exists already: your own manifests.
+    """A corpus of existing manifests.
 
     Args:
-        train: manifest for training.
-        val: manifest for validation.
-        test: manifests by name of the test set.
+        train: path of the manifest for training.
+        val: path of the manifest for validation.
+        test: paths of the manifests of the test sets, by name.
 
     Raises:
         FileNotFoundError: (by ``prepare``) a manifest is missing.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Lightning data module: from a corpus to batches."""
+"""The Lightning data module: makes batches of a corpus."""
 
 from __future__ import annotations
 
@@ -36,34 +36,36 @@ logger = logging.getLogger(__name__)
 
 
 class TransducerDataModule(lightning.LightningDataModule):
-    """Batches for training, validation and any number of named test sets.
+    """Makes batches for training, validation and any number of named test sets.
 
     The trainer needs ``use_distributed_sampler=False``: the batches are already distributed.
-    Utterances without a path through their lattice are dropped from training and validation, before
-    batching, and counted in the log; test sets are never shortened, a transcript cannot choose what
-    is tested.
+    Utterances without a path through their lattice are dropped from training and validation, and
+    the log says how many. Test sets are never shortened.
 
     Args:
-        corpus: prepared by one process per node, read by all.
+        corpus: the corpus; one process per node prepares it, all processes read it.
         fbank: waveform to features; None is ``Fbank()``.
-        tokenizer: a tokenizer, or what ``setup`` calls with the training texts to get one, such as
+        tokenizer: a tokenizer, or a function that makes one of the training texts, such as
             ``CharTokenizer.from_texts``, the default.
-        waveform_perturbation: for training, or None.
-        spec_augment: for training, or None.
+        waveform_perturbation: augments the waveforms of the training set; None for none.
+        spec_augment: augments the features of the training set; None for none.
         num_output_frames: feature frames to encoder frames, the encoder's method of this name. It
             may be set later, as the attribute, but is needed before ``setup("fit")`` and before any
             loader is made.
         max_cells: bound on the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, T in encoder
             frames.
         max_utterances: bound on the utterances of a batch.
-        topology: decides which utterances are feasible, see :func:`is_feasible`.
+        topology: topology of the loss, which decides whether an utterance has a path; see
+            :func:`~transducer_toolkit.data.batching.is_feasible`.
         num_workers: processes per loader that read and augment; 0 reads in the training process.
-        on_bad_audio: ``"raise"`` ends the training at audio that cannot be read, ``"skip"`` leaves
-            it out, and :class:`~transducer_toolkit.training.callbacks.CountUnreadable` counts it;
-            validation and test always raise.
-        max_duration_s: longer utterances are dropped from training and validation, and counted.
-        pin_memory: page-lock batches, for faster copies to a GPU; None does so where CUDA is.
-        seed: of shuffling and augmentation.
+        on_bad_audio: ``"raise"`` ends the training at audio that cannot be read. ``"skip"`` leaves
+            it out, and :class:`~transducer_toolkit.training.callbacks.CountUnreadable` counts it.
+            Validation and test always raise.
+        max_duration_s: longer utterances are dropped from training and validation; the log says how
+            many. None for no bound.
+        pin_memory: whether batches are page-locked, for faster copies to a GPU; None means yes if
+            CUDA is available.
+        seed: seed of shuffling and augmentation.
 
     Attributes:
         tokenizer: the tokenizer; None before :meth:`made_tokenizer` has made it.
@@ -162,9 +164,9 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.corpus.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the manifests that a stage ("fit", "validate", "test" or None for all) needs.
+        """Read the manifests of a stage: "fit", "validate", "test", or None for all.
 
-        A manifest that was read already is not read again: Lightning calls this before each stage.
+        Lightning calls this before each stage; every manifest is read once.
         """
         manifests = self.corpus.manifests()
         self.made_tokenizer()
@@ -185,33 +187,33 @@ class TransducerDataModule(lightning.LightningDataModule):
         return list(self.corpus.manifests().test)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, augmented batches; behind those of the checkpoint, if one was loaded."""
+        """Return shuffled, augmented batches; after a resume, those that the checkpoint lacks."""
         loader = self._loader("train", training=True)
         if self._train_position is not None:
             loader.load_state_dict(self._train_position)
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training stands in its epoch; Lightning keeps it in checkpoints."""
-        # Lightning would restore a loader by itself, but only one that is made after the checkpoint
-        # is read: not where a schedule asks for the number of steps.
+        """Return the position of the training in its epoch, for Lightning's checkpoints."""
+        # Lightning restores a loader itself only if the loader is made after the checkpoint is
+        # read. A schedule that asks for the number of steps makes the loader earlier.
         loader = None if self.trainer is None else self.trainer.train_dataloader
         return {"train": loader.state_dict()} if isinstance(loader, ResumableLoader) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training loader go on where a checkpoint stands."""
+        """Make the next training loader continue at the position of a checkpoint."""
         self._train_position = state_dict.get("train")
 
     def val_dataloader(self) -> ResumableLoader:
-        """Batches by length, longest first."""
+        """Return batches sorted by length, longest first."""
         return self._loader("val")
 
     def test_dataloader(self) -> list[ResumableLoader]:
-        """One loader per test set, in the order of ``test_names``."""
+        """Return one loader per test set, in the order of ``test_names``."""
         return [self._loader(f"test/{name}") for name in self.test_names]
 
     def made_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer; the first call makes it of the training texts if none was given.
+        """Return the tokenizer; if none was given, the first call makes one of the training texts.
 
         The corpus must be prepared (:meth:`prepare_data`).
         """
@@ -277,7 +279,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         return self.fbank.num_frames(num_samples)
 
     def _read_feasible(self, name: str, path: Path) -> None:
-        """Read the utterances that keep a path, even at the highest speed of training."""
+        """Read the utterances that have a path even at the highest speed of the augmentation."""
         if name in self._utterances:
             return
         perturbation = self.waveform_perturbation if name == "train" else None
@@ -337,5 +339,5 @@ def _check_not_empty(name: str, path: Path, utterances: list[Utterance]) -> None
 
 
 def _init_worker(worker_id: int) -> None:
-    # Workers and training share the CPUs: more threads would fight (a hundredfold slower features).
+    # Workers and training share the CPUs; with more threads, features were a hundred times slower.
     torch.set_num_threads(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From manifest rows to batches of features and targets."""
+"""The dataset: reads manifest rows as features and targets and collates them to batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In place of an example: an utterance that cannot be read, and why."""
+    """Stands for an utterance that cannot be read, and says why."""
 
     utterance_id: str
     reason: str
@@ -45,7 +45,9 @@ class Unreadable:
 
 @dataclass  # not frozen: Lightning's true half and double precision convert batches in place
 class Batch:
-    """Padded utterances; the lengths stay on the CPU, where the lattice's shape is computed.
+    """A batch of padded utterances.
+
+    The lengths stay on the CPU, where the shape of the lattices is computed.
 
     Attributes:
         utterance_ids: ids in the manifest, B of them.
@@ -54,9 +56,10 @@ class Batch:
         feature_lengths: int64 ``(B,)``, CPU, in input frames.
         targets: int64 ``(B, U)``, -1 in the padding.
         target_lengths: int64 ``(B,)``, CPU.
-        word_starts_s: where each word of each text starts, seconds, as the manifest has it (a
-            speed perturbation does not move it); None for an utterance without.
-        unreadable: why utterances were left out, by id; see :class:`SpeechDataset`.
+        word_starts_s: start of each word of each text, in seconds, as the manifest gives it (a
+            speed perturbation does not change it); None for utterances without word times.
+        unreadable: ids of the utterances that were left out, with the reasons; see
+            :class:`SpeechDataset`.
     """
 
     utterance_ids: list[str]
@@ -74,7 +77,7 @@ class Batch:
     def to(self, device: torch.device | str | int, *, non_blocking: bool = True) -> Batch:
         """Return the batch with features and targets on ``device``; lengths stay on the CPU.
 
-        A copy to a GPU overlaps with the CPU's work when the batch is pinned.
+        If the batch is pinned, the copy to a GPU runs while the CPU continues.
         """
         return dataclasses.replace(
             self,
@@ -105,15 +108,16 @@ class SpeechDataset(Dataset[Example]):
         targets: the encoded texts of ``utterances``; None encodes a text whenever it is read.
         waveform_perturbation: applied to the waveform, or None.
         spec_augment: applied to the features, or None.
-        seed: of the augmentation, which is a function of seed, epoch and utterance id alone.
-        on_bad_audio: ``"raise"``, or ``"skip"``: a batch is made of the utterances that can be
-            read, and says which cannot. One that has none gets the next of the manifest that can
-            be read: in a group of processes, none may miss a step.
+        seed: seed of the augmentation, which depends on seed, epoch and utterance id only.
+        on_bad_audio: ``"raise"`` raises an error for audio that cannot be read. ``"skip"`` leaves
+            such utterances out of the batch and lists them in ``Batch.unreadable``. If no utterance
+            of a batch can be read, the next readable one of the manifest replaces them: with
+            several processes, each must have a batch in every step.
 
     Raises:
-        ValueError: unknown ``on_bad_audio``; (on access) audio that is missing, unreadable, too
-            short or not finite, or a text with characters that the tokenizer lacks; the utterance
-            is named.
+        ValueError: ``on_bad_audio`` is unknown; (on access) audio is missing, unreadable, too
+            short or not finite, or the tokenizer lacks a character of a text. The message names
+            the utterance.
 
     Example:
         >>> dataset = SpeechDataset(read_manifest("train.jsonl"), tokenizer, Fbank())
@@ -163,7 +167,7 @@ class SpeechDataset(Dataset[Example]):
             raise ValueError(f"utterance {utterance.id!r}: {error}") from error
 
     def __getitems__(self, keys: Sequence[EpochIndex]) -> list[Example | Unreadable]:
-        """Read the utterances of a batch; DataLoader calls this."""
+        """Read the utterances of a batch (called by DataLoader)."""
         if self.on_bad_audio == "raise":
             return [self[key] for key in keys]
         examples: list[Example | Unreadable] = [self._try(key) for key in keys]
@@ -192,9 +196,9 @@ class SpeechDataset(Dataset[Example]):
         """Augment a waveform for an epoch and turn it into features.
 
         Args:
-            utterance: its id keys the augmentation.
+            utterance: the utterance; its id seeds the augmentation.
             waveform: float32 ``(num_samples,)`` at ``fbank.sample_rate``.
-            epoch: of training.
+            epoch: epoch of the training.
             targets: the encoded text, (U,) int64; None encodes it here.
         """
         if self.waveform_perturbation is not None:

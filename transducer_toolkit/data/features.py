@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-mel features, exactly those that the deployment client sherpa-onnx computes."""
+"""Log-mel features, the same as those of the deployment client sherpa-onnx."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PREEMPHASIS = 0.97
 
 
 class Fbank:
-    """Kaldi log-mel filterbank features with sherpa-onnx's settings.
+    """Computes Kaldi log-mel filterbank features with sherpa-onnx's settings.
 
     16 kHz, 25 ms frames every 10 ms, 20 Hz to 7600 Hz (``high_freq = -400``), no dither, frames
-    centred by reflection at both ends (``snip_edges = False``), samples in [-1, 1] and no mean
-    normalisation: that belongs to the encoder, so that an exported encoder needs nothing else.
+    centered by reflection at both ends (``snip_edges = False``), samples in [-1, 1] and no mean
+    normalization. The encoder normalizes, so an exported encoder is complete.
 
     Args:
         num_mel_bins: number of mel bins, F.
@@ -35,9 +35,9 @@ class Fbank:
         >>> fbank(torch.rand(16000) - 0.5).shape, fbank.num_frames(16000)
         (torch.Size([100, 80]), 100)
 
-    Source: Kaldi's ``compute-fbank-feats``. The numbers are those of
-    ``torchaudio.compliance.kaldi.fbank``, in half the time (it builds the mel filters anew for
-    each utterance) and without its dependency, which inference then does not need.
+    Source: Kaldi's ``compute-fbank-feats``. The numbers equal those of
+    ``torchaudio.compliance.kaldi.fbank``, which takes twice the time because it builds the mel
+    filters for each utterance. Inference does not need torchaudio.
     """
 
     sample_rate = SAMPLE_RATE
@@ -49,12 +49,12 @@ class Fbank:
         self._shift = round(SAMPLE_RATE * FRAME_SHIFT_MS / 1000)
         self._length = round(SAMPLE_RATE * FRAME_LENGTH_MS / 1000)
         self._fft_length = 1 << (self._length - 1).bit_length()
-        # Povey's window: a Hann window raised to 0.85, zero at the very ends only.
+        # Povey's window: a Hann window to the power of 0.85.
         self._window = torch.hann_window(self._length, periodic=False).pow(0.85)
         self._mel_weights = _mel_weights(num_mel_bins, self._fft_length)
 
     def num_frames(self, num_samples: int) -> int:
-        """Return T_in of a 16 kHz waveform; 0 for one that is too short for a frame."""
+        """Return T_in of a 16 kHz waveform, 0 if it is too short for a frame."""
         if num_samples < self._length // 2:
             return 0
         return (num_samples + self._shift // 2) // self._shift
@@ -80,7 +80,7 @@ class Fbank:
             raise ValueError(
                 f"waveform must have at least {self._length // 2} samples, got {len(waveform)}"
             )
-        # Frames are centred on multiples of the shift: the waveform continues by reflection.
+        # Frames are centered on multiples of the shift: the waveform continues by reflection.
         overhang = (self._length - self._shift) // 2
         reflected = waveform.flip(0)
         extended = torch.cat([reflected[-overhang:], waveform, reflected])
@@ -97,10 +97,10 @@ class Fbank:
 
 
 class StreamingFbank:
-    """The features of one waveform that comes in pieces, each frame as soon as it is known.
+    """Computes the features of one waveform piece by piece, each frame as early as possible.
 
-    All pieces together are what ``fbank`` gives for the whole waveform, to rounding, however it is
-    cut. At most two frames of samples are kept.
+    All frames together equal ``fbank`` of the whole waveform up to rounding, for any cut into
+    pieces. At most two frames of samples are kept.
 
     Args:
         fbank: the features to compute.
@@ -157,14 +157,14 @@ class StreamingFbank:
         """End the waveform; the next samples begin another.
 
         Returns:
-            float32 ``(T, num_mel_bins)``, the last frames; none of a waveform that is too short.
+            float32 ``(T, num_mel_bins)``, the last frames; T is 0 if the waveform is too short.
         """
         num_frames = self.fbank.num_frames(self._num_samples) - self._num_frames
         if num_frames <= 0:
             features = self._no_frames()
         elif self._num_frames == 0:
             features = self.fbank(self._samples)
-        else:  # all that the reflection reaches is still here
+        else:  # the samples that the reflection reaches were kept
             extended = torch.cat([self._samples, self._samples.flip(0)])
             features = self.fbank._log_mel(extended, num_frames)
         self._reset()
@@ -189,7 +189,7 @@ def _mel_weights(num_mel_bins: int, fft_length: int) -> Tensor:
     width = (highest - lowest) / (num_mel_bins + 1)
     left = lowest + width * torch.arange(num_mel_bins, dtype=torch.float64)
     frequencies = torch.arange(fft_length // 2 + 1) * (SAMPLE_RATE / fft_length)
-    # Kaldi leaves the bin at half the sample rate out; it lies above HIGHEST_HZ anyway.
+    # Kaldi leaves out the bin at half the sample rate; it lies above HIGHEST_HZ.
     mel = _mel(frequencies.double())[:, None]
     rising, falling = (mel - left) / width, (left + 2 * width - mel) / width
     return torch.minimum(rising, falling).clamp_min(0.0).float()

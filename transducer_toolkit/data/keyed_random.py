@@ -14,7 +14,7 @@ def keyed_generator(*key: int | str) -> np.random.Generator:
     """Return a generator whose stream is a function of ``key`` alone.
 
     Augmentation drawn from ``keyed_generator(seed, epoch, utterance_id, "purpose")`` is the same
-    whatever the worker, the rank or the order in which utterances are read.
+    for every worker, every rank and every order in which utterances are read.
 
     Args:
         key: integers and strings; ``1`` and ``"1"`` are different keys.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lhotse's cuts in batches bounded by lattice cells: of lazily read manifests, or of shards."""
+"""Batches of Lhotse's cuts, bounded by lattice cells, from lazily read manifests or shards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TARGETS = "transducer_target_ids"  # the custom field of a supervision that hol
 
 
 class CutIndex(NamedTuple):
-    """What the sampler asks of a dataset: one cut, as augmented in one epoch."""
+    """The key of one cut, augmented for one epoch."""
 
     epoch: int
     cut: Cut
@@ -99,11 +99,11 @@ def cut_targets(cut: Cut) -> np.ndarray:
 
 @dataclass
 class LatticeConstraint(SamplingConstraint):
-    """Bounds the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, for lhotse's samplers.
+    """Bounds the lattice cells ``sum_b T_b * (U_b + 1)`` of a batch, for Lhotse's samplers.
 
     Args:
-        num_cells: lattice cells of a cut.
-        max_cells: bound on their sum; a cut above it gets a batch of its own.
+        num_cells: function that returns the lattice cells of a cut.
+        max_cells: bound on their sum; a cut above the bound gets a batch of its own.
         max_utterances: bound on the cuts of a batch.
 
     Example:
@@ -130,7 +130,7 @@ class LatticeConstraint(SamplingConstraint):
         return self._cells > self.max_cells or self._utterances > self.max_utterances
 
     def close_to_exceeding(self) -> bool:
-        """Return whether one more like the largest would be too many."""
+        """Return whether one more cut of the largest size would be too many."""
         return (
             self._cells + self._largest > self.max_cells or self._utterances >= self.max_utterances
         )
@@ -140,16 +140,16 @@ class LatticeConstraint(SamplingConstraint):
         self._cells = self._utterances = self._largest = 0
 
     def measure_length(self, example: Cut) -> float:
-        """Return the seconds by which cuts are sorted into buckets."""
+        """Return the duration in seconds, by which cuts are sorted into buckets."""
         return example.duration
 
 
 def duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
-    """Return the durations that part cuts into classes of equal total length, seconds.
+    """Return durations, in seconds, that divide cuts into classes of equal total length.
 
     Args:
-        cuts: the first 10,000 are looked at.
-        num_buckets: number of classes wanted; one suffices for fewer than two cuts a class.
+        cuts: cuts; the first 10,000 are used.
+        num_buckets: number of classes; with fewer than two cuts per class, there is only one.
 
     Returns:
         ``num_buckets - 1`` durations at most.
@@ -157,28 +157,28 @@ def duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
     first = list(islice(cuts, 10_000))
     if num_buckets < 2 or len(first) < 2 * num_buckets:
         return []
-    # Plain numbers: they are part of checkpoints, which hold nothing else.
+    # Checkpoints hold plain numbers only, no NumPy scalars.
     return [float(duration_s) for duration_s in estimate_duration_buckets(first, num_buckets)]
 
 
 class CutBatchSampler(Sampler[list[CutIndex]]):
-    """Batches of cuts of similar length by lhotse's ``DynamicBucketingSampler``.
+    """Yields batches of cuts of similar length, with Lhotse's ``DynamicBucketingSampler``.
 
-    The manifest is read anew, a line at a time, in every epoch. Each epoch's batches are a function
-    of ``(seed, epoch)``; ranks take disjoint ones, equally many. (Where an epoch ends with fewer
-    cuts than ranks, lhotse repeats some of them, under another id.) It offers what
-    :class:`~transducer_toolkit.data.loader.ResumableLoader` needs to go on within an epoch: cuts
-    that are skipped are not read.
+    The manifest is read line by line in every epoch. The batches of an epoch are a function of
+    ``(seed, epoch)``; each rank takes equally many, and no batch goes to two ranks. (If an epoch
+    ends with fewer cuts than ranks, Lhotse repeats some under another id.) A
+    :class:`~transducer_toolkit.data.loader.ResumableLoader` can resume within an epoch; the audio
+    of skipped cuts is not read.
 
     Args:
-        cuts: opened lazily.
+        cuts: lazily opened cuts with targets.
         constraint: bounds the batches.
-        bins: durations that part the cuts into classes of similar length, see
+        bins: durations that divide the cuts into classes of similar length, see
             :func:`duration_bins`.
-        buffer_size: cuts held in these classes; as many are shuffled together.
+        buffer_size: number of cuts that are held and shuffled together.
         shuffle: whether batches differ from epoch to epoch.
-        seed: of the shuffling.
-        rank: this process, in ``[0, world_size)``.
+        seed: seed of the shuffling.
+        rank: index of this process, in ``[0, world_size)``.
         world_size: number of processes.
 
     Example:
@@ -214,12 +214,12 @@ class CutBatchSampler(Sampler[list[CutIndex]]):
 
     @property
     def sampler(self) -> CutBatchSampler:
-        """Itself: Lightning calls ``set_epoch`` on a batch sampler's ``sampler``."""
+        """This object: Lightning calls ``set_epoch`` on a batch sampler's ``sampler``."""
         return self
 
     @property
     def options(self) -> dict[str, Any]:
-        """What, beside the cuts and the epoch, decides the batches of all processes."""
+        """The values that determine the batches, together with the cuts and the epoch."""
         constraint = self.constraint
         return {
             **self._options,
@@ -228,11 +228,14 @@ class CutBatchSampler(Sampler[list[CutIndex]]):
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration gives."""
+        """Set the epoch whose batches the next iteration yields."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Batches of the first epoch, by reading the manifest once; others differ a little."""
+        """Return the number of batches of the first epoch; other epochs differ slightly.
+
+        The first call reads the manifest.
+        """
         if self._num_batches is None:
             self._num_batches = sum(1 for _ in self._batches(epoch=0))
         return self._num_batches
@@ -251,16 +254,16 @@ class CutBatchSampler(Sampler[list[CutIndex]]):
 
 
 class CutDataset(Dataset[Example]):
-    """Cuts that :func:`with_targets` gave their targets, as features and targets.
+    """Reads cuts of :func:`with_targets` as features and targets.
 
     Args:
-        speech: how waveform and text become an example.
-        audio_sources: types of audio source that cuts may have, see
+        speech: dataset that makes an example of a waveform and a text.
+        audio_sources: allowed types of audio source, see
             :func:`~transducer_toolkit.data.lhotse_sources.check_audio_sources`.
 
     Raises:
-        ValueError: (on access) audio that cannot be read or is of another source; the cut is named.
-            Also a batch of cuts none of which can be read.
+        ValueError: (on access) audio cannot be read or is of another type of source (the message
+            names the cut), or no cut of a batch can be read.
 
     Example:
         >>> dataset = CutDataset(SpeechDataset([], tokenizer, Fbank()))  # doctest: +SKIP
@@ -293,7 +296,7 @@ class CutDataset(Dataset[Example]):
             raise ValueError(f"cut {cut.id!r}: {error}") from error
 
     def __getitems__(self, indices: Sequence[CutIndex]) -> list[Example | Unreadable]:
-        """Read the cuts of a batch, bad ones as the ``on_bad_audio`` of ``speech`` says."""
+        """Read the cuts of a batch; unreadable ones are handled as ``speech.on_bad_audio`` says."""
         if self.speech.on_bad_audio == "raise":
             return [self[index] for index in indices]
         items: list[Example | Unreadable] = []
@@ -308,16 +311,18 @@ class CutDataset(Dataset[Example]):
 
 
 class ShardBatches(IterableDataset[Batch]):
-    """Batches of Lhotse Shar shards without end; ranks and workers read disjoint shards.
+    """An endless stream of batches of Lhotse Shar shards.
+
+    No shard is read by two ranks or workers in the same pass.
 
     Args:
-        open_shards: called with the number of a pass, in each worker process, to open the shards
-            that are its own in that pass.
-        dataset: cuts to examples.
+        open_shards: called in each worker process with the number of a pass; opens the shards that
+            the worker reads in this pass.
+        dataset: makes examples of cuts.
         constraint: bounds the batches.
-        bins: durations that part the cuts into classes of similar length.
-        buffer_size: cuts, with their audio, that each worker holds; as many are shuffled together.
-        seed: of the shuffling within the buffer.
+        bins: durations that divide the cuts into classes of similar length.
+        buffer_size: number of cuts, with their audio, that each worker holds and shuffles.
+        seed: seed of the shuffling within the buffer.
 
     Raises:
         ValueError: (on iteration) there are no shards for this worker.
@@ -349,7 +354,7 @@ class ShardBatches(IterableDataset[Batch]):
                 constraint=self.constraint,
                 shuffle=True,
                 rank=0,
-                world_size=1,  # the shards are shared out already
+                world_size=1,  # each process has its own shards
                 **self._options,
             )
             sampler.set_epoch(number)
@@ -365,19 +370,19 @@ class ShardBatches(IterableDataset[Batch]):
 
 
 class ShardLoader:
-    """A stream of batches, cut into epochs of equally many on every rank.
+    """Divides a stream of batches into epochs of ``steps_per_epoch`` batches on every rank.
 
-    The stream goes on from epoch to epoch. A resumed training starts another one, seeded by its
-    epoch: where a stream of shards was cannot be found again without reading up to there.
+    The stream continues from epoch to epoch. A resumed training starts another stream, seeded by
+    the epoch, because finding a position in shards again requires reading up to it.
 
     Args:
-        make_batches: gives the batches of a stream, from the epoch that it starts in.
+        make_batches: called with the first epoch of a stream; returns the stream's batches.
         steps_per_epoch: batches of an epoch.
-        rank: this process.
+        rank: index of this process.
         world_size: number of processes.
         num_workers: processes that read and augment; 0 reads in the training process.
         pin_memory: page-lock batches, for faster copies to a GPU.
-        seed: of the workers' random generators.
+        seed: seed of the workers' random generators.
     """
 
     def __init__(
@@ -404,11 +409,11 @@ class ShardLoader:
 
     @property
     def sampler(self) -> ShardLoader:
-        """Itself: Lightning calls ``set_epoch`` on a loader's ``sampler``."""
+        """This object: Lightning calls ``set_epoch`` on a loader's ``sampler``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; it decides a stream that has not begun."""
+        """Set the next epoch, which seeds a stream that has not begun."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -421,7 +426,7 @@ class ShardLoader:
 
 
 class _WorkerInit:
-    """Tells a worker process its rank, which lhotse shares the shards out by; it can be pickled."""
+    """Tells a worker process its rank, by which Lhotse assigns shards; it can be pickled."""
 
     def __init__(self, *, rank: int, world_size: int, seed: int) -> None:
         self._init = make_worker_init_fn(rank=rank, world_size=world_size, seed=seed)

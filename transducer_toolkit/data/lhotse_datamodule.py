@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data module for what outgrows one machine: Lhotse's cuts and shards."""
+"""The data module for Lhotse's cuts and shards, for corpora that exceed one machine."""
 
 from __future__ import annotations
 
@@ -38,32 +38,34 @@ logger = logging.getLogger(__name__)
 
 
 class LhotseDataModule(TransducerDataModule):
-    """Batches of Lhotse's cuts, as :class:`TransducerDataModule` gives them of manifests.
+    """Makes batches of Lhotse's cuts, as :class:`TransducerDataModule` does of manifests.
 
-    Where the corpus has manifests of cuts (``cuts.jsonl.gz``), they are read a line at a time and
-    never held in memory; a resumed training goes on at the batch where it stopped. Where it has
-    folders (Lhotse Shar: ``cuts.000000.jsonl.gz``, ``recording.000000.tar``, ...), training reads
-    whole shards, each by one worker of one process, in a new order in each pass: sequential reads
-    only, an epoch being ``steps_per_epoch`` batches. Validation and test sets go either way.
+    Manifests of cuts (``cuts.jsonl.gz``) are read line by line and never held in memory; a resumed
+    training continues at the batch where it stopped. Folders hold shards (Lhotse Shar:
+    ``cuts.000000.jsonl.gz``, ``recording.000000.tar``, ...). Training reads whole shards
+    sequentially, each by one worker of one process, in a new order in each pass; an epoch is
+    ``steps_per_epoch`` batches. Validation and test sets may be manifests or folders.
 
-    Each cut has one supervision. Cuts longer than ``max_duration_s``, or without a path through
-    their lattice, are left out of training and validation; the first of the latter is logged.
+    Each cut has one supervision. Cuts that are longer than ``max_duration_s`` or have no path
+    through their lattice are left out of training and validation; the log names the first one
+    without a path.
 
     Args:
-        corpus: whose manifests are manifests of cuts, or folders of shards, such as
+        corpus: a corpus whose manifests are manifests of cuts or folders of shards, such as
             ``ManifestCorpus(train="cuts_train.jsonl.gz", val="cuts_dev.jsonl.gz")``.
-        num_buckets: classes of similar length that batches are drawn from.
-        buffer_size: cuts that are held and shuffled together; of shards, with their audio and in
-            each worker.
-        steps_per_epoch: batches of an epoch of each process; needed for shards, and only there.
-        audio_sources: types of audio source that cuts may have, of "file", "memory", "url" and
-            "command". A url is fetched and a command is run by a shell: allow them only to
-            manifests that you trust.
-        options: those of :class:`TransducerDataModule`.
+        num_buckets: number of length classes; a batch is drawn from one class.
+        buffer_size: cuts that are held and shuffled together. With shards, each worker holds as
+            many, with their audio.
+        steps_per_epoch: batches of an epoch of each process; required for shards, an error
+            otherwise.
+        audio_sources: allowed types of audio source, of "file", "memory", "url" and "command". A
+            url is fetched and a command is run by a shell: allow them only for manifests that you
+            trust.
+        options: the options of :class:`TransducerDataModule`.
 
     Raises:
-        ValueError: shards without ``steps_per_epoch``, or that without shards; an unknown type of
-            audio source.
+        ValueError: shards without ``steps_per_epoch``, or ``steps_per_epoch`` without shards; an
+            unknown type of audio source.
 
     Example:
         >>> corpus = ManifestCorpus(train="shar/train", val="dev.jsonl.gz")  # doctest: +SKIP
@@ -172,13 +174,13 @@ class LhotseDataModule(TransducerDataModule):
 
 
 def open_texts(path: Path) -> CutSet:
-    """Open cuts for what their manifests say, without audio.
+    """Open the metadata of cuts, without their audio.
 
     Args:
         path: manifest of cuts (``.jsonl`` or ``.jsonl.gz``), or folder of shards.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: ``path`` is neither.
     """
     if path.is_dir():
         shards = sorted(map(str, path.glob("cuts.*.jsonl*")))
@@ -189,11 +191,11 @@ def open_texts(path: Path) -> CutSet:
 
 
 def _open_cuts(path: Path) -> CutSet:
-    if not path.is_file():  # to open a pipe would wait for a writer
+    if not path.is_file():  # opening a pipe would wait for a writer
         raise ValueError(f"{path} is no manifest of Lhotse's cuts, nor a file at all")
     try:
         cuts = load_manifest_lazy(path)
-    except Exception as error:  # in whatever way the first line is not what Lhotse writes
+    except Exception as error:  # Lhotse raises many types of error for a line it did not write
         raise ValueError(
             f"{path} is no manifest of Lhotse's cuts (.jsonl or .jsonl.gz), as data=lhotse reads: "
             f"{type(error).__name__}: {error}"
@@ -205,7 +207,7 @@ def _open_cuts(path: Path) -> CutSet:
 
 
 def _open_own_shards(path: Path, prepare: _Prepare, seed: int, number: int) -> CutSet:
-    """Open the shards that fall to this worker of this process in pass ``number``."""
+    """Open the shards that this worker of this process reads in pass ``number``."""
     cuts = CutSet.from_shar(
         in_dir=path,
         split_for_dataloading=True,
@@ -217,7 +219,7 @@ def _open_own_shards(path: Path, prepare: _Prepare, seed: int, number: int) -> C
 
 
 class _LatticeSizes:
-    """Encoder frames and target symbols of cuts, at the highest speed that a set is read at."""
+    """Computes encoder frames and lattice cells of cuts."""
 
     def __init__(self, data: TransducerDataModule, name: str) -> None:
         perturbation = data.waveform_perturbation if name == "train" else None

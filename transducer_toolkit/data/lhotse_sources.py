@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the audio of a cut may come from: a manifest is data, and Lhotse would run what it says."""
+"""Checks the audio sources of a cut: some of them make Lhotse fetch urls or run commands."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ __all__ = ["LOCAL_SOURCES", "SOURCE_TYPES", "check_audio_sources"]
 
 SOURCE_TYPES = ("file", "memory", "url", "command")
 LOCAL_SOURCES = ("file", "memory")
-_ARCHIVE = ".tar/"  # Lhotse reads members of archives by such paths
+_ARCHIVE = ".tar/"  # part of the path of a member of an archive
 
 
 def check_audio_sources(cut: Cut, allowed: Collection[str] = LOCAL_SOURCES) -> None:
-    """Refuse a cut whose audio does not come from where it may.
+    """Raise an error if a source of a cut's audio is not allowed.
 
-    Lhotse gives a source of type ``command`` to a shell and fetches one of type ``url``, and to
-    decode SPHERE files, or Opus with ``LHOTSE_LEGACY_OPUS_LOADING``, it gives their names to a
-    shell. Sources that hide in transforms (a room's impulse response) and in tracks are looked at
-    too.
+    Lhotse passes a source of type ``command`` to a shell and fetches a source of type ``url``. To
+    decode SPHERE files, or Opus with ``LHOTSE_LEGACY_OPUS_LOADING``, it passes their names to a
+    shell. Sources in transforms (a room's impulse response) and in tracks are checked too.
 
     Args:
-        cut: before its audio is loaded.
-        allowed: of :data:`SOURCE_TYPES`.
+        cut: a cut whose audio was not loaded yet.
+        allowed: some of :data:`SOURCE_TYPES`.
 
     Raises:
-        ValueError: a source is of another type, or is called a file and is none, or its name would
-            be more to a shell than a name.
+        ValueError: a source is of another type, is called a file and is none, or has a name that
+            a shell would not take literally.
 
     Example:
         >>> check_audio_sources(CutSet.from_file("cuts.jsonl.gz")[0])  # doctest: +SKIP
     """
     for type_, source in _sources(cut):
         if type_ == "shar":
-            continue  # a place that no shard has filled: Lhotse says so
+            continue  # a placeholder for the shard's audio; if it is missing, Lhotse raises
         if type_ not in allowed:
             raise ValueError(
                 f"its audio is of type {type_!r} ({_shortened(source)}) and only "
@@ -53,7 +52,7 @@ def check_audio_sources(cut: Cut, allowed: Collection[str] = LOCAL_SOURCES) -> N
 
 def _check_file(path: str) -> None:
     archive = path.partition(_ARCHIVE)[0] + _ARCHIVE[:-1] if _ARCHIVE in path else path
-    # Also what other backends take for an address: "pipe:...", "https://...", "concat:...".
+    # This also refuses addresses of other backends: "pipe:...", "https://...", "concat:...".
     if not os.path.isfile(archive):
         raise ValueError(f"no audio file at {path!r}")
     kind = path.lower()
@@ -64,7 +63,7 @@ def _check_file(path: str) -> None:
 
 
 def _sources(value: Any) -> Iterator[tuple[str, Any]]:
-    """Type and source of all audio sources within a cut."""
+    """Yield type and source of each audio source within a cut."""
     if isinstance(value, AudioSource):
         yield value.type, value.source
     elif isinstance(value, Mapping):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DataLoader whose place within an epoch is part of a checkpoint."""
+"""A DataLoader that can resume within an epoch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that goes on behind the last batch it gave before a checkpoint.
+    """A DataLoader that continues after the last batch before a checkpoint.
 
-    Batches and augmentation are functions of (seed, epoch), so the epoch and the number of batches
-    given are all of the state: the skipped batches are never read. Lightning saves and restores it
-    with its loops, through ``state_dict`` and ``load_state_dict``.
+    Batches and augmentation are functions of (seed, epoch). The state is therefore the epoch and
+    the number of batches given; skipped batches are never read. Lightning saves and restores the
+    state through ``state_dict`` and ``load_state_dict``.
 
-    An epoch begins when its first batch is asked for, not at ``iter()``: Lightning makes the
-    iterator of a resumed training before it says which epoch it is.
+    An epoch begins with the request for its first batch, not with ``iter()``: when a training is
+    resumed, Lightning makes the iterator before it sets the epoch.
 
     Args:
         dataset, batch_sampler, ...: as for :class:`torch.utils.data.DataLoader`; ``batch_sampler``
@@ -38,7 +38,7 @@ class ResumableLoader(DataLoader[Any]):
 
     batch_sampler: LatticeBatchSampler
     _given = (0, 0)  # epoch, batches given in it
-    _resume = (0, 0)  # the same, of a checkpoint
+    _resume = (0, 0)  # the same two numbers, from a checkpoint
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch = self.batch_sampler.epoch
@@ -51,15 +51,15 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the iteration is, and by which options the batches were made."""
+        """Return the position of the iteration and the options that the batches depend on."""
         epoch, num_batches = self._given
         return {"epoch": epoch, "num_batches": num_batches, "made_by": self.batch_sampler.options}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration of the checkpoint's epoch skip the batches given before it.
+        """Make the next iteration of the checkpoint's epoch skip the batches before the checkpoint.
 
-        Where the batches are made otherwise now (another number of processes, say), the rest of
-        the epoch is not what was left of it; a warning says by which option.
+        If an option has changed since (the number of processes, for example), the batches differ
+        and the rest of the epoch is another one; a warning names the options.
         """
         self._resume = (state_dict["epoch"], state_dict["num_batches"])
         now, then = self.batch_sampler.options, state_dict["made_by"]

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["Utterance", "read_manifest", "write_manifest"]
 
-MAX_TIME_S = 1e9  # thirty years: in samples, and in cells of a lattice, an int64 holds it
+MAX_TIME_S = 1e9  # thirty years; an int64 holds its samples and lattice cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,11 @@ class Utterance:
         audio: path of an audio file that soundfile reads (wav, flac, ogg, mp3, ...).
         duration_s: length of the utterance in seconds, > 0.
         text: transcript; may be empty.
-        offset_s: where the utterance starts in the file, seconds.
+        offset_s: start of the utterance in the file, seconds.
         speaker: speaker or voice, if known.
-        word_starts_s: where each word of ``text`` starts, seconds from the start of the utterance,
-            if known; tests then measure how late the model emits (symbol delay).
-        extra: anything else that JSON can hold; carried along, never interpreted.
+        word_starts_s: start of each word of ``text``, in seconds from the start of the utterance,
+            if known; with it, tests measure how late the model emits (symbol delay).
+        extra: other JSON values; the package keeps but does not use them.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -104,8 +104,8 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(Utterance))
 def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
     """Read a manifest; relative audio paths are resolved against its folder and stay within it.
 
-    What lies elsewhere has an absolute path, which :func:`write_manifest` writes: a manifest that
-    came with a corpus cannot point out of it unseen.
+    Audio elsewhere needs an absolute path, which :func:`write_manifest` writes. So a manifest that
+    comes with a corpus cannot refer to other files by a path that looks harmless.
 
     Args:
         path: JSON-lines file, one :class:`Utterance` per line; blank lines are skipped.

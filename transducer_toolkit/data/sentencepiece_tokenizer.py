@@ -24,13 +24,13 @@ __all__ = ["SentencePieceTokenizer"]
 
 
 class SentencePieceTokenizer:
-    """Text <-> target symbols, one symbol a word piece.
+    """Converts between texts and target symbols, one symbol per word piece.
 
-    ``<blk>`` is 0, and ``<unk>``, which every SentencePiece model has, stands for characters that
-    the training texts lack; it reads as U+2047.
+    ``<blk>`` is 0. ``<unk>``, which every SentencePiece model has, stands for characters that the
+    training texts lack; it is decoded as U+2047.
 
     Args:
-        model: a trained model, as SentencePiece serialises it.
+        model: a trained model, as SentencePiece serializes it.
 
     Raises:
         ValueError: it is no such model, or its piece 0 is not ``<blk>``.
@@ -71,14 +71,14 @@ class SentencePieceTokenizer:
     ) -> SentencePieceTokenizer:
         """Train a model; the same texts in the same order give the same model.
 
-        The texts are taken as they are: what a manifest holds is what decoding gives back.
+        The texts are not normalized, so decoding returns them as the manifest has them.
 
         Args:
-            texts: of the training set.
+            texts: texts of the training set.
             vocab_size: number of symbols, blank and ``<unk>`` included (V).
             model_type: "bpe" or "unigram".
-            character_coverage: part of all characters that must not be ``<unk>``; a little less
-                than 1 for scripts of thousands.
+            character_coverage: part of all characters that must not become ``<unk>``; slightly
+                below 1 for scripts with thousands of characters.
 
         Raises:
             ValueError: ``model_type`` is unknown, there are no texts, or ``vocab_size`` is too
@@ -133,11 +133,11 @@ class SentencePieceTokenizer:
         """
         ids = [id_ for id_ in check_ids(ids, self.vocab_size) if id_ != self.blank]
         text = self._processor.decode(ids)
-        # The library pads an unknown symbol with spaces, where the words around it have none.
+        # The library adds spaces around an unknown symbol, also within a word.
         return " ".join(text.replace(f" {UNKNOWN_TEXT} ", UNKNOWN_TEXT).split())
 
     def state(self) -> dict[str, Any]:
-        """Return what ``tokenizer_from_state`` needs, in plain values."""
+        """Return the state that ``tokenizer_from_state`` takes, in plain values."""
         return {"kind": self.kind, "model": self._model}
 
     def save(self, path: str | os.PathLike[str]) -> None:

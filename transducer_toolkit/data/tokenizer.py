@@ -19,9 +19,9 @@ SPACE_SYMBOL = "\u2581"  # "lower one eighth block", the field's printable space
 
 
 class Tokenizer(Protocol):
-    """What the rest of the toolkit asks of a tokenizer.
+    """The interface of a tokenizer.
 
-    A word begins behind a U+2581, be it a symbol of its own or the first character of one.
+    A word begins after a U+2581, which is a symbol by itself or the first character of a symbol.
     """
 
     @property
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
         """Return the text of ``ids``, skipping blanks; words have one space between them."""
 
     def state(self) -> dict[str, Any]:
-        """Return what ``tokenizer_from_state`` needs, in plain values."""
+        """Return the state that ``tokenizer_from_state`` takes, in plain values."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``tokens.txt``, lines ``symbol id``, as sherpa-onnx and icefall read it."""
@@ -53,12 +53,12 @@ TokenizerFactory: TypeAlias = Callable[[Iterable[str]], Tokenizer]
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """Raise a TypeError unless it is a :class:`Tokenizer`, or something to call for one."""
+    """Raise a TypeError unless it is a :class:`Tokenizer` or a function that makes one."""
     needed = ("symbols", "vocab_size", "blank", "encode", "decode", "state", "save")
     if not callable(tokenizer) and not all(hasattr(tokenizer, name) for name in needed):
         raise TypeError(
-            "tokenizer: expected a Tokenizer, or what gives one when called with texts (of "
-            "configs data/tokenizer=characters, sentencepiece or sentencepiece_model), got "
+            "tokenizer: expected a Tokenizer, or a function that makes one of texts (the configs "
+            "are data/tokenizer=characters, sentencepiece and sentencepiece_model), got "
             f"{type(tokenizer).__name__} {tokenizer!r}"
         )
 
@@ -79,12 +79,12 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
 
 
 class CharTokenizer:
-    """Text <-> target symbols, one symbol per character.
+    """Converts between texts and target symbols, one symbol per character.
 
     Args:
-        symbols: symbol of each id; ``symbols[0]`` is the blank ``<blk>``, all others are single
-            characters, the space written as U+2581. One may be ``<unk>``, which stands for every
-            other character and reads as U+2047; without it those are an error.
+        symbols: symbol of each id. ``symbols[0]`` is the blank ``<blk>``; all others are single
+            characters, the space written as U+2581. One of them may be ``<unk>``, which stands for
+            every other character and is decoded as U+2047; without it, other characters are errors.
 
     Raises:
         ValueError: no blank at 0, a symbol that is not one character, or one that repeats.
@@ -120,11 +120,11 @@ class CharTokenizer:
         """Collect the characters of ``texts``; ids follow code-point order, the space first.
 
         Args:
-            texts: of the training set.
-            unknown: whether there is an ``<unk>``, at 1, for what other texts hold.
+            texts: texts of the training set.
+            unknown: whether id 1 is ``<unk>``, for characters that the texts lack.
         """
         check_flag(unknown, "unknown")
-        characters = {character for text in texts for character in _normalise(text)}
+        characters = {character for text in texts for character in _normalize(text)}
         ordered = sorted(characters, key=lambda c: (c != SPACE_SYMBOL, c))
         return cls([BLANK_SYMBOL, *([UNKNOWN_SYMBOL] if unknown else []), *ordered])
 
@@ -141,7 +141,7 @@ class CharTokenizer:
         """
         unknown = self._id_of.get(UNKNOWN_SYMBOL)
         ids = []
-        for character in _normalise(text):
+        for character in _normalize(text):
             id_ = self._id_of.get(character, unknown)
             if id_ is None:
                 raise ValueError(
@@ -164,7 +164,7 @@ class CharTokenizer:
         return " ".join(text.replace(SPACE_SYMBOL, " ").split())
 
     def state(self) -> dict[str, Any]:
-        """Return what ``tokenizer_from_state`` needs, in plain values."""
+        """Return the state that ``tokenizer_from_state`` takes, in plain values."""
         return {"kind": self.kind, "symbols": list(self.symbols)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -190,5 +190,5 @@ class CharTokenizer:
         return cls(symbols)
 
 
-def _normalise(text: str) -> str:
+def _normalize(text: str) -> str:
     return SPACE_SYMBOL.join(text.split())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restores the tokenizer that a checkpoint carries."""
+"""Restores the tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer whose ``state`` method returned this mapping.
 
     Args:
-        state: "kind", and the values that this kind needs.
+        state: the "kind" of the tokenizer and the values that this kind needs.
 
     Raises:
         ValueError: the kind is unknown.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long audio files in overlapping windows, read once and never held as a whole."""
+"""Reads long audio files in overlapping windows, without holding a whole file in memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transducer_toolkit.data.audio import SAMPLE_RATE, check_audio_path, resampl
 __all__ = ["AudioWindow", "read_windows"]
 
 
-COMPLETE = 0.99  # part of the announced samples that must be there: some headers estimate
+COMPLETE = 0.99  # minimum part of the announced samples; some headers only estimate their number
 
 
 class AudioWindow(NamedTuple):
-    """A part of an audio file: where it starts, seconds, and float32 ``(num_samples,)``."""
+    """A part of an audio file: its start in seconds and its samples, float32 ``(num_samples,)``."""
 
     start_s: float
     waveform: Tensor
@@ -35,22 +35,23 @@ def read_windows(
     overlap_s: float,
     sample_rate: int = SAMPLE_RATE,
 ) -> Iterator[AudioWindow]:
-    """Read an audio file as mono in windows of which each overlaps the next.
+    """Read an audio file as mono, in windows that overlap.
 
     Args:
         path: any format that soundfile reads; several channels are averaged.
-        window_s: length of each window but the last, which is longer than the overlap, seconds.
-        overlap_s: what a window has in common with the next, at most half of it, seconds.
-        sample_rate: of the windows, Hz; the file is resampled, window by window, when it has
-            another one.
+        window_s: length of the windows, in seconds. The last one may be shorter, but is longer than
+            the overlap.
+        overlap_s: overlap of two windows, in seconds, at most half a window.
+        sample_rate: sample rate of the windows, in Hz; each window of a file of another rate is
+            resampled.
 
     Yields:
-        The windows in order; a file no longer than one is a single window.
+        The windows in order; a file that is no longer than a window gives a single one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not audio, breaks off, holds no samples or holds NaN or infinity,
-            or the lengths do not fit each other.
+        ValueError: the file is not audio, ends too early, holds no samples or holds NaN or
+            infinity, or ``overlap_s`` is more than half of ``window_s``.
 
     Example:
         >>> windows = read_windows("talk.flac", window_s=30, overlap_s=4)  # doctest: +SKIP
@@ -84,7 +85,7 @@ def read_windows(
                 raise ValueError(
                     f"{os.fspath(path)} breaks off: it has {file.tell()} of {file.frames} samples"
                 )
-    except (soundfile.LibsndfileError, TypeError) as error:  # the latter for headerless *.raw
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, such as .raw
         raise ValueError(f"{os.fspath(path)} cannot be read as audio: {error}") from error
 
 

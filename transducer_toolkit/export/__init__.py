@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained models as files for other runtimes."""
+"""Export of trained models for other runtimes."""
 
 from transducer_toolkit.export.sherpa import export_for_sherpa
 

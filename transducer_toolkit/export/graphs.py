@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three graphs of a transducer as sherpa-onnx calls them."""
+"""The three graphs of a transducer in sherpa-onnx's interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transducer_toolkit.ops.join import apply_activation
 def joiner_parts(
     joiner: Joiner | AdditiveJoiner,
 ) -> tuple[nn.Linear, nn.Linear, Callable[[Tensor], Tensor]]:
-    """Projection of the encoder, projection of the predictor, and what follows their sum."""
+    """Return the projections of encoder and predictor, and the function applied to their sum."""
     if isinstance(joiner, AdditiveJoiner):
         return joiner.am, joiner.lm, lambda total: total + 0.0  # a graph must compute something
     return (
@@ -43,7 +43,7 @@ class EncoderGraph(nn.Module):
 class PredictorGraph(nn.Module):
     """Stateless predictor and its projection, sherpa's decoder: ``y (N, context) -> (N, J)``.
 
-    A negative id, as sherpa-onnx has it before the first symbol, reads as no symbol.
+    A negative id, which sherpa-onnx passes before the first symbol, means no symbol.
     """
 
     def __init__(self, predictor: StatelessPredictor, projection: nn.Module) -> None:
@@ -57,7 +57,7 @@ class PredictorGraph(nn.Module):
 
 
 class JoinerGraph(nn.Module):
-    """The joiner behind its projections: ``(N, J), (N, J) -> (N, V)``."""
+    """The joiner after its projections: ``(N, J), (N, J) -> (N, V)``."""
 
     def __init__(self, joiner: Joiner | AdditiveJoiner) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class JoinerGraph(nn.Module):
 
 
 def stateless_predictor(predictor: Predictor) -> StatelessPredictor:
-    """The predictor, if sherpa-onnx can drive it.
+    """Return the predictor if sherpa-onnx supports it.
 
     Raises:
         ValueError: if it is not stateless.

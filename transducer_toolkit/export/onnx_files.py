@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files: written from torch modules, compared with them, quantised."""
+"""Writes torch modules as ONNX files, checks the files and quantizes them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from transducer_toolkit._version import __version__
 
 OPSET_VERSION = 17
-# Of a value beside what torch computes, relative to 1 or to the largest value: float32 rounding
-# through the layers stays below it by far, a constant frozen into the graph does not.
+# Bound on the difference from torch's result, relative to 1 or to the largest value. Rounding in
+# float32 stays far below it; a constant that the export froze into the graph does not.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A torch module and how it becomes an ONNX file.
+    """A torch module with the names and examples for its ONNX file.
 
     Attributes:
-        name: of the file, without suffix.
+        name: name of the file, without suffix.
         module: called with tensors, returns a tensor or a tuple of tensors.
-        examples: arguments; the first is traced, all are compared. They should differ in all
-            sizes that may differ.
-        inputs: for each input its name, and a name for each axis of varying size.
-        outputs: likewise.
-        metadata: what the client reads from the file.
+        examples: tuples of arguments. The first is traced, all are compared; they should differ in
+            all sizes that may differ.
+        inputs: names of the inputs, each with the names of its axes of varying size.
+        outputs: names of the outputs, each with the names of its axes of varying size.
+        metadata: entries that the client reads from the file.
     """
 
     name: str
@@ -44,24 +44,24 @@ class Graph:
 
 
 def write_graph(graph: Graph, folder: Path) -> Path:
-    """Write a module as an ONNX file that onnxruntime is seen to run with the same result.
+    """Write a module as an ONNX file, run it with onnxruntime and compare the results.
 
     Args:
-        graph: what to write; its module is put into eval mode.
-        folder: where ``NAME.onnx`` goes.
+        graph: the graph to write; its module is put into eval mode.
+        folder: folder of the new file ``NAME.onnx``.
 
     Returns:
         The file.
 
     Raises:
-        RuntimeError: if the file does not compute what the module computes.
+        RuntimeError: if the results of the file differ from the module's.
     """
     import onnx
 
     path = folder / f"{graph.name}.onnx"
     axes = {**graph.inputs, **graph.outputs}
     with warnings.catch_warnings(), mock.patch.object(Tensor, "unflatten", _unflatten):
-        # That another exporter is the default, that sizes may freeze: _compare() sees to it.
+        # Warnings about the default exporter and about frozen sizes; _compare() finds frozen sizes.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             graph.module.eval(),
@@ -86,7 +86,7 @@ def write_graph(graph: Graph, folder: Path) -> Path:
 
 
 def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """``Tensor.unflatten``, which freezes the other sizes when traced; attention layers use it."""
+    """Replace ``Tensor.unflatten``, which attention layers use: traced, it freezes other sizes."""
     dim %= x.dim()
     return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
@@ -98,7 +98,7 @@ def _compare(graph: Graph, path: Path) -> None:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what goes wrong is raised
+    options.log_severity_level = 4  # errors are raised anyway
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     for example in graph.examples:
         expected = graph.module(*example)
@@ -127,8 +127,8 @@ def _compare(graph: Graph, path: Path) -> None:
 def quantize(path: Path) -> Path:
     """Write ``NAME.int8.onnx`` beside ``NAME.onnx``: weights of matrix products and LSTMs in int8.
 
-    Activations are quantised as they come, so no calibration is needed; convolutions and
-    embeddings stay as they are, they are small.
+    Activations are quantized dynamically, so no calibration is needed. Convolutions and embeddings
+    are small and are not quantized.
 
     Args:
         path: a file of :func:`write_graph`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained recognizer as the files that sherpa-onnx loads."""
+"""Export of a trained recognizer for sherpa-onnx."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.modules.emformer import EmformerEncoder
 from transducer_toolkit.modules.encoder import Encoder
 
-SUBSAMPLING_FACTOR = 4  # what sherpa-onnx multiplies frames by for its timestamps
+SUBSAMPLING_FACTOR = 4  # sherpa-onnx multiplies frames by it to get timestamps
 
 
 def export_for_sherpa(
@@ -35,24 +35,24 @@ def export_for_sherpa(
 ) -> list[Path]:
     """Write ``encoder.onnx``, ``decoder.onnx`` (the predictor), ``joiner.onnx``, ``tokens.txt``.
 
-    sherpa-onnx computes the features that ``recognizer.fbank`` computes; everything after them is
-    in the graphs, normalisation included. Each file is run by onnxruntime and compared with torch
-    before this returns. The client's greedy search emits at most one symbol a frame.
+    sherpa-onnx computes the same features as ``recognizer.fbank``; the graphs contain everything
+    after them, normalization included. onnxruntime runs each file, and the result is compared with
+    torch's. The client's greedy search emits at most one symbol per frame.
 
     Args:
-        recognizer: on the CPU.
-        folder: made if it does not exist; files of the same names are replaced.
-        streaming: for sherpa's OnlineRecognizer instead of its OfflineRecognizer.
-        chunk_frames: encoder frames that a streaming ConvLstmEncoder takes at once.
+        recognizer: a recognizer on the CPU.
+        folder: output folder; files of the same names are replaced.
+        streaming: export for sherpa's OnlineRecognizer instead of its OfflineRecognizer.
+        chunk_frames: encoder frames per call of a streaming ConvLstmEncoder.
         int8: also write ``encoder.int8.onnx``, ``decoder.int8.onnx`` and ``joiner.int8.onnx``.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: if sherpa-onnx cannot drive such a model: a predictor with state, a blank that
-            is not 0, a subsampling other than 4, an encoder that does not stream.
-        RuntimeError: if an exported graph does not compute what the model computes.
+        ValueError: if sherpa-onnx does not support the model: a predictor with state, a blank that
+            is not 0, a subsampling factor other than 4, or an encoder that does not stream.
+        RuntimeError: if the results of an exported graph differ from the model's.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
@@ -121,7 +121,7 @@ def _offline_encoder(graph: EncoderGraph) -> Graph:
         ],
         inputs={"x": {0: "N", 1: "T"}, "x_lens": {0: "N"}},
         outputs={"encoder_out": {0: "N", 1: "T_out"}, "encoder_out_lens": {0: "N"}},
-        # Any of the names that make the client call it so, if it is not told on loading.
+        # The client needs one of the types that it knows, unless it is given one on loading.
         metadata={"model_type": "conformer"},
     )
 
@@ -132,7 +132,7 @@ def _streaming_encoder(graph: StreamingGraph) -> Graph:
     examples = []
     for batch_size in (2, 1, 3):
         states = graph.initial_states(batch_size)
-        for _ in range(3):  # a beginning, and what follows
+        for _ in range(3):  # the beginning of a stream and two more chunks
             examples.append((_features(batch_size, num_frames, graph.encoder), *states))
             states = graph(*examples[-1])[1:]
     return Graph(
@@ -151,7 +151,7 @@ def _features(batch_size: int, num_frames: int, encoder: Encoder) -> Tensor:
 
 
 def _contexts(context_size: int, vocab_size: int, batch_size: int) -> Tensor:
-    """Symbols as they come, in the first row those before the first of an utterance."""
+    """Return random contexts; the first row is the context at the start of an utterance."""
     contexts = torch.randint(vocab_size, (batch_size, context_size))
     contexts[0] = -1
     contexts[0, -1] = 0

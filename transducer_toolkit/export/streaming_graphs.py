@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming encoders as sherpa-onnx's streaming client calls them: a chunk and two state tensors.
+"""Streaming encoders in the interface of sherpa-onnx's streaming client.
 
-The client knows a few encoders; the interface of its "lstm" serves any. For each stream it keeps
-``h (L, 1, H)`` and ``c (L, 1, C)``, zero at first, joins those of several streams on the second
-axis, hands over a chunk of T feature frames and moves on by ``decode_chunk_len``. Here h and c hold
-what :class:`~transducer_toolkit.modules.encoder.EncoderState` holds, side by side.
+The client supports a few encoders; the interface of its "lstm" fits every encoder here. For each
+stream it keeps two tensors, ``h (L, 1, H)`` and ``c (L, 1, C)``, zero at first. It concatenates
+those of several streams on the second axis, passes a chunk of T feature frames, and advances by
+``decode_chunk_len`` frames. Here h and c hold the content of
+:class:`~transducer_toolkit.modules.encoder.EncoderState`.
 """
 
 from __future__ import annotations
@@ -19,24 +20,25 @@ from transducer_toolkit.modules.encoder import ConvLstmEncoder, Encoder, Streami
 
 
 def streaming_graph(encoder: Encoder, projection: nn.Module, chunk_frames: int) -> StreamingGraph:
-    """The graph of an encoder that streams.
+    """Return the graph of an encoder that streams.
 
     Args:
-        encoder: a ConvLstmEncoder or an EmformerEncoder, normalised globally.
-        projection: applied to its frames.
-        chunk_frames: encoder frames a call for a ConvLstmEncoder; an EmformerEncoder has its own.
+        encoder: a ConvLstmEncoder or an EmformerEncoder with global normalization.
+        projection: module that is applied to the encoder's frames.
+        chunk_frames: encoder frames per call of a ConvLstmEncoder; an EmformerEncoder takes one
+            segment per call.
 
     Raises:
         ValueError: for any other encoder.
     """
     if isinstance(encoder, StreamingEncoder):
-        encoder.initial_state()  # refuses an encoder that needs the whole utterance
+        encoder.initial_state()  # raises for an encoder that needs the whole utterance
         if isinstance(encoder, ConvLstmEncoder):
             return ConvLstmGraph(encoder, projection, chunk_frames)
         if isinstance(encoder, EmformerEncoder) and not encoder.emformer.use_mem:
             return EmformerGraph(encoder, projection)
     raise ValueError(
-        "a streaming export is made of a ConvLstmEncoder, or an EmformerEncoder with "
+        "encoder: a streaming export needs a ConvLstmEncoder, or an EmformerEncoder with "
         f"memory_size=0, got {type(encoder).__name__}"
     )
 
@@ -49,10 +51,10 @@ class StreamingGraph(nn.Module):
     :attr:`max_past`.
 
     Attributes:
-        chunk_frames: encoder frames a call, T'.
-        ahead_frames: encoder frames that T spans beyond them.
+        chunk_frames: encoder frames per call, T'.
+        ahead_frames: encoder frames of look-ahead, which T contains too.
         num_layers: L.
-        h_size, c_size: what the layers themselves keep in h and in c.
+        h_size, c_size: numbers that each layer keeps in h and in c.
     """
 
     chunk_frames: int
@@ -70,7 +72,7 @@ class StreamingGraph(nn.Module):
 
     @property
     def metadata(self) -> dict[str, str | int]:
-        """What the client reads."""
+        """The metadata that the client reads."""
         return {
             "model_type": "lstm",
             "num_encoder_layers": self.num_layers,
@@ -81,7 +83,7 @@ class StreamingGraph(nn.Module):
         }
 
     def initial_states(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """h and c of a stream that has not begun."""
+        """Return h and c of a stream that has not begun."""
         sizes = self.h_size, self.c_size + self.num_context + 1
         h, c = (torch.zeros(self.num_layers, batch_size, size) for size in sizes)
         return h, c
@@ -103,18 +105,19 @@ class StreamingGraph(nn.Module):
 
     @property
     def max_past(self) -> int:
-        """From how many frames on their exact number does not matter, at least 1."""
+        """The number of past frames, at least 1, above which more make no difference."""
         return 1
 
     def _subsample(self, x: Tensor, context: Tensor, has_begun: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, T, F) to encoder frames (N, T / factor, D), and the next chunk's context."""
-        normalised = self.encoder.normalizer(x, torch.ones_like(x[:, :, 0], dtype=torch.bool))
+        normalized = self.encoder.normalizer(x, torch.ones_like(x[:, :, 0], dtype=torch.bool))
         context = context.reshape(-1, self.factor, self.encoder.num_features)
-        known = torch.cat((context, normalised), dim=1)
-        # The frame of the context comes out again, spoilt by the edge; so does an utterance's
-        # first, which must see nothing before it, not even the zeros' own image.
+        known = torch.cat((context, normalized), dim=1)
+        # The first frame belongs to the context and is wrong at the edge: drop it. The first frame
+        # of an utterance is computed without a context, because the convolutions' padding differs
+        # from the image of zero features.
         hidden = self._convolve(known)[:, 1:]
-        first = self._convolve(normalised[:, : self.factor])
+        first = self._convolve(normalized[:, : self.factor])
         first = torch.where(has_begun.unsqueeze(1), hidden[:, :1], first)
         end = (
             self.factor * self.chunk_frames
@@ -128,7 +131,7 @@ class StreamingGraph(nn.Module):
 
 
 class ConvLstmGraph(StreamingGraph):
-    """h and c are those of the LSTM."""
+    """The graph of a ConvLstmEncoder; h and c are those of the LSTM."""
 
     def __init__(self, encoder: ConvLstmEncoder, projection: nn.Module, chunk_frames: int) -> None:
         super().__init__(encoder, projection)
@@ -146,10 +149,10 @@ class ConvLstmGraph(StreamingGraph):
 
 
 class EmformerGraph(StreamingGraph):
-    """h and c are the keys and the values of each layer's left context.
+    """The graph of an EmformerEncoder; h and c are keys and values of each layer's left context.
 
-    torchaudio's Emformer cuts the left context to the frames there were, which a graph of fixed
-    sizes cannot: here all of it is there, and what lies before the first frame is masked.
+    torchaudio's Emformer shortens the left context at the start of an utterance. A graph of fixed
+    sizes cannot: here the left context has its full length, and frames before the first are masked.
     """
 
     def __init__(self, encoder: EmformerEncoder, projection: nn.Module) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audio and its text to token and word times, with a trained model."""
+"""Alignment of a text to its audio, with a trained model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class AlignedToken:
     """A target symbol on the best path.
 
     Attributes:
-        symbol: as the tokenizer writes it.
+        symbol: the symbol, as in ``tokenizer.symbols``.
         frame: the encoder frame that emits it.
         time_s: start of that frame, seconds from the start of the utterance.
-        posterior: probability that it is this frame which emits the symbol, given the text.
-        expected_time_s: posterior mean of the emission time, over all paths; also frame starts.
+        posterior: probability that this frame emits the symbol, given the text.
+        expected_time_s: posterior mean, over all paths, of the start of the emitting frame.
     """
 
     symbol: str
@@ -46,8 +46,8 @@ class AlignedWord:
     Attributes:
         word: its text.
         start_s: start of the frame that emits its first symbol, seconds.
-        end_s: end of the frame that emits its last symbol, seconds. Of two words that share a
-            frame the first ends after the second has started.
+        end_s: end of the frame that emits its last symbol, seconds. If two words share a frame, the
+            first ends after the second starts.
     """
 
     word: str
@@ -64,12 +64,12 @@ class AlignedUtterance:
         tokens: its symbols, in order.
         words: its words, in order.
         path: the best path.
-        log_likelihood: log-probability of the text, the sum over all paths; not below that of the
+        log_likelihood: log-probability of the text, summed over all paths; at least that of the
             best path.
         occupancy: (T, U + 1) posterior of each lattice cell, CPU.
-        features: (T_in, F) what the encoder saw, CPU.
+        features: (T_in, F) input of the encoder, CPU.
         frame_s: duration of an encoder frame, seconds.
-        topology: of the lattice.
+        topology: topology of the lattice.
     """
 
     text: str
@@ -89,22 +89,22 @@ def align_text(
 ) -> AlignedUtterance:
     """Align the text of one utterance to its audio.
 
-    A time is when the model emits, not when a sound begins: a model that sees no future emits a
-    symbol once it has heard enough of it.
+    A time says when the model emits, not when a sound begins: a model that sees no future emits a
+    symbol after it has heard enough of it.
 
     Args:
         recognizer: a trained recognizer.
         waveform: (num_samples,) float32 in [-1, 1] at ``recognizer.fbank.sample_rate``, CPU.
-        text: what is said; may be empty.
-        topology: of the lattice; None is that of the loss which trained the model.
+        text: the spoken text; may be empty.
+        topology: topology of the lattice; None takes the one of the loss that trained the model.
 
     Returns:
         Times and posteriors of all symbols and words.
 
     Raises:
-        ValueError: if the text has a character that the tokenizer lacks; if the audio or the scores
-            of the model are not finite; if the audio is too short for a frame of features, or for
-            so many symbols in this topology.
+        ValueError: if the tokenizer lacks a character of the text, if the audio or the model's
+            scores are not finite, or if the audio is too short for a frame of features or for the
+            symbols of the text in this topology.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audio files of any length to words: overlapping windows, recognised in batches and joined."""
+"""Transcription of audio files of any length, in overlapping windows that are joined."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from transducer_toolkit.inference.words import RecognizedWord
 
 WINDOW_S = 20.0
 OVERLAP_S = 4.0
-BATCH_SIZE = 8  # windows recognised together
-SAME_WORD_S = 0.1  # the same word starts in two windows at most so far apart
+BATCH_SIZE = 8  # windows recognized together
+SAME_WORD_S = 0.1  # maximum distance of the starts that two windows give the same word
 
 
 @dataclass(frozen=True)
 class Transcription:
-    """What was recognised in an audio file.
+    """The transcription of an audio file.
 
     Attributes:
-        text: its words.
-        words: the same with times and confidences.
-        duration_s: of the audio, seconds.
+        text: the words, with single spaces.
+        words: the words with times and confidences.
+        duration_s: duration of the audio, seconds.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Transcription:
 
 
 class WordRecognizer(Protocol):
-    """What :func:`transcribe_file` needs of a recognizer."""
+    """The part of a recognizer's interface that :func:`transcribe_file` uses."""
 
     fbank: Fbank
 
@@ -57,24 +57,26 @@ def transcribe_file(
 ) -> Transcription:
     """Transcribe an audio file of any length in bounded memory.
 
-    The file is read in windows that overlap, each recognised by itself; :func:`join_words` says
-    how their words become one sequence. A file no longer than a window is recognised as a whole.
+    The file is read in overlapping windows, each of which is recognized separately;
+    :func:`join_words` joins their words. A file that is no longer than a window is recognized as a
+    whole.
 
     Args:
         recognizer: a trained recognizer.
         path: any format that soundfile reads, any sample rate, any number of channels.
         window_s: length of a window, seconds.
-        overlap_s: what two windows have in common, at most half a window, seconds.
-        batch_size: windows recognised together; memory grows with it, not with the file.
-        on_progress: called with the seconds of audio that are done.
+        overlap_s: overlap of two windows, at most half a window, seconds.
+        batch_size: number of windows that are recognized together; memory grows with it, not with
+            the file.
+        on_progress: called with the number of seconds that were transcribed so far.
 
     Returns:
         The words, times counted from the start of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not audio, breaks off or is too short for a frame of features; or an
-            option does not fit.
+        ValueError: the file is not audio, ends too early or is too short for a frame of features,
+            or an option is out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -92,7 +94,7 @@ def transcribe_file(
                 for word in window_words
             ]
             if window.start_s > 0:
-                # The window before ends with the overlap; words before it have no part in this.
+                # The previous window ends with the overlap; earlier words are not affected.
                 tail = bisect_left(words, window.start_s, key=lambda word: word.start_s)
                 middle_s = window.start_s + overlap_s / 2
                 later = join_words(words[tail:], later, cut_s=middle_s, reach_s=overlap_s / 4)
@@ -111,19 +113,19 @@ def join_words(
     cut_s: float,
     reach_s: float,
 ) -> list[RecognizedWord]:
-    """Join the words of two windows that overlap, none lost and none doubled.
+    """Join the words of two overlapping windows without losing or doubling a word.
 
-    Where both windows have a word of the same text, which start at most 0.1 s apart and within
-    ``reach_s`` of ``cut_s``, the one nearest to ``cut_s`` is the joint: the earlier window gives
-    the words up to it, the later one those behind it. Without such a word (a pause, or two
-    opinions) the words are cut at the time nearest to ``cut_s`` that lies in no word of either
-    window.
+    If both windows have the same word, with starts at most 0.1 s apart and within ``reach_s`` of
+    ``cut_s``, the one nearest to ``cut_s`` is the joint: words up to it come from the earlier
+    window, words after it from the later one. If there is no such word (in a pause, or where the
+    windows disagree), the words are cut at the time nearest to ``cut_s`` that lies in no word of
+    either window.
 
     Args:
-        earlier: words of the earlier window, and of those before it.
+        earlier: words of the earlier windows.
         later: words of the later window, times on the same clock.
         cut_s: middle of the overlap, seconds.
-        reach_s: how far from the middle both windows are trusted, seconds.
+        reach_s: maximum distance of the joint from the middle, seconds.
 
     Example:
         >>> def word(text, start_s):
@@ -143,7 +145,7 @@ def join_words(
     if shared:
         _, i, j = min(shared)
         return [*earlier[: i + 1], *later[j + 1 :]]
-    before = after = cut_s  # to become the nearest times in no word, on either side
+    before = after = cut_s  # will be the nearest times in no word, on either side
     spans = sorted((word.start_s, word.end_s) for word in (*earlier, *later))
     for start_s, end_s in spans:
         if start_s < after < end_s:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model with what it needs to turn audio into text, restored from one checkpoint."""
+"""A trained model with its tokenizer and features, restored from one checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from transducer_toolkit.ops.topology import get_topology
 
 CHECKPOINT_KEY = "recognizer"
 FORMAT_VERSION = 1
-# Of every recipe; the others have come since.
+# Keys of every recipe; newer recipes have more.
 RECIPE_KEYS = ("model", "symbols", "num_mel_bins", "max_symbols_per_frame")
 
 
@@ -45,13 +45,13 @@ def recognizer_recipe(
     Args:
         model_config: Hydra config of the model as plain containers, with ``_target_``,
             ``vocab_size`` and ``blank``.
-        tokenizer: whose symbols the model emits.
+        tokenizer: tokenizer of the symbols that the model emits.
         fbank: the features that the model reads.
         max_symbols_per_frame: bound of the greedy search.
-        topology: of the loss that trains the model, what alignments are made with.
+        topology: topology of the loss that trains the model; alignments use it.
 
     Returns:
-        What :meth:`Recognizer.from_checkpoint` expects under ``"recognizer"``.
+        The entry ``"recognizer"`` of a checkpoint, for :meth:`Recognizer.from_checkpoint`.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -65,16 +65,16 @@ def recognizer_recipe(
 
 
 class Recognizer:
-    """Model, tokenizer and features: waveforms to text.
+    """Converts waveforms to text with a model, a tokenizer and features.
 
     Args:
         model: a trained transducer; it is put into eval mode.
-        tokenizer: whose symbols the model emits.
+        tokenizer: tokenizer of the symbols that the model emits.
         fbank: the features that the model reads.
         max_symbols_per_frame: bound of the greedy search.
-        topology: of the loss that trained the model; searches and alignments follow it.
-        search: called with the model's predictor and joiner and with ``topology``, gives the
-            search, such as ``partial(ModifiedBeamSearch, beam=8)``; greedy by default.
+        topology: topology of the loss that trained the model; searches and alignments use it.
+        search: called with the model's predictor and joiner and with ``topology``, returns the
+            search, such as ``partial(ModifiedBeamSearch, beam=8)``; greedy search by default.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
@@ -111,27 +111,27 @@ class Recognizer:
         trusted_packages: Sequence[str] = TRUSTED_PACKAGES,
         search: Callable[..., Search] | None = None,
     ) -> Recognizer:
-        """Restore a recognizer from a checkpoint of ``transducer-train``, and from nothing else.
+        """Restore a recognizer from a checkpoint of ``transducer-train``.
 
-        The file is read with ``weights_only=True`` and names the classes of its model; only those
-        of ``trusted_packages`` are instantiated. So a foreign checkpoint can run no foreign code.
+        The file is read with ``weights_only=True``. It names the classes of its model, and only
+        classes of ``trusted_packages`` are instantiated, so an unknown checkpoint cannot run code.
 
         Args:
-            path: the checkpoint.
-            device: where the model goes.
-            trusted_packages: add your own package here if your model's classes live in it.
-            search: as of the class.
+            path: path of the checkpoint.
+            device: device of the model.
+            trusted_packages: packages of the model's classes; add yours if it defines some.
+            search: as for the class.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not such a checkpoint, or names a class not trusted.
+            ValueError: if the file is not such a checkpoint, or names a class of another package.
         """
         checkpoint = load_checkpoint(path)
         recipe = checkpoint[CHECKPOINT_KEY]
         check_model_config(recipe["model"], trusted_packages, path)
         try:
             recognizer = cls._restored(recipe, checkpoint["state_dict"], search)
-        except Exception as error:  # whatever classes make of a recipe that is not theirs
+        except Exception as error:  # a wrong recipe can raise any error in the classes it names
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{path}: its model cannot be restored: {type(error).__name__}: {reason}"
@@ -158,7 +158,7 @@ class Recognizer:
             if name.startswith("model.")
         }
         model.load_state_dict(own)
-        # The first checkpoints were all of characters.
+        # The first checkpoints have no "tokenizer"; all were of characters.
         state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
         tokenizer = tokenizer_from_state(state)
         if (tokenizer.vocab_size, tokenizer.blank) != (model.vocab_size, model.blank):
@@ -177,17 +177,17 @@ class Recognizer:
 
     @torch.inference_mode()
     def recognize(self, waveforms: Sequence[Tensor]) -> list[Hypothesis]:
-        """Recognise a batch of waveforms, symbols with their encoder frames.
+        """Recognize the symbols of a batch of waveforms, with their encoder frames.
 
         Args:
             waveforms: each (num_samples,) float32 in [-1, 1] at ``fbank.sample_rate``, on the CPU.
 
         Returns:
-            One hypothesis a waveform.
+            One hypothesis per waveform.
 
         Raises:
-            ValueError: if there are none, or one is too short for a frame of features or holds
-                samples that are not finite; if the model's scores are not.
+            ValueError: if there are no waveforms, if one is too short for a frame of features or
+                has samples that are not finite, or if the model's scores are not finite.
         """
         if not waveforms:
             raise ValueError("waveforms must hold at least one waveform, got none")
@@ -202,13 +202,13 @@ class Recognizer:
         return self.search(encoder_out, encoder_lengths)
 
     def recognize_words(self, waveforms: Sequence[Tensor]) -> list[list[RecognizedWord]]:
-        """Recognise a batch of waveforms, words with times and confidences.
+        """Recognize the words of a batch of waveforms, with times and confidences.
 
-        A time is when the model emits, not when a sound begins: a model that sees no future emits
-        a word once it has heard enough of it.
+        A time says when the model emits, not when a sound begins: a model that sees no future emits
+        a word after it has heard enough of it.
 
         Args:
-            waveforms: as of :meth:`recognize`.
+            waveforms: as for :meth:`recognize`.
 
         Returns:
             The words of each waveform.
@@ -220,7 +220,7 @@ class Recognizer:
         ]
 
     def transcribe(self, waveforms: Sequence[Tensor]) -> list[str]:
-        """Recognise a batch of waveforms as text; see :meth:`recognize`."""
+        """Return the texts of a batch of waveforms; see :meth:`recognize`."""
         return [self.tokenizer.decode(h.tokens) for h in self.recognize(waveforms)]
 
     def transcribe_file(self, path: str | os.PathLike[str], **options: Any) -> Transcription:
@@ -228,7 +228,7 @@ class Recognizer:
 
         Args:
             path: any format that soundfile reads, any sample rate, any number of channels.
-            options: of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`.
+            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`.
         """
         return transcribe_file(self, path, **options)
 
@@ -257,7 +257,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as error:  # forged: the unpickler stumbles in many ways
+        except Exception as error:  # a forged file can raise any error in the unpickler
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
@@ -283,20 +283,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_weight(value: Tensor, what: str) -> None:
-    """Refuse what a model would be given by a cast that loses something, and NaN."""
+    """Raise an error for a weight that a model could not take without loss, and for NaN."""
     is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
     if not is_dense or value.is_complex() or value.device.type != "cpu":
         raise ValueError(
             f"{what} must be a dense tensor of real numbers, got {value.dtype}, {value.layout}, on "
             f"device {value.device.type}"
         )
-    # An infinite one may be meant: a bias of -inf masks a symbol.
+    # An infinite weight may be intended: a bias of -inf masks a symbol.
     if value.dtype in SUPPORTED_DTYPES and bool(value.isnan().any()):
         raise ValueError(f"{what} holds NaN")
 
 
 def _check_depth(config: Any, num_weights: int) -> None:
-    """Refuse more layers than there are weights for: a million would be made for hours."""
+    """Raise an error for more layers than weights: making a million layers takes hours."""
     if isinstance(config, Mapping):
         num_layers = config.get("num_layers")
         if isinstance(num_layers, int) and num_layers > num_weights:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audio in pieces to text in pieces, while the speaker speaks."""
+"""Streaming recognition: returns text while the audio arrives."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from transducer_toolkit.decoding import GreedySearch, GreedyState, Hypothesis
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.modules.encoder import EncoderState, StreamingEncoder
 
-NUM_RECENT_TOKENS = 32  # what new text is decoded together with, for its spaces
+NUM_RECENT_TOKENS = 32  # decoded together with new tokens, so that spaces are right
 
 
 class StreamingRecognizer:
-    """Recognise one utterance after the other, each in pieces of any size.
+    """Recognizes utterances one after the other, each in pieces of any size.
 
     The text of all pieces together is the text that ``recognizer`` gives for the whole utterance.
-    What is kept between two pieces does not grow: less than two frames of samples, the frames of
-    features and the segment that are not complete, the state of encoder and predictor.
+    The state between two pieces does not grow: it consists of less than two frames of samples, the
+    incomplete frames and segment, and the states of encoder and predictor.
 
     Args:
-        recognizer: with an encoder that streams: an
-            :class:`~transducer_toolkit.modules.encoder.StreamingEncoder` of global normalisation.
+        recognizer: a recognizer whose encoder is a
+            :class:`~transducer_toolkit.modules.encoder.StreamingEncoder` with global normalization.
 
     Attributes:
-        added: what the last call of :meth:`accept` or :meth:`finish` found, tokens with their
+        added: tokens that the last call of :meth:`accept` or :meth:`finish` added, with their
             frames, counted from the start of the utterance.
 
     Raises:
@@ -62,9 +62,9 @@ class StreamingRecognizer:
 
     @property
     def latency_s(self) -> float:
-        """Seconds from a sound until the encoder frame that it falls into is known, at most."""
+        """Bound on the seconds from a sound until its encoder frame is known."""
         frame_ms = self._encoder.subsampling_factor * FRAME_SHIFT_MS
-        # The last feature frame reaches beyond its shift by half of what is longer than it.
+        # A feature frame is longer than the shift, by the same amount on both sides.
         overhang_ms = (FRAME_LENGTH_MS - FRAME_SHIFT_MS) / 2
         return (self._encoder.latency_frames * frame_ms + overhang_ms) / 1000
 
@@ -76,12 +76,12 @@ class StreamingRecognizer:
                 CPU.
 
         Returns:
-            The text they add, with the space before it where a word begins; often "".
+            The text that they add, often ""; it begins with a space if a new word begins.
         """
         return self._decode(self._fbank.accept(samples), final=False)
 
     def finish(self) -> str:
-        """End the utterance: return the text that is left; the next samples begin another."""
+        """End the utterance and return its remaining text; the next samples begin another one."""
         text = self._decode(self._fbank.finish(), final=True)
         self._reset()
         return text

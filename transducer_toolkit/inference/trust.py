@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint may be: whole, and of classes of trusted packages with plain values."""
+"""Checks of untrusted checkpoints: undamaged, plain values, classes of trusted packages."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ TRUSTED_PACKAGES = ("transducer_toolkit.modules",)
 
 
 def check_archive(file: IO[bytes], path: str | os.PathLike[str]) -> None:
-    """Refuse a file of ``torch.save`` that is not as it was written: torch does not look.
+    """Raise an error if a file of ``torch.save`` is damaged, which torch does not check.
 
     Args:
-        file: open for reading; is at its beginning again afterwards.
-        path: of the checkpoint, for the message.
+        file: open for reading; afterwards it is at its beginning again.
+        path: path of the checkpoint, for the message.
 
     Raises:
         ValueError: it is no archive, or an entry differs from its checksum.
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            # torch compresses nothing; an entry that swells would keep us busy for long.
+            # torch compresses nothing; unpacking a forged compressed entry could take very long.
             names = [entry.filename for entry in archive.infolist() if entry.compress_type]
             damaged = names[0] if names else archive.testzip()
     except OSError:
         raise
-    except Exception as error:  # its directory is damaged: zipfile stumbles in many ways
+    except Exception as error:  # a damaged directory can raise any error in zipfile
         raise ValueError(f"{path} is not a checkpoint of transducer-train: {error}") from error
     if damaged is not None:
         raise ValueError(
-            f"{path} is damaged: its entry {damaged!r} is not what was written (or it was written "
-            "with torch.serialization.set_crc32_options(False))"
+            f"{path} is damaged: its entry {damaged!r} differs from its checksum (or it was "
+            "written with torch.serialization.set_crc32_options(False))"
         )
     file.seek(0)
 
@@ -44,19 +44,21 @@ def check_archive(file: IO[bytes], path: str | os.PathLike[str]) -> None:
 def check_model_config(
     config: Any, trusted_packages: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
-    """Refuse a config that ``hydra.utils.instantiate`` would make anything else of.
+    """Raise an error if ``hydra.utils.instantiate`` could run untrusted code for a config.
 
-    A target must be spelt below a trusted package and be defined in one. Everything else must be
-    what it seems: ``instantiate`` also looks into tuples, and an interpolation can become a config
-    with a target of its own (``${oc.create:...}``) or read the environment (``${oc.env:...}``).
+    The name of a target must begin with a trusted package, and the target must be defined in one.
+    All other values must be plain: ``instantiate`` also looks into tuples, and an interpolation can
+    become a config with a target of its own (``${oc.create:...}``) or read the environment
+    (``${oc.env:...}``).
 
     Args:
-        config: from a checkpoint.
+        config: model config of a checkpoint.
         trusted_packages: names of packages.
-        path: of the checkpoint, for the message.
+        path: path of the checkpoint, for the message.
 
     Raises:
-        ValueError: there is such a thing in the config.
+        ValueError: the config has an untrusted target, an interpolation or a value that is not
+            plain.
 
     Example:
         >>> target = "transducer_toolkit.modules.encoder.ConvLstmEncoder"
@@ -66,7 +68,7 @@ def check_model_config(
         ...
         ValueError: a.ckpt wants to instantiate os.system, which is not of the trusted packages ...
     """
-    # Exact types: what is derived from these may be anything to others.
+    # Exact types: a subclass could behave in any way.
     if type(config) is dict:
         for key, value in config.items():
             if type(key) is not str:
@@ -95,8 +97,8 @@ def _check_target(
             name == package or name.startswith(package + ".") for package in trusted_packages
         )
 
-    # The spelling first, as looking a target up imports it; then where it is defined, because
-    # what a trusted module merely imported (trusted.module.os.system) is not trusted.
+    # Check the name first, because looking a target up imports it. Then check where it is defined,
+    # because a trusted module may import untrusted functions (trusted.module.os.system).
     if is_trusted(target):
         try:
             defined_in = getattr(pkgutil.resolve_name(target), "__module__", None)

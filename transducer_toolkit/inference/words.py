@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Symbols with encoder frames to words with times and confidences."""
+"""Words with times and confidences, from symbols with encoder frames."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from transducer_toolkit.modules.encoder import Encoder
 
 @dataclass(frozen=True)
 class RecognizedWord:
-    """A word that was recognised.
+    """A recognized word.
 
     Attributes:
         word: its text.
         start_s: start of the frame that emits its first symbol, seconds.
         end_s: end of the frame that emits its last symbol, seconds.
-        confidence: the least of the probabilities that its symbols had where they were emitted,
-            in [0, 1]: a word is as certain as its least certain symbol.
+        confidence: the smallest probability of its symbols when they were emitted, in [0, 1].
     """
 
     word: str
@@ -32,7 +31,7 @@ class RecognizedWord:
 
 
 def encoder_frame_s(encoder: Encoder) -> float:
-    """Seconds an encoder frame stands for; frame t starts at ``t * encoder_frame_s``.
+    """Return the duration of an encoder frame; frame t starts at ``t * encoder_frame_s``.
 
     Example:
         >>> from transducer_toolkit.modules import ConvLstmEncoder
@@ -45,14 +44,14 @@ def encoder_frame_s(encoder: Encoder) -> float:
 def word_spans(symbols: Sequence[str]) -> list[tuple[str, int, int]]:
     """Group symbols into words.
 
-    A word starts behind a space (U+2581), be the space a symbol of its own, as of characters, or
-    the first character of a symbol, as of word pieces. Lone spaces belong to no word.
+    A word starts after a space (U+2581). The space may be a symbol by itself (characters) or the
+    first character of a symbol (word pieces). Spaces that are symbols belong to no word.
 
     Args:
-        symbols: those of a text.
+        symbols: symbols of a text.
 
     Returns:
-        For each word its text, and the positions of its first and last symbol.
+        For each word, its text and the positions of its first and last symbol.
 
     Example:
         >>> word_spans(["a", "b", "\u2581", "c"]), word_spans(["\u2581ab", "c", "\u2581c"])
@@ -77,11 +76,11 @@ def word_spans(symbols: Sequence[str]) -> list[tuple[str, int, int]]:
 def recognized_words(
     hypothesis: Hypothesis, tokenizer: Tokenizer, frame_s: float
 ) -> list[RecognizedWord]:
-    """Give the words of a hypothesis their times and confidences.
+    """Return the words of a hypothesis with times and confidences.
 
     Args:
-        hypothesis: of a search, with the ``log_probs`` of its tokens.
-        tokenizer: whose symbols its tokens are.
+        hypothesis: result of a search, with the ``log_probs`` of its tokens.
+        tokenizer: tokenizer of its tokens.
         frame_s: duration of an encoder frame, seconds.
 
     Example:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Conformer encoder, of torchaudio's layers."""
+"""The Conformer encoder, with torchaudio's layers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transducer_toolkit.ops.checks import check_at_least, check_int
 class ConformerEncoder(FrontEndEncoder):
     """Normalization, subsampling convolutions and a stack of Conformer layers.
 
-    The layers are those of ``torchaudio.models.Conformer``, changed where they would mix an
-    utterance with its batch: padded frames are zeroed before each depthwise convolution, and a
-    layer norm over the channels of each frame stands in place of batch norm. So in training, too,
-    an utterance is encoded as it would be alone, and the gradient of a batch is the sum of those
-    of its utterances, however they are spread over processes and accumulated batches. Attention
-    spans the whole utterance and knows positions through the convolutions only, as torchaudio's
-    does; "Conformer" (Gulati et al., 2020) adds relative positions.
+    The layers are those of ``torchaudio.models.Conformer`` with two changes: padded frames are
+    zeroed before each depthwise convolution, and a layer norm over the channels of each frame
+    replaces batch norm. So an utterance is encoded as it would be alone, in training too, and the
+    gradient of a batch is the sum of the gradients of its utterances, for any distribution over
+    processes and accumulated batches. Attention spans the whole utterance and knows positions
+    through the convolutions only, as torchaudio's does; "Conformer" (Gulati et al., 2020) adds
+    relative positions.
 
     Args:
         num_features: feature bins, F.
@@ -106,7 +106,7 @@ class ConformerEncoder(FrontEndEncoder):
     def forward(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
         hidden, encoder_lengths = self.front_end(features, feature_lengths)
         is_padding = ~frame_mask(encoder_lengths, hidden.size(1), hidden.device)
-        hidden = self.dropout(hidden).transpose(0, 1)  # (T, B, E), as torchaudio has it
+        hidden = self.dropout(hidden).transpose(0, 1)  # (T, B, E), torchaudio's layout
         with self._padding.being(is_padding):
             for layer in self.layers:
                 hidden = layer(hidden, is_padding)
@@ -114,7 +114,7 @@ class ConformerEncoder(FrontEndEncoder):
 
 
 class _Padding(nn.Module):
-    """Zeroes the padded frames of (B, E, T), told which they are around torchaudio's layers."""
+    """Zeroes the padded frames of (B, E, T) within torchaudio's layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class _Padding(nn.Module):
 
     @contextmanager
     def being(self, is_padding: Tensor) -> Iterator[None]:
-        """Within this, the padded frames are those where ``is_padding`` (B, T) is True."""
+        """Return a context in which frames are padded where ``is_padding`` (B, T) is True."""
         self._is_padding = is_padding
         try:
             yield

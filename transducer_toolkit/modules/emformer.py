@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An encoder for streaming: attention within segments, their past and a short look ahead."""
+"""A streaming encoder: attention within segments, their past and a short look-ahead."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transducer_toolkit.ops.checks import check_at_least, check_int
 class EmformerEncoder(StreamingEncoder):
     """Global normalization, subsampling convolutions and torchaudio's Emformer.
 
-    The frames are cut into segments. A frame attends to its segment, to ``right_context`` frames
-    after it and to ``left_context`` frames before it; with ``memory_size`` also to one summary
-    of each of that many earlier segments. So a segment can be encoded as soon as its right context
-    is there, and :meth:`forward`, which encodes all segments at once, gives the same frames.
-    The last segment of an utterance and its right context are filled up with zeros.
+    The frames are divided into segments. A frame attends to its segment, to the ``right_context``
+    frames after it and to the ``left_context`` frames before it, and to one summary of each of the
+    last ``memory_size`` segments. A segment is encoded as soon as its right context is known;
+    :meth:`forward` encodes all segments at once and gives the same frames. Zeros fill the last
+    segment of an utterance and its right context.
 
     Args:
         num_features: feature bins, F.
@@ -68,7 +68,7 @@ class EmformerEncoder(StreamingEncoder):
         normalization: str = "global",
         subsampling_factor: int = 4,
     ) -> None:
-        from torchaudio.models import Emformer  # late: other encoders do without torchaudio
+        from torchaudio.models import Emformer  # late: other encoders do not need torchaudio
 
         check_at_least(1, dim=dim, num_heads=num_heads, ffn_dim=ffn_dim, num_layers=num_layers)
         for name, value in (
@@ -111,8 +111,8 @@ class EmformerEncoder(StreamingEncoder):
 
     def forward(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
         hidden, encoder_lengths = self.front_end(features, feature_lengths)
-        # Zeros after the end, as alone. Emformer's own lengths would not do: it masks the padding
-        # of a batch, but not that of a single utterance.
+        # Zeros after the end, as for a single utterance. Emformer's own lengths cannot do this: it
+        # masks the padding of a batch, but not that of a single utterance.
         num_frames = hidden.size(1)
         hidden = hidden * frame_mask(encoder_lengths, num_frames, hidden.device).unsqueeze(-1)
         hidden = self._fill_segments(self.dropout(hidden))
@@ -127,7 +127,7 @@ class EmformerEncoder(StreamingEncoder):
         return self.segment_length + self.right_context
 
     def initial_layers(self) -> tuple[Tensor, list[list[Tensor]] | None]:
-        """Frames that wait for the rest of their segment, and the state of each layer."""
+        """Return no waiting frames, and None as the state of the layers."""
         return self.subsampling.projection.weight.new_empty(1, 0, self.output_dim), None
 
     def stream_layers(
@@ -147,10 +147,10 @@ class EmformerEncoder(StreamingEncoder):
             encoder_out, _, states = self.emformer.infer(waiting[:, :window], lengths, states)
             known.append(encoder_out)
             waiting = waiting[:, self.segment_length :]
-        # A copy: a view would keep all of the waiting frames there ever were.
+        # A copy: a view would keep the memory of all earlier frames.
         return torch.cat(known, dim=1)[:, :num_frames], (waiting.clone(), states)
 
     def _fill_segments(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, whole segments and a right context, D), zeros after the end."""
+        """Pad (B, T, D) with zeros to whole segments and one right context."""
         missing = -hidden.size(1) % self.segment_length + self.right_context
         return nn.functional.pad(hidden, (0, 0, 0, missing))

@@ -20,7 +20,9 @@ from transducer_toolkit.ops.checks import check_at_least, check_probability
 
 
 class Encoder(nn.Module, ABC):
-    """What every encoder offers: lengths in, lengths out, padding never leaks.
+    """The interface of an encoder: batches of features to batches of encoder frames.
+
+    The content of padded frames never affects the result.
 
     Attributes:
         num_features: feature bins expected, F.
@@ -36,8 +38,8 @@ class Encoder(nn.Module, ABC):
 
         Args:
             features: (B, T_in, F) float32; padded frames may hold anything.
-            feature_lengths: (B,) int64, in feature frames; best on the CPU, where the result's
-                lengths are needed too.
+            feature_lengths: (B,) int64, in feature frames; best on the CPU, where the lengths of
+                the result are needed too.
 
         Returns:
             ``encoder_out`` (B, T, E), unspecified but finite at padded frames, and
@@ -49,22 +51,22 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
-        """Number of encoder frames of ``num_frames`` feature frames, an int or a tensor."""
+        """Return the number of encoder frames of ``num_frames`` feature frames, int or tensor."""
 
     @property
     def subsampling_factor(self) -> int:
-        """Feature frames per encoder frame: frame t stands for those from t times this on.
+        """Feature frames per encoder frame: frame t begins at feature frame t times this factor.
 
         Example:
             >>> ConvLstmEncoder(hidden_dim=16).subsampling_factor
             4
         """
-        num_frames = 1 << 20  # long enough that what is lost at the edges does not matter
+        num_frames = 1 << 20  # so long that frames lost at the edges do not change the quotient
         return round(num_frames / self.num_output_frames(num_frames))
 
     def check_input(self, features: Tensor, feature_lengths: Tensor) -> None:
         """Raise the ``ValueError`` that :meth:`forward` promises."""
-        if torch.jit.is_tracing():  # for an export: sizes and lengths are not values but symbols
+        if torch.jit.is_tracing():  # an export: sizes and lengths have no values
             return
         if features.dim() != 3 or features.size(2) != self.num_features:
             raise ValueError(
@@ -77,7 +79,7 @@ class Encoder(nn.Module, ABC):
                 f"feature_lengths must have shape ({batch_size},), "
                 f"got {tuple(feature_lengths.shape)}"
             )
-        if feature_lengths.device.type == "cpu":  # elsewhere looking at them would synchronise
+        if feature_lengths.device.type == "cpu":  # reading them from a GPU would synchronize
             for index, length in enumerate(feature_lengths.tolist()):
                 if not 1 <= length <= max_frames:
                     raise ValueError(
@@ -151,12 +153,12 @@ class FrontEndEncoder(Encoder):
 
 @dataclass(frozen=True)
 class EncoderState:
-    """What an encoder remembers of one utterance; its size does not grow.
+    """The state of an encoder within one utterance; its size does not grow.
 
     Attributes:
-        features: (n, F), the feature frames that encoder frames to come will look at.
-        num_seen: how many of them, 0 or the subsampling factor, were encoded already.
-        layers: what the layers behind the subsampling remember.
+        features: (n, F), the feature frames that later encoder frames depend on.
+        num_seen: number of these frames that were encoded already, 0 or the subsampling factor.
+        layers: state of the layers after the subsampling.
     """
 
     features: Tensor
@@ -177,22 +179,22 @@ class StreamingEncoder(FrontEndEncoder):
     @property
     @abstractmethod
     def latency_frames(self) -> int:
-        """Encoder frames from the start of a frame to the last sound it waits for, at most."""
+        """Bound on the encoder frames from the start of a frame to the last input it depends on."""
 
     @abstractmethod
     def initial_layers(self) -> Any:
-        """What the layers remember before the first frame."""
+        """Return the state of the layers before the first frame."""
 
     @abstractmethod
     def stream_layers(self, hidden: Tensor, layers: Any, *, final: bool) -> tuple[Tensor, Any]:
-        """The layers behind the subsampling, for (1, n, D), n >= 0, new frames of one utterance.
+        """Run the layers on (1, n, D), n >= 0, new subsampled frames of one utterance.
 
         Returns:
-            The (1, T, E) frames that are known now, T >= 0, and what to remember.
+            The (1, T, E) frames that are known now, T >= 0, and the next state of the layers.
         """
 
     def initial_state(self) -> EncoderState:
-        """The state before the first features of an utterance.
+        """Return the state before the first features of an utterance.
 
         Raises:
             ValueError: if the encoder subtracts the mean of the whole utterance.
@@ -215,7 +217,7 @@ class StreamingEncoder(FrontEndEncoder):
 
         Args:
             features: (n, F) float32, any n >= 0.
-            state: from :meth:`initial_state` or the previous call; it is left as it is.
+            state: from :meth:`initial_state` or the previous call; it is not changed.
             final: whether the utterance ends here.
 
         Returns:

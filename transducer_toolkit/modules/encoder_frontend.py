@@ -35,12 +35,12 @@ def subsampled_length(num_frames: NumFrames, factor: int = 4) -> NumFrames:
 
 
 def frame_mask(lengths: Tensor, max_frames: int, device: torch.device) -> Tensor:
-    """Mark the real frames of a padded batch.
+    """Return a mask that is True at the real frames of a padded batch.
 
     Args:
         lengths: (B,) int64, in frames, on the CPU or on ``device``.
         max_frames: padded number of frames, T.
-        device: where the mask is needed.
+        device: device of the mask.
 
     Returns:
         (B, T) bool, True where a frame belongs to its utterance.
@@ -57,11 +57,10 @@ def frame_mask(lengths: Tensor, max_frames: int, device: torch.device) -> Tensor
 class FeatureNormalizer(nn.Module):
     """Centre features, by the mean of their utterance or by statistics of the training set.
 
-    ``"utterance"`` subtracts, per bin, the mean over the real frames of the utterance: it removes
-    the channel and the level, and needs no statistics. ``"global"`` computes ``(x - mean) / std``
-    with buffers that :meth:`set_statistics` fills and the state dict carries; it needs no future
-    frame, as a streaming recogniser must not. Either way padded frames leave as zeros, whatever
-    they held.
+    ``"utterance"`` subtracts, per bin, the mean over the real frames of the utterance. That removes
+    the channel and the level and needs no statistics. ``"global"`` computes ``(x - mean) / std``
+    with buffers that :meth:`set_statistics` fills and the state dict contains. It depends on no
+    future frame, so encoders can stream. In both modes padded frames become zeros.
 
     Args:
         num_features: feature bins, F.
@@ -98,7 +97,7 @@ class FeatureNormalizer(nn.Module):
     @property
     def needs_statistics(self) -> bool:
         """Whether :meth:`set_statistics` (or a state dict) has yet to provide mean and std."""
-        if not self._known_ready:  # ask the buffer, perhaps on a device, only until it says yes
+        if not self._known_ready:  # read the buffer, perhaps from a GPU, only until it is True
             self._known_ready = bool(self.has_statistics)
         return not self._known_ready
 
@@ -126,10 +125,10 @@ class FeatureNormalizer(nn.Module):
         self.has_statistics.fill_(True)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Normalise a padded batch.
+        """Normalize a padded batch.
 
         Args:
-            features: (B, T, F) float; anything, also NaN, in padded frames.
+            features: (B, T, F) float; padded frames may hold anything, NaN included.
             mask: (B, T) bool, True at real frames.
 
         Returns:

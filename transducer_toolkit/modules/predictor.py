@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictors: the symbols so far to one vector, for a whole target sequence or step by step."""
+"""Predictors: the previous symbols to one vector, for whole target sequences or step by step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transducer_toolkit.ops.checks import check_at_least, check_int, check_proba
 
 
 class Predictor(nn.Module, ABC):
-    """What every predictor offers: all columns of the lattice at once, or one symbol at a time.
+    """The interface of a predictor: all columns of the lattice at once, or one symbol at a time.
 
     ``forward`` prepends blank, the start symbol, and equals the steps: with
     ``out, state = step(blank, initial_state)`` the column ``u = 0``, and
@@ -42,11 +42,11 @@ class Predictor(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, targets: Tensor) -> Tensor:
-        """Output for every prefix of every target sequence.
+        """Return the output for every prefix of every target sequence.
 
         Args:
-            targets: (B, U) int32 or int64. A column depends on the targets before it only, and
-                padding may hold any value: ids outside [0, V) read as "no symbol".
+            targets: (B, U) int32 or int64. A column depends only on the targets before it. Padding
+                may hold any value: an id outside [0, V) means no symbol.
 
         Returns:
             (B, U + 1, P).
@@ -54,14 +54,14 @@ class Predictor(nn.Module, ABC):
 
     @abstractmethod
     def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """The state before the start symbol, (N, ...)."""
+        """Return the state before the start symbol, (N, ...)."""
 
     @abstractmethod
     def step(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Consume one symbol a hypothesis.
+        """Consume one symbol of each hypothesis.
 
         Args:
-            tokens: (N,) int64, the newest symbol; blank first of all.
+            tokens: (N,) int64, the newest symbols; blank in the first step.
             state: (N, ...) from :meth:`initial_state` or the previous step.
 
         Returns:
@@ -69,7 +69,7 @@ class Predictor(nn.Module, ABC):
         """
 
     def prepend_blank(self, targets: Tensor) -> Tensor:
-        """(B, U) target ids to (B, U + 1) int64 ids that start with blank."""
+        """Convert (B, U) target ids to (B, U + 1) int64 ids that start with blank."""
         return nn.functional.pad(targets.long(), (1, 0), value=self.blank)
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ class Predictor(nn.Module, ABC):
 
 
 class StatelessPredictor(Predictor):
-    """A predictor that sees the last ``context_size`` symbols only.
+    """A predictor that depends on the last ``context_size`` symbols only.
 
-    ``relu(sum_i w_i * embedding(y_{u-i}))`` with one weight a channel and position, after
+    ``relu(sum_i w_i * embedding(y_{u-i}))`` with one weight per channel and position, from
     "RNN-Transducer with Stateless Prediction Network" (Ghodsi et al., 2020), in the form that
     icefall made common. It starts from the context ``[-1, ..., -1, blank]``, as sherpa-onnx does.
 
@@ -109,14 +109,14 @@ class StatelessPredictor(Predictor):
         self.output_dim = embedding_dim
         self.context_size = context_size
         self.embedding = nn.Embedding(vocab_size, embedding_dim)
-        # Quieter than the encoder at first, or the model learns the text without the audio.
+        # Smaller outputs than the encoder's at first, or the model learns the text without audio.
         nn.init.normal_(self.embedding.weight, std=0.3)
         # (context_size, P), oldest symbol first
         self.context_weight = nn.Parameter(torch.rand(context_size, embedding_dim))
 
     def forward(self, targets: Tensor) -> Tensor:
         tokens = self.prepend_blank(targets)
-        # (B, U + 1) -> (B, U + 1, context_size): each column with the symbols before it
+        # (B, U + 1) -> (B, U + 1, context_size): the last symbols of each column
         context = nn.functional.pad(tokens, (self.context_size - 1, 0), value=-1)
         return self._mix(context.unfold(1, self.context_size, 1))
 
@@ -133,7 +133,7 @@ class StatelessPredictor(Predictor):
 
 
 class LstmPredictor(Predictor):
-    """A predictor that sees the whole history: embedding and LSTM layers (Graves, 2012).
+    """A predictor that depends on all previous symbols: embedding and LSTM layers (Graves, 2012).
 
     Args:
         vocab_size: number of symbols with blank, V.

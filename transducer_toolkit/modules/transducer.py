@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transducer: encoder, predictor and joiner. It knows no loss."""
+"""The transducer: encoder, predictor and joiner, without a loss."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Transducer(nn.Module):
     """Encoder, predictor and joiner of one model.
 
     Args:
-        encoder: features to encoder frames.
-        predictor: symbols so far to one vector.
-        joiner: a frame and a vector to logits.
+        encoder: converts features to encoder frames.
+        predictor: converts the previous symbols to one vector.
+        joiner: converts a frame and a vector to logits.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class Transducer(nn.Module):
         vocab_size: int,
         blank: int,
     ) -> Transducer:
-        """Build a transducer from parts that do not yet know the vocabulary or each other.
+        """Build a transducer from an encoder, and functions that make predictor and joiner.
 
         Args:
             encoder: the encoder.
@@ -91,7 +91,7 @@ class Transducer(nn.Module):
     def forward(
         self, features: Tensor, feature_lengths: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run encoder and predictor, what a loss stage needs beside the joiner.
+        """Run encoder and predictor; a loss stage runs the joiner.
 
         Args:
             features: (B, T_in, F) float32.

@@ -8,7 +8,7 @@ The repair of normalizers runs on every device. The other stages run on the CPU 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,29 +108,18 @@ class AdditiveStages:
 
     def __init__(self, inputs: AdditiveInputs, product: Tensor, options: AdditiveOptions) -> None:
         contexts, am, symbols, context_blank, context_label = inputs
-        tensors = {
-            "lm": contexts,
-            "am": am,
-            "product": product,
-            "symbols": symbols,
-            "context_blank": context_blank,
-            "context_label": context_label,
-        }
-        self._keep_alive = tensors
+        self._keep_alive = inputs
         self._product = product
         self._num_symbols = symbols.size(1)
-        self.native = native.extension.cpu.AdditiveArguments(
-            dtype=native.DTYPES[am.dtype],
-            num_utterances=am.size(0),
-            num_frames=am.size(1),
-            num_columns=contexts.size(1),
-            vocab_size=am.size(2),
-            threshold=lowest_product(am),
+        self._cells = _cells((am, contexts, product), lowest_product(am))
+        self._terms = native.extension.AdditiveTerms(
             num_symbols=symbols.size(1),
+            symbols=native.address(symbols),
             blank=options.blank,
             combined_scale=options.combined_scale,
             am_only_scale=options.am_only_scale,
-            **{name: native.address(tensor) for name, tensor in tensors.items()},
+            context_blank=native.address(context_blank),
+            context_label=native.address(context_label),
         )
 
     def scores(self, am_max: Tensor, lm_max: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,13 +130,16 @@ class AdditiveStages:
         label = normalizer.new_empty(size[0], size[1], num_symbols)
         with native.backend_of(blank) as backend:
             native.extension.cpu.additive_scores(
-                self.native,
+                self._cells,
+                self._terms,
                 am_max=native.address(am_max),
                 lm_max=native.address(lm_max),
                 **backend.queue,
-                normaliser=native.address(normalizer),
-                blank_score=native.address(blank),
-                label_score=native.address(label),
+                out=native.extension.AdditiveScoresOut(
+                    normalizer=native.address(normalizer),
+                    blank=native.address(blank),
+                    label=native.address(label),
+                ),
             )
         return normalizer, blank, label
 
@@ -168,15 +160,19 @@ class AdditiveStages:
         grad_context_label = grad_normalizer.new_empty(len(weight), self._num_symbols)
         with native.backend_of(weight) as backend:
             native.extension.cpu.additive_weights(
-                self.native,
-                grad_blank=native.address(grad_blank),
-                grad_label=native.address(grad_label),
+                self._cells,
+                self._terms,
+                grads=native.extension.AdditiveScoreGrads(
+                    blank=native.address(grad_blank), label=native.address(grad_label)
+                ),
                 **backend.queue,
-                grad_normaliser=native.address(grad_normalizer),
-                scale=native.address(scale),
+                out=native.extension.AdditiveWeightsOut(
+                    grad_normalizer=native.address(grad_normalizer),
+                    scale=native.address(scale),
+                    grad_context_blank=native.address(grad_context_blank),
+                    grad_context_label=native.address(grad_context_label),
+                ),
                 weight=native.address(weight),
-                grad_context_blank=native.address(grad_context_blank),
-                grad_context_label=native.address(grad_context_label),
             )
         return grad_normalizer, scale, weight, grad_context_blank, grad_context_label
 
@@ -188,30 +184,43 @@ class AdditiveStages:
                 grad_am and grad_lm. grad_am and grad_lm hold the products and are overwritten by
                 the gradients.
         """
+        addresses = {name: native.address(tensor) for name, tensor in tensors.items()}
         with native.backend_of(self._product) as backend:
             native.extension.cpu.additive_gradients(
-                self.native,
+                self._cells,
+                self._terms,
+                exponentials=native.extension.AdditiveExponentials(
+                    am=addresses["am_exp"], lm=addresses["lm_exp"]
+                ),
+                grads=native.extension.AdditiveScoreGrads(
+                    blank=addresses["grad_blank"], label=addresses["grad_label"]
+                ),
+                saved=native.extension.AdditiveSaved(
+                    normalizer=addresses["normalizer"],
+                    grad_normalizer=addresses["grad_normalizer"],
+                    scale=addresses["scale"],
+                ),
                 **backend.queue,
-                **{
-                    name.replace("normalizer", "normaliser"): native.address(tensor)
-                    for name, tensor in tensors.items()
-                },
+                grad_am=addresses["grad_am"],
+                grad_lm=addresses["grad_lm"],
             )
 
 
-def _cells(joint: tuple[Tensor, Tensor, Tensor], threshold: float) -> dict[str, Any]:
+def _cells(
+    joint: tuple[Tensor, Tensor, Tensor], threshold: float
+) -> native.extension.AdditiveCells:
     am, lm, product = joint
-    return {
-        "dtype": native.DTYPES[am.dtype],
-        "num_utterances": am.size(0),
-        "num_frames": am.size(1),
-        "num_columns": lm.size(1),
-        "vocab_size": am.size(2),
-        "am": native.address(am),
-        "lm": native.address(lm),
-        "product": native.address(product),
-        "threshold": threshold,
-    }
+    return native.extension.AdditiveCells(
+        dtype=native.DTYPES[am.dtype],
+        num_utterances=am.size(0),
+        num_frames=am.size(1),
+        num_columns=lm.size(1),
+        vocab_size=am.size(2),
+        am=native.address(am),
+        lm=native.address(lm),
+        product=native.address(product),
+        threshold=threshold,
+    )
 
 
 def repair_normalizer(
@@ -225,8 +234,8 @@ def repair_normalizer(
         normalizer: (B, T, U + 1) float64.
     """
     with native.backend_of(joint[0]) as backend:
-        backend.stages.repair_normaliser(
-            **_cells(joint, threshold), **backend.queue, normaliser=native.address(normalizer)
+        backend.stages.repair_normalizer(
+            _cells(joint, threshold), **backend.queue, normalizer=native.address(normalizer)
         )
 
 
@@ -247,9 +256,9 @@ def repair_normalizer_backward(
         grads: the gradients of am and lm, with the shapes of am and lm.
     """
     with native.backend_of(joint[0]) as backend:
-        backend.stages.repair_normaliser_backward(
-            **_cells(joint, threshold),
-            normaliser=native.address(normalizer),
+        backend.stages.repair_normalizer_backward(
+            _cells(joint, threshold),
+            normalizer=native.address(normalizer),
             grad=native.address(grad),
             **backend.queue,
             grad_am=native.address(grads[0]),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 try:
-    from transducer_toolkit import _C as extension  # type: ignore[attr-defined]
+    from transducer_toolkit import _C as extension
 except ImportError as error:
     _here = Path(__file__).resolve().parent
     if (_here.parents[1] / "CMakeLists.txt").exists():
@@ -57,17 +57,16 @@ SCORE_DTYPE = torch.float64
 def build_info() -> dict[str, Any]:
     """Returns a description of the compiled module.
 
-    Returns:
-        A dictionary with these keys:
+    The keys are:
 
-        - version, compiler, build_type;
-        - cpu_path: "avx512", "avx2" or "baseline";
-        - cuda_runtime: for example 13000; 0 without CUDA;
-        - cuda_architectures: for example "75-real 80-real 80-virtual";
-        - cuda_driver_floor: the lowest NVIDIA driver branch, for example 580; 0 without CUDA;
-        - cuda_devices: the number of usable devices; 0 if this build or torch has no CUDA. Before
-          torch initializes CUDA, torch.cuda.device_count() counts them, so that a process that is
-          forked later can still use CUDA.
+    - version, compiler, build_type;
+    - cpu_path: "avx512", "avx2" or "baseline";
+    - cuda_runtime: for example 13000; 0 without CUDA;
+    - cuda_architectures: for example "75-real 80-real 80-virtual";
+    - cuda_driver_floor: the lowest NVIDIA driver branch, for example 580; 0 without CUDA;
+    - cuda_devices: the number of usable devices; 0 if this build or torch has no CUDA. Before torch
+      initializes CUDA, torch.cuda.device_count() counts them, so that a process forked later can
+      still use CUDA.
 
     Example:
         >>> build_info()["cpu_path"] in ("avx512", "avx2", "baseline")

@@ -46,6 +46,35 @@ class Posteriors(NamedTuple):
     loss_grad: Tensor
 
 
+def _scratch(num_bytes: int, like: Tensor) -> Tensor:
+    """Memory for a stage on the device of `like`. It may contain anything."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
+
+
+def _logit_rows(logits: Tensor) -> native.extension.LogitRows:
+    return native.extension.LogitRows(
+        dtype=native.DTYPES[logits.dtype],
+        data=native.address(logits),
+        vocab_size=logits.size(-1),
+    )
+
+
+def _logits_options(options: LossOptions) -> native.extension.LogitsOptions:
+    return native.extension.LogitsOptions(
+        blank=options.blank, from_log_softmax=options.from_log_softmax, clamp=options.clamp
+    )
+
+
+def _join_inputs(joint: Joint) -> native.extension.JoinInputs:
+    return native.extension.JoinInputs(
+        dtype=native.DTYPES[joint.enc.dtype],
+        enc=native.address(joint.enc),
+        pred=native.address(joint.pred),
+        width=joint.enc.size(-1),
+        activation=native.extension.Activation.__members__[joint.activation],
+    )
+
+
 def cell_scores(
     logits: Tensor, batch: LatticeBatch, tile: RowTile, options: LossOptions, out: CellScores
 ) -> None:
@@ -62,15 +91,14 @@ def cell_scores(
         backend.stages.cell_scores(
             batch.native,
             tile.native,
-            dtype=native.DTYPES[logits.dtype],
-            logits=native.address(logits),
-            vocab_size=logits.size(-1),
-            blank=options.blank,
-            from_log_softmax=options.from_log_softmax,
+            logits=_logit_rows(logits),
+            options=_logits_options(options),
             **backend.queue,
-            normaliser=native.address(out.normalizer),
-            blank_score=native.address(out.blank),
-            label_score=native.address(out.label),
+            out=native.extension.CellScoresOut(
+                normalizer=native.address(out.normalizer),
+                blank=native.address(out.blank),
+                label=native.address(out.label),
+            ),
         )
 
 
@@ -101,22 +129,28 @@ def lattice(
     use_blank, use_label = (blank.new_zeros(batch.num_rows if with_uses else 0) for _ in range(2))
     with native.backend_of(blank) as backend:
         topology = native.extension.Topology.__members__[options.topology]
-        scratch = blank.new_empty(
-            backend.stages.lattice_scratch(batch.native, topology=topology, with_uses=with_uses)
+        num_bytes = backend.stages.lattice_scratch(
+            batch.native, topology=topology, with_uses=with_uses
         )
+        scratch = _scratch(num_bytes, like=blank)
         backend.stages.lattice(
             batch.native,
-            topology=topology,
-            delay_penalty=options.delay_penalty,
-            fastemit_lambda=options.fastemit_lambda,
-            exact=exact,
-            blank_score=native.address(blank),
-            label_score=native.address(label),
+            options=native.extension.LatticeOptions(
+                topology=topology,
+                delay_penalty=options.delay_penalty,
+                fastemit_lambda=options.fastemit_lambda,
+                exact=exact,
+            ),
+            scores=native.extension.LatticeScores(
+                blank=native.address(blank), label=native.address(label)
+            ),
             **backend.queue,
             scratch=native.address(scratch),
-            loss=native.address(loss),
-            use_blank=native.address(use_blank) if with_uses else 0,
-            use_label=native.address(use_label) if with_uses else 0,
+            out=native.extension.LatticeOut(
+                loss=native.address(loss),
+                use_blank=native.address(use_blank) if with_uses else 0,
+                use_label=native.address(use_label) if with_uses else 0,
+            ),
         )
     return loss, use_blank, use_label
 
@@ -134,21 +168,21 @@ def kept_rows(
     counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
     dropped = use_blank.new_empty(batch.num_utterances)
     with native.backend_of(use_blank) as backend:
-        arguments = {
-            "use_blank": native.address(use_blank),
-            "use_label": native.address(use_label),
-            "dropped_mass": dropped_mass,
+        scratch = _scratch(backend.stages.kept_rows_scratch(batch.native), like=use_blank)
+        backend.stages.kept_rows(
+            batch.native,
+            uses=native.extension.Uses(
+                blank=native.address(use_blank), label=native.address(use_label)
+            ),
+            dropped_mass=dropped_mass,
             **backend.queue,
-            "kept_rows": native.address(rows),
-            "num_kept": native.address(counts),
-            "dropped": native.address(dropped),
-        }
-        if backend.is_cuda:
-            scratch = use_blank.new_empty(backend.stages.kept_rows_scratch(batch.native))
-            backend.stages.kept_rows(batch.native, **arguments, scratch=native.address(scratch))
-        else:
-            total = backend.stages.kept_rows(batch.native, **arguments)
-            assert total <= batch.num_rows
+            scratch=native.address(scratch),
+            out=native.extension.KeptRowsOut(
+                rows=native.address(rows),
+                num_kept=native.address(counts),
+                dropped=native.address(dropped),
+            ),
+        )
     return rows, counts
 
 
@@ -174,16 +208,14 @@ def logits_grad(
         backend.stages.logits_grad(
             batch.native,
             tile.native,
-            dtype=native.DTYPES[logits.dtype],
-            logits=native.address(logits),
-            vocab_size=logits.size(-1),
-            blank=options.blank,
-            from_log_softmax=options.from_log_softmax,
-            clamp=options.clamp,
-            normaliser=native.address(posteriors.normalizer),
-            use_blank=native.address(posteriors.use_blank),
-            use_label=native.address(posteriors.use_label),
-            loss_grad=native.address(posteriors.loss_grad),
+            logits=_logit_rows(logits),
+            options=_logits_options(options),
+            posteriors=native.extension.Posteriors(
+                normalizer=native.address(posteriors.normalizer),
+                use_blank=native.address(posteriors.use_blank),
+                use_label=native.address(posteriors.use_label),
+                loss_grad=native.address(posteriors.loss_grad),
+            ),
             **backend.queue,
             grad=native.address(out),
         )
@@ -195,11 +227,7 @@ def join_forward(joint: Joint, batch: LatticeBatch, tile: RowTile, out: Tensor) 
         backend.stages.join_forward(
             batch.native,
             tile.native,
-            dtype=native.DTYPES[joint.enc.dtype],
-            enc=native.address(joint.enc),
-            pred=native.address(joint.pred),
-            width=joint.enc.size(-1),
-            activation=native.extension.Activation.__members__[joint.activation],
+            inputs=_join_inputs(joint),
             **backend.queue,
             hidden=native.address(out),
         )
@@ -224,21 +252,17 @@ def join_backward(
         grads: of enc and pred, shaped like these, of native.compute_dtype.
     """
     with native.backend_of(joint.enc) as backend:
-        scratch = joint.enc.new_empty(
-            backend.stages.join_backward_scratch(batch.native, tile.native), dtype=torch.int32
-        )
+        num_bytes = backend.stages.join_backward_scratch(batch.native, tile.native)
+        scratch = _scratch(num_bytes, like=joint.enc)
         backend.stages.join_backward(
             batch.native,
             tile.native,
-            dtype=native.DTYPES[joint.enc.dtype],
-            grad_hidden=native.address(grad_hidden),
+            inputs=_join_inputs(joint),
             hidden=native.address(hidden),
-            enc=native.address(joint.enc),
-            pred=native.address(joint.pred),
-            width=joint.enc.size(-1),
-            activation=native.extension.Activation.__members__[joint.activation],
+            grad_hidden=native.address(grad_hidden),
             **backend.queue,
             scratch=native.address(scratch),
-            grad_enc=native.address(grads[0]),
-            grad_pred=native.address(grads[1]),
+            grads=native.extension.JoinGrads(
+                enc=native.address(grads[0]), pred=native.address(grads[1])
+            ),
         )

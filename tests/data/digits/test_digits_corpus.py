@@ -127,4 +127,4 @@ def test_command_line(tmp_path):
     sets = [line.split()[0] for line in answer.stdout.splitlines()]
     assert sets[:4] == ["train", "val", "test", "excluded"]
     assert all(Path(line.split()[-1]).is_file() for line in answer.stdout.splitlines())
-    assert "\r" not in answer.stderr  # no progress bar where nobody looks
+    assert "\r" not in answer.stderr  # no progress bar without a terminal

@@ -23,8 +23,8 @@ def test_word_starts_follow_speed_silence_and_distortion(speed):
     assert starts_s[0] == pytest.approx(first_s, rel=0.01)  # speeds are multiples of 1/88
     perturb = perturbation()
     for seed in range(5):
-        coloured = perturb.colour(waveform, np.random.default_rng(seed))
+        colored = perturb.color(waveform, np.random.default_rng(seed))
         for start in starts_s:
-            centre = round(16000 * start)
-            window = coloured[centre - 800 : centre + 800].abs()
+            center = round(16000 * start)
+            window = colored[center - 800 : center + 800].abs()
             assert abs(int(window.argmax()) - 800) <= 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpora that exist elsewhere: what each needs to become manifests."""
+"""Existing corpora, converted to manifests."""
 
 from transducer_toolkit.data.corpora.asterisk import AsteriskCorpus
 from transducer_toolkit.data.corpora.librispeech import LibriSpeechCorpus

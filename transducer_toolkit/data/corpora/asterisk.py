@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The voice prompts of the Asterisk telephone exchange: recordings of a human, from Debian."""
+"""The voice prompts of the Asterisk telephone exchange, recordings of a human from Debian."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOUNDS_DIR = "/usr/share/asterisk/sounds/en_US_f_Allison"
 TRANSCRIPTS = "/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 DEBIAN_PACKAGES = "asterisk-core-sounds-en-wav asterisk-core-sounds-en"
 SPEAKER = "allison"
-# Part of the cache key: raise it when the same files give other manifests.
+# Part of the cache key: increase it when the same files give other manifests.
 RECIPE_VERSION = 1
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -32,14 +32,14 @@ _NOT_READ_OUT = re.compile(r"[\[<(]|\d\d|\d\.\d|\.\d|www\.")
 
 
 def spoken_text(transcript: str) -> str | None:
-    """Turn a transcript of the package into the words that are said.
+    """Return the spoken words of a transcript of the package.
 
     Args:
         transcript: as in ``core-sounds-en.txt``.
 
     Returns:
-        Lower-case words without punctuation, digits and key names spelled out; None for a sound
-        or a transcript that does not tell how it is said.
+        Lower-case words without punctuation, with digits and key names spelled out; None for a
+        sound, or for a transcript that can be read in several ways.
 
     Example:
         >>> spoken_text("Press 1 or * to exit, it's free..."), spoken_text("[ascending tones]")
@@ -55,9 +55,9 @@ def spoken_text(transcript: str) -> str | None:
 class AsteriskCorpus(PreparedCorpus):
     """Some 530 prompts by one speaker, 20 minutes at 8 kHz, with their transcripts.
 
-    The texts are shared out by a hash of each, so that nothing in ``val`` and ``test`` was read out
-    in training. Prompts of one word (numbers, letters, months) are all in training: a word heard
-    nowhere else could not be recognised. The manifests point to the installed files.
+    A hash of its text assigns a prompt to a set, so no text of ``val`` and ``test`` occurs in
+    training. Prompts of one word (numbers, letters, months) are all in training, because a word
+    that training lacks cannot be recognized. The manifests refer to the installed files.
 
     Args:
         sounds_dir: the recordings; None is where Debian installs them.
@@ -89,7 +89,7 @@ class AsteriskCorpus(PreparedCorpus):
         self.transcripts = Path(TRANSCRIPTS if transcripts is None else transcripts)
 
     def key(self) -> list[Any]:
-        """Return the recipe's version, where the recordings are and what is said in them."""
+        """Return the version of the recipe, the recordings' folder and their transcripts."""
         return [RECIPE_VERSION, str(self.sounds_dir.absolute()), self._read_transcripts()]
 
     def make(self, folder: Path) -> None:

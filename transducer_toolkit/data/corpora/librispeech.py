@@ -18,20 +18,20 @@ from transducer_toolkit.ops.checks import check_flag
 __all__ = ["LibriSpeechCorpus"]
 
 ARCHIVE_FOLDER = "LibriSpeech"
-# Part of the cache key: raise it when the same files give other manifests.
+# Part of the cache key: increase it when the same files give other manifests.
 RECIPE_VERSION = 1
 
 
 class LibriSpeechCorpus(PreparedCorpus):
     """LibriSpeech as its archives unpack: ``ROOT/LibriSpeech/dev-clean/1272/128104/*.flac``.
 
-    The manifests point to the files where they are; transcripts are taken as they are, in capitals.
+    The manifests refer to the original files; transcripts are kept as they are, in capitals.
 
     Args:
         root: the folder that holds ``LibriSpeech``.
         train: subsets for training, "train-clean-100" and so on.
         val: subsets for validation.
-        test: subsets to test, each a test set of its own.
+        test: subsets for testing; each is a test set.
         download: whether ``prepare`` downloads subsets that are missing, from openslr.org.
         cache_dir: folder for the manifests; None is the user's cache folder.
 
@@ -65,7 +65,7 @@ class LibriSpeechCorpus(PreparedCorpus):
         self.download = download
 
     def prepare(self) -> None:
-        """Download what is missing, if wanted, and make the manifests unless the cache has them."""
+        """Download missing subsets if ``download`` is set; make the manifests if not cached."""
         if self.download:
             from torchaudio.datasets import LIBRISPEECH
 
@@ -75,7 +75,7 @@ class LibriSpeechCorpus(PreparedCorpus):
         super().prepare()
 
     def key(self) -> list[Any]:
-        """Return the recipe's version, where the corpus is and which speakers each subset has."""
+        """Return the version of the recipe, the corpus' folder and the speakers of each subset."""
         speakers = {}
         for subset in self._all_subsets():
             folder = self.root / ARCHIVE_FOLDER / subset
@@ -88,7 +88,7 @@ class LibriSpeechCorpus(PreparedCorpus):
         return [RECIPE_VERSION, str(self.root), self.subsets, speakers]
 
     def make(self, folder: Path) -> None:
-        """Write the manifests; reading the headers of 281,000 files takes minutes."""
+        """Write the manifests, which takes minutes: 281,000 headers are read."""
         rows = {subset: self._utterances(subset) for subset in self._all_subsets()}
         write_sets(
             folder,

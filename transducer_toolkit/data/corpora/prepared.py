@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus whose manifests are made once and kept in the user's cache folder."""
+"""A corpus whose manifests are made once and cached in a folder of the user."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEST_PREFIX = "test-"
 
 
 class PreparedCorpus(ABC):
-    """A corpus made by one process and found by all: see :class:`Corpus`.
+    """A corpus whose manifests one process makes and all processes find, see :class:`Corpus`.
 
-    A subclass says what its manifests depend on and writes them.
+    A subclass returns the values that its manifests depend on, and writes the manifests.
 
     Args:
         cache_dir: folder for prepared corpora; None is the user's cache folder.
@@ -37,10 +37,10 @@ class PreparedCorpus(ABC):
 
     @abstractmethod
     def key(self) -> Any:
-        """Return what the manifests depend on, in values that JSON can hold.
+        """Return the JSON values that the manifests depend on.
 
         Raises:
-            FileNotFoundError: the corpus is not where it was said to be.
+            FileNotFoundError: the corpus is not in its folder.
         """
 
     @abstractmethod

@@ -11,8 +11,8 @@ __all__ = ["split_of"]
 def split_of(key: str, *, val: float = 0.05, test: float = 0.1) -> str:
     """Return which set a key belongs to: a function of the key alone, so it never changes.
 
-    Let the key be what must not be in two sets. With the text, nothing that is tested was read out
-    in training; with the speaker, no voice.
+    Two utterances of the same key are always in the same set. With texts as keys, no tested text
+    occurs in training; with speakers as keys, no tested voice does.
 
     Args:
         key: any string.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Tux Paint says of its stamps: recordings of humans in nine languages, from Debian."""
+"""Tux Paint's spoken descriptions of its stamps: recordings in nine languages, from Debian."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 STAMPS_DIR = "/usr/share/tuxpaint/stamps"
 DEBIAN_PACKAGE = "tuxpaint-stamps-default"
 LANGUAGES = ("be", "bg", "ca", "da", "el", "es", "fr", "ro", "ru")
-# Faster than anyone talks: the text was changed after the recording.
+# Faster than speech: the text was changed after the recording.
 MAX_CHARACTERS_PER_S = 25.0
-# Part of the cache key: raise it when the same files give other audio or other manifests.
+# Part of the cache key: increase it when the same files give other audio or other manifests.
 RECIPE_VERSION = 1
 
 # Digits, currencies and remarks can be read out in more than one way, or not at all.
@@ -39,13 +39,13 @@ _APOSTROPHES = re.compile(r"(?<=\w)[’'](?=\w)")
 
 
 def spoken_text(transcript: str) -> str | None:
-    """Turn a description into the words that are said.
+    """Return the spoken words of a description.
 
     Args:
         transcript: text of a stamp.
 
     Returns:
-        Lower-case words without punctuation; None if it does not tell how it is said.
+        Lower-case words without punctuation; None if they can be read in several ways.
 
     Example:
         >>> spoken_text("Un maïs-grain, l’épi."), spoken_text("1 euro (1 €)")
@@ -61,10 +61,10 @@ def spoken_text(transcript: str) -> str | None:
 class TuxPaintCorpus(PreparedCorpus):
     """Some 6,000 descriptions of pictures, a word to a sentence each, in nine languages.
 
-    One set of symbols and one training set for all languages; a test set for each. Texts are
-    shared out by a hash of language and text, and a recording that serves several stamps is taken
-    once, so that nothing in ``val`` and the test sets was read out in training. The recordings are
-    converted to 16 kHz FLAC in the cache (0.2 GB).
+    All languages share one set of symbols and one training set; each has a test set. A hash of
+    language and text assigns a recording to a set, and a recording of several stamps is used once,
+    so no text of ``val`` and the test sets occurs in training. The recordings are converted to
+    16 kHz FLAC in the cache (0.2 GB).
 
     Args:
         languages: which languages, as in the names of the files.
@@ -98,7 +98,7 @@ class TuxPaintCorpus(PreparedCorpus):
         self.stamps_dir = Path(STAMPS_DIR if stamps_dir is None else stamps_dir)
 
     def key(self) -> list[Any]:
-        """Return the recipe's version, the languages, and names and sizes of the recordings."""
+        """Return the version of the recipe, the languages, and the recordings' names and sizes."""
         if not self.stamps_dir.is_dir():
             raise FileNotFoundError(
                 f"no Tux Paint stamps at {self.stamps_dir}: apt-get install {DEBIAN_PACKAGE} "
@@ -165,7 +165,7 @@ class TuxPaintCorpus(PreparedCorpus):
 
 
 def _transcripts(path: Path) -> dict[str, str]:
-    """Text by language: lines ``LANGUAGE.utf8=TEXT`` behind the English one."""
+    """Return texts by language from lines ``LANGUAGE.utf8=TEXT``, which follow the English one."""
     if not path.is_file():
         return {}
     rows = (line.partition(".utf8=") for line in path.read_text(encoding="utf-8").splitlines()[1:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m transducer_toolkit.data.digits``: make the digits corpus and say where it is."""
+"""``python -m transducer_toolkit.data.digits``: make the digits corpus and print its path."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def main() -> None:
     """Parse the command line, prepare the corpus, list its sets."""
     parser = argparse.ArgumentParser(
         prog="python -m transducer_toolkit.data.digits",
-        description="Synthesise the digits corpus (once; later calls find it in the cache).",
-        argument_default=argparse.SUPPRESS,  # what is not given is left to DigitsCorpus
+        description="Synthesize the digits corpus (once; later calls find it in the cache).",
+        argument_default=argparse.SUPPRESS,  # DigitsCorpus has the defaults
     )
     parser.add_argument(
         "--cache-dir",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded corpus: connected digits, spoken by espeak-ng, made on first use."""
+"""The built-in corpus: connected digits spoken by espeak-ng, synthesized on first use."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["DigitsCorpus"]
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache key: raise it when the same options give other audio or other manifests.
+# Part of the cache key: increase it when the same options give other audio or other manifests.
 RECIPE_VERSION = 2
-# Validation and test sets are the same whatever the seed: results compare.
+# Validation and test sets do not depend on the seed, so results of all seeds are comparable.
 TEST_SEED = 0
 MANIFEST_NAME = "manifest.jsonl"
 
@@ -43,9 +43,9 @@ class DigitsCorpus:
         num_test: utterances of ``test``.
         num_excluded: utterances of ``excluded``.
         num_held_out: utterances of ``flite`` and ``asterisk`` each.
-        seed: of the training set's texts, speaking styles and distortions; the other sets do not
-            depend on it, so that results compare.
-        num_workers: processes that synthesise; None is one per CPU. No effect on the result.
+        seed: seed of the training set's texts, speaking styles and distortions. The other sets do
+            not depend on it, so results of all seeds are comparable.
+        num_workers: processes that synthesize; None is one per CPU. No effect on the result.
         asterisk_digits_dir: folder of the recorded digits; None is the Debian package's.
 
     Raises:
@@ -88,7 +88,7 @@ class DigitsCorpus:
         self._held_out = (Flite(), AsteriskDigits(sounds_dir=asterisk_digits_dir))
 
     def prepare(self) -> None:
-        """Make what is not in the cache: about half a minute on two cores for the default sizes."""
+        """Synthesize what the cache lacks: half a minute on two cores for the default sizes."""
         build_once(self._espeak_folder(), self._synthesize)
         for source in self._held_out:
             folder = self._held_out_folder(source)
@@ -147,7 +147,7 @@ class DigitsCorpus:
             for plan in plan_set(name, sizes[name], seed=TEST_SEED)
         ]
         logger.info(
-            "synthesising %d utterances of digits, once, in %s",
+            "synthesizing %d utterances of digits, once, in %s",
             len(train) + len(others),
             self.cache_dir,
         )

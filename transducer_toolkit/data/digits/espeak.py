@@ -66,10 +66,10 @@ class Speech:
 
 
 class EspeakSynthesizer:
-    """The process's espeak-ng engine; make one per process.
+    """The espeak-ng engine of a process; make only one per process.
 
-    The engine keeps global state from call to call: only a fresh process that makes the same calls
-    in the same order repeats a result, and then bit for bit.
+    The engine keeps global state between calls. A new process that makes the same calls in the same
+    order repeats the results exactly; no other process does.
 
     Raises:
         ImportError: espeakng-loader is not installed.
@@ -148,7 +148,7 @@ class EspeakSynthesizer:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
         if voice != self._voice:
             variant = voice.partition("+")[2]
-            # The engine itself takes an unknown variant for none.
+            # The engine ignores an unknown variant without an error.
             known = not variant or (self._variants / variant).is_file()
             if not known or self._library.espeak_SetVoiceByName(voice.encode()) != 0:
                 raise ValueError(f"espeak-ng has no voice {voice!r}")
@@ -171,7 +171,7 @@ class EspeakSynthesizer:
                 None,
                 None,
             ),
-            f"synthesising {text!r}",
+            f"synthesizing {text!r}",
         )
         self._check(self._library.espeak_Synchronize(), "synchronising")
         pcm = np.concatenate(self._chunks) if self._chunks else np.zeros(0, dtype=np.int16)

@@ -38,7 +38,7 @@ class Flite:
     voices = ("awb", "kal16", "rms", "slt")
 
     def fingerprint(self) -> str | None:
-        """Return what the audio depends on; None when flite is not installed."""
+        """Return a fingerprint of all that determines the audio; None without flite."""
         if shutil.which("flite") is None:
             return None
         # flite prints its version and returns 1.
@@ -46,7 +46,7 @@ class Flite:
         return answer.stdout.strip()
 
     def make(self, folder: Path, num_utterances: int) -> list[Utterance]:
-        """Synthesise ``num_utterances`` into ``folder``; voices in turn, tempo at random.
+        """Synthesize ``num_utterances`` into ``folder``; voices in turn, tempo at random.
 
         Raises:
             RuntimeError: flite fails.
@@ -91,7 +91,7 @@ class AsteriskDigits:
         self.sounds_dir = Path(ASTERISK_DIGITS_DIR if sounds_dir is None else sounds_dir)
 
     def fingerprint(self) -> str | None:
-        """Return what the audio depends on; None when the recordings are not installed."""
+        """Return a fingerprint of the recordings; None if they are not installed."""
         files = self._files()
         if not all(path.is_file() for path in files):
             return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said, by whom and how: every utterance's parameters, before a sample is synthesised."""
+"""The parameters of every utterance: text, voice, style and distortions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MAX_DIGITS = 8
 
-# Breadth decides whether a model carries over to other engines and to humans: slow and fast, flat
-# and lively, run together and spaced out.
+# A model generalizes to other engines and to humans only if the styles vary widely: slow and fast,
+# monotone and lively, with and without pauses.
 RATE_WPM = (80, 230)  # drawn uniformly in the logarithm
 PAUSE_PROBABILITIES = (0.0, 0.0, 0.2, 0.7)  # behind a digit; one is drawn per utterance
 PITCH = (25, 75)
@@ -75,21 +75,20 @@ def load_voices() -> Voices:
 
 @dataclass(frozen=True)
 class UtterancePlan:
-    """One utterance to synthesise.
+    """One utterance to synthesize.
 
     Attributes:
         id: unique over the corpus.
-        digits: what is said, e.g. "three seven".
-        separators: what stands behind each word but the last in the text that is spoken: " " or
-            ", ", a pause.
+        digits: the words, such as "three seven".
+        separators: after each word but the last, " " or ", " (a pause).
         accent: of espeak-ng, e.g. "en-us".
         variant: of espeak-ng, e.g. "f1".
         rate_wpm: words per minute.
         pitch: 0 to 99.
         pitch_range: 0 to 100.
         word_gap_10ms: extra pause between words, 10 ms each.
-        silence_s: before and behind the speech, seconds.
-        seed: of the distortions.
+        silence_s: silence before and after the speech, seconds.
+        seed: seed of the distortions.
     """
 
     id: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From plans to audio files, a shard at a time, each in a fresh process."""
+"""Synthesizes plans to audio files, in shards, each in a new process."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = ["SHARD_UTTERANCES", "synthesize_plans", "write_utterance"]
 
 logger = logging.getLogger(__name__)
 
-# espeak-ng's state makes a result depend on what its process has said before: so a shard, not a
-# worker, is the unit of determinism. Starting a process costs about as much as 200 utterances.
+# A result of espeak-ng depends on all earlier calls of its process. Each shard gets a new process,
+# so results do not depend on the number of workers. Starting one costs as much as 200 utterances.
 SHARD_UTTERANCES = 800
 # Resampling by num/64 takes a small filter bank; 22,050 Hz to 16 kHz at speed s is 88.2 * s / 64.
 _RATE_DENOMINATOR = 64
@@ -43,16 +43,16 @@ def synthesize_plans(
     """Speak and distort all plans, writing one WAV file each.
 
     Args:
-        groups: what to say; the audio of one group does not depend on the others.
+        groups: groups of plans; the audio of one group does not depend on the others.
         folder: existing folder for the files, which are named after the utterances' ids.
-        num_workers: processes at work at a time; None is one per available CPU. The result does
+        num_workers: number of concurrent processes; None is one per available CPU. The result does
             not depend on it.
 
     Returns:
         Manifest rows in the order of the plans, with word start times.
 
     Raises:
-        RuntimeError: a worker process failed; its traceback stands on stderr.
+        RuntimeError: a worker process failed; its traceback is on stderr.
     """
     num_workers = num_workers or _available_cpus()
     shards = [
@@ -128,7 +128,7 @@ def write_utterance(
 def _synthesize_shard(
     plans: Sequence[UtterancePlan], manifest: Path, num_done: Synchronized[int]
 ) -> None:
-    """Body of a worker process: synthesise ``plans`` in order into the manifest's folder."""
+    """Body of a worker process: synthesize ``plans`` in order into the manifest's folder."""
     torch.set_num_threads(1)  # the workers share the CPUs; one thread also fixes the sums' order
     engine = EspeakSynthesizer()
     perturb = perturbation()
@@ -136,7 +136,7 @@ def _synthesize_shard(
     parent = multiprocessing.parent_process()
     for plan in plans:
         if parent is not None and not parent.is_alive():
-            return  # killed: nobody waits for this shard, and its folder is about to be removed
+            return  # the parent was killed; the next process removes the incomplete folder
         speech = engine.synthesize(
             plan.spoken_text,
             voice=f"{plan.accent}+{plan.variant}",
@@ -150,7 +150,7 @@ def _synthesize_shard(
         utterances.append(
             write_utterance(
                 manifest.parent / f"{plan.id}.wav",
-                perturb.colour(waveform, rng),
+                perturb.color(waveform, rng),
                 id_=plan.id,
                 text=plan.digits,
                 speaker=plan.variant,

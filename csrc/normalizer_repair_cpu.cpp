@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "normaliser_repair.h"
+#include "normalizer_repair.h"
 #include "parallel.h"
 #include "row_kernels.h"
 
@@ -39,7 +39,7 @@ T MaxOfSum(const T* am, const T* lm, int64_t size) {
 }  // namespace
 
 template <typename T>
-void RepairNormaliserCpu(const AdditiveCells<T>& cells, int num_threads, Score* normaliser) {
+void RepairNormalizerCpu(const AdditiveCells<T>& cells, int num_threads, Score* normalizer) {
   const RowKernels<T>& kernels = GetRowKernels<T>();
   ParallelFor(cells.num_utterances * cells.num_frames, num_threads, [&](int64_t task) {
     const int64_t b = task / cells.num_frames, t = task % cells.num_frames;
@@ -55,14 +55,13 @@ void RepairNormaliserCpu(const AdditiveCells<T>& cells, int num_threads, Score* 
       ShiftedSum(am, lm, cells.vocab_size, offset, row.data());
       T max, sum;
       kernels.max_and_sum_exp(row.data(), cells.vocab_size, &max, &sum);
-      normaliser[cell] =
-          offset + (static_cast<Score>(max) + std::log(static_cast<Score>(sum)));
+      normalizer[cell] = offset + (static_cast<Score>(max) + std::log(static_cast<Score>(sum)));
     }
   });
 }
 
 template <typename T>
-void RepairNormaliserBackwardCpu(const AdditiveCells<T>& cells, const Score* normaliser,
+void RepairNormalizerBackwardCpu(const AdditiveCells<T>& cells, const Score* normalizer,
                                  const Score* grad, int num_threads, T* grad_am, T* grad_lm) {
   const RowKernels<T>& kernels = GetRowKernels<T>();
   // One task a slice of the vocabulary of an utterance: it owns all it writes.
@@ -78,7 +77,7 @@ void RepairNormaliserBackwardCpu(const AdditiveCells<T>& cells, const Score* nor
         if (!(cells.product[cell] < cells.threshold) || grad[cell] == 0) continue;
         const T* am = cells.Am(b, t) + first;
         const T* lm = cells.Lm(b, u) + first;
-        ShiftedSum(am, lm, size, normaliser[cell], row);
+        ShiftedSum(am, lm, size, normalizer[cell], row);
         kernels.scaled_softmax(row, size, 0, T(1), std::numeric_limits<T>::infinity(),
                                static_cast<T>(grad[cell]), row);
         T* to_am = grad_am + (am - cells.am);
@@ -92,9 +91,9 @@ void RepairNormaliserBackwardCpu(const AdditiveCells<T>& cells, const Score* nor
   });
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                               \
-  template void RepairNormaliserCpu<T>(const AdditiveCells<T>&, int, Score*);                   \
-  template void RepairNormaliserBackwardCpu<T>(const AdditiveCells<T>&, const Score*,           \
+#define TRANSDUCER_INSTANTIATE(T)                                                     \
+  template void RepairNormalizerCpu<T>(const AdditiveCells<T>&, int, Score*);         \
+  template void RepairNormalizerBackwardCpu<T>(const AdditiveCells<T>&, const Score*, \
                                                const Score*, int, T*, T*);
 TRANSDUCER_INSTANTIATE(float)
 TRANSDUCER_INSTANTIATE(double)

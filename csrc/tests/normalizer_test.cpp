@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Repaired normalisers and their gradients against plain float64 loops; other cells untouched.
-#include "../normaliser_repair.h"
+// Repaired normalizers and their gradients against plain float64 loops; other cells untouched.
+#include "../normalizer_repair.h"
 
 #include <vector>
 
@@ -22,16 +22,16 @@ void TestRepair(int64_t vocab_size, double scale, double tolerance) {
   product[1] = std::numeric_limits<T>::quiet_NaN();
   const AdditiveCells<T> cells{kBatch,    kFrames,   kColumns,       vocab_size,
                                am.data(), lm.data(), product.data(), T(0.5)};
-  std::vector<Score> normaliser(kCells, 7);
-  RepairNormaliserCpu(cells, 2, normaliser.data());
+  std::vector<Score> normalizer(kCells, 7);
+  RepairNormalizerCpu(cells, 2, normalizer.data());
   std::vector<T> grad_am(am.size(), T(1)), grad_lm(lm.size(), T(1));
-  RepairNormaliserBackwardCpu(cells, normaliser.data(), grad.data(), 2, grad_am.data(),
+  RepairNormalizerBackwardCpu(cells, normalizer.data(), grad.data(), 2, grad_am.data(),
                               grad_lm.data());
 
   std::vector<double> expected_am(am.size(), 1), expected_lm(lm.size(), 1);
   for (int64_t cell = 0; cell < kCells; ++cell) {
     if (cell % 3 == 0 || cell == 1) {
-      EXPECT_TRUE(normaliser[cell] == 7);
+      EXPECT_TRUE(normalizer[cell] == 7);
       continue;
     }
     const int64_t bt = cell / kColumns;
@@ -42,7 +42,7 @@ void TestRepair(int64_t vocab_size, double scale, double tolerance) {
     double max = kLogZero, sum = 0;
     for (int64_t v = 0; v < vocab_size; ++v) max = std::max(max, logit(v));
     for (int64_t v = 0; v < vocab_size; ++v) sum += std::exp(logit(v) - max);
-    EXPECT_NEAR(normaliser[cell], max + std::log(sum), tolerance);
+    EXPECT_NEAR(normalizer[cell], max + std::log(sum), tolerance);
     for (int64_t v = 0; v < vocab_size; ++v) {
       const double g = grad[cell] * std::exp(logit(v) - max) / sum;
       expected_am[bt * vocab_size + v] += g;
@@ -53,18 +53,18 @@ void TestRepair(int64_t vocab_size, double scale, double tolerance) {
   for (size_t i = 0; i < lm.size(); ++i) EXPECT_NEAR(grad_lm[i], expected_lm[i], tolerance);
 
   std::vector<T> one_am(am.size(), T(1)), one_lm(lm.size(), T(1));
-  RepairNormaliserBackwardCpu(cells, normaliser.data(), grad.data(), 1, one_am.data(),
+  RepairNormalizerBackwardCpu(cells, normalizer.data(), grad.data(), 1, one_am.data(),
                               one_lm.data());
   EXPECT_TRUE(one_am == grad_am && one_lm == grad_lm);  // bit for bit
 }
 
-// Each of am and lm is a distribution, but no symbol is possible in both: not a normaliser.
+// Each of am and lm is a distribution, but no symbol is possible in both: not a normalizer.
 void TestNothingLeft() {
   const float inf = std::numeric_limits<float>::infinity();
   const std::vector<float> am{0, -inf}, lm{-inf, 0}, product{0};
-  Score normaliser = 7;
-  RepairNormaliserCpu<float>({1, 1, 1, 2, am.data(), lm.data(), product.data(), 1}, 1, &normaliser);
-  EXPECT_TRUE(std::isnan(normaliser));
+  Score normalizer = 7;
+  RepairNormalizerCpu<float>({1, 1, 1, 2, am.data(), lm.data(), product.data(), 1}, 1, &normalizer);
+  EXPECT_TRUE(std::isnan(normalizer));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Log-normalisers of an additive joiner (logits = am_t + lm_u) in the cells where the batched
+// Log-normalizers of an additive joiner (logits = am_t + lm_u) in the cells where the batched
 // product of exponentials underflows.
 #pragma once
 
@@ -32,22 +32,22 @@ struct AdditiveCells {
   }
 };
 
-// normaliser (B, T, U + 1) of the cells to repair = logsumexp_v(am_v + lm_v); NaN if nothing in the
+// normalizer (B, T, U + 1) of the cells to repair = logsumexp_v(am_v + lm_v); NaN if nothing in the
 // row is finite. Other cells are left alone. T is float or double.
 template <typename T>
-void RepairNormaliserCpu(const AdditiveCells<T>& cells, int num_threads, Score* normaliser);
+void RepairNormalizerCpu(const AdditiveCells<T>& cells, int num_threads, Score* normalizer);
 
 // Adds grad * softmax(am + lm) of the cells to repair to grad_am (B, T, V) and grad_lm
 // (B, U + 1, V); grad is (B, T, U + 1). The order of additions does not depend on num_threads.
 template <typename T>
-void RepairNormaliserBackwardCpu(const AdditiveCells<T>& cells, const Score* normaliser,
+void RepairNormalizerBackwardCpu(const AdditiveCells<T>& cells, const Score* normalizer,
                                  const Score* grad, int num_threads, T* grad_am, T* grad_lm);
 
 // The same on the device, on `stream`.
 template <typename T>
-void RepairNormaliserCuda(const AdditiveCells<T>& cells, void* stream, Score* normaliser);
+void RepairNormalizerCuda(const AdditiveCells<T>& cells, void* stream, Score* normalizer);
 template <typename T>
-void RepairNormaliserBackwardCuda(const AdditiveCells<T>& cells, const Score* normaliser,
+void RepairNormalizerBackwardCuda(const AdditiveCells<T>& cells, const Score* normalizer,
                                   const Score* grad, void* stream, T* grad_am, T* grad_lm);
 
 }  // namespace transducer
