@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-# make train   set up .venv, build, train the default recipe on real audio, print WER
-# make test    set up .venv, build, run the whole test-suite
-# make bench   build the other projects' losses, measure every suite, write build/benchmarks
-# make lint    style and types
-# make docs    the documentation site, in build/site
-# make soak    what is too long for every change: mutated kernels, all CUDA architectures
-# make gpu-kit   what a machine with a GPU and no network needs, into .gpu_kit (docs/cuda.md)
-# make clean   remove .venv and everything that was built (trained models in outputs/ stay)
+# make train    set up .venv, build, train the default recipe (digits), print its WER
+# make test     set up .venv, build, run the whole test suite
+# make bench    build the other projects' losses, run every benchmark suite, write build/benchmarks
+# make lint     check style and types
+# make docs     build the documentation site in build/site
+# make soak     run the slow checks: mutated kernels, all CUDA architectures, fuzzing; takes hours
+# make gpu-kit  download everything that a GPU machine without network needs, into .gpu_kit
+# make clean    remove .venv and all build results (trained models in outputs/ stay)
 #
-# ARGS is passed on: make train ARGS="loss=torchaudio seed=2", make test ARGS="-k joiner",
-# make bench SUITES="loss step" ARGS="--threads 2 --lattice peaky".
+# ARGS is passed to the command: make train ARGS="loss=torchaudio seed=2",
+# make test ARGS="-k joiner", make bench SUITES="loss step" ARGS="--threads 2 --lattice peaky".
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,9 +17,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := build/peers
 RESULTS := build/benchmarks
-WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile  # empty: one process
+WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile  # empty for one process
 SUITES ?= loss step pruned decode memory scaling accuracy
-# What the compiled module or the installed metadata depends on: Python files are used in place.
+# The sources of the compiled module and the metadata. Python files are used in place.
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
            $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
 
@@ -51,8 +51,8 @@ docs: $(INSTALLED)
 	$(BIN)/python -m benchmarks.lattice_picture docs/images/lattice.png --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
-# Every barrier of the kernels is needed, and missed when it is gone; no kernel spills anywhere;
-# seeded defects are caught by the tests; fuzz; killed trainings. Hours.
+# Checks that the tests notice the removal of any barrier, that no kernel spills registers, and that
+# the tests catch seeded defects. Then fuzzes the inputs and kills trainings. Takes hours.
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.mutate_barriers
 	$(BIN)/python csrc/kernel_report.py
@@ -69,7 +69,7 @@ gpu-kit: $(INSTALLED)
 clean:
 	rm -rf $(VENV) .gpu_kit build dist *.egg-info transducer_toolkit/_C.*.so
 
-# What cannot be built here is said once, and is a row of every table.
+# A project that cannot be built is reported once, and gets a row in every table.
 $(PEERS)/.installed: benchmarks/install_peers.py $(INSTALLED)
 	$(BIN)/python -m pip install --quiet pybind11 cmake 'setuptools<82' wheel
 	$(BIN)/python benchmarks/install_peers.py --target $(PEERS)
@@ -84,7 +84,7 @@ $(INSTALLED): $(SOURCES)
 	@echo "== 1/2 virtual environment in $(VENV)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "error: python -m venv failed (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
-	@echo "== 2/2 packages (about 5 GB with torch, once) and the compiled module; a few minutes"
+	@echo "== 2/2 packages (about 5 GB with torch) and the compiled module; takes a few minutes"
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[all]'
 	@touch $@
 	@$(BIN)/python -m transducer_toolkit

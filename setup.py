@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the native module with CMake; everything else about the package is in pyproject.toml.
+"""Builds the native module with CMake. The metadata of the package is in pyproject.toml.
 
-Standard variables apply: CMAKE_ARGS (e.g. -DTRANSDUCER_CUDA=OFF), CMAKE_BUILD_PARALLEL_LEVEL,
-CMAKE_GENERATOR, CXX, CUDACXX, CMAKE_CUDA_ARCHITECTURES (as -D in CMAKE_ARGS).
+These standard variables apply: CMAKE_ARGS (for example -DTRANSDUCER_CUDA=OFF),
+CMAKE_BUILD_PARALLEL_LEVEL, CMAKE_GENERATOR, CXX, CUDACXX, and CMAKE_CUDA_ARCHITECTURES as -D in
+CMAKE_ARGS.
 """
 
 import os
@@ -20,7 +21,7 @@ SOURCE_DIR = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake instead of the compiler."""
+    """A build_ext command that runs CMake instead of the compiler."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -39,8 +40,8 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         ninja = shutil.which("ninja")
         if "CMAKE_GENERATOR" not in os.environ and ninja:
-            # Named: an earlier build in this tree remembers the ninja of an environment that pip
-            # has deleted since.
+            # Pass the path, because the cache of an earlier build in this tree may contain the
+            # ninja of a build environment that pip has deleted.
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         build = ["cmake", "--build", str(build_dir), "--target", "install", "--verbose"]
         if "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:

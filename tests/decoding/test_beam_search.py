@@ -218,6 +218,7 @@ def test_bad_arguments_are_named():
     for options, message in (
         ({"beam": 2.0}, "beam: expected an int, got float"),
         ({"length_normalized": "no"}, "length_normalized: expected a bool, got str"),
+        ({"length_normalised": True}, "length_normalised: renamed, use length_normalized"),
         ({"lm": 3}, "lm: expected a LanguageModel or None, got int"),
         ({"lm_weight": "0.3"}, "lm_weight: expected a number, got str"),
     ):

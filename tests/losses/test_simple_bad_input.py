@@ -80,7 +80,11 @@ BAD = [
     ({"rnnt_type": "other"}, ValueError, "rnnt_type: expected one of .* got 'other'"),
     ({"reduction": "max"}, ValueError, "reduction: expected one of .* got 'max'"),
     ({"delay_penalty": -1.0}, ValueError, r"delay_penalty: .* got -1\.0"),
-    ({"lm_only_scale": -0.1}, ValueError, r"lm_only_scale: .* 0 to 1, got -0\.1"),
+    (
+        {"lm_only_scale": -0.1},
+        ValueError,
+        r"lm_only_scale: expected a number in \[0, 1\], got -0\.1",
+    ),
     ({"am_only_scale": float("nan")}, ValueError, "am_only_scale: .* got nan"),
     (
         {"lm_only_scale": 0.6, "am_only_scale": 0.6},

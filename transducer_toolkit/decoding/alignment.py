@@ -171,7 +171,7 @@ def _labels_stay(blank: Scores, label: Scores) -> tuple[list[int], float]:
 
 
 def _labels_advance(blank: Scores, label: Scores) -> tuple[list[int], float]:
-    """As :func:`_labels_stay`, if a label leads to (t + 1, u + 1)."""
+    """Does the same as :func:`_labels_stay` if a label leads to (t + 1, u + 1)."""
     num_targets = len(blank[0]) - 1
     row = [0.0] + [-math.inf] * num_targets
     best = [row]  # best[t][u] as in _labels_stay; row T contains the final node

@@ -99,11 +99,11 @@ class ModifiedBeamSearch:
         s(y + k) <- s(y) + label(t, y, k) + lm_weight * lm(k | y)
 
     The search adds the probabilities of equal sequences before it selects the best. If the beam is
-    wide enough for all sequences, the scores are the exact log-likelihoods in the topologies that
-    allow one symbol per frame, as their losses compute them. With ``beam=1`` and without a language
+    large enough for all sequences, their scores are exact log-likelihoods: they equal the negative
+    losses of the topologies that allow one symbol per frame. With ``beam=1`` and without a language
     model, the search is a greedy search with one symbol per frame.
 
-    The predictor and the joiner are called once per frame, for all hypotheses of the batch.
+    Each call of the predictor or the joiner processes all hypotheses of the batch.
 
     Args:
         predictor: predictor of the model, in eval mode.
@@ -145,7 +145,10 @@ class ModifiedBeamSearch:
         length_normalized: bool = True,
         lm: LanguageModel | None = None,
         lm_weight: float = 0.3,
+        length_normalised: None = None,  # the former name, in configs of users
     ) -> None:
+        if length_normalised is not None:
+            raise TypeError("length_normalised: renamed, use length_normalized")
         check_model(predictor, joiner)
         check_int(beam, "beam")
         if beam < 1:
@@ -240,7 +243,7 @@ class ModifiedBeamSearch:
         return self._best_first(beam, steps)
 
     def _log_probs(self, encoder_frame: Tensor, predictor_out: Tensor) -> Tensor:
-        """(B, 1, E), (B * K, P) -> (B, K, V), float32 or float64."""
+        """Computes log-probabilities (B, K, V) from (B, 1, E) and (B * K, P), at least float32."""
         by_slot = predictor_out.view(len(encoder_frame), self.beam, -1)
         logits = self.joiner.step(encoder_frame, by_slot)
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

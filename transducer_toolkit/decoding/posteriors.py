@@ -33,7 +33,7 @@ class LatticePosteriors:
     labels: Tensor
 
     def expected_frames(self) -> Tensor:
-        """Returns the mean frame of each symbol, (B, U): ``sum_t t * labels(t, u)``."""
+        """Returns the mean frame ``sum_t t * labels(t, u)`` of each symbol, (B, U); padding: 0."""
         frames = torch.arange(self.labels.size(1), device=self.labels.device)
         return torch.einsum("btu,t->bu", self.labels, frames.to(self.labels))
 

@@ -38,8 +38,8 @@ def mutual_information_recursion(
             float64; px[b, s, t] is the score of symbol s after t frames. The last column of the
             regular form contains the scores of symbols after the last frame. Fill it with -inf to
             forbid such symbols.
-        py: (B, S + 1, T), same dtype and device; py[b, s, t] is the score of the step from frame t
-            to frame t + 1 after s symbols.
+        py: (B, S + 1, T), same dtype and device; after s symbols, py[b, s, t] is the score of the
+            step from frame t to frame t + 1.
         boundary: (B, 4) int32 or int64 rows ``[s_begin, t_begin, s_end, t_end]``, on the CPU or
             the device of px; None for ``[0, 0, S, T]``. px and py outside of the boundary may hold
             any value. A boundary on the CPU is checked.

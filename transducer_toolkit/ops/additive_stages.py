@@ -123,7 +123,7 @@ class AdditiveStages:
         )
 
     def scores(self, am_max: Tensor, lm_max: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns normalizer (B, T, columns), blank and label scores (additive_scores); float64."""
+        """Returns normalizer (B, T, columns), blank scores and label scores in float64."""
         size, num_symbols = self._product.shape, self._num_symbols
         normalizer = self._product.new_empty(size, dtype=native.SCORE_DTYPE)
         blank = normalizer.new_empty(size[0], size[1], num_symbols + 1)
@@ -231,7 +231,7 @@ def repair_normalizer(
 
     Args:
         joint: am (B, T, V), lm (B, U + 1, V) and product (B, T, U + 1), float32 or float64.
-        threshold: :func:`lowest_product`.
+        threshold: the result of :func:`lowest_product`.
         normalizer: (B, T, U + 1) float64.
     """
     with native.backend_of(joint[0]) as backend:

@@ -76,7 +76,7 @@ def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
 
 
 def may_read(validate: bool | None, *tensors: Tensor | None) -> bool:
-    """Returns whether values may be checked: `validate`, or for None if all are on the CPU."""
+    """Returns `validate`, or for None whether all tensors are on the CPU."""
     if validate is not None:
         return validate
     return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)

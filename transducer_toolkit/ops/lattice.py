@@ -82,8 +82,8 @@ class LatticeShape:
         """Checks the lengths and builds the shape.
 
         Args:
-            logit_lengths: (B,) number of frames of each utterance, at least 1. Copying a tensor
-                from a device synchronizes with the device.
+            logit_lengths: (B,) number of frames of each utterance, at least 1. A tensor on a device
+                is copied to the CPU, which synchronizes with the device.
             target_lengths: (B,) number of symbols of each utterance, at least 0.
 
         Returns:

@@ -16,7 +16,7 @@ EQUAL_MASS = 2.0**-20
 
 
 def window_mass(px_grad: Tensor, py_grad: Tensor, width: int) -> Tensor:
-    """Returns the mass of the window of each frame and start, (B, T, S + 2 - R) float64."""
+    """Returns the mass of each window by frame and start, (B, T, S + 2 - R) float64."""
     blank = py_grad.detach().to(torch.float64)
     num_starts = blank.size(1) - width + 1
     mass = blank[:, :num_starts].clone()
@@ -35,9 +35,9 @@ def _lowest_from_here_on(values: Tensor) -> Tensor:
 def greedy_starts(
     mass: Tensor, t_begin: Tensor, t_end: Tensor, first: Tensor, last: Tensor, step: int
 ) -> Tensor:
-    """Returns the best start of each frame, changed to a feasible sequence.
+    """Returns a feasible sequence of starts, close to the best window of each frame.
 
-    See :func:`~transducer_toolkit.get_rnnt_prune_ranges` for the conditions.
+    :func:`~transducer_toolkit.get_rnnt_prune_ranges` defines "feasible".
 
     Args:
         mass: (B, T, starts), from :func:`window_mass`.

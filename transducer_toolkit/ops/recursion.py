@@ -95,7 +95,7 @@ def _shift(scores: Tensor, frames: Tensor, columns: Tensor) -> Tensor:
 
 
 def _may_hold(condition: Tensor) -> bool:
-    """Returns False if no element is true. On a device, returns True without a synchronization."""
+    """Returns whether an element is true. For a tensor on a device, returns True unread."""
     return not condition.is_cpu or bool(condition.any())
 
 

@@ -83,7 +83,7 @@ def scores_of_cells(
 ) -> tuple[Tensor, Tensor]:
     """Returns blank scores (B, T, S + 1) and label scores (B, T, S), float64.
 
-    A label score includes the blank that its arc takes.
+    In "constrained", a label score includes the score of the blank that follows the label.
 
     Args:
         inputs: the tensors, checked.

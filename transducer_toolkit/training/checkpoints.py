@@ -116,12 +116,13 @@ class LastCheckpoint(Checkpoint):
     validation. List this callback after ``ModelCheckpoint``, whose best score is part of the
     checkpoint.
 
-    After a signal, the callback finishes the current step and saves the checkpoint. The signal
-    decides what follows:
+    After a signal, the current step is finished and the checkpoint is saved. Then:
 
-    - SIGTERM: the process ends with exit status 143.
-    - SIGUSR1, Slurm's warning (``sbatch --signal=SIGUSR1@120`` enables it): the job is requeued.
-    - SIGUSR2, if a handler was installed before (submitit installs one): that handler runs.
+    - after SIGTERM, the process ends with exit status 143;
+    - after SIGUSR1, the warning that ``sbatch --signal=SIGUSR1@120`` enables in Slurm, the job is
+      requeued;
+    - after SIGUSR2, the handler runs that was installed before, for example by submitit. Without
+      such a handler, SIGUSR2 is not handled.
 
     Args:
         path: file to write.

@@ -55,8 +55,9 @@ class CtcLoss(nn.Module):
             shape: the lattices of the batch.
 
         Returns:
-            (B,) float32, or float64 for float64 input, in nats. An utterance has no path if it has
-            fewer frames than symbols plus repetitions of a symbol. Its loss and gradient are 0.
+            (B,) losses in nats, float32, or float64 for float64 input. If an utterance has fewer
+            frames than symbols plus adjacent repetitions, it has no path; its loss and its gradient
+            are 0.
         """
         logits = self.output(encoder_out)
         dtype = torch.promote_types(logits.dtype, torch.float32)

@@ -17,7 +17,7 @@ from transducer_toolkit.decoding import Alignment
 # The points (optimizer step, value) of each quantity.
 History = dict[str, list[tuple[int, float]]]
 
-INK, BLUE, ORANGE, GREY = "#22303c", "#2a6f97", "#e07a1f", "#8a97a3"
+INK, BLUE, ORANGE, GRAY = "#22303c", "#2a6f97", "#e07a1f", "#8a97a3"
 # Figure objects instead of pyplot: no global state, no display, safe in any thread.
 DPI = 140
 
@@ -59,16 +59,16 @@ def draw_learning_curves(history: History) -> Figure:
             textcoords="offset points",
             ha="right",
             color=INK,
-            arrowprops={"arrowstyle": "-", "color": GREY},
+            arrowprops={"arrowstyle": "-", "color": GRAY},
         )
 
-    _curve(rate, history, "learning rate", color=GREY)
+    _curve(rate, history, "learning rate", color=GRAY)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("optimizer steps")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
     for axes in (loss, wer, rate):
         _tidy(axes)
-        axes.grid(color=GREY, alpha=0.25, linewidth=0.6)
+        axes.grid(color=GRAY, alpha=0.25, linewidth=0.6)
     if loss.get_legend_handles_labels()[1]:
         loss.legend(frameon=False)
     return figure

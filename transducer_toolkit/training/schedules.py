@@ -21,9 +21,9 @@ def warmup_cosine(
     """Returns a schedule that rises linearly to the peak, then falls along half a cosine.
 
     At step k of K, with W = warmup_fraction * K, the factor is ``(k + 1) / W`` up to W and then
-    ``f + (1 - f) * (1 + cos(pi * (k - W) / (K - W))) / 2``. It stays at f after step K: the number
-    of batches that fit a lattice budget differs between epochs, so a training may take a few more
-    steps than K.
+    ``f + (1 - f) * (1 + cos(pi * (k - W) / (K - W))) / 2``. After step K, the factor stays at f.
+    (A training may take a few more steps than K, because the number of batches differs between
+    epochs.)
 
     Args:
         optimizer: the optimizer; its learning rate is the peak.

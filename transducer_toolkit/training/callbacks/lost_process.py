@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A callback that explains the error which follows the end of another process."""
+"""A callback that explains errors which the end of another process has caused."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class SkipNonFiniteSteps(Callback):
 
 
 def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Returns a bool on the device: whether all entries of all tensors are finite."""
+    """Returns whether all entries of all tensors are finite, as a bool tensor on the device."""
     if not tensors:
         return torch.ones((), dtype=torch.bool, device=device)
     # The maximum norm is NaN if an entry is NaN. Unlike a sum of squares, it cannot overflow.

@@ -79,7 +79,7 @@ class UtterancePicture(Callback):
 
     Args:
         path: PNG file to write.
-        duration_s: the utterance closest to this duration is drawn.
+        duration_s: duration in seconds. The utterance whose duration is closest is drawn.
     """
 
     def __init__(self, path: str, *, duration_s: float = 3.0) -> None:

@@ -39,7 +39,10 @@ class LossInput(NamedTuple):
 
     @property
     def boundary(self) -> Tensor:
-        """(B, 4) int64 rows [0, 0, U_b, T_b] on the CPU, for the losses under k2's names."""
+        """The boundary argument of the k2-compatible losses.
+
+        It is (B, 4) int64 on the CPU, with rows [0, 0, U_b, T_b].
+        """
         frames, symbols = self.shape.logit_lengths, self.shape.target_lengths
         zeros = torch.zeros_like(frames)
         return torch.stack([zeros, zeros, symbols, frames], 1)
@@ -62,8 +65,8 @@ class LossStage(nn.Module, ABC):
 
     A stage may have parameters, which are trained together with the model.
 
-    The warm-up of a stage lasts for 2000 steps or 20 % of all steps, whichever is shorter. Without
-    a call of :meth:`set_progress`, the warm-up counts as complete.
+    The warm-up of a stage lasts for 2000 steps, but at most for 20 % of all steps. Without a call
+    of :meth:`set_progress`, the warm-up counts as complete.
 
     Attributes:
         topology: topology of the lattice, one of
@@ -71,8 +74,8 @@ class LossStage(nn.Module, ABC):
             model is aligned and decoded in the topology it was trained with.
         joiner_target: dotted path of the joiner class that replaces the model's joiner, or None to
             keep the model's joiner.
-        delay_penalty: penalty per frame of delay, applied after the warm-up. Before, it would move
-            symbols to earlier frames although the model has not aligned them yet.
+        delay_penalty: penalty per frame of delay, applied after the warm-up. During the warm-up,
+            the model has not aligned the symbols yet, and the penalty would misplace them.
         warmup_done: completed fraction of the warm-up, in [0, 1].
     """
 
