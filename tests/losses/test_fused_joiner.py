@@ -343,7 +343,11 @@ def test_invalid_lengths_without_validation_are_nan():
 def test_shape_of_another_batch_is_refused():
     case = Case()
     for shape, error, message in (
-        (LatticeShape.from_lengths([7], [3]), ValueError, "shape: expected 3 utterances, B of targets"),
+        (
+            LatticeShape.from_lengths([7], [3]),
+            ValueError,
+            "shape: expected 3 utterances, B of targets",
+        ),
         ((FRAMES, SYMBOLS), TypeError, "shape: expected a LatticeShape, got tuple"),
         (LatticeShape.from_lengths([7, 4, 10], [3, 0, 4]), ValueError, r"logit_lengths\[2\]"),
     ):
