@@ -13,12 +13,10 @@ import soundfile
 import torch
 from torch import Tensor
 
-from transducer_toolkit.data.audio import SAMPLE_RATE, check_audio_path, resample
+from transducer_toolkit.data.audio import SAMPLE_RATE, check_all_read, open_audio, resample
+from transducer_toolkit.data.audio_length import check_length
 
 __all__ = ["AudioWindow", "read_windows"]
-
-
-COMPLETE = 0.99  # minimum part of the announced samples; some headers only estimate their number
 
 
 class AudioWindow(NamedTuple):
@@ -63,30 +61,24 @@ def read_windows(
             "window_s must be positive and overlap_s at most half of it, got "
             f"window_s={window_s}, overlap_s={overlap_s}"
         )
-    check_audio_path(path)
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            overlap = round(overlap_s * rate)
-            hop = round(window_s * rate) - overlap
-            start, samples = 0, _read_mono(file, hop + overlap)
-            while len(samples):
-                added = _read_mono(file, hop)
-                waveform = resample(torch.from_numpy(samples), rate, sample_rate)
-                if not bool(waveform.isfinite().all()):
-                    raise ValueError(f"{os.fspath(path)} holds NaN or infinity")
-                yield AudioWindow(start / rate, waveform)
-                if not len(added):
-                    break
-                start, samples = start + hop, np.concatenate([samples[hop:], added])
-            else:
-                raise ValueError(f"{os.fspath(path)} holds no samples")
-            if file.seekable() and file.tell() < COMPLETE * file.frames:
-                raise ValueError(
-                    f"{os.fspath(path)} breaks off: it has {file.tell()} of {file.frames} samples"
-                )
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, such as .raw
-        raise ValueError(f"{os.fspath(path)} cannot be read as audio: {error}") from error
+    with open_audio(path) as file:
+        check_length(path)
+        rate = file.samplerate
+        overlap = round(overlap_s * rate)
+        hop = round(window_s * rate) - overlap
+        start, samples = 0, _read_mono(file, hop + overlap)
+        while len(samples):
+            added = _read_mono(file, hop)
+            waveform = resample(torch.from_numpy(samples), rate, sample_rate)
+            if not bool(waveform.isfinite().all()):
+                raise ValueError(f"{os.fspath(path)} holds NaN or infinity")
+            yield AudioWindow(start / rate, waveform)
+            if not len(added):
+                break
+            start, samples = start + hop, np.concatenate([samples[hop:], added])
+        else:
+            raise ValueError(f"{os.fspath(path)} holds no samples")
+        check_all_read(path, start + len(samples), file.frames)
 
 
 def _read_mono(file: soundfile.SoundFile, num_samples: int) -> np.ndarray:
