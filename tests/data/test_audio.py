@@ -24,6 +24,57 @@ def test_channels_are_averaged(ramp):
     torch.testing.assert_close(waveform, torch.linspace(0, 0.4, 8000))
 
 
+@pytest.fixture
+def three(tmp_path):
+    """Three channels of noise at 16 kHz."""
+    path = tmp_path / "three.wav"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (16000, 3)).astype(np.float32)
+    soundfile.write(path, noise, 16000, subtype="FLOAT")
+    return path, torch.from_numpy(noise).T
+
+
+def test_a_channel_or_each_is_selected(three):
+    path, noise = three
+    assert torch.equal(read_audio(path, channel="each"), noise)
+    for channel in range(3):
+        assert torch.equal(read_audio(path, channel=channel), noise[channel])
+    torch.testing.assert_close(read_audio(path, channel="mix"), noise.mean(dim=0))
+    part = read_audio(path, offset_s=0.25, duration_s=0.5, channel="each", sample_rate=8000)
+    assert part.shape == (3, 4000)
+    one = read_audio(path, offset_s=0.25, duration_s=0.5, channel=1, sample_rate=8000)
+    torch.testing.assert_close(part[1], one)
+
+
+def test_channels_that_do_not_exist_are_named(three):
+    path, _ = three
+    with pytest.raises(ValueError, match=r"three\.wav has 3 channels, .*there is no channel=3"):
+        read_audio(path, channel=3)
+    for channel in (-1, "left", True, 0.0, None):
+        with pytest.raises(ValueError, match="channel: expected 'mix', 'each' or a number from 0"):
+            read_audio(path, channel=channel)
+
+
+@pytest.mark.parametrize("gain", [-1.0, -0.99])
+def test_channels_of_opposite_phase_are_not_mixed_to_silence(tmp_path, gain):
+    path = tmp_path / "inverted.wav"
+    left = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
+    soundfile.write(path, np.stack([left, gain * left], axis=1), 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"inverted\.wav: its channels cancel each other"):
+        read_audio(path)
+    torch.testing.assert_close(read_audio(path, channel=0), torch.from_numpy(left).float())
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.0, -0.5])
+def test_other_channels_are_mixed(tmp_path, gain):
+    path = tmp_path / "a.wav"
+    left = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
+    soundfile.write(path, np.stack([left, gain * left], axis=1), 16000, subtype="FLOAT")
+    expected = torch.from_numpy(left * (1 + gain) / 2).float()
+    torch.testing.assert_close(read_audio(path), expected)
+    soundfile.write(path, np.zeros((16000, 2)), 16000)
+    assert not read_audio(path).any()  # silence cancels nothing
+
+
 def test_part_of_a_file(ramp):
     whole = read_audio(ramp, sample_rate=8000)
     part = read_audio(ramp, offset_s=0.25, duration_s=0.5, sample_rate=8000)

@@ -157,6 +157,24 @@ def test_bad_audio_is_named_or_left_out(utterances, tokenizer, faulty):
     assert list(batch.unreadable) == ["noise", "header", "nan"]
 
 
+def test_the_channel_of_an_utterance_is_read(utterances, tokenizer, tmp_path):
+    left = read_audio(utterances[0].audio).numpy()
+    path = tmp_path / "inverted.wav"
+    soundfile.write(path, np.stack([left, -left], axis=1), 16000, subtype="FLOAT")
+    rows = [
+        dataclasses.replace(utterances[0], audio=str(path), channel=channel)
+        for channel in (0, 1, 2, "mix")
+    ]
+    dataset = SpeechDataset(rows, tokenizer, Fbank())
+    expected = Fbank()(torch.from_numpy(left))
+    torch.testing.assert_close(dataset[0].features, expected)
+    torch.testing.assert_close(dataset[1].features, Fbank()(torch.from_numpy(-left)))
+    with pytest.raises(ValueError, match=r"^utterance 'train-0': .*inverted\.wav has 2 channels"):
+        dataset[2]
+    with pytest.raises(ValueError, match=r"^utterance 'train-0': .*inverted\.wav: its channels c"):
+        dataset[3]
+
+
 @pytest.mark.parametrize(("offset_s", "extra_s"), [(0.0, 2.0), (0.0, 0.3), (0.1, 82.0), (0.2, 0.0)])
 def test_a_duration_beyond_the_file_is_named(utterances, tokenizer, offset_s, extra_s):
     first = utterances[0]

@@ -22,10 +22,12 @@ def test_round_trip_with_relative_and_foreign_audio(tmp_path):
             audio=str(tmp_path / "audio" / "a.wav"), word_starts_s=[0.1], extra={"lang": "en"}
         ),
         utterance(id="b", audio="/elsewhere/b.wav", offset_s=0.25, speaker="x", text="ĉu \u2028?"),
+        utterance(id="c", audio="/elsewhere/b.wav", channel=1),
     ]
     write_manifest(tmp_path / "m.jsonl", rows)
     stored = [json.loads(line) for line in (tmp_path / "m.jsonl").open(encoding="utf-8")]
-    assert [row["audio"] for row in stored] == ["audio/a.wav", "/elsewhere/b.wav"]
+    assert [row["audio"] for row in stored] == ["audio/a.wav"] + ["/elsewhere/b.wav"] * 2
+    assert [row.get("channel") for row in stored] == [None, None, 1]
     assert read_manifest(tmp_path / "m.jsonl") == rows
 
 
@@ -99,6 +101,8 @@ def test_bad_lines_are_named(tmp_path, line, message):
         ({"duration_s": 1e300}, ValueError, r"duration_s must be at most 1e\+09, got 1e\+300"),
         ({"offset_s": 10**400}, ValueError, r"offset_s must be at most 1e\+09, got 1000"),
         ({"speaker": 3}, TypeError, "speaker must be str or None, got int"),
+        ({"channel": "each"}, ValueError, "channel: expected 'mix' or a number for an utterance"),
+        ({"channel": -1}, ValueError, "channel: expected 'mix', 'each' or a number from 0, got -1"),
         ({"extra": [1]}, TypeError, "extra must be a mapping, got list"),
         ({"word_starts_s": 0.5}, TypeError, "word_starts_s must be a list of numbers or None"),
         ({"word_starts_s": ["0"]}, TypeError, "word_starts_s must be a list of numbers or None"),

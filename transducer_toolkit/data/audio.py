@@ -28,6 +28,8 @@ MAX_RATIO_TERM = 1000
 MAX_MISSING_S = 0.1
 MAX_MISSING_SHARE = 0.1  # of the requested part
 SKIP_SAMPLES = 1_000_000  # read at a time and discarded
+MAX_CANCELED = 1e-4  # power of a mix, relative to the loudest channel: -40 dB
+MIN_POWER = 1e-8  # of a channel that is not silent: -80 dB
 COMPLETE = 0.99  # minimum part of the announced samples that a decoder must return
 
 
@@ -37,27 +39,32 @@ def read_audio(
     offset_s: float = 0.0,
     duration_s: float | None = None,
     sample_rate: int = SAMPLE_RATE,
+    channel: int | str = "mix",
 ) -> Tensor:
-    """Read (a part of) an audio file as mono at a given sample rate.
+    """Read (a part of) an audio file at a given sample rate.
 
     Args:
-        path: any format that soundfile reads; several channels are averaged.
+        path: any format that soundfile reads.
         offset_s: start of the part, in seconds.
         duration_s: length of the part, in seconds; None reads to the end. The last 0.1 s, at most
             a tenth of the part, may be missing in the file.
         sample_rate: sample rate of the result, in Hz; a file of another rate is resampled.
+        channel: "mix" averages the channels, "each" returns them all, a number selects one, from 0.
 
     Returns:
-        float32 CPU tensor ``(num_samples,)``, full scale being [-1, 1].
+        float32 CPU tensor, full scale being [-1, 1]: ``(num_samples,)``, or
+        ``(num_channels, num_samples)`` for "each".
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not audio or not regular, it breaks off, or it ends before the
-            requested part does.
+            requested part does; the file has no such channel, or its channels cancel each other in
+            the mix.
 
     Example:
         >>> waveform = read_audio("speech.flac", offset_s=1.0, duration_s=2.5)  # doctest: +SKIP
     """
+    check_channel(channel)
     if offset_s < 0 or (duration_s is not None and duration_s <= 0):
         raise ValueError(
             "offset_s must be >= 0 and duration_s > 0 or None, got "
@@ -84,8 +91,57 @@ def read_audio(
             f"duration_s={duration_s} ask for audio up to {offset_s + duration_s:.2f} s: correct "
             "them or the file"
         )
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
-    return resample(torch.from_numpy(np.ascontiguousarray(mono)), file_rate, sample_rate)
+    chosen = torch.from_numpy(select_channel(path, samples, channel))
+    return resample(chosen, file_rate, sample_rate)
+
+
+def check_channel(channel: int | str) -> None:
+    """Raise a ValueError unless ``channel`` is "mix", "each" or a number from 0."""
+    is_number = isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0
+    if not is_number and channel not in ("mix", "each"):
+        raise ValueError(f"channel: expected 'mix', 'each' or a number from 0, got {channel!r}")
+
+
+def select_channel(
+    path: str | os.PathLike[str], samples: np.ndarray, channel: int | str
+) -> np.ndarray:
+    """Return one channel of a file, the mix of its channels, or each of them.
+
+    Args:
+        path: the file, for messages.
+        samples: float32 ``(num_samples, num_channels)``.
+        channel: "mix", "each" or a number, see :func:`read_audio`.
+
+    Returns:
+        float32 ``(num_samples,)``, or ``(num_channels, num_samples)`` for "each".
+
+    Raises:
+        ValueError: there is no such channel, or the channels cancel each other in the mix.
+    """
+    num_channels = samples.shape[1]
+    if channel == "each":
+        return np.ascontiguousarray(samples.T)
+    if isinstance(channel, int):
+        if channel >= num_channels:
+            raise ValueError(
+                f"{os.fspath(path)} has {num_channels} channels, numbered from 0: there is no "
+                f"channel={channel}"
+            )
+        return np.ascontiguousarray(samples[:, channel])
+    if num_channels == 1:
+        return np.ascontiguousarray(samples[:, 0])
+    mix = samples.mean(axis=1, dtype=np.float32)
+    loudest = max((_power(samples[:, k]) for k in range(num_channels)), default=0.0)
+    if loudest > MIN_POWER and _power(mix) < MAX_CANCELED * loudest:
+        raise ValueError(
+            f"{os.fspath(path)}: its channels cancel each other in the mix (opposite phase); "
+            "select one, for example with channel=0"
+        )
+    return mix
+
+
+def _power(samples: np.ndarray) -> float:
+    return float(np.mean(np.square(samples, dtype=np.float64))) if len(samples) else 0.0
 
 
 class _SequentialFile(soundfile.SoundFile):

@@ -168,7 +168,8 @@ def _voc_span(data: Buffer) -> tuple[int, int] | None:
 
 def _ogg_problem(data: Buffer) -> str | None:
     """Walk the pages: each stream must end with a page that says so, and none may follow."""
-    at, has_ended, has_audio = 0, {}, False
+    has_ended: dict[bytes, bool] = {}  # by serial number
+    at, has_audio = 0, False
     while at >= 0:
         num_segments = data[at + 26] if at + 27 <= len(data) else 0
         sizes = data[at + 27 : at + 27 + num_segments]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transducer_toolkit.data.audio import check_channel
 from transducer_toolkit.data.durations import Durations
 
 __all__ = ["Utterance", "read_manifest", "write_manifest"]
@@ -35,16 +36,19 @@ class Utterance:
         word_starts_s: start of each word of ``text``, in seconds from the start of the utterance,
             if known; with it, tests measure how late the model emits (symbol delay).
         extra: other JSON values; the package keeps but does not use them.
+        channel: number of the channel of ``audio`` that holds the utterance, from 0, or "mix" for
+            the average of the channels.
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: ``id`` or ``audio`` is empty, a time is negative, not finite or above 1e9, or
-            ``word_starts_s`` is not one time a word, in order, within the utterance.
+        ValueError: ``id`` or ``audio`` is empty, a time is negative, not finite or above 1e9,
+            ``channel`` is unknown, or ``word_starts_s`` is not one time a word, in order, within
+            the utterance.
 
     Example:
         >>> Utterance(id="a", audio="a.wav", duration_s=1.5, text="three seven")
         Utterance(id='a', audio='a.wav', duration_s=1.5, text='three seven', offset_s=0.0, \
-speaker=None, word_starts_s=None, extra={})
+speaker=None, word_starts_s=None, extra={}, channel='mix')
     """
 
     id: str
@@ -55,6 +59,7 @@ speaker=None, word_starts_s=None, extra={})
     speaker: str | None = None
     word_starts_s: Sequence[float] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    channel: int | str = "mix"
 
     def __post_init__(self) -> None:
         for name in ("id", "audio", "text"):
@@ -68,6 +73,9 @@ speaker=None, word_starts_s=None, extra={})
             raise TypeError(f"speaker must be str or None, got {type(self.speaker).__name__}")
         if not isinstance(self.extra, Mapping):
             raise TypeError(f"extra must be a mapping, got {type(self.extra).__name__}")
+        check_channel(self.channel)
+        if self.channel == "each":
+            raise ValueError("channel: expected 'mix' or a number for an utterance, got 'each'")
         for name in ("duration_s", "offset_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -239,6 +247,8 @@ def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]
             for utterance in utterances:
                 row = {name: getattr(utterance, name) for name in _FIELDS}
                 row["extra"] = dict(utterance.extra)
+                if utterance.channel == "mix":
+                    del row["channel"]
                 audio = Path(utterance.audio).absolute()
                 if audio.is_relative_to(folder):
                     row["audio"] = audio.relative_to(folder).as_posix()
