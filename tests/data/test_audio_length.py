@@ -102,6 +102,24 @@ def test_wav_files_from_a_pipe_are_read(tmp_path, size):
     assert whole(path) == DURATION_S
 
 
+@pytest.mark.parametrize("size", [0, 16000, 60000])
+def test_a_wav_file_whose_header_announces_less_is_refused(tmp_path, size):
+    path = tmp_path / "a.wav"
+    content = bytearray(write(path))
+    at = content.index(b"data") + 4
+    tags = b"LIST" + struct.pack("<I", 4000) + b"INFO" + bytes(range(256)) * 15 + bytes(156)
+    path.write_bytes(content + tags)
+    assert whole(path) == DURATION_S
+    path.write_bytes(content + bytes(4000))
+    assert whole(path) == DURATION_S
+    content[at : at + 4] = struct.pack("<I", size)
+    content[at + 4 + size : at + 9 + size] = b"\x80\xff\x80\xff\x80"
+    path.write_bytes(content)
+    for read in (read_audio, audio_duration_s):
+        with pytest.raises(ValueError, match=rf"a\.wav holds \d+ bytes after the {size} bytes"):
+            read(path)
+
+
 def test_an_au_file_of_unknown_length_is_read(tmp_path):
     path = tmp_path / "a.au"
     content = bytearray(write(path, "au"))

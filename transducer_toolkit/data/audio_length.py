@@ -64,6 +64,16 @@ def _problem(data: Buffer) -> str | None:
             f"breaks off: its header announces {end - start} bytes of audio, the file has "
             f"{len(data) - start}; get the complete file"
         )
+    rest = len(data) - end
+    if data[:4] == b"RIFF" and rest > SLACK_BYTES + MAX_UNANNOUNCED * (end - start):
+        follows = bytes(data[end : end + 5])
+        # A chunk has a name; without the padding byte that the standard asks for, it starts at end.
+        has_chunk = any(name.isascii() and name.isalnum() for name in (follows[:3], follows[1:4]))
+        if not has_chunk and bytes(data[end:]).strip(b"\0"):
+            return (
+                f"holds {rest} bytes after the {end - start} bytes of audio that its header "
+                "announces: repair the header, for example with ffmpeg or sox --ignore-length"
+            )
     return None
 
 
