@@ -24,11 +24,83 @@ def test_channels_are_averaged(ramp):
     torch.testing.assert_close(waveform, torch.linspace(0, 0.4, 8000))
 
 
+@pytest.fixture
+def three(tmp_path):
+    """Three channels of noise at 16 kHz."""
+    path = tmp_path / "three.wav"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (16000, 3)).astype(np.float32)
+    soundfile.write(path, noise, 16000, subtype="FLOAT")
+    return path, torch.from_numpy(noise).T
+
+
+def test_a_channel_or_each_is_selected(three):
+    path, noise = three
+    assert torch.equal(read_audio(path, channel="each"), noise)
+    for channel in range(3):
+        assert torch.equal(read_audio(path, channel=channel), noise[channel])
+    torch.testing.assert_close(read_audio(path, channel="mix"), noise.mean(dim=0))
+    part = read_audio(path, offset_s=0.25, duration_s=0.5, channel="each", sample_rate=8000)
+    assert part.shape == (3, 4000)
+    one = read_audio(path, offset_s=0.25, duration_s=0.5, channel=1, sample_rate=8000)
+    torch.testing.assert_close(part[1], one)
+
+
+def test_channels_that_do_not_exist_are_named(three):
+    path, _ = three
+    with pytest.raises(ValueError, match=r"three\.wav has 3 channels, .*there is no channel=3"):
+        read_audio(path, channel=3)
+    for channel in (-1, "left", True, 0.0, None):
+        with pytest.raises(ValueError, match="channel: expected 'mix', 'each' or a number from 0"):
+            read_audio(path, channel=channel)
+
+
+@pytest.mark.parametrize("gain", [-1.0, -0.99])
+def test_channels_of_opposite_phase_are_not_mixed_to_silence(tmp_path, gain):
+    path = tmp_path / "inverted.wav"
+    left = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
+    soundfile.write(path, np.stack([left, gain * left], axis=1), 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"inverted\.wav: its channels cancel each other"):
+        read_audio(path)
+    torch.testing.assert_close(read_audio(path, channel=0), torch.from_numpy(left).float())
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.0, -0.5])
+def test_other_channels_are_mixed(tmp_path, gain):
+    path = tmp_path / "a.wav"
+    left = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
+    soundfile.write(path, np.stack([left, gain * left], axis=1), 16000, subtype="FLOAT")
+    expected = torch.from_numpy(left * (1 + gain) / 2).float()
+    torch.testing.assert_close(read_audio(path), expected)
+    soundfile.write(path, np.zeros((16000, 2)), 16000)
+    assert not read_audio(path).any()  # silence cancels nothing
+
+
 def test_part_of_a_file(ramp):
     whole = read_audio(ramp, sample_rate=8000)
     part = read_audio(ramp, offset_s=0.25, duration_s=0.5, sample_rate=8000)
     torch.testing.assert_close(part, whole[2000:6000], rtol=0, atol=0)
-    assert len(read_audio(ramp, offset_s=0.75, duration_s=9.0, sample_rate=8000)) == 2000
+
+
+def test_a_part_may_miss_what_rounding_adds(ramp):
+    assert len(read_audio(ramp, offset_s=0.25, duration_s=0.8, sample_rate=8000)) == 6000
+    assert len(read_audio(ramp, offset_s=0.0, duration_s=1.09, sample_rate=8000)) == 8000
+    for offset_s, duration_s in ((0.75, 9.0), (0.0, 1.2), (0.9, 0.15), (0.9, 83.0)):
+        with pytest.raises(ValueError, match=r"ramp\.wav ends after 1\.00 s, but offset_s="):
+            read_audio(ramp, offset_s=offset_s, duration_s=duration_s)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.opus", "a.mp3", "a.aiff"])
+def test_a_part_is_the_same_as_in_the_whole(tmp_path, name):
+    """libsndfile 1.2.2 itself returns other samples after a seek in an MP3 file."""
+    path = tmp_path / name
+    chirp = 0.3 * np.sin(np.cumsum(np.linspace(0.05, 1, 16000 * 20)))
+    subtype = "OPUS" if name == "a.opus" else None
+    soundfile.write(path, chirp, 16000, format="OGG" if subtype else None, subtype=subtype)
+    whole = read_audio(path)
+    for start_s in (0.4, 9.5, 15.25):
+        part = read_audio(path, offset_s=start_s, duration_s=2)
+        expected = whole[round(start_s * 16000) :][:32000]
+        torch.testing.assert_close(part, expected, atol=1e-4, rtol=0)
 
 
 def test_resampling_keeps_the_signal(ramp):

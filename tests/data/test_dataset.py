@@ -120,7 +120,7 @@ def faulty(utterances, tmp_path):
     (tmp_path / "noise.wav").write_bytes(bytes(range(256)) * 40)
     with open(utterances[0].audio, "rb") as file:
         (tmp_path / "header.wav").write_bytes(file.read(44))
-    samples = np.zeros(8000, dtype=np.float32)
+    samples = np.zeros(16000, dtype=np.float32)
     samples[4000] = np.nan
     soundfile.write(tmp_path / "nan.wav", samples, 16000, subtype="FLOAT")
     names = ["absent", "empty", "noise", "header", "nan"]
@@ -134,7 +134,7 @@ REASONS = {
     "absent": "no audio file at",
     "empty": "cannot be read as audio",
     "noise": "cannot be read as audio",
-    "header": "holds no samples",
+    "header": "breaks off",
     "nan": "holds samples that are NaN",
 }
 
@@ -155,6 +155,36 @@ def test_bad_audio_is_named_or_left_out(utterances, tokenizer, faulty):
     batch = collate(skipping.__getitems__(keys[3:5]))
     assert batch.utterance_ids == [utterances[2].id]
     assert list(batch.unreadable) == ["noise", "header", "nan"]
+
+
+def test_the_channel_of_an_utterance_is_read(utterances, tokenizer, tmp_path):
+    left = read_audio(utterances[0].audio).numpy()
+    path = tmp_path / "inverted.wav"
+    soundfile.write(path, np.stack([left, -left], axis=1), 16000, subtype="FLOAT")
+    rows = [
+        dataclasses.replace(utterances[0], audio=str(path), channel=channel)
+        for channel in (0, 1, 2, "mix")
+    ]
+    dataset = SpeechDataset(rows, tokenizer, Fbank())
+    expected = Fbank()(torch.from_numpy(left))
+    torch.testing.assert_close(dataset[0].features, expected)
+    torch.testing.assert_close(dataset[1].features, Fbank()(torch.from_numpy(-left)))
+    with pytest.raises(ValueError, match=r"^utterance 'train-0': .*inverted\.wav has 2 channels"):
+        dataset[2]
+    with pytest.raises(ValueError, match=r"^utterance 'train-0': .*inverted\.wav: its channels c"):
+        dataset[3]
+
+
+@pytest.mark.parametrize(("offset_s", "extra_s"), [(0.0, 2.0), (0.0, 0.3), (0.1, 82.0), (0.2, 0.0)])
+def test_a_duration_beyond_the_file_is_named(utterances, tokenizer, offset_s, extra_s):
+    first = utterances[0]
+    wrong = dataclasses.replace(first, offset_s=offset_s, duration_s=first.duration_s + extra_s)
+    dataset = SpeechDataset([wrong, utterances[1]], tokenizer, Fbank())
+    with pytest.raises(ValueError, match=r"^utterance 'train-0': .*train-0\.wav ends after 0"):
+        dataset[0]
+    skipping = SpeechDataset([wrong, utterances[1]], tokenizer, Fbank(), on_bad_audio="skip")
+    batch = collate(skipping.__getitems__([EpochIndex(0, 0), EpochIndex(0, 1)]))
+    assert batch.utterance_ids == [utterances[1].id] and list(batch.unreadable) == ["train-0"]
 
 
 def test_a_corpus_without_any_readable_audio_is_refused(tokenizer, faulty):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lhotse's cuts and shards, of generated audio."""
 
+import dataclasses
 import logging
 import os
 import types
@@ -13,7 +14,12 @@ from tests.cuts import write_cuts
 from transducer_toolkit.data.augment import SpecAugment
 from transducer_toolkit.data.corpus import ManifestCorpus
 from transducer_toolkit.data.datamodule import TransducerDataModule
-from transducer_toolkit.data.lhotse_batching import cut_targets, duration_bins, with_targets
+from transducer_toolkit.data.lhotse_batching import (
+    cut_targets,
+    cut_text,
+    duration_bins,
+    with_targets,
+)
 from transducer_toolkit.data.lhotse_datamodule import LhotseDataModule
 from transducer_toolkit.data.tokenizer import CharTokenizer
 
@@ -299,3 +305,29 @@ def test_errors(cuts):
     bare.to_file(cuts / "bare.jsonl.gz")
     with pytest.raises(ValueError, match="cut 'c0' must have one supervision, got 0"):
         data_module(cuts, "bare.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": None}, "cut 'c0': its supervision 'c0' has no text; add it, or remove the cut"),
+        ({"duration": 3.0}, r"cut 'c0': its supervision 'c0' spans 0\.00 to 3\.00 s, the cut 0 to"),
+        ({"start": -0.5}, r"cut 'c0': its supervision 'c0' spans -0\.50 to"),
+        ({"start": 0.2}, r"cut 'c0': its supervision 'c0' spans 0\.20 to"),
+    ],
+)
+def test_a_supervision_that_does_not_describe_its_cut_is_refused(cuts, changes, message):
+    first = CutSet.from_file(cuts / "train.jsonl.gz")[0]
+    odd = first.map_supervisions(lambda supervision: dataclasses.replace(supervision, **changes))
+    CutSet.from_cuts([odd]).to_file(cuts / "odd.jsonl.gz")
+    with pytest.raises(ValueError, match=message):
+        data_module(cuts, "odd.jsonl.gz")
+    with pytest.raises(ValueError, match=message):
+        with_targets(odd, CharTokenizer.from_texts(["a"]))
+
+
+@pytest.mark.parametrize("changes", [{"text": ""}, {"start": 0.05}, {"start": -0.05}])
+def test_an_empty_text_and_rounded_times_are_accepted(cuts, changes):
+    first = CutSet.from_file(cuts / "train.jsonl.gz")[0]
+    cut = first.map_supervisions(lambda supervision: dataclasses.replace(supervision, **changes))
+    assert cut_text(cut) == changes.get("text", first.supervisions[0].text)

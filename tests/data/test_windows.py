@@ -43,6 +43,31 @@ def test_other_rates_and_channels_give_the_windows_of_the_whole(tmp_path):
         torch.testing.assert_close(window.waveform[inner], expected[inner], atol=1e-4, rtol=0)
 
 
+def test_a_channel_is_selected(tmp_path):
+    path = write(tmp_path / "a.wav", 40000, channels=3)
+    expected = read_audio(path, channel=2)
+    windows = read_windows(path, window_s=1.0, overlap_s=0.0, channel=2)
+    assert torch.equal(torch.cat([window.waveform for window in windows]), expected)
+    for channel, message in ((3, "no channel=3"), ("each", "'mix' or a number"), ("x", "got 'x'")):
+        with pytest.raises(ValueError, match=message):
+            list(read_windows(path, window_s=1.0, overlap_s=0.0, channel=channel))
+    samples = soundfile.read(path)[0][:, :1]
+    soundfile.write(path, np.concatenate([samples, -samples], axis=1), 16000)
+    with pytest.raises(ValueError, match=r"a\.wav: its channels cancel each other in the mix"):
+        list(read_windows(path, window_s=1.0, overlap_s=0.0))
+
+
+def test_windows_of_an_mp3_file_are_parts_of_the_whole(tmp_path):
+    """libsndfile 1.2.2 itself returns other samples after a seek in an MP3 file."""
+    chirp = 0.3 * np.sin(np.cumsum(np.linspace(0.05, 1, 16000 * 9)))
+    soundfile.write(tmp_path / "a.mp3", chirp, 16000)
+    whole = read_audio(tmp_path / "a.mp3")
+    for window in read_windows(tmp_path / "a.mp3", window_s=2.0, overlap_s=0.5):
+        start = round(16000 * window.start_s)
+        expected = whole[start : start + len(window.waveform)]
+        torch.testing.assert_close(window.waveform, expected, atol=1e-5, rtol=0)
+
+
 def test_bad_files_are_named(tmp_path):
     def complaint(name):
         with pytest.raises((OSError, ValueError), match=name) as raised:

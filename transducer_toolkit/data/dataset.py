@@ -160,6 +160,7 @@ class SpeechDataset(Dataset[Example]):
                 offset_s=utterance.offset_s,
                 duration_s=utterance.duration_s,
                 sample_rate=self.fbank.sample_rate,
+                channel=utterance.channel,
             )
             targets = None if self.targets is None else self.targets[position]
             return self.example(utterance, waveform, epoch, targets=targets)

@@ -38,6 +38,7 @@ __all__ = [
     "with_targets",
 ]
 
+MAX_OUTSIDE_S = 0.1  # part of a supervision that rounding may put outside of its cut
 _TARGETS = "transducer_target_ids"  # the custom field of a supervision that holds its encoded text
 
 
@@ -52,7 +53,8 @@ def cut_text(cut: Cut) -> str:
     """Return the text of a cut.
 
     Raises:
-        ValueError: the cut does not have exactly one supervision.
+        ValueError: the cut does not have exactly one supervision, or the supervision has no text or
+            reaches more than 0.1 s beyond the cut. The text may be empty.
 
     Example:
         >>> cut_text(CutSet.from_file("cuts.jsonl.gz")[0])  # doctest: +SKIP
@@ -63,7 +65,20 @@ def cut_text(cut: Cut) -> str:
             f"cut {cut.id!r} must have one supervision, got {len(cut.supervisions)}; "
             "CutSet.trim_to_supervisions makes such cuts"
         )
-    return cut.supervisions[0].text or ""
+    supervision = cut.supervisions[0]
+    if supervision.text is None:
+        raise ValueError(
+            f"cut {cut.id!r}: its supervision {supervision.id!r} has no text; add it, or remove "
+            "the cut"
+        )
+    start_s, end_s = supervision.start, supervision.end  # from the start of the cut
+    if start_s < -MAX_OUTSIDE_S or end_s > cut.duration + MAX_OUTSIDE_S:
+        raise ValueError(
+            f"cut {cut.id!r}: its supervision {supervision.id!r} spans {start_s:.2f} to "
+            f"{end_s:.2f} s, the cut 0 to {cut.duration:.2f} s; CutSet.trim_to_supervisions makes "
+            "cuts that hold their supervisions"
+        )
+    return supervision.text
 
 
 def with_targets(cut: Cut, tokenizer: Tokenizer) -> Cut:
@@ -74,8 +89,8 @@ def with_targets(cut: Cut, tokenizer: Tokenizer) -> Cut:
         tokenizer: text to target symbols.
 
     Raises:
-        ValueError: the cut does not have exactly one supervision, or the tokenizer cannot encode
-            its text; the cut is named.
+        ValueError: :func:`cut_text` refuses the cut, or the tokenizer cannot encode its text; the
+            cut is named.
     """
     text = cut_text(cut)
     try:

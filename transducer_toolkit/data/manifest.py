@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import itertools
 import json
@@ -12,6 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transducer_toolkit.data.audio import check_channel
+from transducer_toolkit.data.durations import Durations
 
 __all__ = ["Utterance", "read_manifest", "write_manifest"]
 
@@ -32,16 +36,19 @@ class Utterance:
         word_starts_s: start of each word of ``text``, in seconds from the start of the utterance,
             if known; with it, tests measure how late the model emits (symbol delay).
         extra: other JSON values; the package keeps but does not use them.
+        channel: number of the channel of ``audio`` that holds the utterance, from 0, or "mix" for
+            the average of the channels.
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: ``id`` or ``audio`` is empty, a time is negative, not finite or above 1e9, or
-            ``word_starts_s`` is not one time a word, in order, within the utterance.
+        ValueError: ``id`` or ``audio`` is empty, a time is negative, not finite or above 1e9,
+            ``channel`` is unknown, or ``word_starts_s`` is not one time a word, in order, within
+            the utterance.
 
     Example:
         >>> Utterance(id="a", audio="a.wav", duration_s=1.5, text="three seven")
         Utterance(id='a', audio='a.wav', duration_s=1.5, text='three seven', offset_s=0.0, \
-speaker=None, word_starts_s=None, extra={})
+speaker=None, word_starts_s=None, extra={}, channel='mix')
     """
 
     id: str
@@ -52,6 +59,7 @@ speaker=None, word_starts_s=None, extra={})
     speaker: str | None = None
     word_starts_s: Sequence[float] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    channel: int | str = "mix"
 
     def __post_init__(self) -> None:
         for name in ("id", "audio", "text"):
@@ -65,6 +73,9 @@ speaker=None, word_starts_s=None, extra={})
             raise TypeError(f"speaker must be str or None, got {type(self.speaker).__name__}")
         if not isinstance(self.extra, Mapping):
             raise TypeError(f"extra must be a mapping, got {type(self.extra).__name__}")
+        check_channel(self.channel)
+        if self.channel == "each":
+            raise ValueError("channel: expected 'mix' or a number for an utterance, got 'each'")
         for name in ("duration_s", "offset_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -99,6 +110,7 @@ speaker=None, word_starts_s=None, extra={})
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Utterance))
+_NEMO_FIELDS = {"audio_filepath": "audio", "duration": "duration_s", "offset": "offset_s"}
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
@@ -107,16 +119,24 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
     Audio elsewhere needs an absolute path, which :func:`write_manifest` writes. So a manifest that
     comes with a corpus cannot refer to other files by a path that looks harmless.
 
+    ``id`` and ``duration_s`` may be missing. The id is then the audio path of the line without its
+    suffix, and the utterance ends with the file. Computed durations stay in the user's cache until
+    the audio file changes.
+
+    A line of a NeMo manifest (``audio_filepath``, ``duration``, ``offset``, ``text``) is read too;
+    its other fields become ``extra``.
+
     Args:
-        path: JSON-lines file, one :class:`Utterance` per line; blank lines are skipped.
+        path: JSON-lines file in UTF-8, one :class:`Utterance` per line; blank lines are skipped.
 
     Returns:
         The utterances in file order.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not a valid utterance, repeats an id or leaves the folder by ``..``;
-            the message names file and line.
+        ValueError: a line is not a valid utterance, repeats an id or leaves the folder by ``..``,
+            or its duration is missing and the audio cannot be read; the message names file and
+            line.
 
     Example:
         >>> utterances = read_manifest("data/train.jsonl")  # doctest: +SKIP
@@ -126,34 +146,81 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
     line_of_id: dict[str, int] = {}
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is no regular file")  # to open a pipe would wait for a writer
-    with path.open("rb") as file:  # decoded line by line, to know which cannot be
+    # Decoded line by line, to know which cannot be.
+    with path.open("rb") as file, Durations(path) as durations:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode())
-                if not isinstance(row, dict):
-                    raise TypeError(f"expected a JSON object, got {type(row).__name__}")
-                unknown = sorted(set(row) - set(_FIELDS))
-                if unknown:
-                    raise ValueError(f"unknown fields {unknown}; put them into 'extra'")
-                utterance = Utterance(**row)
-                if _climbs(utterance.audio):
-                    raise ValueError(
-                        f"audio {utterance.audio!r} lies outside of the manifest's folder: give "
-                        "its absolute path"
-                    )
-            except (TypeError, ValueError) as error:
+                row = _own_fields(json.loads(line.decode()))
+                has_id = "id" in row
+                utterance = _utterance(row, path.parent, durations)
+            except (TypeError, ValueError, OSError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
             if utterance.id in line_of_id:
                 first = line_of_id[utterance.id]
+                advice = "" if has_id else ", made of the audio path: give both lines an id"
                 raise ValueError(
                     f"{path}, line {number}: id {utterance.id!r} already stands in line {first}"
+                    f"{advice}"
                 )
             line_of_id[utterance.id] = number
-            audio = str(path.parent / utterance.audio)
-            utterances.append(dataclasses.replace(utterance, audio=audio))
+            utterances.append(utterance)
     return utterances
+
+
+def _own_fields(row: Any) -> dict[str, Any]:
+    """Return the fields of a line under the names of :class:`Utterance`."""
+    if not isinstance(row, dict):
+        raise TypeError(f"expected a JSON object, got {type(row).__name__}")
+    if "audio_filepath" not in row:
+        unknown = sorted(set(row) - set(_FIELDS))
+        if unknown:
+            raise ValueError(f"unknown fields {unknown}; put them into 'extra'")
+        return row
+    named: dict[str, Any] = {}
+    extra = dict(row.get("extra") or {})
+    for name, value in row.items():
+        own = _NEMO_FIELDS.get(name, name)
+        if own != name and own in row:
+            raise ValueError(f"both {name!r} and {own!r} are given; remove one")
+        if own == "extra":
+            continue
+        if own in _FIELDS:
+            named[own] = value
+        else:
+            extra[name] = value
+    if isinstance(named.get("speaker"), int):
+        named["speaker"] = str(named["speaker"])
+    return {**named, "extra": extra}
+
+
+def _utterance(row: dict[str, Any], folder: Path, durations: Durations) -> Utterance:
+    """Return the utterance of a line with what is missing, and its audio path resolved."""
+    missing = [name for name in ("audio", "text") if name not in row]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} missing")
+    audio = row["audio"]
+    if isinstance(audio, str) and _climbs(audio):
+        raise ValueError(
+            f"audio {audio!r} lies outside of the manifest's folder: give its absolute path"
+        )
+    filled = dict(row)
+    if isinstance(audio, str) and audio:  # otherwise Utterance raises
+        filled.setdefault("id", os.path.splitext(os.path.normpath(audio))[0])
+        filled["audio"] = str(folder / audio)
+    else:
+        filled.setdefault("id", "-")
+    if "duration_s" not in row:
+        # Any duration will do to check the other fields before the audio is read.
+        checked = Utterance(**{**filled, "duration_s": MAX_TIME_S})
+        file_s = durations(checked.audio)
+        if checked.offset_s >= file_s:
+            raise ValueError(f"offset_s={checked.offset_s}, but {audio} ends after {file_s:.2f} s")
+        filled["duration_s"] = file_s - checked.offset_s
+    return Utterance(**filled)
 
 
 def _climbs(audio: str) -> bool:
@@ -180,6 +247,8 @@ def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]
             for utterance in utterances:
                 row = {name: getattr(utterance, name) for name in _FIELDS}
                 row["extra"] = dict(utterance.extra)
+                if utterance.channel == "mix":
+                    del row["channel"]
                 audio = Path(utterance.audio).absolute()
                 if audio.is_relative_to(folder):
                     row["audio"] = audio.relative_to(folder).as_posix()

@@ -9,16 +9,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
-from transducer_toolkit.data.audio import SAMPLE_RATE, check_audio_path, resample
+from transducer_toolkit.data.audio import (
+    SAMPLE_RATE,
+    check_all_read,
+    check_channel,
+    open_audio,
+    resample,
+    select_channel,
+)
+from transducer_toolkit.data.audio_length import check_length
 
 __all__ = ["AudioWindow", "read_windows"]
-
-
-COMPLETE = 0.99  # minimum part of the announced samples; some headers only estimate their number
 
 
 class AudioWindow(NamedTuple):
@@ -34,16 +38,18 @@ def read_windows(
     window_s: float,
     overlap_s: float,
     sample_rate: int = SAMPLE_RATE,
+    channel: int | str = "mix",
 ) -> Iterator[AudioWindow]:
     """Read an audio file as mono, in windows that overlap.
 
     Args:
-        path: any format that soundfile reads; several channels are averaged.
+        path: any format that soundfile reads.
         window_s: length of the windows, in seconds. The last one may be shorter, but is longer than
             the overlap.
         overlap_s: overlap of two windows, in seconds, at most half a window.
         sample_rate: sample rate of the windows, in Hz; each window of a file of another rate is
             resampled.
+        channel: "mix" averages the channels, a number selects one, from 0.
 
     Yields:
         The windows in order; a file that is no longer than a window gives a single one.
@@ -51,7 +57,8 @@ def read_windows(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not audio, ends too early, holds no samples or holds NaN or
-            infinity, or ``overlap_s`` is more than half of ``window_s``.
+            infinity, has no such channel, its channels cancel each other in the mix, or
+            ``overlap_s`` is more than half of ``window_s``.
 
     Example:
         >>> windows = read_windows("talk.flac", window_s=30, overlap_s=4)  # doctest: +SKIP
@@ -63,32 +70,29 @@ def read_windows(
             "window_s must be positive and overlap_s at most half of it, got "
             f"window_s={window_s}, overlap_s={overlap_s}"
         )
-    check_audio_path(path)
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            overlap = round(overlap_s * rate)
-            hop = round(window_s * rate) - overlap
-            start, samples = 0, _read_mono(file, hop + overlap)
-            while len(samples):
-                added = _read_mono(file, hop)
-                waveform = resample(torch.from_numpy(samples), rate, sample_rate)
-                if not bool(waveform.isfinite().all()):
-                    raise ValueError(f"{os.fspath(path)} holds NaN or infinity")
-                yield AudioWindow(start / rate, waveform)
-                if not len(added):
-                    break
-                start, samples = start + hop, np.concatenate([samples[hop:], added])
-            else:
-                raise ValueError(f"{os.fspath(path)} holds no samples")
-            if file.seekable() and file.tell() < COMPLETE * file.frames:
-                raise ValueError(
-                    f"{os.fspath(path)} breaks off: it has {file.tell()} of {file.frames} samples"
-                )
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, such as .raw
-        raise ValueError(f"{os.fspath(path)} cannot be read as audio: {error}") from error
+    check_channel(channel)
+    if channel == "each":
+        raise ValueError("channel: expected 'mix' or a number for windows, got 'each'")
 
+    def read_next(num_samples: int) -> np.ndarray:
+        samples = file.read(num_samples, dtype="float32", always_2d=True)
+        return select_channel(path, samples, channel)
 
-def _read_mono(file: soundfile.SoundFile, num_samples: int) -> np.ndarray:
-    samples = file.read(num_samples, dtype="float32", always_2d=True)
-    return np.ascontiguousarray(samples.mean(axis=1, dtype=np.float32))
+    with open_audio(path) as file:
+        check_length(path)
+        rate = file.samplerate
+        overlap = round(overlap_s * rate)
+        hop = round(window_s * rate) - overlap
+        start, samples = 0, read_next(hop + overlap)
+        while len(samples):
+            added = read_next(hop)
+            waveform = resample(torch.from_numpy(samples), rate, sample_rate)
+            if not bool(waveform.isfinite().all()):
+                raise ValueError(f"{os.fspath(path)} holds NaN or infinity")
+            yield AudioWindow(start / rate, waveform)
+            if not len(added):
+                break
+            start, samples = start + hop, np.concatenate([samples[hop:], added])
+        else:
+            raise ValueError(f"{os.fspath(path)} holds no samples")
+        check_all_read(path, start + len(samples), file.frames)
