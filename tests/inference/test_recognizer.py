@@ -173,7 +173,7 @@ def _change_weight(saved, change):
         ),
         (lambda c: c["recognizer"].update(num_mel_bins="x"), "its model cannot be restored"),
         (lambda c: c["recognizer"].update(topology=3), "topology: expected one of"),
-        (lambda c: c["recognizer"].update(max_symbols_per_frame=0), "max_symbols_per_frame: expected at least 1"),
+        (lambda c: c["recognizer"].update(max_symbols_per_frame=0), "expected at least 1"),
         (lambda c: c["recognizer"]["tokenizer"].pop("kind"), "cannot be restored: KeyError"),
         (lambda c: c["recognizer"]["tokenizer"]["symbols"].pop(), "the tokenizer has 3 symbols"),
     ],
