@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # A file from the command line is read to its end.
                 duration_s=None if args.manifest is None else utterance.duration_s,
                 sample_rate=recognizer.fbank.sample_rate,
+                channel=utterance.channel,
             )
             aligned = align_text(recognizer, waveform, utterance.text, topology=args.topology)
         except (OSError, ValueError) as error:
@@ -180,16 +181,11 @@ def _utterances(args: argparse.Namespace) -> list[Utterance]:
         if not utterances:
             raise ValueError(f"{args.manifest} holds no utterances")
         return utterances
-    import soundfile
+    from transducer_toolkit.data.audio import audio_duration_s
 
     if not args.file.is_file():
         raise FileNotFoundError(f"no audio file at {args.file}")
-    try:
-        duration_s = soundfile.info(args.file).duration
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{args.file} cannot be read as audio: {error}") from error
-    if duration_s == 0:
-        raise ValueError(f"{args.file} holds no samples")
+    duration_s = audio_duration_s(args.file)
     return [
         Utterance(id=args.file.stem, audio=str(args.file), duration_s=duration_s, text=args.text)
     ]
