@@ -122,7 +122,7 @@ def workload_of(run: Run) -> Workload:
 
 
 def labels(runs: list[Run]) -> list[str]:
-    """What tells the runs of a document apart."""
+    """Returns one label a run, made of the options in which the runs differ."""
     phrases: tuple[Callable[[Run], str], ...] = (
         lambda run: run["options"]["batch"],
         lambda run: f"{sum(run['workload']['frames'])} frames",

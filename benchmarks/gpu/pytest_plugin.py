@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin for a short run on a GPU: what failed is known whatever happens afterwards.
+"""A pytest plugin for a short run on a GPU: each failure is recorded as soon as it happens.
 
     python -m pytest -p benchmarks.gpu.pytest_plugin --failures failed.txt --at-most 40 ...
 

@@ -60,7 +60,7 @@ def arithmetic(mode: str, device: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel (without a GPU: one operator of torch) took in a run."""
+    """The device time of one kernel in a run; without a GPU, of one torch operator."""
 
     name: str
     ms: float
