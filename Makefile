@@ -6,6 +6,7 @@
 # make docs     build the documentation site in build/site
 # make soak     run the slow checks: mutated kernels, all CUDA architectures, fuzzing; takes hours
 # make wheels   build and audit a wheel for each Python that is found, in dist/cpu and dist/cuda
+# make release-assets  train the default recipe and write its model and card to dist/release
 # make gpu-kit  download everything that a GPU machine without network needs, into .gpu_kit
 # make clean    remove .venv and all build results (trained models in outputs/ stay)
 #
@@ -24,7 +25,7 @@ SUITES ?= loss step pruned decode memory scaling accuracy
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
            $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
 
-.PHONY: train test bench lint docs soak wheels gpu-kit clean
+.PHONY: train test bench lint docs soak wheels release-assets gpu-kit clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -67,6 +68,9 @@ soak: $(INSTALLED)
 # TEST=test installs each into an empty environment and tests the losses there.
 wheels:
 	.ci/wheels $(TEST)
+
+release-assets: $(INSTALLED)
+	$(BIN)/python recipes/digits/release_assets.py $(ARGS)
 
 gpu-kit: $(INSTALLED)
 	bash benchmarks/gpu/prepare.sh

@@ -7,7 +7,6 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
 from transducer_toolkit.inference.long_audio import Transcription, transcribe_file
+from transducer_toolkit.inference.pretrained import local_checkpoint
 from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
 from transducer_toolkit.modules.transducer import Transducer
@@ -117,7 +117,7 @@ class Recognizer:
         classes of ``trusted_packages`` are instantiated, so an unknown checkpoint cannot run code.
 
         Args:
-            path: path of the checkpoint.
+            path: the file, or an address as in :meth:`from_pretrained`.
             device: device of the model.
             trusted_packages: packages of the model's classes; add yours if it defines some.
             search: as for the class.
@@ -142,6 +142,29 @@ class Recognizer:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
         return recognizer
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, sha256: str | None = None, **options: Any
+    ) -> Recognizer:
+        """Restore a recognizer from a file or from an address, which is downloaded once.
+
+        Args:
+            name: a path, or an address ``https://host/file.ckpt#sha256=...``.
+            sha256: the file's SHA-256, for an address without one.
+            options: as in :meth:`from_checkpoint`.
+
+        Raises:
+            ValueError: if the file has another SHA-256, an address has none, or as in
+                :meth:`from_checkpoint`.
+            ConnectionError: if the file cannot be downloaded.
+            FileNotFoundError: if there is no file at the path.
+
+        Example:
+            >>> Recognizer.from_pretrained("digits.ckpt", sha256="0f4c...")  # doctest: +SKIP
+        """
+        path = local_checkpoint(name, sha256=sha256, show_progress=True)
+        return cls.from_checkpoint(path, **options)
 
     @classmethod
     def _restored(
@@ -237,16 +260,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint of ``transducer-train`` without running code from it.
 
     Args:
-        path: the file.
+        path: the file, or an address as in :meth:`Recognizer.from_pretrained`.
 
     Returns:
         Its content, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ConnectionError: if it cannot be downloaded.
         ValueError: if it is not such a checkpoint, or damaged.
     """
-    path = Path(path)
+    path = local_checkpoint(path, show_progress=True)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not zipfile.is_zipfile(path):
