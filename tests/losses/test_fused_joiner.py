@@ -260,7 +260,7 @@ def test_autocast_leaves_float64_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert case.fused().dtype == torch.float64
         case.pred = case.pred.detach().float()
-        with pytest.raises(TypeError, match="pred: expected dtype torch.float64, that of enc"):
+        with pytest.raises(TypeError, match=r"pred: expected dtype torch\.float64, that of enc"):
             case.fused()
 
 

@@ -140,9 +140,10 @@ def fused_joiner_loss(
         tile_cells: cells of a tile; no logits are kept then. None chooses a size that suits the
             processor's cache.
         shape: the lattices, with the same lengths. With it, the lengths stay on the CPU, and
-            ``torch.compile(fullgraph=True)`` works; without it, that raises an error. After ``shape.to(device)`` nothing is copied to
-            the device, and the loss and its gradient can be captured in a CUDA graph. Backward
-            visits every cell in a capture, because it may not wait for the number of kept cells.
+            ``torch.compile(fullgraph=True)`` works; without it, that raises an error. After
+            ``shape.to(device)`` nothing is copied to the device, and the loss and its gradient can
+            be captured in a CUDA graph. Backward visits every cell in a capture, because it may not
+            wait for the number of kept cells.
         validate: as in :func:`~transducer_toolkit.transducer_loss`, but lengths are always checked,
             because they decide how much memory is needed.
         return_kept: also return the fraction of cells that backward visits.

@@ -74,7 +74,8 @@ def joiner_logits(
     Args:
         enc: (B, T, D) float16, bfloat16, float32 or float64; T is at least ``shape.max_frames``.
             Autocast casts enc and pred.
-        pred: (B, U + 1, D), same dtype (after autocast) and device; U is at least ``shape.max_targets``.
+        pred: (B, U + 1, D), same dtype (after autocast) and device; U is at least
+            ``shape.max_targets``.
         weight: (V, D) of any floating dtype; cast to the dtype of enc.
         bias: (V,) of any floating dtype, or None; cast to the dtype of enc.
         shape: the lattices of the batch.
