@@ -239,10 +239,13 @@ def check_length(trainer: DictConfig, checkpoint: Mapping[str, Any], path: str) 
         ValueError: the checkpoint has more epochs than ``max_epochs``, or more steps than
             ``max_steps``.
     """
-    for name, done in (("max_epochs", "epoch"), ("max_steps", "global_step")):
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    is_over = loop.get("epoch_loop.batch_progress", {}).get("is_last_batch", False)
+    trained = {"max_epochs": checkpoint["epoch"] + is_over, "max_steps": checkpoint["global_step"]}
+    for name, number in trained.items():
         limit = trainer.get(name)
-        if limit is not None and limit != -1 and checkpoint[done] > limit:
+        if limit is not None and limit != -1 and number > limit:
             raise ValueError(
-                f"trainer.{name}={limit}: {path} has trained {checkpoint[done]} "
-                f"{name.removeprefix('max_')} already; give at least that many"
+                f"trainer.{name}={limit}: {path} has trained {number} {name.removeprefix('max_')} "
+                "already; give a larger number"
             )
