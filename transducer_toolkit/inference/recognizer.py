@@ -64,6 +64,13 @@ def recognizer_recipe(
     }
 
 
+def recipe_tokenizer(recipe: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of :func:`recognizer_recipe`."""
+    # The first checkpoints have no "tokenizer"; all were of characters.
+    state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
+    return tokenizer_from_state(state)
+
+
 class Recognizer:
     """Converts waveforms to text with a model, a tokenizer and features.
 
@@ -181,9 +188,7 @@ class Recognizer:
             if name.startswith("model.")
         }
         model.load_state_dict(own)
-        # The first checkpoints have no "tokenizer"; all were of characters.
-        state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
-        tokenizer = tokenizer_from_state(state)
+        tokenizer = recipe_tokenizer(recipe)
         if (tokenizer.vocab_size, tokenizer.blank) != (model.vocab_size, model.blank):
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} symbols and blank {tokenizer.blank}, "
@@ -304,6 +309,28 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name, value in weights.items():
         _check_weight(value, f"{path}: its weight {name}")
     return checkpoint
+
+
+def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
+    """Return the tokenizer of a checkpoint, for a training that starts with its weights.
+
+    Args:
+        path: a checkpoint of ``transducer-train``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a checkpoint, or ``path`` is None.
+
+    Example:
+        >>> tokenizer_from_checkpoint("best.ckpt").encode("no")  # doctest: +SKIP
+        [1, 2]
+    """
+    if path is None:
+        raise ValueError(
+            "data/tokenizer=checkpoint: expected a checkpoint, got null; set "
+            "init_from=CHECKPOINT, or data.tokenizer.path=CHECKPOINT"
+        )
+    return recipe_tokenizer(load_checkpoint(path)[CHECKPOINT_KEY])
 
 
 def _check_weight(value: Tensor, what: str) -> None:
