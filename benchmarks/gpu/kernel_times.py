@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device time of each kernel of the fused and of the packed step, by torch's profiler.
+"""Device time of each kernel, and the host's calls, of a step, by torch's profiler.
 
 python3 -m benchmarks.gpu.kernel_times --json gpu_profile.json
 ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-stage-once
@@ -17,26 +17,30 @@ from benchmarks.gpu.benchmark import DeviceWorkload, batches
 from benchmarks.gpu.records import Record
 from benchmarks.gpu.single_stages import SingleStages
 from benchmarks.gpu.tables import profile_figures, profile_table
-from benchmarks.gpu.timing import arithmetic, kernels_of, timed
+from benchmarks.gpu.timing import arithmetic, host_calls_of, kernels_of, timed
 from benchmarks.peers import implementations
 
 STEPS = (
-    ("ours: fused", "bfloat16"),
-    ("ours: fused", "tf32"),
-    ("ours: fused", "float32"),
-    ("ours: packed", "tf32"),
+    ("ours: fused", "step", "bfloat16"),
+    ("ours: fused", "step", "tf32"),
+    ("ours: fused", "step", "float32"),
+    ("ours: packed", "step", "tf32"),
+    ("ours: packed", "step", "bfloat16"),
+    ("ours: fused, pruned", "pruned", "tf32"),
 )
 RUNS = 3
+HOST_CALLS = 25  # kept of each step
 
 
 def profile_steps(record: Record, workload: DeviceWorkload) -> None:
     """Adds a row for each of STEPS."""
     entries = implementations()
-    for name, mode in STEPS:
+    for name, suite, mode in STEPS:
         with arithmetic(mode, workload.device):
-            job = entries[name].jobs["step"](workload)
+            job = entries[name].jobs[suite](workload)
             ms = 1e3 * timed(job.run, lambda job=job: (job.prepare(),))  # type: ignore[misc]
             kernels = kernels_of(lambda job=job: job.run(job.prepare()), RUNS)  # type: ignore[misc]
+            host = host_calls_of(lambda job=job: job.run(job.prepare()))  # type: ignore[misc]
         record.add(
             {
                 "batch": "sorted",
@@ -46,6 +50,7 @@ def profile_steps(record: Record, workload: DeviceWorkload) -> None:
                 "device_ms": sum(kernel.ms for kernel in kernels),
                 "launches": sum(kernel.calls for kernel in kernels),
                 "kernels": [asdict(kernel) for kernel in kernels],
+                "host": [asdict(call) for call in host[:HOST_CALLS]],
             }
         )
 

@@ -7,7 +7,6 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from transducer_toolkit.inference.long_audio import (
     transcribe_file,
     transcribe_files,
 )
+from transducer_toolkit.inference.pretrained import local_checkpoint
 from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
 from transducer_toolkit.modules.transducer import Transducer
@@ -68,6 +68,13 @@ def recognizer_recipe(
         "max_symbols_per_frame": max_symbols_per_frame,
         "topology": topology,
     }
+
+
+def recipe_tokenizer(recipe: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of :func:`recognizer_recipe`."""
+    # The first checkpoints have no "tokenizer"; all were of characters.
+    state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
+    return tokenizer_from_state(state)
 
 
 class Recognizer:
@@ -123,7 +130,7 @@ class Recognizer:
         classes of ``trusted_packages`` are instantiated, so an unknown checkpoint cannot run code.
 
         Args:
-            path: path of the checkpoint.
+            path: the file, or an address as in :meth:`from_pretrained`.
             device: device of the model.
             trusted_packages: packages of the model's classes; add yours if it defines some.
             search: as for the class.
@@ -150,6 +157,29 @@ class Recognizer:
         return recognizer
 
     @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, sha256: str | None = None, **options: Any
+    ) -> Recognizer:
+        """Restore a recognizer from a file or from an address, which is downloaded once.
+
+        Args:
+            name: a path, or an address ``https://host/file.ckpt#sha256=...``.
+            sha256: the file's SHA-256, for an address without one.
+            options: as in :meth:`from_checkpoint`.
+
+        Raises:
+            ValueError: if the file has another SHA-256, an address has none, or as in
+                :meth:`from_checkpoint`.
+            ConnectionError: if the file cannot be downloaded.
+            FileNotFoundError: if there is no file at the path.
+
+        Example:
+            >>> Recognizer.from_pretrained("digits.ckpt", sha256="0f4c...")  # doctest: +SKIP
+        """
+        path = local_checkpoint(name, sha256=sha256, show_progress=True)
+        return cls.from_checkpoint(path, **options)
+
+    @classmethod
     def _restored(
         cls,
         recipe: Mapping[str, Any],
@@ -164,9 +194,7 @@ class Recognizer:
             if name.startswith("model.")
         }
         model.load_state_dict(own)
-        # The first checkpoints have no "tokenizer"; all were of characters.
-        state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
-        tokenizer = tokenizer_from_state(state)
+        tokenizer = recipe_tokenizer(recipe)
         if (tokenizer.vocab_size, tokenizer.blank) != (model.vocab_size, model.blank):
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} symbols and blank {tokenizer.blank}, "
@@ -268,16 +296,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint of ``transducer-train`` without running code from it.
 
     Args:
-        path: the file.
+        path: the file, or an address as in :meth:`Recognizer.from_pretrained`.
 
     Returns:
         Its content, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ConnectionError: if it cannot be downloaded.
         ValueError: if it is not such a checkpoint, or damaged.
     """
-    path = Path(path)
+    path = local_checkpoint(path, show_progress=True)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not zipfile.is_zipfile(path):
@@ -311,6 +340,28 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name, value in weights.items():
         _check_weight(value, f"{path}: its weight {name}")
     return checkpoint
+
+
+def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
+    """Return the tokenizer of a checkpoint, for a training that starts with its weights.
+
+    Args:
+        path: a checkpoint of ``transducer-train``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a checkpoint, or ``path`` is None.
+
+    Example:
+        >>> tokenizer_from_checkpoint("best.ckpt").encode("no")  # doctest: +SKIP
+        [1, 2]
+    """
+    if path is None:
+        raise ValueError(
+            "data/tokenizer=checkpoint: expected a checkpoint, got null; set "
+            "init_from=CHECKPOINT, or data.tokenizer.path=CHECKPOINT"
+        )
+    return recipe_tokenizer(load_checkpoint(path)[CHECKPOINT_KEY])
 
 
 def _check_weight(value: Tensor, what: str) -> None:

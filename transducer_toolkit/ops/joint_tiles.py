@@ -98,9 +98,16 @@ def _mm_to_float32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def autocast(tensor: Tensor) -> Tensor:
-    """Casts a tensor as autocast casts the inputs of a matrix product. float64 stays float64."""
+    """Casts a tensor as autocast casts the inputs of a matrix product.
+
+    torch casts float16, bfloat16 and float32, and leaves float64 and integers as they are.
+    """
     device_type = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if (
+        tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+        and torch.is_autocast_enabled(device_type)
+    ):
         return tensor.to(torch.get_autocast_dtype(device_type))
     return tensor
 
