@@ -28,7 +28,7 @@ run_folder.register()
 def main() -> None:
     """Entry point."""
     try:
-        trained_data.register(sys.argv[1:])
+        sys.argv[1:] = trained_data.select(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"transducer-evaluate: {error}")
     _main()
@@ -140,6 +140,8 @@ def _data(cfg: DictConfig, tokenizer: Tokenizer) -> TransducerDataModule:
     if is_trained:
         config = OmegaConf.to_container(cfg.data)
         trained_data.check_trusted(config, list(cfg.trusted_packages), str(cfg.checkpoint))
+    if cfg.get("data") is None:
+        raise ValueError(f"no data: {trained_data.ADVICE}")
     corpus = cfg.data.get("corpus")
     for name in ("train", "val"):  # a test set needs neither
         if corpus is not None and OmegaConf.is_missing(corpus, name):

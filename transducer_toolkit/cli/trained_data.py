@@ -28,22 +28,27 @@ _OF_TRAINING = ("tokenizer", "waveform_perturbation", "spec_augment")
 _PATHS = ("root", "cache_dir", "train", "val", "test")
 
 
-def register(arguments: Sequence[str] = ()) -> None:
-    """Make ``data=checkpoint`` an option of ``transducer-evaluate``.
+def select(arguments: Sequence[str]) -> list[str]:
+    """Make ``data=checkpoint`` an option, and select it if the arguments name a checkpoint only.
 
     Args:
-        arguments: arguments of the command line. If they name a checkpoint and no ``data``, the
-            option is the data of that checkpoint; otherwise it has no content.
+        arguments: arguments of ``transducer-evaluate``.
+
+    Returns:
+        The arguments, with ``data=checkpoint`` if they name a checkpoint and no ``data``.
 
     Raises:
         ValueError: the checkpoint does not say which corpus it was trained on, or a manifest of it
             is not where it was.
     """
-    node: dict[str, Any] = {"_target_": "???", "corpus": None}
     path = _value(arguments, "checkpoint")
-    if path is not None and _value(arguments, "data") in (None, OPTION):
-        node = trained_data(path) or node
+    if path is None or _value(arguments, "data") not in (None, OPTION):
+        return list(arguments)
+    node = trained_data(path)
+    if node is None:
+        return list(arguments)
     ConfigStore.instance().store(group="data", name=OPTION, node=node)
+    return list(dict.fromkeys([*arguments, f"data={OPTION}"]))
 
 
 def trained_data(path: str) -> dict[str, Any] | None:
@@ -56,7 +61,7 @@ def trained_data(path: str) -> dict[str, Any] | None:
         path: path of the checkpoint.
 
     Raises:
-        ValueError: as for :func:`register`.
+        ValueError: as for :func:`select`.
     """
     from transducer_toolkit.inference.recognizer import load_checkpoint
 
@@ -151,6 +156,3 @@ def _texts(config: Any) -> Iterator[str]:
     elif isinstance(config, list | tuple):
         for value in config:
             yield from _texts(value)
-
-
-register()
