@@ -21,25 +21,32 @@ from benchmarks.gpu.timing import arithmetic, kernels_of, timed
 from benchmarks.peers import implementations
 
 STEPS = (
-    ("ours: fused", "bfloat16"),
-    ("ours: fused", "tf32"),
-    ("ours: fused", "float32"),
-    ("ours: packed", "tf32"),
+    ("sorted", "ours: fused", "bfloat16"),
+    ("sorted", "ours: fused", "tf32"),
+    ("sorted", "ours: fused", "float32"),
+    ("peaky", "ours: fused", "tf32"),
+    ("peaky", "ours: fused", "float32"),
+    ("sorted", "ours: fused, full", "tf32"),
+    ("sorted", "ours: fused, full", "float32"),
+    ("peaky", "ours: fused, full", "tf32"),
+    ("peaky", "ours: fused, full", "float32"),
+    ("sorted", "ours: packed", "tf32"),
 )
 RUNS = 3
 
 
-def profile_steps(record: Record, workload: DeviceWorkload) -> None:
+def profile_steps(record: Record, workloads: dict[str, DeviceWorkload]) -> None:
     """Adds a row for each of STEPS."""
     entries = implementations()
-    for name, mode in STEPS:
+    for batch, name, mode in STEPS:
+        workload = workloads[batch]
         with arithmetic(mode, workload.device):
             job = entries[name].jobs["step"](workload)
             ms = 1e3 * timed(job.run, lambda job=job: (job.prepare(),))  # type: ignore[misc]
             kernels = kernels_of(lambda job=job: job.run(job.prepare()), RUNS)  # type: ignore[misc]
         record.add(
             {
-                "batch": "sorted",
+                "batch": batch,
                 "mode": mode,
                 "name": name,
                 "ms": ms,
@@ -84,12 +91,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--each-stage-once", action="store_true", help="for ncu: no times")
     options = parser.parse_args(arguments)
     sizes = options.frames, options.vocab_size, options.joiner_dim, options.shorten
-    workload = batches(options.device, *sizes)["sorted"]
+    workloads = batches(options.device, *sizes)
     if options.each_stage_once:
-        each_stage_once(workload, torch.float32)
+        each_stage_once(workloads["sorted"], torch.float32)
         return
     record = Record(options.json, options.device, kind="profile")
-    profile_steps(record, workload)
+    profile_steps(record, workloads)
     print(profile_table(record.document))
     print(profile_figures(record.rows))
 
