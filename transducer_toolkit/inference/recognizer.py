@@ -18,7 +18,13 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
-from transducer_toolkit.inference.long_audio import Transcription, transcribe_file
+from transducer_toolkit.inference.long_audio import (
+    AudioSource,
+    Transcription,
+    channels_of,
+    transcribe_file,
+    transcribe_files,
+)
 from transducer_toolkit.inference.pretrained import local_checkpoint
 from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
@@ -203,6 +209,11 @@ class Recognizer:
             search=search,
         )
 
+    @property
+    def frame_s(self) -> float:
+        """Duration of an encoder frame, seconds."""
+        return encoder_frame_s(self.model.encoder)
+
     @torch.inference_mode()
     def recognize(self, waveforms: Sequence[Tensor]) -> list[Hypothesis]:
         """Recognize the symbols of a batch of waveforms, with their encoder frames.
@@ -241,9 +252,8 @@ class Recognizer:
         Returns:
             The words of each waveform.
         """
-        frame_s = encoder_frame_s(self.model.encoder)
         return [
-            recognized_words(hypothesis, self.tokenizer, frame_s)
+            recognized_words(hypothesis, self.tokenizer, self.frame_s)
             for hypothesis in self.recognize(waveforms)
         ]
 
@@ -256,9 +266,30 @@ class Recognizer:
 
         Args:
             path: any format that soundfile reads, any sample rate, any number of channels.
-            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`.
+            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`,
+                such as ``channel=0`` or ``cut="windows"``.
         """
         return transcribe_file(self, path, **options)
+
+    def transcribe_channels(
+        self, path: str | os.PathLike[str], **options: Any
+    ) -> list[Transcription]:
+        """Transcribe each channel of an audio file separately.
+
+        Args:
+            path: as for :meth:`transcribe_file`.
+            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_files`.
+
+        Returns:
+            One transcription per channel, in order.
+        """
+        sources = [AudioSource(path, channel) for channel in channels_of(path)]
+        found = []
+        for _, result in transcribe_files(self, sources, **options):
+            if isinstance(result, Exception):
+                raise result
+            found.append(result)
+        return found
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
