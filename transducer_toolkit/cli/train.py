@@ -5,32 +5,28 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import partial
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from transducer_toolkit.cli import hints, resume, run_folder
-from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+from transducer_toolkit.cli import hydra_command, resume
 
 if TYPE_CHECKING:
     from lightning import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from omegaconf import DictConfig
 
     from transducer_toolkit.data.datamodule import TransducerDataModule
+    from transducer_toolkit.decoding import Search
     from transducer_toolkit.training.lightning_module import TransducerModule
 
 logger = logging.getLogger(__name__)
-run_folder.register()
 
 
-@hints.nearest_keys("train")
-@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="train")
-def main(cfg: DictConfig) -> float | None:
-    """Run the command; return the best validation WER, for Hydra's sweepers."""
-    return train(cfg)
+def main() -> None:
+    """Entry point."""
+    hydra_command.run("train", train)
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -108,6 +104,7 @@ def train(cfg: DictConfig) -> float | None:
 
 def _check_options(cfg: DictConfig) -> None:
     """Check options whose own errors would not name the Hydra key."""
+    from transducer_toolkit.cli.removed_keys import refuse_removed_keys
     from transducer_toolkit.ops.checks import (
         check_at_least,
         check_flag,
@@ -146,8 +143,8 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         datamodule: its corpus is prepared; it makes the tokenizer.
     """
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
-    from transducer_toolkit.decoding import GreedySearch
     from transducer_toolkit.inference.recognizer import recognizer_recipe
     from transducer_toolkit.ops.topology import TOPOLOGIES
     from transducer_toolkit.training.ctc import CtcLoss
@@ -184,8 +181,22 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,
-        search=partial(GreedySearch, max_symbols_per_frame=cfg.max_symbols_per_frame),
+        search=make_search(cfg.search, cfg.max_symbols_per_frame),
     )
+
+
+def make_search(cfg: DictConfig, max_symbols_per_frame: int) -> Callable[..., Search]:
+    """Return what makes the search of ``cfg.search``.
+
+    Args:
+        cfg: an option of the group ``search``.
+        max_symbols_per_frame: for a search whose own is null.
+    """
+    from hydra.utils import instantiate
+
+    if cfg.get("max_symbols_per_frame", 0) is None:
+        cfg.max_symbols_per_frame = max_symbols_per_frame
+    return instantiate(cfg, _convert_="all")
 
 
 def start_from(module: TransducerModule, path: str) -> None:
@@ -281,7 +292,8 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
         if path is not None and path.exists():
             print(f"{name:12s} {_relative(path)}")
     if checkpoint:
-        command = f"transducer-transcribe --checkpoint {_relative(Path(checkpoint))}"
+        shown = shlex.quote(str(_relative(Path(checkpoint))))
+        command = f"transducer-transcribe --checkpoint {shown}"
         print(f"\ntry it:  {command} FILE.wav")
 
 
