@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ModuleNotFoundError(name=missing[0])
     # Late imports keep --help fast.
     from transducer_toolkit.export import export_for_sherpa
-    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.recognizer import Recognizer
 
     try:
         recognizer = Recognizer.from_checkpoint(
-            args.checkpoint, trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package)
+            args.checkpoint, trusted_packages=args.trust_package
         )
         files = export_for_sherpa(
             recognizer,

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Late imports keep --help fast.
     import torch
 
-    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.recognizer import Recognizer
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             recognizer = Recognizer.from_checkpoint(
                 args.checkpoint,
                 device=args.device,
-                trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package),
+                trusted_packages=args.trust_package,
                 search=_search(args),
             )
         except (OSError, ValueError) as error:

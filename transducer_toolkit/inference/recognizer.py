@@ -20,7 +20,7 @@ from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
 from transducer_toolkit.inference.long_audio import Transcription, transcribe_file
-from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
+from transducer_toolkit.inference.trust import all_trusted, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.native import SUPPORTED_DTYPES
@@ -108,27 +108,29 @@ class Recognizer:
         path: str | os.PathLike[str],
         *,
         device: torch.device | str = "cpu",
-        trusted_packages: Sequence[str] = TRUSTED_PACKAGES,
+        trusted_packages: Sequence[str] = (),
         search: Callable[..., Search] | None = None,
     ) -> Recognizer:
         """Restore a recognizer from a checkpoint of ``transducer-train``.
 
         The file is read with ``weights_only=True``. It names the classes of its model, and only
-        classes of ``trusted_packages`` are instantiated, so an unknown checkpoint cannot run code.
+        classes of ``transducer_toolkit.modules`` and ``trusted_packages`` are instantiated, so an
+        unknown checkpoint cannot run code.
 
         Args:
             path: path of the checkpoint.
             device: device of the model.
-            trusted_packages: packages of the model's classes; add yours if it defines some.
+            trusted_packages: more packages whose classes may be instantiated, such as yours.
             search: as for the class.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is not such a checkpoint, or names a class of another package.
         """
+        trusted = all_trusted(trusted_packages)
         checkpoint = load_checkpoint(path)
         recipe = checkpoint[CHECKPOINT_KEY]
-        check_model_config(recipe["model"], trusted_packages, path)
+        check_model_config(recipe["model"], trusted, path)
         try:
             recognizer = cls._restored(recipe, checkpoint["state_dict"], search)
         except Exception as error:  # a wrong recipe can raise any error in the classes it names
