@@ -55,9 +55,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     quiet_lightning()
     refuse_removed_keys(cfg)
-    recognizer = Recognizer.from_checkpoint(
-        cfg.checkpoint, trusted_packages=cfg.trusted_packages
-    )
+    recognizer = Recognizer.from_checkpoint(cfg.checkpoint, trusted_packages=cfg.trusted_packages)
     datamodule = instantiate(cfg.data, tokenizer=recognizer.tokenizer, _convert_="all")
     datamodule.num_output_frames = recognizer.model.encoder.num_output_frames
     module = TransducerModule(

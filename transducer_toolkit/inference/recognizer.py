@@ -201,6 +201,7 @@ class Recognizer:
         device = next(self.model.parameters()).device
         padded = pad_sequence(features, batch_first=True).to(device)
         encoder_out, encoder_lengths = self.model.encoder(padded, lengths)
+        self.model.encoder.check_output(lengths, encoder_out, encoder_lengths)
         return self.search(encoder_out, encoder_lengths)
 
     def recognize_words(self, waveforms: Sequence[Tensor]) -> list[list[RecognizedWord]]:
