@@ -8,23 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig
-
-from transducer_toolkit.cli import hints, run_folder
-from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+from transducer_toolkit.cli import hydra_command
+from transducer_toolkit.cli.transcript_formats import dump_json
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from transducer_toolkit.training.scoring import CharacterErrors, Transcript, WordErrors
 
-run_folder.register()
 
-
-@hints.nearest_keys("evaluate")
-@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
+def main() -> None:
     """Entry point."""
-    evaluate(cfg)
+    hydra_command.run("evaluate", evaluate)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -53,22 +48,20 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         quiet_lightning,
         write_transcripts,
     )
+    from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+    from transducer_toolkit.cli.train import make_search
     from transducer_toolkit.inference.recognizer import Recognizer
     from transducer_toolkit.training.lightning_module import TransducerModule
 
     quiet_lightning()
     refuse_removed_keys(cfg)
-    recognizer = Recognizer.from_checkpoint(
-        cfg.checkpoint, trusted_packages=list(cfg.trusted_packages)
-    )
-    if cfg.search.get("max_symbols_per_frame", 0) is None:
-        cfg.search.max_symbols_per_frame = recognizer.max_symbols_per_frame
+    recognizer = Recognizer.from_checkpoint(cfg.checkpoint, trusted_packages=cfg.trusted_packages)
     datamodule = instantiate(cfg.data, tokenizer=recognizer.tokenizer, _convert_="all")
     datamodule.num_output_frames = recognizer.model.encoder.num_output_frames
     module = TransducerModule(
         recognizer.model,
         recognizer.tokenizer,
-        search=instantiate(cfg.search, _convert_="all"),
+        search=make_search(cfg.search, recognizer.max_symbols_per_frame),
         topology=recognizer.topology,
     )
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
@@ -134,7 +127,7 @@ def _write_errors(folder: Path, transcripts: dict[str, list[Transcript]]) -> Non
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for row in rows:
                 texts = {"id": row.id, "reference": row.reference, "hypothesis": row.hypothesis}
-                file.write(json.dumps(texts | summary([row]), ensure_ascii=False) + "\n")
+                file.write(dump_json(texts | summary([row])) + "\n")
 
 
 if __name__ == "__main__":
