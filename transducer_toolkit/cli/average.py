@@ -8,7 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from transducer_toolkit.cli import console
+from transducer_toolkit.cli.arguments import make_parser
 
+
+@console.command("transducer-average")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
@@ -87,9 +91,9 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="transducer-average",
-        description="Write a checkpoint whose weights are the mean of those of others. A training "
+    parser = make_parser(
+        "transducer-average",
+        "Write a checkpoint whose weights are the mean of those of others. A training "
         "keeps its best five checkpoints with callbacks.checkpoint.save_top_k=5 "
         "'callbacks.checkpoint.filename=\"{step}\"'.",
     )

@@ -6,38 +6,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig
-
-from transducer_toolkit.cli import hints, run_folder, trained_data
-from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+from transducer_toolkit.cli import hydra_command
+from transducer_toolkit.cli.transcript_formats import dump_json
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from transducer_toolkit.data.datamodule import TransducerDataModule
     from transducer_toolkit.data.tokenizer import Tokenizer
     from transducer_toolkit.training.scoring import CharacterErrors, Transcript, WordErrors
 
-run_folder.register()
-
 
 def main() -> None:
     """Entry point."""
-    try:
-        sys.argv[1:] = trained_data.select(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"transducer-evaluate: {error}")
-    _main()
+    hydra_command.run("evaluate", evaluate, select=_select_data)
 
 
-@hints.nearest_keys("evaluate")
-@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="evaluate")
-def _main(cfg: DictConfig) -> None:
-    evaluate(cfg)
+def _select_data(arguments: Sequence[str]) -> list[str]:
+    from transducer_toolkit.cli import trained_data  # imports Hydra, which would make --help slow
+
+    return trained_data.select(arguments)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -71,24 +63,22 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         quiet_lightning,
         write_transcripts,
     )
+    from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+    from transducer_toolkit.cli.train import make_search
     from transducer_toolkit.inference.recognizer import Recognizer
     from transducer_toolkit.training.lightning_module import TransducerModule
     from transducer_toolkit.training.scoring import find_unwritable, normalize_transcripts
 
     quiet_lightning()
     refuse_removed_keys(cfg)
-    recognizer = Recognizer.from_checkpoint(
-        cfg.checkpoint, trusted_packages=list(cfg.trusted_packages)
-    )
-    if cfg.search.get("max_symbols_per_frame", 0) is None:
-        cfg.search.max_symbols_per_frame = recognizer.max_symbols_per_frame
+    recognizer = Recognizer.from_checkpoint(cfg.checkpoint, trusted_packages=cfg.trusted_packages)
     datamodule = _data(cfg, recognizer.tokenizer)
     normalize = instantiate(cfg.scoring, _convert_="all")
     datamodule.num_output_frames = recognizer.model.encoder.num_output_frames
     module = TransducerModule(
         recognizer.model,
         recognizer.tokenizer,
-        search=instantiate(cfg.search, _convert_="all"),
+        search=make_search(cfg.search, recognizer.max_symbols_per_frame),
         topology=recognizer.topology,
         normalize=normalize,
     )
@@ -132,6 +122,8 @@ def _data(cfg: DictConfig, tokenizer: Tokenizer) -> TransducerDataModule:
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+
+    from transducer_toolkit.cli import trained_data
 
     is_trained = (
         HydraConfig.initialized()
@@ -220,7 +212,7 @@ def _write_errors(
             for row in rows:
                 texts = {"id": row.id, "reference": row.reference, "hypothesis": row.hypothesis}
                 counts = summary(normalize_transcripts([row], normalize))
-                file.write(json.dumps(texts | counts, ensure_ascii=False) + "\n")
+                file.write(dump_json(texts | counts) + "\n")
 
 
 if __name__ == "__main__":

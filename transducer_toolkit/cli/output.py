@@ -123,4 +123,6 @@ def write_transcripts(folder: Path, transcripts: Mapping[str, Sequence[Transcrip
     for name, rows in transcripts.items():
         lines = [f"{row.id}\t{row.reference}\t{row.hypothesis}\n" for row in rows]
         header = "id\treference\thypothesis\n"
-        (folder / f"{name}.tsv").write_text(header + "".join(lines), encoding="utf-8")
+        (folder / f"{name}.tsv").write_text(
+            header + "".join(lines), encoding="utf-8", errors="surrogateescape"
+        )

@@ -48,6 +48,7 @@ from transducer_toolkit.training.scoring import (
     symbol_delays_ms,
 )
 from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
+from transducer_toolkit.training.utterance_names import naming_utterances
 
 logger = logging.getLogger(__name__)
 # Errors that torch raises for a bad option. Their messages name neither the option nor its value.
@@ -189,11 +190,13 @@ class TransducerModule(LightningModule):
         encoder_out, encoder_lengths, predictor_out = self.model(
             batch.features, batch.feature_lengths, batch.targets
         )
-        shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
-        shape.to(encoder_out.device)  # one upload, which the joiner and the loss share
-        output = self.loss(
-            LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
-        )
+        self._check_encoder(batch, encoder_out, encoder_lengths)
+        with naming_utterances(batch.utterance_ids):
+            shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
+            shape.to(encoder_out.device)  # one upload, which the joiner and the loss share
+            output = self.loss(
+                LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
+            )
         return output, shape, encoder_out
 
     def on_train_start(self) -> None:
@@ -287,10 +290,9 @@ class TransducerModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         started_s = time.perf_counter()
         encoder_out, encoder_lengths = self.model.encoder(batch.features, batch.feature_lengths)
-        try:
+        self._check_encoder(batch, encoder_out, encoder_lengths)
+        with naming_utterances(batch.utterance_ids):
             hypotheses = self._search(encoder_out, encoder_lengths)
-        except NonFiniteScoresError as error:
-            raise NonFiniteScoresError(error.utterances, names=batch.utterance_ids) from error
         # The hypotheses are on the CPU, so no device work is pending.
         decoding_s = time.perf_counter() - started_s
         delays = self._symbol_delays(batch, encoder_out, encoder_lengths)
@@ -325,6 +327,10 @@ class TransducerModule(LightningModule):
         if "current_model_state" in checkpoint and not averages:
             # The training that goes on averaged its weights. This one does not.
             checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+    def _check_encoder(self, batch: Batch, encoder_out: Tensor, encoder_lengths: Tensor) -> None:
+        lengths, names = batch.feature_lengths, batch.utterance_ids
+        self.model.encoder.check_output(lengths, encoder_out, encoder_lengths, names)
 
     def _search(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
         search = self.make_search(self.model.predictor, self.model.joiner, topology=self.topology)

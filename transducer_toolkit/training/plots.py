@@ -115,7 +115,8 @@ def draw_utterance(
     mel, lattice = figure.subplots(
         2, 1, sharex=True, height_ratios=(2.4, max(2.6, 0.19 * num_columns))
     )
-    figure.suptitle(title, color=INK, fontsize=12)
+    printable = title.encode("utf-8", "replace").decode()  # an id can be a name that is not UTF-8
+    figure.suptitle(printable, color=INK, fontsize=12)
 
     values = features.numpy().T
     mel.imshow(
