@@ -227,7 +227,7 @@ def test_experiments_and_clusters_show_their_command(group, option):
     ("command", "expected"),
     [
         ("train", set(GROUPS) - {"hydra"}),
-        ("evaluate", {"data", "search", "trainer", "callbacks"}),
+        ("evaluate", {"data", "scoring", "search", "trainer", "callbacks"}),
         ("prepare", {"data"}),
     ],
 )
