@@ -45,7 +45,7 @@ def test_the_picture_is_of_an_utterance_that_has_a_path(tmp_path, monkeypatch, t
 
     drawing = pictures.draw_utterance
     monkeypatch.setattr(pictures, "draw_utterance", draw)
-    trainer, module = SimpleNamespace(is_global_zero=True), make_module(topology)
+    trainer, module = SimpleNamespace(is_global_zero=True, loggers=[]), make_module(topology)
     picture = UtterancePicture(str(tmp_path / "picture.png"), duration_s=0.1)
     with torch.inference_mode():
         picture.on_test_start(trainer, module)

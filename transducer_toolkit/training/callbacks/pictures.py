@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 class LearningCurves(Callback):
     """Draws losses, word error rate and learning rate over the steps, at the end of the training.
+
+    TensorBoard shows the picture, too.
 
     Checkpoints contain the history, so a resumed training draws the curves from the beginning.
 
@@ -66,7 +70,7 @@ class LearningCurves(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.history:
-            draw_learning_curves(self.history).savefig(_parent_made(self.path))
+            _save(trainer, draw_learning_curves(self.history), self.path)
 
     def _add(self, trainer: Trainer, name: str, value: float) -> None:
         self.history.setdefault(name, []).append((trainer.global_step, value))
@@ -75,7 +79,8 @@ class LearningCurves(Callback):
 class UtterancePicture(Callback):
     """Draws one utterance of the first test set: features, lattice occupancy, best path.
 
-    It ignores utterances that have no symbols, or no path in the model's topology.
+    TensorBoard shows the picture, too. The callback ignores utterances that have no symbols, or no
+    path in the model's topology.
 
     Args:
         path: PNG file to write.
@@ -136,7 +141,7 @@ class UtterancePicture(Callback):
             title=f"{batch.utterance_ids[0]}: {batch.texts[0]!r}",
             feature_frame_s=FRAME_SHIFT_MS / 1000,
         )
-        figure.savefig(_parent_made(self.path))
+        _save(trainer, figure, self.path)
 
 
 def _row(batch: Batch, row: int) -> Batch:
@@ -153,6 +158,10 @@ def _row(batch: Batch, row: int) -> Batch:
     )
 
 
-def _parent_made(path: Path) -> Path:
+def _save(trainer: Trainer, figure: Figure, path: Path) -> None:
+    """Writes a figure to a file, and shows it in TensorBoard under the name of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    figure.savefig(path)
+    for sink in trainer.loggers:
+        if isinstance(sink, TensorBoardLogger):
+            sink.experiment.add_figure(path.stem, figure, trainer.global_step, close=False)
