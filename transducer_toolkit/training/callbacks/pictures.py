@@ -21,6 +21,7 @@ from transducer_toolkit.training.lightning_module import TransducerModule
 from transducer_toolkit.training.plots import History, draw_learning_curves, draw_utterance
 
 logger = logging.getLogger(__name__)
+MAX_LOGITS = 500_000_000  # of one picture: 2 GB in float32
 
 
 class LearningCurves(Callback):
@@ -129,6 +130,16 @@ class UtterancePicture(Callback):
             batch.features, batch.feature_lengths, batch.targets
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
+        if shape.num_cells * tokenizer.vocab_size > MAX_LOGITS:
+            logger.warning(
+                "no picture %s: the lattice of %s has %d cells of %d logits, which take too much "
+                "memory; transducer-align draws parts of a recording",
+                self.path,
+                batch.utterance_ids[0],
+                shape.num_cells,
+                tokenizer.vocab_size,
+            )
+            return
         logits = model.joiner(encoder_out, predictor_out, shape).float()
         lattice = (logits, batch.targets, shape, model.blank)
         occupancy = lattice_occupancy(*lattice, topology=pl_module.topology)[0]
