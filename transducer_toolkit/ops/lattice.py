@@ -93,6 +93,8 @@ class LatticeShape:
             TypeError: if the lengths are not integers.
             ValueError: if the lengths are empty, differ in number, or are out of range.
         """
+        if isinstance(logit_lengths, Tensor) or isinstance(target_lengths, Tensor):
+            refuse_tracing("make the LatticeShape outside of the compiled function")
         frames = _lengths(logit_lengths, "logit_lengths", minimum=1)
         targets = _lengths(target_lengths, "target_lengths", minimum=0)
         if frames.numel() != targets.numel():
@@ -222,6 +224,20 @@ def check_shape(shape: object, num_utterances: int) -> None:
     if shape.num_utterances != num_utterances:
         raise ValueError(
             f"shape: expected {num_utterances} utterances, B of targets, got {shape.num_utterances}"
+        )
+
+
+def refuse_tracing(remedy: str) -> None:
+    """Raises a ValueError while torch.compile traces: sizes must not come from lengths then.
+
+    With ``fullgraph=False``, torch breaks the graph at the error and runs the call without it.
+
+    Args:
+        remedy: what to do, for the message.
+    """
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"shape: torch.compile(fullgraph=True) cannot read tensors of lengths: {remedy}"
         )
 
 
@@ -382,6 +398,7 @@ class LatticeBatch:
         self.num_utterances = num_utterances
         self.max_frames = max_frames
         self.max_targets = max_targets
+        self._num_frames, self._num_targets, self._stride = num_frames, num_targets, stride
         tensors = {
             "num_frames": num_frames,
             "num_targets": num_targets,
@@ -404,6 +421,27 @@ class LatticeBatch:
     def all_rows(self) -> RowTile:
         """Returns the tile of all rows, including padding."""
         return RowTile(0, self.num_rows)
+
+    @property
+    def path_lengths(self) -> Tensor:
+        """T_b + U_b, (B,) int64."""
+        return self._num_frames + self._num_targets
+
+    @property
+    def _rows_of_utterances(self) -> Tensor:
+        """(B,) int64, of the packed layout."""
+        return self._num_frames * (self._stride or self._num_targets + 1)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Returns values (B,) of utterances for each of their rows (rows,), in packed layout."""
+        return values.repeat_interleave(self._rows_of_utterances, output_size=self.num_rows)
+
+    def per_utterance(self, values: Tensor, reduction: str) -> Tensor:
+        """Reduces values (rows,) in packed layout to (B,) in a fixed order, by "sum" or "max"."""
+        # unsafe: without a wait for the sum of the lengths.
+        return torch.segment_reduce(
+            values, reduction, lengths=self._rows_of_utterances, unsafe=True
+        )
 
 
 def _shift(rows: Tensor, begins: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from transducer_toolkit.decoding import (
     align,
 )
 from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY
-from transducer_toolkit.inference.words import encoder_frame_s, word_spans
+from transducer_toolkit.inference.words import encoder_frame_s, word_starts
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.lattice import LatticeShape
 from transducer_toolkit.ops.topology import is_feasible
@@ -385,8 +385,8 @@ class TransducerModule(LightningModule):
         frame_s = encoder_frame_s(self.model.encoder)
         for row, path in zip(rows, paths, strict=True):
             tokens = batch.targets[row, : int(batch.target_lengths[row])].tolist()
-            spans = word_spans([self.tokenizer.symbols[token] for token in tokens])
-            emitted_s = [path.frames[first] * frame_s for _, first, _ in spans]
+            starts = word_starts([self.tokenizer.symbols[token] for token in tokens])
+            emitted_s = [path.frames[first] * frame_s for first in starts]
             delays[row] = symbol_delays_ms(emitted_s, word_starts_s[row] or ())
         return delays
 
