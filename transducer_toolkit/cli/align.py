@@ -248,7 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="audio file, any rate")
     parser.add_argument("--text", help="the text that is spoken in FILE")
     parser.add_argument(
-        "--manifest", type=Path, metavar="PATH", help="JSON lines with id, audio, duration_s, text"
+        "--manifest",
+        type=Path,
+        metavar="PATH",
+        help="JSON lines with audio and text; id, duration_s, offset_s and channel may be missing",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="checkpoint of transducer-train"

@@ -54,6 +54,7 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if one is not such a checkpoint, or has another model or other symbols.
     """
+    from transducer_toolkit.cli.changes import CONFIG_KEY
     from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
 
     if not paths:
@@ -84,7 +85,9 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
         else total
         for name, total in sums.items()
     }
-    return {CHECKPOINT_KEY: recipe, "state_dict": means}
+    # transducer-evaluate takes the test sets of the training from it.
+    configs = {CONFIG_KEY: checkpoint[CONFIG_KEY]} if CONFIG_KEY in checkpoint else {}
+    return {CHECKPOINT_KEY: recipe, "state_dict": means} | configs
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def run(config_name: str, function: Callable[[DictConfig], Any]) -> None:
+def run(
+    config_name: str,
+    function: Callable[[DictConfig], Any],
+    *,
+    prepare: Callable[[list[str]], list[str]] = list,
+) -> None:
     """Run ``transducer-CONFIG_NAME`` with the arguments of the command line.
 
     Args:
         config_name: the primary config, and the end of the command's name.
         function: called with the composed config; its result is for Hydra's sweepers.
+        prepare: called with the arguments before Hydra reads them; returns those to use.
     """
     name = f"transducer-{config_name}"
     arguments = sys.argv[1:]
@@ -45,7 +51,7 @@ def run(config_name: str, function: Callable[[DictConfig], Any]) -> None:
         arguments = [argument for argument in arguments if argument != "--debug"]
         # Hydra's parser takes no overrides after --multirun if there are some before it.
         arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))
-        sys.argv[1:] = path_overrides.quoted(arguments)
+        sys.argv[1:] = prepare(path_overrides.quoted(arguments))
         job = _Job(name, config_name, function)
         main = hydra.main(
             version_base="1.3",

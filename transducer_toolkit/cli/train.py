@@ -222,6 +222,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,
         search=make_search(cfg.search, cfg.max_symbols_per_frame),
+        normalize=instantiate(cfg.scoring, _convert_="all"),
     )
 
 
@@ -263,6 +264,8 @@ def _log_options(trainer: Trainer, config: dict[str, Any]) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
     from torch.utils.tensorboard.summary import hparams
 
+    from transducer_toolkit.cli import changes
+
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     options = {
@@ -287,11 +290,17 @@ def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
 
 def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) -> None:
     """Print results and paths; write the results to results.json."""
-    from transducer_toolkit.cli.output import print_word_errors, write_transcripts
+    from transducer_toolkit.cli.output import (
+        print_unwritable,
+        print_word_errors,
+        write_transcripts,
+    )
 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     report["test_wer"] = {name: errors.wer for name, errors in module.test_errors.items()}
+    cers = {name: errors.cer for name, errors in module.test_character_errors.items()}
+    report["test_cer"] = cers
     report["symbol_delay_ms"] = {
         name: delay and {"mean": delay.mean_ms, "median": delay.median_ms, "words": delay.num_words}
         for name, delay in module.test_symbol_delays.items()
@@ -299,7 +308,10 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
     (run_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     if module.test_errors:
         write_transcripts(run_dir / "transcripts", module.test_transcripts)
-        print_word_errors(module.test_errors, module.test_symbol_delays)
+        print_word_errors(
+            module.test_errors, module.test_character_errors, module.test_symbol_delays
+        )
+        print_unwritable(module.test_transcripts, module.tokenizer, module.normalize)
     steps, seconds = report["optimizer_steps_of_this_run"], report["training_s_of_this_run"]
     line = f"{steps} steps in {seconds:.0f} s, {1000 * report['seconds_per_step']:.0f} ms a step"
     if steps != report["optimizer_steps"]:
