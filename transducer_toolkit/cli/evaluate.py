@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point."""
-    hydra_command.run("evaluate", evaluate, select=_select_data)
+    hydra_command.run("evaluate", evaluate, prepare=_select_data)
 
 
-def _select_data(arguments: Sequence[str]) -> list[str]:
-    from transducer_toolkit.cli import trained_data  # imports Hydra, which would make --help slow
+def _select_data(arguments: list[str]) -> list[str]:
+    from transducer_toolkit.cli import trained_data
 
     return trained_data.select(arguments)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ def run(
     config_name: str,
     function: Callable[[DictConfig], Any],
     *,
-    select: Callable[[Sequence[str]], list[str]] | None = None,
+    prepare: Callable[[list[str]], list[str]] = list,
 ) -> None:
     """Run ``transducer-CONFIG_NAME`` with the arguments of the command line.
 
     Args:
         config_name: the primary config, and the end of the command's name.
         function: called with the composed config; its result is for Hydra's sweepers.
-        select: called with the arguments before Hydra composes the config, returns those to use.
+        prepare: called with the arguments before Hydra reads them; returns those to use.
     """
     name = f"transducer-{config_name}"
     arguments = sys.argv[1:]
@@ -51,8 +51,7 @@ def run(
         arguments = [argument for argument in arguments if argument != "--debug"]
         # Hydra's parser takes no overrides after --multirun if there are some before it.
         arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))
-        arguments = path_overrides.quoted(arguments)
-        sys.argv[1:] = arguments if select is None else select(arguments)
+        sys.argv[1:] = prepare(path_overrides.quoted(arguments))
         job = _Job(name, config_name, function)
         main = hydra.main(
             version_base="1.3",

@@ -31,6 +31,8 @@ def quiet_lightning() -> None:
     logging.getLogger(lightning.__name__).handlers.clear()
     # Caused by Lightning's use of torch; a user cannot change it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    # Every process computes the results of the whole set.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # A run that resumes in its folder: the metrics were renamed, the checkpoints are its own.
     warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty")
 

@@ -101,6 +101,7 @@ def train(cfg: DictConfig) -> float | None:
         _convert_="all",
     )
     _refuse_processes_in_sweep(trainer)
+    _log_options(trainer, config)
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
@@ -256,6 +257,27 @@ def _refuse_processes_in_sweep(trainer: Trainer) -> None:
             "(trainer=default), or a Hydra launcher that starts the processes itself, such as "
             "hydra-submitit-launcher"
         )
+
+
+def _log_options(trainer: Trainer, config: dict[str, Any]) -> None:
+    """Give the options to the loggers: hparams.yaml, and the table of TensorBoard."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from torch.utils.tensorboard.summary import hparams
+
+    from transducer_toolkit.cli import changes
+
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    options = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in changes.flattened(config).items()
+    }
+    for sink in trainer.loggers:
+        sink.log_hyperparams(options)
+        if isinstance(sink, TensorBoardLogger):
+            # Lightning would log a value of each metric at step 0.
+            for summary in hparams(options, dict.fromkeys(VALIDATION_METRICS, 0.0)):
+                sink.experiment._get_file_writer().add_summary(summary)
 
 
 def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:

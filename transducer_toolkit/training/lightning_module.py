@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -69,6 +70,7 @@ class TransducerModule(LightningModule):
     These values are logged:
 
     - ``train/loss`` and ``val/loss``, in nats per frame;
+    - ``train/gradient_norm``, before it is clipped, and ``train/learning_rate``;
     - ``train/ctc``, in nats per frame, before it is weighted; ``train/loss`` does not include it;
     - ``val/wer`` and ``test/wer/NAME``, the word error rate as a fraction;
     - ``val/cer`` and ``test/cer/NAME``, the character error rate;
@@ -246,6 +248,11 @@ class TransducerModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self._frame_weights.finish(self.parameters(), self.trainer.accumulate_grad_batches)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if (self.global_step + 1) % every == 0 and grads:
+            self.log("train/gradient_norm", get_total_norm(grads))  # before it is clipped
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def on_validation_epoch_start(self) -> None:
         self._transcripts = {}
@@ -277,12 +284,14 @@ class TransducerModule(LightningModule):
         scored = normalize_transcripts(transcripts, self.normalize)
         errors = count_word_errors(scored)
         # Every process has computed the same values, from the whole set.
-        self.log("val/loss", sums[0] / sums[1], rank_zero_only=False, sync_dist=False)
+        loss = float(sums[0] / sums[1])
+        self.log("val/loss", loss, rank_zero_only=False, sync_dist=False)
         self.log("val/wer", errors.wer, prog_bar=True, rank_zero_only=False, sync_dist=False)
         cer = count_character_errors(scored).cer
         self.log("val/cer", cer, rank_zero_only=False, sync_dist=False)
         if not self.trainer.sanity_checking:
-            self._show(transcripts[: self.num_logged_hypotheses], errors)
+            results = f"WER {100 * errors.wer:.2f} %, CER {100 * cer:.2f} %, loss {loss:#.3g}"
+            self._show(transcripts[: self.num_logged_hypotheses], results)
 
     def on_test_epoch_start(self) -> None:
         self._transcripts = {}
@@ -399,14 +408,11 @@ class TransducerModule(LightningModule):
             delays[row] = symbol_delays_ms(emitted_s, word_starts_s[row] or ())
         return delays
 
-    def _show(self, transcripts: list[Transcript], errors: WordErrors) -> None:
+    def _show(self, transcripts: list[Transcript], results: str) -> None:
         """Logs hypotheses with their references. The utterances are the same in every epoch."""
         if not self.trainer.is_global_zero:
             return
-        lines = [
-            f"epoch {self.current_epoch}, step {self.global_step}: "
-            f"validation WER {100 * errors.wer:.2f} %"
-        ]
+        lines = [f"epoch {self.current_epoch}, step {self.global_step}: validation {results}"]
         for transcript in transcripts:
             lines += [f"  ref {transcript.reference}", f"  hyp {transcript.hypothesis}"]
         logger.info("\n".join(lines))
