@@ -118,14 +118,23 @@ def text(config_name: str, arguments: Sequence[str]) -> str:
 
 
 def _groups(config_name: str, folders: Sequence[Path]) -> dict[str, list[str]]:
-    """Return the options of the groups that a command takes, and of the groups below them."""
+    """Return the options of the groups that a command takes, and of the groups below them.
+
+    Groups below a group without a default can only be chosen together with it.
+    """
     primary = yaml.safe_load((folders[0] / f"{config_name}.yaml").read_text(encoding="utf-8"))
-    names = [key for entry in primary["defaults"] if isinstance(entry, dict) for key in entry]
-    taken = {name for name in names if not name.startswith("override ") and name != "hydra"}
+    defaults = [entry for entry in primary["defaults"] if isinstance(entry, dict)]
+    taken = {
+        name: option
+        for entry in defaults
+        for name, option in entry.items()
+        if not name.startswith("override ") and name != "hydra"
+    }
     found: dict[str, set[str]] = {}
     for folder in folders:
         for group, option in _options(folder):
-            if group.partition("/")[0] in taken:
+            top, _, below = group.partition("/")
+            if top in taken and not (below and taken[top] is None):
                 found.setdefault(group, set()).add(option)
     return {group: sorted(found[group]) for group in sorted(found)}
 
