@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 import soundfile
 
+from transducer_toolkit.data.audio import audio_duration_s
 from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.data.tokenizer import SPACE_SYMBOL, CharTokenizer
 from transducer_toolkit.decoding import Hypothesis
@@ -293,6 +294,19 @@ def test_channels(tmp_path):
     with pytest.raises(ValueError, match="channels cancel each other"):
         transcribe_file(listener, path)
     assert transcribe_file(listener, path, channel=0).text == "left"
+
+
+@pytest.mark.parametrize("size", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFFFFF - 36, 0xFFFFFFFF - 36])
+def test_a_stream_with_an_unknown_length_is_read_to_its_end(tmp_path, size):
+    """A program that writes to a pipe announces no length."""
+    path = tmp_path / "pipe.wav"
+    soundfile.write(path, np.zeros(30 * 16000), 16000, subtype="PCM_16")
+    content = bytearray(path.read_bytes())
+    content[4:8] = content[40:44] = size.to_bytes(4, "little")
+    path.write_bytes(content)
+    listener = Listener([], CharTokenizer.from_texts(["one"]), rate=16000)
+    assert transcribe_file(listener, path, cut="windows").duration_s == 30.0
+    assert audio_duration_s(path) == 30.0
 
 
 def test_a_missing_detector_is_named(tmp_path, monkeypatch, caplog):
