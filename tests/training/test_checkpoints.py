@@ -299,7 +299,8 @@ def test_an_exception_in_a_validation_of_the_average_saves_the_present_weights(t
     weight, mean = torch.zeros(1), torch.zeros(1)
     for step in range(6):
         weight = weight - 0.1 * 2 * (weight - 1)
-        mean = mean + max(0.1, 9 / (step + 10)) * (weight - mean)
+        fraction = max(0.1, 9 / (step + 10)) if step > 0 else 1.0  # torch copies the first
+        mean = mean + fraction * (weight - mean)
     assert float(checkpoint["current_model_state"]["weight"]) == pytest.approx(float(weight))
     assert float(checkpoint["state_dict"]["weight"]) == pytest.approx(float(mean))
 
