@@ -14,19 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transducer_toolkit.cli.arguments import add_device, add_trust_package, channel
+from transducer_toolkit.cli import console
+from transducer_toolkit.cli.arguments import add_device, add_trust_package, channel, make_parser
 from transducer_toolkit.cli.transcript_formats import FORMATS, SUFFIXES
 
 if TYPE_CHECKING:
     from transducer_toolkit.decoding import Search
     from transducer_toolkit.inference.long_audio import AudioSource
 
+# The defaults of transcribe_file, whose module imports torch, which would make --help slow.
+WINDOW_S = 20.0
+OVERLAP_S = 4.0
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     *(".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),
 )
 
 
+@console.command("transducer-transcribe")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the transcript of each file.
 
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from transducer_toolkit.inference.long_audio import transcribe_files
-    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.recognizer import Recognizer
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             recognizer = Recognizer.from_checkpoint(
                 args.checkpoint,
                 device=args.device,
-                trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package),
+                trusted_packages=args.trust_package,
                 search=_search(args),
             )
         except (OSError, ValueError) as error:
@@ -151,7 +156,7 @@ def _open_output(
             )
         if args.output is None:
             return lambda path, channel, text: print(text, end="", flush=True)
-        file = stack.enter_context(folder.open("w", encoding="utf-8"))
+        file = stack.enter_context(folder.open("w", encoding="utf-8", errors="surrogateescape"))
         return lambda path, channel, text: file.write(text)
 
     targets = {
@@ -167,7 +172,7 @@ def _open_output(
         if args.channel == "each":
             target = target.with_suffix(f".channel{channel}{target.suffix}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        target.write_text(text, encoding="utf-8", errors="surrogateescape")
 
     folder.mkdir(parents=True, exist_ok=True)
     return write
@@ -248,11 +253,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from transducer_toolkit.inference.long_audio import OVERLAP_S, WINDOW_S
-
-    parser = argparse.ArgumentParser(
-        prog="transducer-transcribe",
-        description="Transcribe audio files (wav, flac, ogg, mp3, opus and others; any sample "
+    parser = make_parser(
+        "transducer-transcribe",
+        "Transcribe audio files (wav, flac, ogg, mp3, opus and others; any sample "
         "rate, any length) with a checkpoint of transducer-train. Prints one line per file: its "
         "path, a tab, the text. A file that cannot be read is reported and skipped; the exit "
         "status is then 1.",

@@ -42,7 +42,19 @@ def to_json(path: str, found: Transcription) -> str:
             for word in found.words
         ],
     }
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return dump_json(value) + "\n"
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON, in which a name that is not UTF-8 has escapes.
+
+    Example:
+        >>> import os
+        >>> print(dump_json({"audio": os.fsdecode(b"\\xe9t\\xc3\\xa9.wav")}))
+        {"audio": "\\udce9té.wav"}
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def to_ctm(path: str, found: Transcription) -> str:

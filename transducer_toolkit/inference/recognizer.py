@@ -26,7 +26,7 @@ from transducer_toolkit.inference.long_audio import (
     transcribe_files,
 )
 from transducer_toolkit.inference.pretrained import local_checkpoint
-from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
+from transducer_toolkit.inference.trust import all_trusted, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.native import SUPPORTED_DTYPES
@@ -121,27 +121,29 @@ class Recognizer:
         path: str | os.PathLike[str],
         *,
         device: torch.device | str = "cpu",
-        trusted_packages: Sequence[str] = TRUSTED_PACKAGES,
+        trusted_packages: Sequence[str] = (),
         search: Callable[..., Search] | None = None,
     ) -> Recognizer:
         """Restore a recognizer from a checkpoint of ``transducer-train``.
 
         The file is read with ``weights_only=True``. It names the classes of its model, and only
-        classes of ``trusted_packages`` are instantiated, so an unknown checkpoint cannot run code.
+        classes of ``transducer_toolkit.modules`` and ``trusted_packages`` are instantiated, so an
+        unknown checkpoint cannot run code.
 
         Args:
             path: the file, or an address as in :meth:`from_pretrained`.
             device: device of the model.
-            trusted_packages: packages of the model's classes; add yours if it defines some.
+            trusted_packages: more packages whose classes may be instantiated, such as yours.
             search: as for the class.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is not such a checkpoint, or names a class of another package.
         """
+        trusted = all_trusted(trusted_packages)
         checkpoint = load_checkpoint(path)
         recipe = checkpoint[CHECKPOINT_KEY]
-        check_model_config(recipe["model"], trusted_packages, path)
+        check_model_config(recipe["model"], trusted, path)
         try:
             recognizer = cls._restored(recipe, checkpoint["state_dict"], search)
         except Exception as error:  # a wrong recipe can raise any error in the classes it names
@@ -238,6 +240,7 @@ class Recognizer:
         device = next(self.model.parameters()).device
         padded = pad_sequence(features, batch_first=True).to(device)
         encoder_out, encoder_lengths = self.model.encoder(padded, lengths)
+        self.model.encoder.check_output(lengths, encoder_out, encoder_lengths)
         return self.search(encoder_out, encoder_lengths)
 
     def recognize_words(self, waveforms: Sequence[Tensor]) -> list[list[RecognizedWord]]:

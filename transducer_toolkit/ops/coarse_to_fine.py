@@ -10,6 +10,7 @@ for a device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,12 @@ TF32_LOW_BUDGET = 4e-5
 COARSE_BUDGET = LOW_BUDGET / 200
 # The check after a refinement allows this much more than the selection, so that it rarely fails.
 CHECK_SLACK = 4.0
-# Error of the coarse scores before it has been measured.
+# Rows that are refined first, evenly spaced, to measure the error of the coarse scores before the
+# selection. The largest error of all selected rows is larger than that of the sample.
+NUM_SAMPLES = 256
+MIN_SAMPLE_STEP = 64
+SAMPLE_MARGIN = 1.5
+# Error of an utterance without a sample.
 EXPECTED_ERROR = 0.01
 # Error of a product in bfloat16, relative to the largest term.
 PRODUCT_ERROR = 2.0**-8
@@ -85,16 +91,12 @@ class Refined(NamedTuple):
         losses: (B,) float64.
         uses: of the blank and of the label, (rows,) float64 each.
         is_fine: (rows,) bool, whether the scores of a row are fine.
-        fine_rows: the rows that were refined together, one tensor for each round.
-        coarse_normalizers: the coarse normalizers of fine_rows.
-        error: (B,) float64, the largest error of the coarse scores of fine_rows.
+        error: (B,) float64, the largest error that was found among the coarse scores.
     """
 
     losses: Tensor
     uses: tuple[Tensor, Tensor]
     is_fine: Tensor
-    fine_rows: list[Tensor]
-    coarse_normalizers: list[Tensor]
     error: Tensor
 
 
@@ -106,11 +108,12 @@ def refine(
 ) -> Refined:
     """Computes the losses from coarse scores, of which it replaces those that matter.
 
-    It selects all rows but those that may hold COARSE_BUDGET, has them computed in full precision,
-    and runs the lattice again. The occupancies that this gives, and the errors of the coarse scores
-    that it found, check the selection: while an utterance's other rows may hold more than the
-    budget, they are selected next. Rows with NaN and utterances without a finite loss are always
-    selected, so low precision alone never decides that an utterance has no loss.
+    It refines a sample of the rows to measure the errors of the coarse scores. It selects all rows
+    but those that may hold COARSE_BUDGET, has them computed in full precision, and runs the lattice
+    again. The new occupancies and the errors that it found check the selection: while an
+    utterance's other rows may hold more than the budget, they are selected next. Rows with NaN and
+    utterances without a finite loss are always selected, so low precision alone never decides that
+    an utterance has no loss.
 
     Args:
         batch: the lattices.
@@ -118,31 +121,13 @@ def refine(
         options: of the loss.
         score_rows: computes the fine scores of rows (N,) and writes them to `scores`.
     """
-    parts = scores.blank, scores.label
     is_fine = torch.zeros_like(scores.blank, dtype=torch.bool)
     deviation = torch.zeros_like(scores.blank)  # of the coarse scores from the fine ones
-    error = scores.blank.new_full((batch.num_utterances,), EXPECTED_ERROR)
-    budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
-    fine_rows: list[Tensor] = []
-    coarse_normalizers: list[Tensor] = []
-    while True:
-        losses, *uses = stages.lattice(scores, batch, options, with_uses=True, exact=False)
-        # exp: the probability of a path through several coarse rows has the errors of all of them.
-        strictness = error * (10 * error).exp() / _gradient_size(batch, scores, uses, options)
-        strictness *= 1000.0 ** max(0, len(fine_rows) - LAST_PLAIN_ROUND)
-        strictness.masked_fill_(~losses.isfinite(), torch.nan)
-        weight = (uses[0] + uses[1]).mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
-        slack = CHECK_SLACK if fine_rows else 1.0
-        rows, num_rows = _heaviest_rows(weight, batch, slack * budget)
-        count = int(num_rows)
-        if count == 0:
-            return Refined(
-                losses, (uses[0], uses[1]), is_fine, fine_rows, coarse_normalizers, error
-            )
-        rows = rows[:count]
+
+    def make_fine(rows: Tensor) -> Tensor:
+        """Refines rows; returns the largest deviation of each utterance."""
+        parts = scores.blank, scores.label
         before = [part[rows] for part in parts]
-        fine_rows.append(rows)
-        coarse_normalizers.append(scores.normalizer[rows])
         score_rows(rows)
         is_fine.index_fill_(0, rows, True)
         after = [part[rows] for part in parts]
@@ -151,7 +136,26 @@ def refine(
             for now, then in zip(after, before, strict=True)
         ]
         deviation.index_copy_(0, rows, torch.maximum(*found).nan_to_num_(nan=torch.inf))
-        error = batch.per_utterance(deviation, "max")
+        return batch.per_utterance(deviation, "max")
+
+    step = max(MIN_SAMPLE_STEP, batch.num_rows // NUM_SAMPLES)
+    error = make_fine(torch.arange(0, batch.num_rows, step, device=is_fine.device))
+    error = error.mul_(SAMPLE_MARGIN).masked_fill_(error == 0, EXPECTED_ERROR)
+    budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
+    for index in itertools.count():
+        losses, *uses = stages.lattice(scores, batch, options, with_uses=True, exact=False)
+        # exp: the probability of a path through several coarse rows has the errors of all of them.
+        strictness = error * (10 * error).exp() / _gradient_size(batch, scores, uses, options)
+        strictness *= 1000.0 ** max(0, index - LAST_PLAIN_ROUND)
+        strictness.masked_fill_(~losses.isfinite(), torch.nan)
+        weight = (uses[0] + uses[1]).mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
+        slack = CHECK_SLACK if index else 1.0
+        rows, num_rows = _heaviest_rows(weight, batch, slack * budget)
+        count = int(num_rows)
+        if count == 0:
+            break
+        error = make_fine(rows[:count])
+    return Refined(losses, (uses[0], uses[1]), is_fine, error)
 
 
 def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[Tensor, Tensor]:
@@ -211,12 +215,11 @@ def plan_backward(
 ) -> Visit:
     """Divides the rows that backward visits by the precision that they need.
 
-    Only refined rows get full precision. The normalizers of the rows that get low precision become
-    the coarse ones, which fit to their coarse logits.
+    Only refined rows get full precision.
 
     Args:
         batch: the lattices.
-        scores: the scores; the normalizers change.
+        scores: the scores that :func:`refine` left.
         options: of the loss.
         refined: result of :func:`refine`.
     """
@@ -239,7 +242,4 @@ def plan_backward(
     rows = torch.where(places < num_full, full_rows, low_rows[behind])
     num_low = counts.sum()
     rows.masked_fill_(places >= num_full + num_low, 0)
-    for of, coarse in zip(refined.fine_rows, refined.coarse_normalizers, strict=True):
-        fitting = torch.where(is_full[of], scores.normalizer[of], coarse)
-        scores.normalizer.index_copy_(0, of, fitting)
     return Visit(rows, num_full, num_low)

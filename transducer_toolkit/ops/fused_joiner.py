@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import checks, coarse_to_fine, native, stages
+from transducer_toolkit.ops import checks, coarse_to_fine, native, quantized, stages
 from transducer_toolkit.ops.joint_tiles import (
     JointTiles,
     JointWeights,
@@ -255,9 +255,11 @@ def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatc
     # sign of some sums near zero, and with it the derivative of relu.
     if enc.device.type == "cuda" and options.activation != "relu":
         enc, pred = (side.to(coarse_to_fine.COARSE_DTYPE) for side in (enc, pred))
+    # The largest numbers of float32 would become infinite.
+    largest = torch.finfo(coarse_to_fine.COARSE_DTYPE).max
     return JointTiles(
         stages.Joint(enc, pred, options.activation),
-        JointWeights(inputs.weight, inputs.bias),
+        JointWeights(inputs.weight.clamp(-largest, largest), inputs.bias),
         batch,
         tile_cells=options.tile_cells,
         pads_vocab=True,
@@ -274,10 +276,15 @@ def _forward_coarse_to_fine(
     logits: Tensor,
 ) -> FusedLoss:
     enc = inputs.enc
-    low = _coarse_tiles(inputs, options, batch)
-    for tile in low.tiles():
-        stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
-    del low  # frees its buffers before the lattice takes memory
+    if quantized.can_score(enc) and native.runs_on_cpu(enc):
+        joint = stages.Joint(enc, inputs.pred, options.activation)
+        weights = JointWeights(inputs.weight, inputs.bias)
+        quantized.score(joint, weights, batch, options, scores, options.tile_cells)
+    else:
+        low = _coarse_tiles(inputs, options, batch)
+        for tile in low.tiles():
+            stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
+        del low  # frees its buffers before the lattice takes memory
     places = inputs.targets.new_zeros(plan.num_rows if plan.keep_logits else 0, dtype=torch.int64)
     num_fine = num_kept = 0
 
@@ -341,6 +348,18 @@ def _backward(call: Backward) -> dict[str, Tensor]:
         scale = scale.to(torch.float32)
     posteriors = stages.Posteriors(saved.normalizer, saved.use_blank, saved.use_label, loss_grad)
 
+    def visit_low(joint: JointTiles, rows: Tensor) -> None:
+        """Adds the gradients of rows in low precision."""
+        # The normalizer has to fit to the logits, and that of forward comes from other ones.
+        scores = CellScores(*(torch.empty_like(saved.normalizer) for _ in range(3)))
+        own = posteriors._replace(normalizer=scores.normalizer)
+        for tile in joint.tiles(rows):
+            hidden = joint.hidden(tile)
+            logits = joint.logits(hidden)
+            stages.cell_scores(logits, batch, tile, options, scores)
+            stages.logits_grad(logits, batch, tile, options, own, logits)
+            joint.backward(tile, hidden, logits)
+
     def visit(joint: JointTiles, rows: Tensor | None, kept: Tensor | None, whole: bool) -> None:
         """Adds the gradients of rows; `kept` are their logits, or those of all rows if `whole`."""
         for tile in joint.tiles(rows, whole_logits=whole):
@@ -368,7 +387,7 @@ def _backward(call: Backward) -> dict[str, Tensor]:
         if num_low:
             low = _coarse_tiles(inputs, options, batch)
             low.start_backward(call.wanted)
-            visit(low, saved.rows[num_full : num_full + num_low], None, False)
+            visit_low(low, saved.rows[num_full : num_full + num_low])
             full.start_backward(call.wanted, sums_of=low)
             del low
         else:

@@ -132,7 +132,8 @@ def draw_utterance(
         figsize=(11, 3.2 + label_height + lattice_height), dpi=DPI, layout="constrained"
     )
     mel, lattice = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, lattice_height))
-    figure.suptitle(_cut(title, 110), color=INK, fontsize=12)
+    printable = title.encode("utf-8", "replace").decode()  # an id can be a name that is not UTF-8
+    figure.suptitle(_cut(printable, 110), color=INK, fontsize=12)
 
     values = features.numpy().T
     mel.imshow(
