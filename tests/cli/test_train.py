@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from transducer_toolkit.cli.train import main
-from transducer_toolkit.data.manifest import read_manifest
+from transducer_toolkit.data.manifest import read_manifest, write_manifest
 from transducer_toolkit.inference.recognizer import Recognizer
 
 MODES = ("packed", "full", "fused", "simple", "smoothed", "pruned", "fused_pruned", "torchaudio")
@@ -161,6 +161,39 @@ def test_start_from_needs_a_checkpoint_that_fits(
     with pytest.raises(SystemExit):
         console(main, tmp_path, *train_overrides, "init_from=nowhere.ckpt")
     assert "no checkpoint at nowhere.ckpt" in capsys.readouterr().err
+
+
+def test_fine_tuning_on_texts_that_lack_a_letter(
+    tmp_path, console, train_overrides, trained, tones
+):
+    for name in ("train", "val"):
+        rows = [row for row in read_manifest(tones / f"{name}.jsonl") if "a" not in row.text]
+        write_manifest(tmp_path / f"{name}.jsonl", rows)
+    best = trained / "checkpoints/best.ckpt"
+    options = [
+        *train_overrides,
+        *(f"data.corpus.{name}={tmp_path}/{name}.jsonl" for name in ("train", "val")),
+        "~data.corpus.test.tones",
+        f"init_from={best}",
+        "optimizer.lr=0",
+        "trainer.max_epochs=1",
+    ]
+    before = torch.load(best, weights_only=True)
+    weight = "model.joiner.output.weight"
+    for name, option, kept in (
+        ("own", [], [0, 1, 3, 4]),
+        ("kept", ["data/tokenizer=checkpoint"], [0, 1, 2, 3, 4]),
+    ):
+        console(main, tmp_path, *options, *option, f"name={name}")
+        after = torch.load(
+            tmp_path / f"outputs/{name}/run/checkpoints/last.ckpt", weights_only=True
+        )
+        symbols = before["recognizer"]["symbols"]
+        assert after["recognizer"]["symbols"] == [symbols[row] for row in kept]
+        assert torch.equal(after["state_dict"][weight], before["state_dict"][weight][kept])
+        log = (tmp_path / f"outputs/{name}/run/train.log").read_text()
+        assert "25 of 25 weights taken over" in log
+        assert ("texts lack them: a; data/tokenizer=checkpoint keeps" in log) == (name == "own")
 
 
 def test_multirun_gives_each_job_a_folder(tmp_path, console, train_overrides):

@@ -34,6 +34,8 @@ Frequent keys
   +trainer.precision=bf16-mixed or 16-mixed
   ckpt_path=auto                resume in this run's folder; last: from the newest run; or a path
   init_from=PATH                start with the weights of a checkpoint trained with any loss
+  data/tokenizer=checkpoint     with init_from: keep the symbols of the checkpoint
+  callbacks.checkpoint.monitor=val/cer  select the best checkpoint by another metric than val/wer
   name=NAME seed=1              the run folder is outputs/NAME/TIME
 
 Examples
