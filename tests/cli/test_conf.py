@@ -115,6 +115,10 @@ def _numbers(config):
         ),
         ("loss.topology=null", "loss.topology: expected one of .* got None"),
         ("loss.topology=linear", "loss.topology: expected one of .* got 'linear'"),
+        (
+            "callbacks.checkpoint.monitor=val/cerr",
+            "checkpoint.monitor: expected one of val/wer, val/cer, val/loss, got val/cerr",
+        ),
     ],
 )
 def test_options_that_no_class_would_name_as_they_are_spelt(override, message, tmp_path):
@@ -171,7 +175,8 @@ def test_sizes_of_the_conformers_are_those_of_the_documentation(size, predictor)
 @pytest.mark.parametrize("data", GROUPS["data"])
 def test_every_tokenizer_suits_every_data(data):
     options = sorted(path.name for path in (CONF / "data" / "tokenizer").iterdir())
-    assert options == ["characters.yaml", "sentencepiece.yaml", "sentencepiece_model.yaml"]
+    names = ("characters", "checkpoint", "sentencepiece", "sentencepiece_model")
+    assert options == [f"{name}.yaml" for name in names]
     needed = NEEDED["data"].get(data, [])
     for option, given, expected in (
         ("characters", "unknown=true", "<unk>"),
@@ -185,6 +190,14 @@ def test_every_tokenizer_suits_every_data(data):
                    "data.tokenizer.path=none.model")  # fmt: skip
     with pytest.raises(InstantiationException, match=r"no SentencePiece model at none\.model"):
         instantiate(cfg.data.tokenizer)
+    for given, message in (
+        ([], r"data/tokenizer=checkpoint: expected a checkpoint, got null; set init_from="),
+        (["init_from=none.ckpt"], r"no checkpoint at none\.ckpt"),
+        (["data.tokenizer.path=other.ckpt"], r"no checkpoint at other\.ckpt"),
+    ):
+        cfg = composed("train", f"data={data}", *needed, "data/tokenizer=checkpoint", *given)
+        with pytest.raises(InstantiationException, match=message):
+            instantiate(cfg.data.tokenizer)
 
 
 @pytest.mark.parametrize("config_name", ["train", "evaluate"])
@@ -296,12 +309,12 @@ def test_the_sweep_is_optunas():
     ("environment", "expected"),
     [
         ({"TRANSDUCER_TOOLKIT_RUN_ID": "mine", "SLURM_JOB_ID": "7"}, "mine"),
-        ({"TORCHELASTIC_RUN_ID": "job", "SLURM_JOB_ID": "7"}, "torchrun-job"),
+        ({"TORCHELASTIC_RUN_ID": "job", "SLURM_JOB_ID": "7"}, "torchrun-job-"),
         (
             {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "node", "MASTER_PORT": "29500"},
-            "torchrun-node-29500",
+            "torchrun-node-29500-",
         ),
-        ({"SLURM_JOB_ID": "7"}, "slurm-7"),
+        ({"SLURM_JOB_ID": "7"}, "slurm-7-"),
     ],
 )
 def test_run_id(monkeypatch, environment, expected):
@@ -309,5 +322,14 @@ def test_run_id(monkeypatch, environment, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run_folder.run_id() == expected
-    assert run_folder.run_id() == expected
+    found = {}
+    for arguments in ("a=1 b=2", "b=2 a=1", "a=1", "a=1 b=3"):
+        monkeypatch.setattr(sys, "argv", ["train", *arguments.split()])
+        found[arguments] = run_folder.run_id()
+        assert run_folder.run_id() == found[arguments]
+        if expected != "mine":
+            monkeypatch.delenv("TRANSDUCER_TOOLKIT_RUN_ID")
+    assert all(name.startswith(expected) for name in found.values())
+    assert found["a=1 b=2"] == found["b=2 a=1"]
+    # Another config gets another folder, unless the user has named the folder.
+    assert len(set(found.values())) == (1 if expected == "mine" else 3)

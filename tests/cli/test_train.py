@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from transducer_toolkit.cli.train import main, start_from
+from transducer_toolkit.cli.train import main
 from transducer_toolkit.data.manifest import read_manifest
 from transducer_toolkit.inference.recognizer import Recognizer
 
@@ -130,8 +130,6 @@ def test_start_from_needs_a_checkpoint_that_fits(
     with pytest.raises(SystemExit):
         console(main, tmp_path, *train_overrides, "init_from=nowhere.ckpt")
     assert "no checkpoint at nowhere.ckpt" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no weight has the name and size"):
-        start_from(torch.nn.Linear(1, 1), trained / "checkpoints" / "best.ckpt")
 
 
 def test_multirun_gives_each_job_a_folder(tmp_path, console, train_overrides):

@@ -30,6 +30,15 @@ def at_least_1(text: str) -> int:
     return value
 
 
+def channel(text: str) -> int | str:
+    """A channel of audio files: "mix", "each" or a number from 0, as the ``type`` of an option."""
+    if text in ("mix", "each"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected mix, each or a number from 0, got {text!r}")
+    return int(text)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add ``--device`` and ``--num-threads``."""
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -339,5 +340,7 @@ def _check_not_empty(name: str, path: Path, utterances: list[Utterance]) -> None
 
 
 def _init_worker(worker_id: int) -> None:
+    # A terminal sends Ctrl-C to all processes, but the training still needs data for its last step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Workers and training share the CPUs; with more threads, features were a hundred times slower.
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -448,4 +449,5 @@ class _WorkerInit:
 
     def __call__(self, worker_id: int) -> None:
         torch.set_num_threads(1)  # workers and training share the CPUs
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training needs data for its last step
         self._init(worker_id)

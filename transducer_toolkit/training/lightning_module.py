@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
@@ -27,7 +29,7 @@ from transducer_toolkit.decoding import (
     align,
 )
 from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY
-from transducer_toolkit.inference.words import encoder_frame_s, word_spans
+from transducer_toolkit.inference.words import encoder_frame_s, word_starts
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.lattice import LatticeShape
 from transducer_toolkit.ops.topology import is_feasible
@@ -37,6 +39,7 @@ from transducer_toolkit.training.scoring import (
     SymbolDelay,
     Transcript,
     WordErrors,
+    count_character_errors,
     count_word_errors,
     gather_transcripts,
     measure_symbol_delay,
@@ -65,7 +68,8 @@ class TransducerModule(LightningModule):
 
     - ``train/loss`` and ``val/loss``, in nats per frame;
     - ``train/ctc``, in nats per frame, before it is weighted; ``train/loss`` does not include it;
-    - ``val/wer`` and ``test/wer/NAME``, the word error rate as a fraction;
+    - ``val/wer`` and ``test/wer/NAME``, the word error rate as a fraction; ``val/cer``, the
+      character error rate;
     - ``test/symbol_delay_ms/NAME``, the mean over the words.
 
     Args:
@@ -87,6 +91,8 @@ class TransducerModule(LightningModule):
             loss stage.
 
     Attributes:
+        training_config: config of the training in plain values, stored in checkpoints; None for
+            none.
         test_transcripts: transcripts of each test set by name, after a test.
         test_errors: word errors of each test set by name, after a test.
         test_symbol_delays: symbol delay of each test set by name, after a test; None for a set
@@ -115,6 +121,7 @@ class TransducerModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.recipe = recipe
+        self.training_config: Mapping[str, Any] | None = None
         if loss is not None:
             loss.bind(model)
         self.num_logged_hypotheses = num_logged_hypotheses
@@ -129,6 +136,8 @@ class TransducerModule(LightningModule):
         self._loss_sum = 0.0
         self._frame_sum = 0.0
         self._num_steps = 0
+        self._is_resumed = False
+        self._optimizer_options: list[dict[str, Any]] = []  # by parameter group
         self._frame_weights = FrameWeights()
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
@@ -141,6 +150,10 @@ class TransducerModule(LightningModule):
             optimizer = self.make_optimizer(self.parameters())
         except BAD_OPTION as error:
             raise _named(error)(f"optimizer {self.make_optimizer}: {error}") from error
+        self._optimizer_options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
         if self.make_scheduler is None:
             return optimizer
         total_steps = int(self.trainer.estimated_stepping_batches)
@@ -180,6 +193,26 @@ class TransducerModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._num_steps = int(self.trainer.estimated_stepping_batches)
+        if self._is_resumed:
+            self._apply_optimizer_options()
+
+    def _apply_optimizer_options(self) -> None:
+        """Gives the optimizer the options of its config instead of those of a checkpoint.
+
+        A schedule of another class than LambdaLR has restored its own base rates.
+        """
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        groups = self.trainer.optimizers[0].param_groups
+        for group, options in zip(groups, self._optimizer_options, strict=True):
+            rate = {"lr"} if schedulers else set()
+            group.update({name: options[name] for name in options if name not in rate})
+        for scheduler in schedulers:
+            if isinstance(scheduler, LambdaLR):
+                scheduler.base_lrs = [options["lr"] for options in self._optimizer_options]
+                factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+                for group, base, factor in zip(groups, scheduler.base_lrs, factors, strict=True):
+                    group["initial_lr"], group["lr"] = base, base * factor
+                scheduler._last_lr = [group["lr"] for group in groups]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.loss is not None:
@@ -237,6 +270,8 @@ class TransducerModule(LightningModule):
         # Every process has computed the same values, from the whole set.
         self.log("val/loss", sums[0] / sums[1], rank_zero_only=False, sync_dist=False)
         self.log("val/wer", errors.wer, prog_bar=True, rank_zero_only=False, sync_dist=False)
+        cer = count_character_errors(transcripts).cer
+        self.log("val/cer", cer, rank_zero_only=False, sync_dist=False)
         if not self.trainer.sanity_checking:
             self._show(transcripts[: self.num_logged_hypotheses], errors)
 
@@ -269,6 +304,17 @@ class TransducerModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.recipe is not None:
             checkpoint[CHECKPOINT_KEY] = dict(self.recipe)
+        if self.training_config is not None:
+            checkpoint["training_config"] = dict(self.training_config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._is_resumed = True
+        averages = any(isinstance(it, WeightAveraging) for it in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if "current_model_state" in checkpoint and not averages:
+            # The training that goes on averaged its weights. This one does not.
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     def _check_encoder(self, batch: Batch, encoder_out: Tensor, encoder_lengths: Tensor) -> None:
         lengths, names = batch.feature_lengths, batch.utterance_ids
@@ -336,8 +382,8 @@ class TransducerModule(LightningModule):
         frame_s = encoder_frame_s(self.model.encoder)
         for row, path in zip(rows, paths, strict=True):
             tokens = batch.targets[row, : int(batch.target_lengths[row])].tolist()
-            spans = word_spans([self.tokenizer.symbols[token] for token in tokens])
-            emitted_s = [path.frames[first] * frame_s for _, first, _ in spans]
+            starts = word_starts([self.tokenizer.symbols[token] for token in tokens])
+            emitted_s = [path.frames[first] * frame_s for first in starts]
             delays[row] = symbol_delays_ms(emitted_s, word_starts_s[row] or ())
         return delays
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from transducer_toolkit.data.byte_pieces import shown_symbols
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.decoding import align, lattice_occupancy
@@ -132,7 +133,7 @@ class UtterancePicture(Callback):
             batch.features[0].cpu(),
             occupancy.cpu(),
             alignment,
-            [tokenizer.symbols[token] for token in batch.targets[0].tolist()],
+            shown_symbols([tokenizer.symbols[token] for token in batch.targets[0].tolist()]),
             title=f"{batch.utterance_ids[0]}: {batch.texts[0]!r}",
             feature_frame_s=FRAME_SHIFT_MS / 1000,
         )
