@@ -116,6 +116,32 @@ def test_a_missing_extra_is_named(command, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "distribution", "extra"),
+    [
+        (["cluster=slurm", "seed=1,2"], "hydra-submitit-launcher", "slurm"),
+        (["cluster=local", "seed=1,2"], "hydra-submitit-launcher", "slurm"),
+        (["experiment=digits_sweep"], "hydra-optuna-sweeper", "sweep"),
+    ],
+)
+def test_a_missing_plugin_of_hydra_is_named(options, distribution, extra, tmp_path):
+    code = (
+        "import sys, hydra_plugins; hydra_plugins.__path__ = []\n"
+        f"sys.argv[1:] = ['--multirun', *{options!r}]\n"
+        "from transducer_toolkit.cli.train import main; sys.exit(main())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    message = f"{distribution} is not installed: pip install 'transducer_toolkit[{extra}]'"
+    assert result.stderr.splitlines()[0] == f"transducer-train: {message}"
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["seed=x"], "seed: expected an int, got str"),

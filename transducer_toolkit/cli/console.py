@@ -30,7 +30,6 @@ EXTRAS = {
             "sentencepiece": "sentencepiece",
             "soundfile": "soundfile",
             "tensorboard": "tensorboard",
-            "torchaudio": "torchaudio",
             "tqdm": "tqdm",
             "yaml": "pyyaml",
         }.items()
@@ -40,6 +39,13 @@ EXTRAS = {
     "onnx": ("export", "onnx"),
     "onnxruntime": ("export", "onnxruntime"),
     "silero_vad": ("vad", "silero-vad"),
+    "torchaudio": ("torchaudio", "torchaudio"),
+}
+# The same for options of Hydra's groups that plugins bring along.
+PLUGINS = {
+    "hydra/launcher/submitit_": ("slurm", "hydra-submitit-launcher"),
+    "hydra/sweeper/optuna": ("sweep", "hydra-optuna-sweeper"),
+    "hydra/sweeper/sampler": ("sweep", "hydra-optuna-sweeper"),
 }
 # Errors that users cause and whose messages are sentences. Others are shown with their type.
 PLAIN = ("ValueError", "TypeError", "RuntimeError", "ImportError", "MisconfigurationException")
@@ -144,10 +150,13 @@ def sentence(error: BaseException) -> str:
     if type(error).__name__ == "InstantiationException":
         while cause.__cause__ is not None:
             cause = cause.__cause__
+    extra = None
     if isinstance(cause, ModuleNotFoundError) and cause.name:
         extra = EXTRAS.get(cause.name.partition(".")[0])
-        if extra is not None:
-            return f"{extra[1]} is not installed: pip install 'transducer_toolkit[{extra[0]}]'"
+    if missing := getattr(error, "missing_cfg_file", None):
+        extra = next((PLUGINS[name] for name in PLUGINS if str(missing).startswith(name)), None)
+    if extra is not None:
+        return f"{extra[1]} is not installed: pip install 'transducer_toolkit[{extra[0]}]'"
     if type(error).__name__ == "MissingMandatoryValue" and key:
         return f"{key[1]}: no value given; add {key[1]}=VALUE"
     if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:

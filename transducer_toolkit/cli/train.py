@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transducer_toolkit.cli import hydra_command, last_line, resume
+from transducer_toolkit.cli import hydra_command, last_line
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -46,7 +46,7 @@ def train(cfg: DictConfig) -> float | None:
     from hydra.utils import instantiate
     from lightning import seed_everything
 
-    from transducer_toolkit.cli import changes
+    from transducer_toolkit.cli import changes, resume
     from transducer_toolkit.cli.output import quiet_lightning
     from transducer_toolkit.training.callbacks.clock import StepClock
     from transducer_toolkit.training.checkpoints import AtomicCheckpointIO
