@@ -327,5 +327,9 @@ def test_rule_on_a_gpu(monkeypatch):
     )
     assert not coarse_to_fine.pays(enc, 500, 726_474)  # the host would take longer than it saves
     assert coarse_to_fine.pays(enc, 5000, 726_474)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert not coarse_to_fine.pays(enc, 5000, 726_474)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        assert not coarse_to_fine.pays(enc, 5000, 726_474)
+    finally:
+        matmul.allow_tf32 = before
