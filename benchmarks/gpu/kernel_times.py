@@ -8,7 +8,7 @@ ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-s
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ STEPS = (
     ("sorted", "pruned", "ours: fused, pruned", "tf32"),
 )
 RUNS = 3
-HOST_CALLS = 25  # kept of each step
+HOST_CALLS, KERNELS, NAME = 25, 40, 160  # kept of each step, and of a name
 
 
 def profile_steps(record: Record, workloads: dict[str, DeviceWorkload]) -> None:
@@ -56,7 +56,7 @@ def profile_steps(record: Record, workloads: dict[str, DeviceWorkload]) -> None:
                 "ms": ms,
                 "device_ms": sum(kernel.ms for kernel in kernels),
                 "launches": sum(kernel.calls for kernel in kernels),
-                "kernels": [asdict(kernel) for kernel in kernels],
+                "kernels": [asdict(replace(it, name=it.name[:NAME])) for it in kernels[:KERNELS]],
                 "host": [asdict(call) for call in host[:HOST_CALLS]],
             }
         )
