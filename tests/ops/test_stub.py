@@ -44,7 +44,8 @@ def bound_arguments(function):
 
 
 def test_names_of_the_module():
-    names = [*CLASSES, *functions(STUB.body)]
+    constants = [node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign)]
+    names = [*CLASSES, *functions(STUB.body), *constants]
     assert public(names) == public(vars(native.extension))
     assert len(STRUCTS) == 20 and sorted(ENUMS) == ["Activation", "DType", "Topology"]
 

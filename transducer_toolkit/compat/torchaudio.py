@@ -44,7 +44,7 @@ def rnnt_loss(
     Returns:
         The loss in nats, (B,) for "none" and a scalar otherwise; float64 for float64 logits, else
         float32. torchaudio rounds the loss of float16 logits to float16, whose sums overflow at
-        65504, except under its own autocast.
+        65504.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`~transducer_toolkit.transducer_loss`.
