@@ -5,6 +5,8 @@
 # make lint     check style and types
 # make docs     build the documentation site in build/site
 # make soak     run the slow checks: mutated kernels, all CUDA architectures, fuzzing; takes hours
+# make wheels   build and audit a wheel for each Python that is found, in dist/cpu and dist/cuda
+# make release-assets  train the default recipe and write its model and card to dist/release
 # make gpu-kit  download everything that a GPU machine without network needs, into .gpu_kit
 # make clean    remove .venv and all build results (trained models in outputs/ stay)
 #
@@ -23,7 +25,7 @@ SUITES ?= loss step pruned decode memory scaling accuracy
 SOURCES := pyproject.toml setup.py CMakeLists.txt transducer_toolkit/_version.py \
            $(filter-out csrc/tests csrc/emulation,$(wildcard csrc/*))
 
-.PHONY: train test bench lint docs soak gpu-kit clean
+.PHONY: train test bench lint docs soak wheels release-assets gpu-kit clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -62,6 +64,13 @@ soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak.fuzz_numerics --cases 40 --large
 	$(BIN)/python -m tests.soak.kill_and_resume --kills 20
 	csrc/tests/fuzz.sh build/fuzz -max_total_time=900
+
+# TEST=test installs each into an empty environment and tests the losses there.
+wheels:
+	.ci/wheels $(TEST)
+
+release-assets: $(INSTALLED)
+	$(BIN)/python recipes/digits/release_assets.py $(ARGS)
 
 gpu-kit: $(INSTALLED)
 	bash benchmarks/gpu/prepare.sh

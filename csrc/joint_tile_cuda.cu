@@ -20,6 +20,10 @@ __device__ inline float QuickTanh(float x) {
   return tanhf(x);
 #endif
 }
+// Written out, because the compiler fuses a product and a sum in some instantiations and not in
+// others, and then aligned and misaligned inputs would get different bits.
+__device__ inline float Fma(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double Fma(double a, double b, double c) { return fma(a, b, c); }
 __device__ inline float Erf(float x) { return erff(x); }
 __device__ inline double Erf(double x) { return erf(x); }
 
@@ -49,15 +53,15 @@ __device__ inline C Activate(Activation activation, C x) {
 template <typename C>
 __device__ inline C Slope(Activation activation, C x, C y) {
   switch (activation) {
-    case Activation::kTanh: return C(1) - y * y;
+    case Activation::kTanh: return Fma(-y, y, C(1));
     case Activation::kRelu: return y > C(0) ? C(1) : C(0);
     case Activation::kGelu: {
       const C cdf = C(0.5) * (C(1) + Erf(x * static_cast<C>(kInvSqrt2)));
-      return cdf + x * Exp(C(-0.5) * x * x) * static_cast<C>(kInvSqrt2Pi);
+      return Fma(x * Exp(C(-0.5) * x * x), static_cast<C>(kInvSqrt2Pi), cdf);
     }
     case Activation::kSilu: {
       const C s = Sigmoid(x);
-      return s * (C(1) + x * (C(1) - s));
+      return s * Fma(x, C(1) - s, C(1));
     }
     default: return C(1);
   }
@@ -169,7 +173,8 @@ struct BackwardInputs {
     }
 #pragma unroll
     for (int k = 0; k < Lanes::kCount; ++k) {
-      sum->values[k] += grad.values[k] * Slope(activation, x.values[k], y.values[k]);
+      const auto slope = Slope(activation, x.values[k], y.values[k]);
+      sum->values[k] = Fma(grad.values[k], slope, sum->values[k]);
     }
   }
 

@@ -23,15 +23,26 @@ namespace {
 constexpr int kMaxLanes = 512;  // of a block; with more there are too few registers
 constexpr int kPrefetch = 4;    // steps that a score is read ahead of its use; even
 
+// log(1 + e) for e in [0, 1]. The polynomial errs by 5e-9, and its rounding by up to 8e-8. Its three
+// chains are short: at each step a thread waits for its result.
+__device__ inline float Log1p(float e) {
+  const float e2 = e * e, e4 = e2 * e2;
+  const float low = fmaf(e, -0.499970943f, 0.999999344f);
+  const float middle = fmaf(e, -0.246726885f, 0.332896680f);
+  const float high = fmaf(e, -0.126908898f, 0.185698196f);
+  const float top = fmaf(e2, 0.0039304602f, fmaf(e, -0.0238554683f, 0.0680847093f));
+  return e * fmaf(e4, fmaf(e2, top, high), fmaf(e2, middle, low));
+}
+
 // Sums of logarithms are always float64, because thousands of terms add up. Each term is small, so
-// the relative error of 6e-8 of float32 functions is enough for it. On a GPU with few float64
-// units, float64 functions would take most of the time of the kernel.
+// the error of 1e-7 of float32 functions is enough for it. On a GPU with few float64 units, float64
+// functions would take most of the time of the kernel.
 struct QuickMath {
   __device__ static Score LogAdd(Score a, Score b) {
     const Score high = a > b ? a : b;
     const Score low = a > b ? b : a;
-    if (low == kLogZero) return high;
-    return high + static_cast<Score>(log1pf(expf(static_cast<float>(low - high))));
+    const Score sum = high + static_cast<Score>(Log1p(QuickExp(static_cast<float>(low - high))));
+    return low == kLogZero ? high : sum;  // not a branch: lanes would take turns
   }
   __device__ static Score Exp(Score x) { return static_cast<Score>(expf(static_cast<float>(x))); }
 };
@@ -53,7 +64,8 @@ struct LatticeArrays {
 struct CellInputs {
   int64_t row;  // -1: no such cell
   Score blank, label;
-  Score forced;  // constrained: the blank that follows the label
+  Score forced;        // constrained: the blank that follows the label
+  Score before_strip;  // in the first lane of a strip, what the strip before hands over
 };
 
 template <Topology kTopology, bool kLanesAreFrames, bool kBackward, typename Math>
@@ -79,7 +91,7 @@ class Walk {
 
   // Called by all threads of the block; exchange is in shared memory. For the backward walk, the
   // thread that computes beta(0, 0) stores it in *total and returns true. *has_nan is per lane.
-  __device__ bool Run(Score (*exchange)[kMaxLanes], Score* total, bool* has_nan) {
+  __device__ bool Run(Score (*exchange)[kMaxLanes + 1], Score* total, bool* has_nan) {
     const int lane_in_strip = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
     const int num_lanes = NumLanes(), length = Length();
     bool has_total = false;
@@ -87,41 +99,41 @@ class Walk {
       const int lane = strip + lane_in_strip;
       const int used = num_lanes - strip < width ? num_lanes - strip : width;
       const int num_steps = length + (kSkew ? used - 1 : 0);
+      StartLane(lane);
       const Score* edge_before = EdgeOf(parity ^ 1);
       Score* edge = strip + width < num_lanes ? EdgeOf(parity) : nullptr;
 
       Score own = !kLanesAreFrames && lane == 0 ? 0 : kLogZero;  // before the first step
-      exchange[1][lane_in_strip] = HandedBeforeFirst(lane);
+      exchange[1][lane_in_strip + 1] = HandedBeforeFirst(lane);
       CellInputs inputs[kPrefetch];
 #pragma unroll
       for (int k = 0; k < kPrefetch; ++k) {
-        inputs[k] = Load(lane, k - (kSkew ? lane_in_strip : 0));
+        inputs[k] = Load(lane, k - (kSkew ? lane_in_strip : 0), edge_before);
       }
       __syncthreads();
       for (int first = 0; first < num_steps; first += kPrefetch) {
 #pragma unroll
         for (int k = 0; k < kPrefetch; ++k) {
+          // A thread waits for each of its instructions here, so that a condition selects a value,
+          // and does not branch.
           const int place = first + k - (kSkew ? lane_in_strip : 0);  // along the walk
-          const Score neighbor = lane_in_strip > 0 ? exchange[(k & 1) ^ 1][lane_in_strip - 1]
-                                                   : BeforeStrip(lane, place, edge_before);
-          Score handed = kLogZero;
-          if (place >= 0) {
-            const CellInputs cell = inputs[k];
-            Score next_own = kLogZero;
-            if (cell.row >= 0) {
-              Visit(lane, place, cell, own, neighbor, &next_own, &handed, has_nan);
-              if (kBackward && FrameAt(lane, place) == 0 && SymbolAt(lane, place) == 0) {
-                *total = handed;
-                has_total = true;
-              }
-            }
-            own = next_own;
+          const CellInputs cell = inputs[k];
+          const Score before = exchange[(k & 1) ^ 1][lane_in_strip];
+          const Score neighbor = lane_in_strip > 0 ? before : cell.before_strip;
+          Score next_own, handed;
+          Visit(FrameAt(lane, place), cell, own, neighbor, &next_own, &handed, has_nan);
+          const bool is_cell = cell.row >= 0;
+          handed = is_cell ? handed : kLogZero;
+          if (place >= 0) own = is_cell ? next_own : kLogZero;
+          if (kBackward && is_cell && FrameAt(lane, place) == 0 && SymbolAt(lane, place) == 0) {
+            *total = handed;
+            has_total = true;
           }
-          exchange[k & 1][lane_in_strip] = handed;
+          exchange[k & 1][lane_in_strip + 1] = handed;
           if (edge != nullptr && lane_in_strip == width - 1 && place >= 0 && place < length) {
             edge[place] = handed;
           }
-          inputs[k] = Load(lane, place + kPrefetch);
+          inputs[k] = Load(lane, place + kPrefetch, edge_before);
           __syncthreads();
         }
       }
@@ -143,22 +155,31 @@ class Walk {
     return kBackward ? labels_ - u : u;
   }
 
-  __device__ CellInputs Load(int lane, int place) const {
-    CellInputs inputs{-1, kLogZero, kLogZero, kLogZero};
-    if (lane >= NumLanes() || place < 0 || place >= Length()) return inputs;
-    const int t = FrameAt(lane, place), u = SymbolAt(lane, place);
-    int64_t start = 0, end = labels_ + 1;
+  // The rows of a lane in a lattice without a band: lane_row_ + place * row_step_.
+  __device__ void StartLane(int lane) {
+    lane_row_ = first_row_ + FrameAt(lane, 0) * stride_ + SymbolAt(lane, 0);
+    row_step_ = (kBackward ? -1 : 1) * static_cast<int>(kLanesAreFrames ? 1 : stride_);
+  }
+
+  __device__ CellInputs Load(int lane, int place, const Score* edge_before) const {
+    const int u = SymbolAt(lane, place);
+    int64_t end = labels_ + 1, row = lane_row_ + static_cast<int64_t>(place) * row_step_;
+    bool is_cell = lane < NumLanes() && place >= 0 && place < Length();
     if (batch_.band_start != nullptr) {
-      start = batch_.BandStart(b_, t);
-      end = batch_.ColumnEnd(b_, t);
-      if (u < start || u >= end) return inputs;
+      const int t = FrameAt(lane, place);
+      const int64_t start = is_cell ? batch_.BandStart(b_, t) : 0;
+      end = is_cell ? batch_.ColumnEnd(b_, t) : 0;
+      row = first_row_ + t * stride_ + u - start;
+      is_cell = u >= start && u < end;
     }
-    inputs.row = first_row_ + t * stride_ + u - start;
-    inputs.blank = arrays_.blank_score[inputs.row];
-    if (u < labels_) inputs.label = arrays_.label_score[inputs.row];
-    if (Traits::kLabelTakesBlank && u + 1 < end) {
-      inputs.forced = arrays_.blank_score[inputs.row + 1];
+    CellInputs inputs{-1, kLogZero, kLogZero, kLogZero, kLogZero};
+    if (is_cell) inputs.row = row;
+    if (is_cell) inputs.blank = arrays_.blank_score[row];
+    if (is_cell && u < labels_) inputs.label = arrays_.label_score[row];
+    if (Traits::kLabelTakesBlank && is_cell && u + 1 < end) {
+      inputs.forced = arrays_.blank_score[row + 1];
     }
+    if (threadIdx.x == 0) inputs.before_strip = BeforeStrip(lane, place, edge_before);
     return inputs;
   }
 
@@ -176,24 +197,25 @@ class Walk {
     return at >= 0 && at < Length() ? edge_before[at] : kLogZero;
   }
 
-  __device__ void Visit(int lane, int place, const CellInputs& cell, Score own, Score neighbor,
-                        Score* next_own, Score* handed, bool* has_nan) const {
-    const int t = FrameAt(lane, place);
+  // Without a cell the results mean nothing, and nothing is stored.
+  __device__ void Visit(int t, const CellInputs& cell, Score own, Score neighbor, Score* next_own,
+                        Score* handed, bool* has_nan) const {
+    const bool is_cell = cell.row >= 0;
     Score label = cell.label;
     if (Traits::kLabelTakesBlank) label += cell.forced;
-    label += delay_penalty_ * (middle_ - static_cast<Score>(t));
+    if (delay_penalty_ != 0) label += delay_penalty_ * (middle_ - static_cast<Score>(t));
     if (kBackward) {
       *has_nan |= cell.blank != cell.blank || cell.label != cell.label;
       const Score by_blank = cell.blank + (kLanesAreFrames ? neighbor : own);
       const Score by_label = label + (kLanesAreFrames ? own : neighbor);
-      if (arrays_.use_blank != nullptr) {
+      if (arrays_.use_blank != nullptr && is_cell) {
         arrays_.use_blank[cell.row] = by_blank;
         arrays_.use_label[cell.row] = by_label;
       }
       *next_own = *handed = Math::LogAdd(by_blank, by_label);
     } else {
       const Score alpha = Math::LogAdd(own, neighbor);
-      arrays_.alpha[cell.row] = alpha;
+      if (is_cell) arrays_.alpha[cell.row] = alpha;
       *next_own = alpha + (kLanesAreFrames ? label : cell.blank);
       *handed = alpha + (kLanesAreFrames ? cell.blank : label);
     }
@@ -211,13 +233,15 @@ class Walk {
   const int64_t stride_, first_row_;
   const Score delay_penalty_;
   Score middle_;
+  int64_t lane_row_ = 0;
+  int row_step_ = 0;
 };
 
 // Blocks [0, B): backward; [B, 2B): forward.
 template <Topology kTopology, bool kLanesAreFrames, typename Math>
 __global__ void __launch_bounds__(kMaxLanes, 1)
     WalkKernel(LatticeBatch batch, LatticeOptions options, LatticeArrays arrays) {
-  __shared__ Score exchange[2][kMaxLanes];
+  __shared__ Score exchange[2][kMaxLanes + 1];  // slot 0 is unused
   const bool is_backward = blockIdx.x < batch.num_utterances;
   const int b = static_cast<int>(is_backward ? blockIdx.x : blockIdx.x - batch.num_utterances);
   if (!batch.IsValid(b)) {

@@ -381,7 +381,9 @@ def check_join_in_tiles(backend, case, width):
         ]
         check_close(results[0], expected, 1e-5, ("hidden", "grad_enc", "grad_pred"))
         for result in results[1:]:
-            assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+            names = ("hidden", "grad_enc", "grad_pred")
+            for what, *pair in zip(names, result, results[0], strict=True):
+                assert torch.equal(*pair), (what, (pair[0] - pair[1]).abs().max().item())
 
 
 @accelerated

@@ -74,7 +74,10 @@ def test_a_profile_names_the_kernels(capsys, tmp_path):
     path = tmp_path / "profile.json"
     kernel_times.main([*SMALL, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["batch"], row["name"], row["mode"]) for row in rows] == list(kernel_times.STEPS)
+    steps = [(batch, name, mode) for batch, _, name, mode in kernel_times.STEPS]
+    assert [(row["batch"], row["name"], row["mode"]) for row in rows] == steps
+    assert all(call["calls"] > 0 for row in rows for call in row["host"])
+    assert all(row["host"] for row in rows)
     for row in rows:
         times = [kernel["ms"] for kernel in row["kernels"]]
         assert len(times) > 3 and times == sorted(times, reverse=True)
@@ -111,11 +114,14 @@ def test_the_pruned_step_in_plain_torch_has_our_gradients():
 
 
 def test_a_peer_that_is_not_there_is_said_to_be(tmp_path, capsys):
-    peers.main(["build", "--sources", str(tmp_path), "--target", str(tmp_path / "built")])
+    folders = {"sources": tmp_path, "target": tmp_path / "target", "built": tmp_path / "built"}
+    (tmp_path / "built" / "fast_rnnt" / "fast_rnnt").mkdir(parents=True)
+    peers.main(["build", *(part for n, path in folders.items() for part in (f"--{n}", str(path)))])
     said = capsys.readouterr().out.splitlines()
     said = [line for line in said if not line.startswith("figures: ")]
     assert [line.split(":")[0] for line in said] == ["warprnnt_numba", "warp_rnnt", "fast_rnnt"]
-    assert all("no source distribution" in line for line in said)
+    assert all("no source distribution" in line for line in said[:2])
+    assert said[2] == "fast_rnnt: brought along" and (tmp_path / "target" / "fast_rnnt").is_dir()
 
 
 def test_sources_are_patched_for_a_newer_toolkit(tmp_path):

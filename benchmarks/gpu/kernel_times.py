@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device time of each kernel of the fused and of the packed step, by torch's profiler.
+"""Device time of each kernel, and the host's calls, of a step, by torch's profiler.
 
 python3 -m benchmarks.gpu.kernel_times --json gpu_profile.json
 ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-stage-once
@@ -8,7 +8,7 @@ ncu --profile-from-start off ... python3 -m benchmarks.gpu.kernel_times --each-s
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,33 +17,37 @@ from benchmarks.gpu.benchmark import DeviceWorkload, batches
 from benchmarks.gpu.records import Record
 from benchmarks.gpu.single_stages import SingleStages
 from benchmarks.gpu.tables import profile_figures, profile_table
-from benchmarks.gpu.timing import arithmetic, kernels_of, timed
+from benchmarks.gpu.timing import arithmetic, host_calls_of, kernels_of, timed
 from benchmarks.peers import implementations
 
 STEPS = (
-    ("sorted", "ours: fused", "bfloat16"),
-    ("sorted", "ours: fused", "tf32"),
-    ("sorted", "ours: fused", "float32"),
-    ("peaky", "ours: fused", "tf32"),
-    ("peaky", "ours: fused", "float32"),
-    ("sorted", "ours: fused, full", "tf32"),
-    ("sorted", "ours: fused, full", "float32"),
-    ("peaky", "ours: fused, full", "tf32"),
-    ("peaky", "ours: fused, full", "float32"),
-    ("sorted", "ours: packed", "tf32"),
+    ("sorted", "step", "ours: fused", "bfloat16"),
+    ("sorted", "step", "ours: fused", "tf32"),
+    ("sorted", "step", "ours: fused", "float32"),
+    ("peaky", "step", "ours: fused", "tf32"),
+    ("peaky", "step", "ours: fused", "float32"),
+    ("sorted", "step", "ours: fused, full", "tf32"),
+    ("sorted", "step", "ours: fused, full", "float32"),
+    ("peaky", "step", "ours: fused, full", "tf32"),
+    ("peaky", "step", "ours: fused, full", "float32"),
+    ("sorted", "step", "ours: packed", "tf32"),
+    ("sorted", "step", "ours: packed", "bfloat16"),
+    ("sorted", "pruned", "ours: fused, pruned", "tf32"),
 )
 RUNS = 3
+HOST_CALLS, KERNELS, NAME = 25, 40, 160  # kept of each step, and of a name
 
 
 def profile_steps(record: Record, workloads: dict[str, DeviceWorkload]) -> None:
     """Adds a row for each of STEPS."""
     entries = implementations()
-    for batch, name, mode in STEPS:
+    for batch, suite, name, mode in STEPS:
         workload = workloads[batch]
         with arithmetic(mode, workload.device):
-            job = entries[name].jobs["step"](workload)
+            job = entries[name].jobs[suite](workload)
             ms = 1e3 * timed(job.run, lambda job=job: (job.prepare(),))  # type: ignore[misc]
             kernels = kernels_of(lambda job=job: job.run(job.prepare()), RUNS)  # type: ignore[misc]
+            host = host_calls_of(lambda job=job: job.run(job.prepare()))  # type: ignore[misc]
         record.add(
             {
                 "batch": batch,
@@ -52,7 +56,8 @@ def profile_steps(record: Record, workloads: dict[str, DeviceWorkload]) -> None:
                 "ms": ms,
                 "device_ms": sum(kernel.ms for kernel in kernels),
                 "launches": sum(kernel.calls for kernel in kernels),
-                "kernels": [asdict(kernel) for kernel in kernels],
+                "kernels": [asdict(replace(it, name=it.name[:NAME])) for it in kernels[:KERNELS]],
+                "host": [asdict(call) for call in host[:HOST_CALLS]],
             }
         )
 

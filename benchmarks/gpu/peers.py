@@ -3,8 +3,11 @@
 
     python benchmarks/gpu/peers.py fetch                    # sources from PyPI into .gpu_kit/peers
     python benchmarks/gpu/peers.py build --target DIR       # builds the ones that were fetched
+    python benchmarks/gpu/peers.py build --target .gpu_kit/built --architecture 90 --only fast_rnnt
 
-Fetching needs pip alone. Building needs nvcc, cmake, make, pybind11 and a torch that sees the GPU.
+Fetching needs pip alone. Building needs nvcc, cmake, make, pybind11 and a torch of CUDA. Without
+--architecture it builds for the GPU of this machine. What the last command built on another machine
+with the same Python and torch is copied instead of built: fast_rnnt takes minutes.
 The patches change how the sources are built (C++17, the installed pybind11, one architecture), not
 what they compute. optimized_transducer is left out because its CUDA sources need moderngpu, which
 is not on PyPI; NeMo's Triton loss is left out because it needs NeMo.
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -98,8 +102,8 @@ def patch_cuda(folder: Path, architecture: str) -> None:
     (folder / "cmake" / "torch.cmake").write_text(TORCH_CMAKE + WITH_CUDA_CMAKE)
 
 
-def build(name: str, sources: Path, target: Path, jobs: int) -> str:
-    """Builds and installs one peer; returns a message."""
+def build(name: str, sources: Path, target: Path, *, jobs: int, architecture: str) -> str:
+    """Builds and installs one peer; returns a message. architecture "": that of this GPU."""
     archives = sorted(sources.glob(f"{name}-*.tar.gz"))
     if not archives:
         raise NotBuilt(f"no source distribution in {sources}")
@@ -112,9 +116,9 @@ def build(name: str, sources: Path, target: Path, jobs: int) -> str:
             import pybind11
             import torch
 
-            if not torch.cuda.is_available():
-                raise NotBuilt("torch sees no GPU to build for")
-            architecture = "{}{}".format(*torch.cuda.get_device_capability())
+            if not architecture and not torch.cuda.is_available():
+                raise NotBuilt("torch sees no GPU to build for; name an --architecture")
+            architecture = architecture or "{}{}".format(*torch.cuda.get_device_capability())
             patch_cuda(source, architecture)
             environment["FT_MAKE_ARGS"] = f"-j{jobs}"
             environment["FT_CMAKE_ARGS"] = " ".join(
@@ -130,25 +134,44 @@ def build(name: str, sources: Path, target: Path, jobs: int) -> str:
     return f"{archives[-1].name}: built"
 
 
+def bring(name: str, built: Path, target: Path) -> bool:
+    """Copies a peer that another machine built, if there is one."""
+    folder = built / name
+    if not folder.is_dir():
+        return False
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    return True
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("fetch", "build"))
     parser.add_argument("--sources", type=Path, default=Path(".gpu_kit/peers"))
     parser.add_argument("--target", type=Path, default=Path("build/gpu_peers"))
+    parser.add_argument("--built", type=Path, default=Path(".gpu_kit/built"), help="to copy from")
+    parser.add_argument("--only", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--architecture", default="", help="such as 90; else that of this GPU")
     parser.add_argument("--jobs", type=int, default=8, help="compilers at once")
     options = parser.parse_args(arguments)
     if options.action == "fetch":
         options.sources.mkdir(parents=True, exist_ok=True)
         fetch_tools(options.sources)
     found = []
-    for name, requirement in SOURCES.items():
+    for name in options.only:
+        requirement = SOURCES[name]
         try:
             if options.action == "fetch":
                 fetch(requirement, options.sources)
                 said = "fetched"
             else:
-                options.target.mkdir(parents=True, exist_ok=True)
-                said = build(name, options.sources, options.target.resolve(), options.jobs)
+                target = options.target.resolve()
+                if options.architecture:  # a folder for each, so that one can be copied
+                    target /= name
+                target.mkdir(parents=True, exist_ok=True)
+                said = "brought along"
+                if options.architecture or not bring(name, options.built, target):
+                    how = {"jobs": options.jobs, "architecture": options.architecture}
+                    said = build(name, options.sources, target, **how)
             print(f"{name}: {said}", flush=True)
             found.append(name)
         except NotBuilt as error:

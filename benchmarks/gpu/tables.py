@@ -93,6 +93,9 @@ def profile_table(document: dict[str, Any], most: int = 12) -> str:
         for kernel in row["kernels"][:most]:
             name = short_name(kernel["name"])
             lines.append(f"    {kernel['ms']:>9.3f} ms {kernel['calls']:>7.1f} x  {name}")
+        lines.append("  on the host, by the profiler:")
+        for call in row.get("host", [])[:most]:
+            lines.append(f"    {call['ms']:>9.3f} ms {call['calls']:>7.1f} x  {call['name'][:60]}")
     return "\n".join(lines)
 
 

@@ -71,11 +71,7 @@ def kernels_of(run: Callable[[], object], runs: int = 1) -> list[Kernel]:
     """Returns the device time of each kernel, memory copies included, a run; longest first."""
     on_gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as recorded:
-        for _ in range(runs):
-            run()
-        if on_gpu:
-            torch.cuda.synchronize()
+    recorded = recorded_events(run, runs, [activity])
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     found = [
         Kernel(
@@ -87,3 +83,32 @@ def kernels_of(run: Callable[[], object], runs: int = 1) -> list[Kernel]:
         if event.device_type == kind
     ]
     return sorted((kernel for kernel in found if kernel.ms > 0), key=lambda kernel: -kernel.ms)
+
+
+def host_calls_of(run: Callable[[], object]) -> list[Kernel]:
+    """Returns the host's time in each operator and CUDA call of one run; longest first.
+
+    A call that waits for the device, such as cudaStreamSynchronize, counts as long as it waits. The
+    profiler slows all of them down.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    events = recorded_events(run, 1, activities).key_averages()
+    calls = [
+        Kernel(event.key, event.self_cpu_time_total / 1e3, event.count)
+        for event in events
+        if event.device_type == DeviceType.CPU
+    ]
+    return sorted(calls, key=lambda call: -call.ms)
+
+
+def recorded_events(
+    run: Callable[[], object], runs: int, activities: list[ProfilerActivity]
+) -> profile:
+    with profile(activities=activities) as recorded:
+        for _ in range(runs):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return recorded

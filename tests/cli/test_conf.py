@@ -52,7 +52,7 @@ def composed(config_name, *overrides):
 
 def test_the_groups_are_those_of_the_documentation():
     expected = {"data", "model", "loss", "optimizer", "scheduler", "trainer", "logger"}
-    groups = {"averaging", "callbacks", "cluster", "experiment", "hydra", "search"}
+    groups = {"averaging", "callbacks", "cluster", "experiment", "hydra", "scoring", "search"}
     assert set(GROUPS) == expected | groups
     assert [path.name for path in CONF.iterdir() if path.name.endswith(".yaml")]
 
@@ -115,6 +115,10 @@ def _numbers(config):
         ),
         ("loss.topology=null", "loss.topology: expected one of .* got None"),
         ("loss.topology=linear", "loss.topology: expected one of .* got 'linear'"),
+        (
+            "callbacks.checkpoint.monitor=val/cerr",
+            "checkpoint.monitor: expected one of val/wer, val/cer, val/loss, got val/cerr",
+        ),
     ],
 )
 def test_options_that_no_class_would_name_as_they_are_spelt(override, message, tmp_path):
@@ -171,7 +175,8 @@ def test_sizes_of_the_conformers_are_those_of_the_documentation(size, predictor)
 @pytest.mark.parametrize("data", GROUPS["data"])
 def test_every_tokenizer_suits_every_data(data):
     options = sorted(path.name for path in (CONF / "data" / "tokenizer").iterdir())
-    assert options == ["characters.yaml", "sentencepiece.yaml", "sentencepiece_model.yaml"]
+    names = ("characters", "checkpoint", "sentencepiece", "sentencepiece_model")
+    assert options == [f"{name}.yaml" for name in names]
     needed = NEEDED["data"].get(data, [])
     for option, given, expected in (
         ("characters", "unknown=true", "<unk>"),
@@ -185,6 +190,14 @@ def test_every_tokenizer_suits_every_data(data):
                    "data.tokenizer.path=none.model")  # fmt: skip
     with pytest.raises(InstantiationException, match=r"no SentencePiece model at none\.model"):
         instantiate(cfg.data.tokenizer)
+    for given, message in (
+        ([], r"data/tokenizer=checkpoint: expected a checkpoint, got null; set init_from="),
+        (["init_from=none.ckpt"], r"no checkpoint at none\.ckpt"),
+        (["data.tokenizer.path=other.ckpt"], r"no checkpoint at other\.ckpt"),
+    ):
+        cfg = composed("train", f"data={data}", *needed, "data/tokenizer=checkpoint", *given)
+        with pytest.raises(InstantiationException, match=message):
+            instantiate(cfg.data.tokenizer)
 
 
 @pytest.mark.parametrize("config_name", ["train", "evaluate"])
@@ -210,17 +223,30 @@ def test_experiments_and_clusters_show_their_command(group, option):
     composed("train", *(text.split(",")[0] for text in overrides if text != "--multirun"))
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_help_names_what_there_is(command, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("train", set(GROUPS) - {"hydra"}),
+        ("evaluate", {"data", "scoring", "search", "trainer", "callbacks"}),
+        ("prepare", {"data"}),
+    ],
+)
+def test_help_names_what_there_is(command, expected, capsys, monkeypatch):
     main = importlib.import_module(f"transducer_toolkit.cli.{command}").main
     monkeypatch.setattr(sys, "argv", [f"transducer-{command}", "--help"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
+    main()
     out = capsys.readouterr().out
     assert out.startswith(f"transducer-{command}: ")
-    groups = re.findall(r"^\s*(\w+): \w+(?:, \w+)*$", out, re.MULTILINE)
-    assert set(groups) == set(GROUPS) - {"hydra"}
+    listed = dict(re.findall(r"^([\w/]+): (\w+(?:, \w+)*)$", out, re.MULTILINE))
+    assert {group for group in listed if "/" not in group} == expected
+    # transducer-evaluate takes the checkpoint's tokenizer.
+    assert ("data/tokenizer" in listed) == (command != "evaluate") and "_common" not in out
+    # Each option that is listed can be chosen.
+    needed = ["checkpoint=best.ckpt"] if command == "evaluate" else []
+    for group, options in listed.items():
+        for option in options.split(", "):
+            more = ["model=conformer_s"] if group == "model/predictor" else []
+            composed(command, *needed, *more, f"{group}={option}")
     # Its examples are commands that work.
     examples = re.findall(rf"(?:transducer-{command}|cli.train) (.*)$", out, re.MULTILINE)
     for example in examples:
@@ -228,7 +254,7 @@ def test_help_names_what_there_is(command, capsys, monkeypatch):
             words = re.split(r"\s{2,}", example)[0].split()
             overrides = (word.split(",")[0] for word in words if not word.startswith("--"))
             composed(command, *overrides)
-    assert len(examples) >= 3
+    assert len(examples) >= 2
 
 
 @pytest.mark.parametrize(
@@ -263,8 +289,8 @@ def test_hints_follow_hydras_message(capsys, monkeypatch):
         importlib.import_module("transducer_toolkit.cli.train").main()
     lines = capsys.readouterr().err.splitlines()
     assert error.value.code == 1
-    assert lines[0] == "Could not override 'trainer.max_epoch'."
-    assert lines[-1] == "trainer.max_epoch: did you mean trainer.max_epochs?"
+    assert lines[0].startswith("transducer-train: Could not override 'trainer.max_epoch'.")
+    assert len(lines) == 2 and lines[-1] == "trainer.max_epoch: did you mean trainer.max_epochs?"
 
 
 def test_slurm_asks_for_one_task_a_gpu():
@@ -284,12 +310,12 @@ def test_the_sweep_is_optunas():
     ("environment", "expected"),
     [
         ({"TRANSDUCER_TOOLKIT_RUN_ID": "mine", "SLURM_JOB_ID": "7"}, "mine"),
-        ({"TORCHELASTIC_RUN_ID": "job", "SLURM_JOB_ID": "7"}, "torchrun-job"),
+        ({"TORCHELASTIC_RUN_ID": "job", "SLURM_JOB_ID": "7"}, "torchrun-job-"),
         (
             {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "node", "MASTER_PORT": "29500"},
-            "torchrun-node-29500",
+            "torchrun-node-29500-",
         ),
-        ({"SLURM_JOB_ID": "7"}, "slurm-7"),
+        ({"SLURM_JOB_ID": "7"}, "slurm-7-"),
     ],
 )
 def test_run_id(monkeypatch, environment, expected):
@@ -297,5 +323,14 @@ def test_run_id(monkeypatch, environment, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run_folder.run_id() == expected
-    assert run_folder.run_id() == expected
+    found = {}
+    for arguments in ("a=1 b=2", "b=2 a=1", "a=1", "a=1 b=3"):
+        monkeypatch.setattr(sys, "argv", ["train", *arguments.split()])
+        found[arguments] = run_folder.run_id()
+        assert run_folder.run_id() == found[arguments]
+        if expected != "mine":
+            monkeypatch.delenv("TRANSDUCER_TOOLKIT_RUN_ID")
+    assert all(name.startswith(expected) for name in found.values())
+    assert found["a=1 b=2"] == found["b=2 a=1"]
+    # Another config gets another folder, unless the user has named the folder.
+    assert len(set(found.values())) == (1 if expected == "mine" else 3)

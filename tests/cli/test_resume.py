@@ -15,6 +15,7 @@ import torch
 from tests.training.recorder import recorded
 from transducer_toolkit.cli import resume
 from transducer_toolkit.cli.train import main
+from transducer_toolkit.training.checkpoints import LastCheckpoint
 
 ROOT = Path(__file__).parents[2]
 RECORD = "+callbacks.record._target_=tests.training.recorder.RecordBatches"
@@ -97,6 +98,131 @@ def test_a_training_stopped_in_mid_epoch_goes_on_with_the_next_batch(
     ]
     log = (run_dir / "train.log").read_text()
     assert "resuming from" in log and ("SIGTERM: step 7 is saved in" in log) == (name == "SIGTERM")
+
+
+# Nothing but the end itself writes a checkpoint.
+ONLY_AT_THE_END = [
+    "callbacks.last_checkpoint.every_n_steps=null",
+    "callbacks.last_checkpoint.every_minutes=null",
+]
+ENDS = {
+    # name: options that end the training, the step of the checkpoint, exit status (None: success)
+    "SIGINT": (["+callbacks.record.kill_after=7", "+callbacks.record.signal_name=SIGINT"], 7, 130),
+    "SIGTERM": (
+        ["+callbacks.record.kill_after=3", "+callbacks.record.signal_name=SIGTERM"],
+        3,
+        143,
+    ),
+    "an exception before a step": (
+        ["+callbacks.record.kill_after=6", "+callbacks.record.raise_in=on_train_batch_start"],
+        6,
+        1,
+    ),
+    "an exception in the gradient": (
+        ["+callbacks.record.kill_after=2", "+callbacks.record.raise_in=on_after_backward"],
+        2,
+        1,
+    ),
+    "an exception in a validation": (
+        ["+callbacks.record.kill_after=4", "+callbacks.record.raise_in=on_validation_batch_start"],
+        4,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("name", ENDS)
+def test_whatever_ends_a_training_its_last_step_is_saved(
+    tmp_path, console, options, uninterrupted, name, validates, capsys
+):
+    batches, final = uninterrupted
+    end, step, status = ENDS[name]
+    if not validates:
+        if "validation" in name:
+            pytest.skip("there is none")
+        end = [*end, "+trainer.limit_val_batches=0"]
+    record = f"+callbacks.record.path={tmp_path}/batches"
+    with pytest.raises(SystemExit) as error:
+        console(main, tmp_path, *options, *ONLY_AT_THE_END, record, *end)
+    assert error.value.code == status
+    path = "outputs/tones/run/checkpoints/last.ckpt"
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == (
+        f"step {step} is saved in {path}; to go on, repeat the command with ckpt_path={path}"
+    )
+    run_dir = tmp_path / "outputs/tones/run"
+    assert int(weights(run_dir)["step"]) == step
+    # The same command goes on, if nothing else has changed.
+    again = [] if validates else ["+trainer.limit_val_batches=0"]
+    console(main, tmp_path, *options, *ONLY_AT_THE_END, record, *again)
+    assert recorded(tmp_path / "batches") == batches
+    found = weights(run_dir)
+    assert found.keys() == final.keys()
+    assert all(torch.equal(found[key], final[key]) for key in final)
+    report = json.loads((run_dir / "results.json").read_text())
+    assert (report["optimizer_steps"], report["optimizer_steps_of_this_run"]) == (8, 8 - step)
+    assert report["training_s"] >= report["training_s_of_this_run"] > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "step", "reached"),
+    [
+        (["trainer.max_epochs=1", "+trainer.check_val_every_n_epoch=2"], 4, "max_epochs"),
+        (["trainer.max_epochs=3", "+trainer.check_val_every_n_epoch=2"], 12, "max_epochs"),
+        (["trainer.max_epochs=10", "+trainer.max_steps=5"], 5, "max_steps"),
+        (["trainer.max_epochs=10", "+trainer.max_steps=4"], 4, "max_steps"),
+        (["trainer.max_epochs=-1", "+trainer.max_steps=3"], 3, "max_steps"),
+        (["trainer.max_epochs=2", "+trainer.limit_val_batches=0"], 8, "max_epochs"),
+        (["trainer.max_epochs=9", "+trainer.max_steps=6", "+trainer.val_check_interval=3",
+          "+trainer.check_val_every_n_epoch=3"], 6, "max_steps"),
+        (["trainer.max_epochs=1", "trainer.accumulate_grad_batches=3",
+          "+trainer.limit_val_batches=0"], 2, "max_epochs"),
+        (["trainer.max_epochs=2", "averaging=ema", "+trainer.max_steps=3"], 3, "max_steps"),
+    ],
+)  # fmt: skip
+def test_a_limit_ends_a_training_with_a_checkpoint(
+    tmp_path, console, train_overrides, limits, step, reached, capsys
+):
+    console(main, tmp_path, *train_overrides, *ONLY_AT_THE_END, "name=tones", *limits)
+    path = "outputs/tones/run/checkpoints/last.ckpt"
+    checkpoint = torch.load(tmp_path / path, weights_only=True)
+    assert checkpoint["global_step"] == step
+    assert ("current_model_state" in checkpoint) == ("averaging=ema" in limits)
+    if "current_model_state" in checkpoint:  # the present weights and not twice the average
+        present, average = checkpoint["current_model_state"], checkpoint["state_dict"]
+        assert any(not torch.equal(present[name], average[name]) for name in present)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"step {step} is saved in {path}; to go on, repeat the command with ckpt_path={path} and "
+        f"a larger trainer.{reached}"
+    )
+
+
+def test_a_training_goes_on_in_the_middle_of_the_epoch_that_a_limit_ended(
+    tmp_path, console, options, capsys
+):
+    plain = [*options, *ONLY_AT_THE_END, "scheduler=constant"]
+    console(main, tmp_path, *plain, f"+callbacks.record.path={tmp_path}/whole", "name=whole")
+    record = f"+callbacks.record.path={tmp_path}/parts"
+    console(main, tmp_path, *plain, record, "+trainer.max_steps=6")
+    path = "outputs/tones/run/checkpoints/last.ckpt"
+    console(main, tmp_path, *plain, record, "name=more", f"ckpt_path={path}")
+    assert recorded(tmp_path / "parts") == recorded(tmp_path / "whole")
+    whole, parts = (weights(tmp_path / f"outputs/{name}/run") for name in ("whole", "more"))
+    assert all(torch.equal(parts[key], whole[key]) for key in whole)
+    out = capsys.readouterr().out
+    assert "2 steps in" in out and "; 8 steps in" in out
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    last = LastCheckpoint("last.ckpt")
+    last._receive(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        last._receive(signal.SIGINT, None)
+    last._received = 0
+    last._receive(signal.SIGTERM, None)  # a second SIGTERM changes nothing
+    last._receive(signal.SIGTERM, None)
+    assert last._received == signal.SIGTERM
 
 
 def test_which_checkpoint(tmp_path):

@@ -57,13 +57,34 @@ def test_equals_torchaudio(options):
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
 
 
-def test_float16_like_torchaudio():
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_logits_give_float32_losses(dtype, reduction):
     logits, *indices = arguments()
-    logits = logits.detach().half()
-    loss = ours.rnnt_loss(logits, *indices)
-    assert loss.dtype == torch.float16
-    exact = ours.rnnt_loss(logits.double(), *indices)
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-3, atol=0)
+    logits = logits.detach().to(dtype).requires_grad_()
+    loss = ours.rnnt_loss(logits, *indices, reduction=reduction)
+    exact = ours.rnnt_loss(logits.double(), *indices, reduction=reduction)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    assert torch.autograd.grad(loss.sum(), logits)[0].dtype == dtype
+    if dtype == torch.float16:  # torchaudio takes no bfloat16, and rounds each loss to float16
+        theirs = torchaudio.functional.rnnt_loss(logits, *indices, reduction=reduction)
+        torch.testing.assert_close(loss, theirs.float(), rtol=2e-3, atol=0)
+
+
+def test_the_sum_of_float16_losses_does_not_overflow():
+    logits, *indices = arguments()
+    many = logits.detach().half().repeat(5000, 1, 1, 1)
+    indices = [x.repeat(5000, *(1,) * (x.dim() - 1)) for x in indices]
+    assert torchaudio.functional.rnnt_loss(many, *indices, reduction="sum").isinf()
+    total = ours.rnnt_loss(many, *indices, reduction="sum")
+    one = ours.rnnt_loss(logits.detach().half(), *(x[:2] for x in indices), reduction="sum")
+    torch.testing.assert_close(total, 5000 * one, rtol=1e-4, atol=0)
+
+
+def test_float64_logits_give_float64_losses():
+    logits, *indices = arguments()
+    assert ours.RNNTLoss()(logits.double(), *indices).dtype == torch.float64
 
 
 def test_wrong_rank():

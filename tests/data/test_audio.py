@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
 import os
 
 import numpy as np
@@ -155,6 +156,19 @@ def test_rates_of_large_ratios_take_neither_memory_nor_time(rate):
     assert abs(len(resampled) - 1600) <= 1
     expected = torch.sin(2 * torch.pi * 440 * torch.arange(1600) / 16000)
     torch.testing.assert_close(resampled[100:1500], expected[100:1500], atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_samples", [0, 1, 2, 7, 44100])
+def test_resampled_audio_has_the_length_that_is_promised(num_samples, dtype):
+    waveform = torch.ones(3, num_samples, dtype=dtype)
+    resampled = resample(waveform, 44100, 16000)
+    assert resampled.shape == (3, math.ceil(num_samples * 16000 / 44100))
+    assert resampled.dtype == dtype and resampled.is_contiguous()
+    one = resample(waveform[0], 44100, 16000)
+    assert torch.equal(resampled, one.expand(3, -1))
+    if num_samples > 1000:  # a constant stays one, away from the edges
+        torch.testing.assert_close(one[100:-100], torch.ones_like(one[100:-100]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("rate", [0, -1, 1_000_001, 2**31 - 1])

@@ -39,7 +39,7 @@ def test_other_rates_and_channels_give_the_windows_of_the_whole(tmp_path):
     for window in read_windows(path, window_s=1.0, overlap_s=0.4):
         start = round(16000 * window.start_s)
         expected = whole[start : start + len(window.waveform)]
-        inner = slice(20, len(window.waveform) - 20)  # the resampler's filter sees the edges
+        inner = slice(150, len(window.waveform) - 150)  # the resampler's filter sees the edges
         torch.testing.assert_close(window.waveform[inner], expected[inner], atol=1e-4, rtol=0)
 
 

@@ -229,6 +229,41 @@ def test_sixteen_bit(dtype, autocast):
         assert (grad / 65536 - want).norm() <= 4e-2 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("enc", "pred", "weight"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32, torch.float16),
+    ],
+)
+def test_autocast_casts_mixed_dtypes_as_those_of_a_matrix_product(dtype, enc, pred, weight):
+    case = Case([30, 20], [8, 5], dtype=torch.float32, vocab_size=40, width=32, scale=0.2)
+    exact = case.unfused(dtype=torch.float64)
+    for name, kind in (("enc", enc), ("pred", pred), ("weight", weight), ("bias", weight)):
+        setattr(case, name, getattr(case, name).detach().to(kind).requires_grad_())
+    if enc != pred:
+        with pytest.raises(TypeError, match=r"pred: expected dtype .* that of enc"):
+            case.fused()
+    with torch.autocast("cpu", dtype=dtype):
+        functional.linear(case.enc, case.weight), functional.linear(case.pred, case.weight)
+        losses = case.fused()
+    torch.testing.assert_close(losses.double(), exact, rtol=2e-2, atol=0)
+    grads = torch.autograd.grad(losses.sum(), case.parameters)
+    assert [grad.dtype for grad in grads] == [enc, pred, weight, weight]
+
+
+def test_autocast_leaves_float64_alone():
+    case = Case([3], [2])  # torch's autocast does not cast float64 either
+    with torch.autocast("cpu", torch.bfloat16):
+        assert case.fused().dtype == torch.float64
+        case.pred = case.pred.detach().float()
+        with pytest.raises(TypeError, match=r"pred: expected dtype torch\.float64, that of enc"):
+            case.fused()
+
+
 def test_opcheck_and_second_derivative():
     case = Case()
     joint = case.enc, case.pred, case.weight, case.bias
@@ -241,6 +276,28 @@ def test_opcheck_and_second_derivative():
     with pytest.raises(RuntimeError, match="gradient of the gradient"):
         (grad,) = torch.autograd.grad(case.fused().sum(), case.enc, create_graph=True)
         grad.sum().backward()
+
+
+def test_one_graph_without_a_shape_says_what_to_pass():
+    torch.compiler.reset()
+    case = Case()
+
+    def loss_of(enc):
+        joint = enc, case.pred, case.weight, case.bias
+        return fused_joiner_loss(*joint, case.targets, *case.lengths, case.blank)
+
+    def with_module(enc):
+        joint = enc, case.pred, case.weight, case.bias
+        return FusedJoinerLoss(case.blank)(*joint, case.targets, *case.lengths)
+
+    remedy = r"pass shape=LatticeShape.from_lengths\(logit_lengths, target_lengths\)"
+    for function in (loss_of, with_module):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=remedy):
+            compiled(case.enc)
+    torch.compiler.reset()
+    broken = torch.compile(loss_of, backend="aot_eager")  # its graph breaks before the call
+    torch.testing.assert_close(broken(case.enc), loss_of(case.enc))
 
 
 @pytest.mark.parametrize("band", [0, 3])

@@ -2,6 +2,7 @@
 """Which cells of the fused loss are computed in which precision, and what that may cost."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,3 +322,20 @@ def test_rule(monkeypatch):
         assert not coarse_to_fine.pays(wide, 500, 120_000)
         assert not coarse_to_fine.pays(enc.double(), 500, 120_000)
         assert not coarse_to_fine.pays(enc.bfloat16(), 500, 240_000)
+
+
+def test_rule_on_a_gpu(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(coarse_to_fine, "are_logits_few", lambda *_: False)
+    monkeypatch.setattr(coarse_to_fine, "has_fast_bfloat16", lambda _: True)
+    enc = SimpleNamespace(
+        dtype=torch.float32, device=torch.device("cuda"), size=lambda _: 512, is_cuda=True
+    )
+    assert not coarse_to_fine.pays(enc, 500, 726_474)  # the host would take longer than it saves
+    assert coarse_to_fine.pays(enc, 5000, 726_474)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        assert not coarse_to_fine.pays(enc, 5000, 726_474)
+    finally:
+        matmul.allow_tf32 = before

@@ -104,5 +104,7 @@ def test_bad_arguments_are_named(options, message):
 
 def test_a_missing_torchaudio_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio.models", None)
-    with pytest.raises(ImportError, match="needs a torchaudio that fits the installed torch"):
+    with pytest.raises(
+        ImportError, match="ConformerEncoder needs torchaudio: pip install torchaudio"
+    ):
         make_encoder()

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from transducer_toolkit import Joiner, LatticeShape, join
+from transducer_toolkit import Joiner, LatticeShape, fused_joiner_loss, join, joiner_logits
 from transducer_toolkit.modules import AdditiveJoiner
 from transducer_toolkit.ops.join import _ACTIVATIONS
 from transducer_toolkit.ops.native import ACTIVATIONS
@@ -134,3 +134,41 @@ def test_bad_sizes_are_named(size):
             make(**sizes | {size: 0}, **more)
     with pytest.raises(TypeError, match="joiner_dim: expected an int, got float"):
         Joiner(**sizes, joiner_dim=1.5)
+
+
+@pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float32", "float16")])
+def test_autocast_casts_mixed_dtypes(kinds):
+    exact = [x.detach() for x in inputs(16)]
+    enc, pred = (x.to(getattr(torch, kind)) for x, kind in zip(exact, kinds, strict=True))
+    weight = torch.randn(9, 16)
+    for call in (
+        lambda e, p: join(e, p, SHAPE),
+        lambda e, p: joiner_logits(e, p, weight.to(e.dtype), None, SHAPE),
+    ):
+        with pytest.raises(TypeError, match="enc, pred: expected the same dtype"):
+            call(enc, pred)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = call(enc, pred)
+        assert actual.dtype == torch.bfloat16
+        torch.testing.assert_close(actual.double(), call(*exact), rtol=3e-2, atol=0.15)
+    with torch.autocast("cpu", torch.bfloat16):  # equal dtypes: a sum, which autocast leaves alone
+        assert join(enc.float(), pred.float(), SHAPE).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (torch.zeros(4, 3), None, r"weight: expected shape \(V, 5\), D from enc"),
+        (torch.zeros(4, 5), torch.zeros(3), r"bias: expected shape \(4,\), V from weight"),
+        (torch.zeros(4, 5).long(), None, "weight: expected a floating dtype, got torch.int64"),
+        (torch.zeros(4, 5, device="meta"), None, "weight: expected device cpu, that of enc"),
+        (torch.zeros(4, 5), [0.0] * 4, "bias: expected a torch.Tensor, got list"),
+    ],
+)
+def test_one_check_of_the_output_layer(weight, bias, message):
+    enc, pred = torch.zeros(3, 4, 5), torch.zeros(3, 4, 5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        joiner_logits(enc, pred, weight, bias, SHAPE)
+    indices = torch.ones(3, 3, dtype=torch.int64), *SHAPE.lengths
+    with pytest.raises((TypeError, ValueError), match=message):
+        fused_joiner_loss(enc, pred, weight, bias, *indices, 0)

@@ -94,3 +94,16 @@ def test_travels_in_a_batch_and_is_known_where_it_has_been():
     copy = pickle.loads(pickle.dumps(shape))  # to another process: without a device's memory
     assert copy.index(meta) is None and torch.equal(copy.index(torch.device("cpu")), index)
     assert (copy.num_cells, copy.max_targets) == (shape.num_cells, shape.max_targets)
+
+
+def test_a_graph_makes_no_shape_of_tensors():
+    torch.compiler.reset()
+    frames, targets = torch.tensor([2, 1]), torch.tensor([1, 0])
+
+    def packed(padded):
+        return LatticeShape.from_lengths(frames, targets).pack(padded)
+
+    padded = torch.randn(2, 2, 2, 3)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="outside of the compiled function"):
+        compiled(padded)

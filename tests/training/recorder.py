@@ -17,21 +17,30 @@ class RecordBatches(Callback):
             for none.
         signal_name: such as "SIGKILL".
         rank: of the process that gets the signal.
+        raise_in: hook that raises a RuntimeError after ``kill_after`` steps, instead of a signal.
     """
 
-    def __init__(self, path, kill_after=None, signal_name="SIGKILL", rank=0):
+    def __init__(self, path, kill_after=None, signal_name="SIGKILL", rank=0, raise_in=None):
         self.path = path
         self.kill_after = kill_after
         self.signal = getattr(signal, signal_name)
         self.rank = rank
         self.steps = 0
+        if raise_in is not None:
+            setattr(self, raise_in, self.fail)
+            self.signal = None
+
+    def fail(self, *args, **kwargs):
+        if self.steps == self.kill_after:
+            raise RuntimeError("a fault of the test")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.steps += 1
         row = [trainer.current_epoch, batch_idx, batch.utterance_ids]
         with open(f"{self.path}.{trainer.global_rank}", "a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.steps == self.kill_after and trainer.global_rank == self.rank:
+        is_now = self.steps == self.kill_after and trainer.global_rank == self.rank
+        if self.signal is not None and is_now:
             os.kill(os.getpid(), self.signal)
 
 

@@ -284,5 +284,5 @@ def test_clock_counts_the_loss_and_not_the_predictor(batch):
 
 def test_torchaudio_missing_is_said_in_words(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
-    with pytest.raises(ImportError, match="loss=torchaudio needs a torchaudio that matches"):
+    with pytest.raises(ImportError, match="loss=torchaudio needs torchaudio: pip install"):
         stages.TorchaudioLoss()

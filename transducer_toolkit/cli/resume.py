@@ -24,11 +24,27 @@ def find_checkpoint(wanted: str | None, run_dir: Path, *, name: str) -> str | No
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
+        ValueError: the run folder contains checkpoints of another training.
     """
+    found = _find_checkpoint(wanted, run_dir, name=name)
+    own = run_dir / LAST.parent
+    if any(own.glob("*.ckpt")) and (found is None or Path(found).resolve().parent != own.resolve()):
+        raise ValueError(
+            f"ckpt_path={'null' if wanted is None else wanted}: {run_dir} contains the checkpoints "
+            "of an earlier training, which this training would overwrite; choose another run "
+            f"folder (name, hydra.run.dir or the variable TRANSDUCER_TOOLKIT_RUN_ID), or go on "
+            f"with ckpt_path={own / LAST.name}"
+        )
+    return found
+
+
+def _find_checkpoint(wanted: str | None, run_dir: Path, *, name: str) -> str | None:
     if wanted is None:
         return None
     if wanted == "auto":
-        return str(run_dir / LAST) if (run_dir / LAST).is_file() else None
+        # Without last.ckpt: the training was killed between the two files of its first validation.
+        own = [run_dir / LAST, *sorted((run_dir / LAST.parent).glob("*.ckpt"), key=_age)]
+        return next((str(path) for path in own if path.is_file()), None)
     if wanted == "last":
         # outputs/NAME/RUN, or outputs/NAME/SWEEP/JOB
         folders = [folder for folder in run_dir.parents if folder.name == name][:1]
@@ -38,12 +54,16 @@ def find_checkpoint(wanted: str | None, run_dir: Path, *, name: str) -> str | No
                 f"ckpt_path=last: no run of the name {name!r} has a {LAST} beside {run_dir}; "
                 "give the path of a checkpoint, or ckpt_path=null for a new training"
             )
-        return str(max(found, key=lambda path: path.stat().st_mtime))
+        return str(min(found, key=_age))
     if not Path(wanted).is_file() and "://" not in wanted:
         raise FileNotFoundError(
             f"ckpt_path must be auto, last, null or the path of a checkpoint; no file at {wanted}"
         )
     return wanted
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
 
 
 def keep_metrics(run_dir: Path) -> None:

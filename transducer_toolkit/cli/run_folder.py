@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 from datetime import datetime
 
 from omegaconf import OmegaConf
@@ -15,7 +17,9 @@ def run_id() -> str:
     """Return the name of this run's folder: its starting time or the id of its launcher.
 
     Hydra makes the folder in every process. Processes that Lightning starts inherit the time from
-    the environment; processes of torchrun and Slurm share an id of their launcher.
+    the environment; processes of torchrun and Slurm share an id of their launcher. As a Slurm job
+    or an address of torchrun may start several trainings, the id is followed by a checksum of the
+    arguments: another config gets another folder.
 
     Example:
         >>> run_id() == run_id()
@@ -37,7 +41,10 @@ def _launcher_id(variable: str, prefix: str) -> str | None:
     # Without --rdzv-id, torchrun's id is "none": take the address of the rendezvous instead.
     if value == "none" and prefix == "torchrun" and variable in os.environ:
         value = f"{os.environ.get('MASTER_ADDR', '')}-{os.environ.get('MASTER_PORT', '')}"
-    return None if value == "none" else f"{prefix}-{value}"
+    if value == "none":
+        return None
+    arguments = "\0".join(sorted(sys.argv[1:]))
+    return f"{prefix}-{value}-{hashlib.sha256(arguments.encode(errors='replace')).hexdigest()[:6]}"
 
 
 def register() -> None:

@@ -5,32 +5,30 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import partial
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from transducer_toolkit.cli import hints, resume, run_folder
-from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+from transducer_toolkit.cli import hydra_command, last_line
 
 if TYPE_CHECKING:
     from lightning import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from omegaconf import DictConfig
 
     from transducer_toolkit.data.datamodule import TransducerDataModule
+    from transducer_toolkit.decoding import Search
     from transducer_toolkit.training.lightning_module import TransducerModule
 
 logger = logging.getLogger(__name__)
-run_folder.register()
+VALIDATION_METRICS = ("val/wer", "val/cer", "val/loss")
 
 
-@hints.nearest_keys("train")
-@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="train")
-def main(cfg: DictConfig) -> float | None:
-    """Run the command; return the best validation WER, for Hydra's sweepers."""
-    return train(cfg)
+@last_line.printed_at_the_end
+def main() -> None:
+    """Entry point."""
+    hydra_command.run("train", train)
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -40,16 +38,21 @@ def train(cfg: DictConfig) -> float | None:
         cfg: the composed config.
 
     Returns:
-        The best validation WER (a fraction), or None without a validation.
+        The best value of ``callbacks.checkpoint.monitor``, by default the validation WER (a
+        fraction), or None without a validation.
     """
     # Late imports keep --help, --cfg and shell completion fast.
     import torch
     from hydra.utils import instantiate
     from lightning import seed_everything
 
+    from transducer_toolkit.cli import changes, resume
     from transducer_toolkit.cli.output import quiet_lightning
     from transducer_toolkit.training.callbacks.clock import StepClock
+    from transducer_toolkit.training.checkpoints import AtomicCheckpointIO
+    from transducer_toolkit.training.warm_start import start_from
 
+    last_line.set_last_line(None)
     quiet_lightning()
     _check_options(cfg)
     if cfg.num_threads is not None:
@@ -60,18 +63,35 @@ def train(cfg: DictConfig) -> float | None:
 
     # The data decide the vocabulary and so the model's sizes. Its encoder then decides which
     # utterances have a path, and the sizes of lattices.
-    ckpt_path = resume.find_checkpoint(cfg.ckpt_path, Path(cfg.run_dir), name=cfg.name)
+    run_dir = Path(cfg.run_dir)
+    ckpt_path = resume.find_checkpoint(cfg.ckpt_path, run_dir, name=cfg.name)
+    config = changes.training_config(cfg)
+    checkpoint: dict[str, Any] = {}
+    changed: changes.Changes = {}
+    if ckpt_path is not None:
+        checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, map_location="cpu")
+        changed = changes.find_changes(checkpoint.get(changes.CONFIG_KEY, config), config)
+        if cfg.ckpt_path == "auto":
+            changes.check_run_folder(changed, ckpt_path, run_dir)
+        changes.check_changes(changed, checkpoint, ckpt_path)
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
     module = build_module(cfg, datamodule)
+    module.training_config = config
+    if ckpt_path is not None:
+        changes.check_symbols(module, checkpoint, ckpt_path)
+        changes.check_weights(module, checkpoint, changed, ckpt_path)
+        changes.check_length(cfg.trainer, checkpoint, ckpt_path)
+        logger.info("resuming from %s", ckpt_path)
+        if changed:
+            logger.info("changed options: %s", changes.described(changed))
+        resume.keep_metrics(run_dir)
+    del checkpoint
     datamodule.num_output_frames = module.model.encoder.num_output_frames
     datamodule.setup("fit")
     if cfg.init_from is not None and ckpt_path is None:
         start_from(module, cfg.init_from)
 
-    if ckpt_path is not None:
-        logger.info("resuming from %s", ckpt_path)
-        resume.keep_metrics(Path(cfg.run_dir))
     clock = StepClock()
     averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
     trainer = instantiate(
@@ -81,13 +101,18 @@ def train(cfg: DictConfig) -> float | None:
         _convert_="all",
     )
     _refuse_processes_in_sweep(trainer)
+    _log_options(trainer, config)
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
-    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+    finally:
+        if trainer.is_global_zero:
+            last_line.set_last_line(_how_to_go_on(trainer, ckpt_path))
     checkpoints = _best_checkpoints(trainer)
     score = checkpoints.best_model_score if checkpoints is not None else None
-    best_wer = None if score is None else float(score)
+    best = None if score is None else float(score)
     if cfg.test:
         best_path = checkpoints.best_model_path if checkpoints is not None else ""
         trainer.test(module, datamodule=datamodule, ckpt_path=best_path or None, verbose=False)
@@ -95,19 +120,25 @@ def train(cfg: DictConfig) -> float | None:
     if trainer.is_global_zero:
         report = {
             "seed": cfg.seed,
-            "best_validation_wer": best_wer,
+            "selected_by": getattr(checkpoints, "monitor", None),
+            "best_validation_score": best,
             "optimizer_steps": trainer.global_step,
+            "optimizer_steps_of_this_run": clock.num_steps,
             "seconds_per_step": round(clock.seconds_per_step, 4),
             "loss_part_of_step": round(clock.loss_part, 4),
             "peak_memory_mib": round(clock.peak_memory_mib, 1),
-            "training_s": round(clock.training_s, 1),
+            "training_s": round(clock.total_s, 1),
+            "training_s_of_this_run": round(clock.training_s, 1),
         }
         _report(module, trainer, cfg, report)
-    return best_wer
+    return best
 
 
 def _check_options(cfg: DictConfig) -> None:
     """Check options whose own errors would not name the Hydra key."""
+    from omegaconf import OmegaConf
+
+    from transducer_toolkit.cli.removed_keys import refuse_removed_keys
     from transducer_toolkit.ops.checks import (
         check_at_least,
         check_flag,
@@ -131,6 +162,12 @@ def _check_options(cfg: DictConfig) -> None:
     for name in ("max_epochs", "max_steps"):
         if cfg.trainer.get(name) is not None:
             check_int(cfg.trainer[name], f"trainer.{name}")
+    monitor = OmegaConf.select(cfg, "callbacks.checkpoint.monitor")
+    if str(monitor).startswith("val/") and monitor not in VALIDATION_METRICS:
+        raise ValueError(
+            f"callbacks.checkpoint.monitor: expected one of {', '.join(VALIDATION_METRICS)}, "
+            f"got {monitor}"
+        )
     if "accumulate_grad_batches" in cfg.trainer:
         accumulated = cfg.trainer.accumulate_grad_batches
         check_at_least(1, **{"trainer.accumulate_grad_batches": accumulated})
@@ -146,8 +183,8 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         datamodule: its corpus is prepared; it makes the tokenizer.
     """
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
-    from transducer_toolkit.decoding import GreedySearch
     from transducer_toolkit.inference.recognizer import recognizer_recipe
     from transducer_toolkit.ops.topology import TOPOLOGIES
     from transducer_toolkit.training.ctc import CtcLoss
@@ -184,43 +221,23 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,
-        search=partial(GreedySearch, max_symbols_per_frame=cfg.max_symbols_per_frame),
+        search=make_search(cfg.search, cfg.max_symbols_per_frame),
+        normalize=instantiate(cfg.scoring, _convert_="all"),
     )
 
 
-def start_from(module: TransducerModule, path: str) -> None:
-    """Load weights from a checkpoint of another training, of any loss, where name and size match.
+def make_search(cfg: DictConfig, max_symbols_per_frame: int) -> Callable[..., Search]:
+    """Return what makes the search of ``cfg.search``.
 
     Args:
-        module: the module whose model and loss stage get the weights.
-        path: a checkpoint of ``transducer-train``.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a checkpoint, or no weight matches.
+        cfg: an option of the group ``search``.
+        max_symbols_per_frame: for a search whose own is null.
     """
-    from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
+    from hydra.utils import instantiate
 
-    checkpoint = load_checkpoint(path)
-    own, other = module.state_dict(), checkpoint["state_dict"]
-    fitting = {
-        name: value
-        for name, value in other.items()
-        if name in own and own[name].shape == value.shape
-    }
-    if not fitting:
-        raise ValueError(f"{path}: no weight has the name and size of one of this model")
-    module.load_state_dict(fitting, strict=False)
-    symbols = checkpoint[CHECKPOINT_KEY]["symbols"]
-    if symbols != list(module.tokenizer.symbols):
-        logger.warning("the symbols of %s are not those of this model: %s", path, symbols)
-    logger.info("%d of %d weights taken over from %s", len(fitting), len(own), path)
-    for what, names in (
-        ("not in the checkpoint, or of another size", sorted(own.keys() - fitting.keys())),
-        ("in the checkpoint, but not used", sorted(other.keys() - fitting.keys())),
-    ):
-        if names:
-            logger.warning("%s: %s", what, ", ".join(names))
+    if cfg.get("max_symbols_per_frame", 0) is None:
+        cfg.max_symbols_per_frame = max_symbols_per_frame
+    return instantiate(cfg, _convert_="all")
 
 
 def _refuse_processes_in_sweep(trainer: Trainer) -> None:
@@ -242,6 +259,27 @@ def _refuse_processes_in_sweep(trainer: Trainer) -> None:
         )
 
 
+def _log_options(trainer: Trainer, config: dict[str, Any]) -> None:
+    """Give the options to the loggers: hparams.yaml, and the table of TensorBoard."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from torch.utils.tensorboard.summary import hparams
+
+    from transducer_toolkit.cli import changes
+
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    options = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in changes.flattened(config).items()
+    }
+    for sink in trainer.loggers:
+        sink.log_hyperparams(options)
+        if isinstance(sink, TensorBoardLogger):
+            # Lightning would log a value of each metric at step 0.
+            for summary in hparams(options, dict.fromkeys(VALIDATION_METRICS, 0.0)):
+                sink.experiment._get_file_writer().add_summary(summary)
+
+
 def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
     """Return the callback that keeps the best checkpoint, or None."""
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -252,11 +290,17 @@ def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
 
 def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) -> None:
     """Print results and paths; write the results to results.json."""
-    from transducer_toolkit.cli.output import print_word_errors, write_transcripts
+    from transducer_toolkit.cli.output import (
+        print_unwritable,
+        print_word_errors,
+        write_transcripts,
+    )
 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     report["test_wer"] = {name: errors.wer for name, errors in module.test_errors.items()}
+    cers = {name: errors.cer for name, errors in module.test_character_errors.items()}
+    report["test_cer"] = cers
     report["symbol_delay_ms"] = {
         name: delay and {"mean": delay.mean_ms, "median": delay.median_ms, "words": delay.num_words}
         for name, delay in module.test_symbol_delays.items()
@@ -264,25 +308,65 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
     (run_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     if module.test_errors:
         write_transcripts(run_dir / "transcripts", module.test_transcripts)
-        print_word_errors(module.test_errors, module.test_symbol_delays)
-    print(
-        f"{report['optimizer_steps']} steps in {report['training_s']:.0f} s, "
-        f"{1000 * report['seconds_per_step']:.0f} ms a step"
-    )
-    checkpoint = getattr(_best_checkpoints(trainer), "best_model_path", "")
-    found = {
-        "checkpoint": Path(checkpoint) if checkpoint else None,
+        print_word_errors(
+            module.test_errors, module.test_character_errors, module.test_symbol_delays
+        )
+        print_unwritable(module.test_transcripts, module.tokenizer, module.normalize)
+    steps, seconds = report["optimizer_steps_of_this_run"], report["training_s_of_this_run"]
+    line = f"{steps} steps in {seconds:.0f} s, {1000 * report['seconds_per_step']:.0f} ms a step"
+    if steps != report["optimizer_steps"]:
+        line += f"; {report['optimizer_steps']} steps in {report['training_s']:.0f} s in all"
+    print(line)
+    best, last = getattr(_best_checkpoints(trainer), "best_model_path", ""), _last(trainer)
+    paths = {
+        "best": Path(best) if best else None,
+        "last": Path(last.path) if last else None,
         "pictures": run_dir / "pictures",
         "transcripts": run_dir / "transcripts",
         "metrics": run_dir / "metrics",
         "results": run_dir / "results.json",
     }
+    found = {name: path for name, path in paths.items() if path is not None and path.exists()}
     for name, path in found.items():
-        if path is not None and path.exists():
-            print(f"{name:12s} {_relative(path)}")
-    if checkpoint:
-        command = f"transducer-transcribe --checkpoint {_relative(Path(checkpoint))}"
-        print(f"\ntry it:  {command} FILE.wav")
+        print(f"{name:12s} {_relative(path)}")
+    checkpoint = found.get("best") or found.get("last")
+    if checkpoint is not None:
+        shown = shlex.quote(str(_relative(checkpoint)))
+        print(f"\ntry it:  transducer-transcribe --checkpoint {shown} FILE.wav")
+
+
+def _how_to_go_on(trainer: Trainer, ckpt_path: str | None) -> str | None:
+    """Return the last line of the output: the newest checkpoint, and how to go on from it."""
+    from lightning.pytorch.callbacks import Timer
+
+    last = _last(trainer)
+    if last is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    if last.saved_step is not None:
+        path, what = _relative(Path(last.path)), f"step {last.saved_step} is saved in"
+    elif ckpt_path is not None:
+        path, what = _relative(Path(ckpt_path)), "no step was trained since"
+    else:
+        return "no step was trained, so there is no checkpoint"
+    limit = ""
+    if trainer.state.finished:  # type: ignore[attr-defined]
+        is_reached = {
+            "max_steps": trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps,
+            "max_epochs": trainer.max_epochs not in (None, -1)
+            and trainer.current_epoch >= trainer.max_epochs,
+            "max_time": any(isinstance(it, Timer) for it in trainer.callbacks),
+        }
+        reached = [name for name, is_it in is_reached.items() if is_it][:1]
+        limit = "".join(f" and a larger trainer.{name}" for name in reached)
+    option = shlex.quote(f"ckpt_path={path}")
+    return f"{what} {path}; to go on, repeat the command with {option}{limit}"
+
+
+def _last(trainer: Trainer) -> Any:
+    """Return the callback that writes the last checkpoint, or None."""
+    from transducer_toolkit.training.checkpoints import LastCheckpoint
+
+    return next((it for it in trainer.checkpoint_callbacks if isinstance(it, LastCheckpoint)), None)
 
 
 def _relative(path: Path) -> Path:

@@ -42,8 +42,9 @@ def rnnt_loss(
         fused_log_softmax: False if logits are log-probabilities already.
 
     Returns:
-        The loss in nats, (B,) for "none" and a scalar otherwise, with the dtype of logits as in
-        torchaudio.
+        The loss in nats, (B,) for "none" and a scalar otherwise; float64 for float64 logits, else
+        float32. torchaudio rounds the loss of float16 logits to float16, whose sums overflow at
+        65504, except under its own autocast.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`~transducer_toolkit.transducer_loss`.
@@ -58,7 +59,7 @@ def rnnt_loss(
     check_flag(fused_log_softmax, "fused_log_softmax")
     if logits.dim() != 4:
         raise ValueError(f"logits: expected shape (B, T, U + 1, V), got {tuple(logits.shape)}")
-    loss = transducer_loss(
+    return transducer_loss(
         logits,
         targets,
         logit_lengths,
@@ -68,7 +69,6 @@ def rnnt_loss(
         reduction=reduction,
         clamp=clamp,
     )
-    return loss.to(logits.dtype)
 
 
 class RNNTLoss(nn.Module):

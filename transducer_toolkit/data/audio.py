@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 
 import numpy as np
 import soundfile
@@ -22,8 +21,6 @@ __all__ = ["SAMPLE_RATE", "audio_duration_s", "open_audio", "read_audio", "resam
 SAMPLE_RATE = 16000
 MAX_SAMPLE_RATE = 1_000_000
 MAX_SAMPLES = 2**53  # libsndfile reports more if a file does not announce its length
-# Bound on numerator and denominator of a ratio of rates: memory grows with their product.
-MAX_RATIO_TERM = 1000
 # A manifest's duration may be rounded, and players disagree about the padding of an MP3 file.
 MAX_MISSING_S = 0.1
 MAX_MISSING_SHARE = 0.1  # of the requested part
@@ -169,7 +166,7 @@ def open_audio(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
     """
     check_audio_path(path)
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_native(path)) as file:
             if file.frames >= MAX_SAMPLES:
                 raise ValueError(
                     f"{os.fspath(path)} does not announce its length: convert it to a WAV file"
@@ -179,10 +176,20 @@ def open_audio(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
                 return
             num_samples = file.frames
         content = correct_header(path, num_samples=num_samples)
-        with _SequentialFile(path if content is None else io.BytesIO(content)) as file:
+        with _SequentialFile(_native(path) if content is None else io.BytesIO(content)) as file:
             yield file
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, such as .raw
         raise ValueError(f"{os.fspath(path)} cannot be read as audio: {error}") from error
+
+
+def _native(path: str | os.PathLike[str]) -> str | bytes:
+    """Return a path for soundfile, which cannot encode the name of a file that is not UTF-8."""
+    text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text)
+    return text
 
 
 def audio_duration_s(path: str | os.PathLike[str]) -> float:
@@ -226,18 +233,16 @@ def check_all_read(path: str | os.PathLike[str], num_read: int, num_announced: i
 
 
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """Resample ``(num_samples,)`` by windowed-sinc interpolation; equal rates return the input.
-
-    A ratio of large numbers, such as 44101 to 16000, is replaced by the nearest ratio of numbers up
-    to 1000, which is at most 0.05 % off: the exact ratio would take gigabytes.
+    """Resample audio with soxr, in its high quality; equal rates return the input.
 
     Args:
-        waveform: float tensor ``(num_samples,)``.
+        waveform: float32 or float64 tensor ``(num_samples,)`` or ``(channels, num_samples)``;
+            resampled on the CPU.
         from_rate: sample rate of ``waveform``, Hz. Only the ratio of the rates matters.
         to_rate: sample rate of the result, Hz.
 
     Returns:
-        Tensor ``(ceil(num_samples * to_rate / from_rate),)`` of the same dtype and device.
+        Tensor ``(..., ceil(num_samples * to_rate / from_rate))`` of the same dtype and device.
 
     Raises:
         ValueError: a rate is not in [1, 1,000,000].
@@ -253,13 +258,14 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
             raise ValueError(
                 f"{name}: expected a sample rate of 1 to {MAX_SAMPLE_RATE} Hz, got {rate}"
             )
-    from torchaudio.functional import resample as torchaudio_resample  # slow import, seldom used
+    import soxr
 
-    ratio = Fraction(from_rate, to_rate)
-    if ratio.numerator * ratio.denominator > MAX_RATIO_TERM**2:
-        below_1 = min(ratio, 1 / ratio).limit_denominator(MAX_RATIO_TERM)
-        ratio = below_1 if ratio < 1 else 1 / below_1
-    return torchaudio_resample(waveform, ratio.numerator, ratio.denominator)
+    samples = waveform.cpu().numpy().T  # soxr has the channels last
+    resampled = torch.from_numpy(soxr.resample(samples, from_rate, to_rate).T)
+    num_samples = -(-waveform.size(-1) * to_rate // from_rate)  # soxr rounds to the nearest number
+    missing = num_samples - resampled.size(-1)
+    resampled = torch.nn.functional.pad(resampled, (0, missing))  # or cut, if negative
+    return resampled.contiguous().to(waveform.device)
 
 
 def check_audio_path(path: str | os.PathLike[str]) -> None:

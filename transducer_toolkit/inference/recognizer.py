@@ -7,7 +7,6 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,15 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
-from transducer_toolkit.inference.long_audio import Transcription, transcribe_file
-from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
+from transducer_toolkit.inference.long_audio import (
+    AudioSource,
+    Transcription,
+    channels_of,
+    transcribe_file,
+    transcribe_files,
+)
+from transducer_toolkit.inference.pretrained import local_checkpoint
+from transducer_toolkit.inference.trust import all_trusted, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.native import SUPPORTED_DTYPES
@@ -62,6 +68,13 @@ def recognizer_recipe(
         "max_symbols_per_frame": max_symbols_per_frame,
         "topology": topology,
     }
+
+
+def recipe_tokenizer(recipe: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of :func:`recognizer_recipe`."""
+    # The first checkpoints have no "tokenizer"; all were of characters.
+    state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
+    return tokenizer_from_state(state)
 
 
 class Recognizer:
@@ -108,27 +121,29 @@ class Recognizer:
         path: str | os.PathLike[str],
         *,
         device: torch.device | str = "cpu",
-        trusted_packages: Sequence[str] = TRUSTED_PACKAGES,
+        trusted_packages: Sequence[str] = (),
         search: Callable[..., Search] | None = None,
     ) -> Recognizer:
         """Restore a recognizer from a checkpoint of ``transducer-train``.
 
         The file is read with ``weights_only=True``. It names the classes of its model, and only
-        classes of ``trusted_packages`` are instantiated, so an unknown checkpoint cannot run code.
+        classes of ``transducer_toolkit.modules`` and ``trusted_packages`` are instantiated, so an
+        unknown checkpoint cannot run code.
 
         Args:
-            path: path of the checkpoint.
+            path: the file, or an address as in :meth:`from_pretrained`.
             device: device of the model.
-            trusted_packages: packages of the model's classes; add yours if it defines some.
+            trusted_packages: more packages whose classes may be instantiated, such as yours.
             search: as for the class.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is not such a checkpoint, or names a class of another package.
         """
+        trusted = all_trusted(trusted_packages)
         checkpoint = load_checkpoint(path)
         recipe = checkpoint[CHECKPOINT_KEY]
-        check_model_config(recipe["model"], trusted_packages, path)
+        check_model_config(recipe["model"], trusted, path)
         try:
             recognizer = cls._restored(recipe, checkpoint["state_dict"], search)
         except Exception as error:  # a wrong recipe can raise any error in the classes it names
@@ -142,6 +157,29 @@ class Recognizer:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
         return recognizer
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, sha256: str | None = None, **options: Any
+    ) -> Recognizer:
+        """Restore a recognizer from a file or from an address, which is downloaded once.
+
+        Args:
+            name: a path, or an address ``https://host/file.ckpt#sha256=...``.
+            sha256: the file's SHA-256, for an address without one.
+            options: as in :meth:`from_checkpoint`.
+
+        Raises:
+            ValueError: if the file has another SHA-256, an address has none, or as in
+                :meth:`from_checkpoint`.
+            ConnectionError: if the file cannot be downloaded.
+            FileNotFoundError: if there is no file at the path.
+
+        Example:
+            >>> Recognizer.from_pretrained("digits.ckpt", sha256="0f4c...")  # doctest: +SKIP
+        """
+        path = local_checkpoint(name, sha256=sha256, show_progress=True)
+        return cls.from_checkpoint(path, **options)
 
     @classmethod
     def _restored(
@@ -158,9 +196,7 @@ class Recognizer:
             if name.startswith("model.")
         }
         model.load_state_dict(own)
-        # The first checkpoints have no "tokenizer"; all were of characters.
-        state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
-        tokenizer = tokenizer_from_state(state)
+        tokenizer = recipe_tokenizer(recipe)
         if (tokenizer.vocab_size, tokenizer.blank) != (model.vocab_size, model.blank):
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} symbols and blank {tokenizer.blank}, "
@@ -174,6 +210,11 @@ class Recognizer:
             topology=recipe.get("topology", "regular"),  # absent in the first checkpoints
             search=search,
         )
+
+    @property
+    def frame_s(self) -> float:
+        """Duration of an encoder frame, seconds."""
+        return encoder_frame_s(self.model.encoder)
 
     @torch.inference_mode()
     def recognize(self, waveforms: Sequence[Tensor]) -> list[Hypothesis]:
@@ -199,6 +240,7 @@ class Recognizer:
         device = next(self.model.parameters()).device
         padded = pad_sequence(features, batch_first=True).to(device)
         encoder_out, encoder_lengths = self.model.encoder(padded, lengths)
+        self.model.encoder.check_output(lengths, encoder_out, encoder_lengths)
         return self.search(encoder_out, encoder_lengths)
 
     def recognize_words(self, waveforms: Sequence[Tensor]) -> list[list[RecognizedWord]]:
@@ -213,9 +255,8 @@ class Recognizer:
         Returns:
             The words of each waveform.
         """
-        frame_s = encoder_frame_s(self.model.encoder)
         return [
-            recognized_words(hypothesis, self.tokenizer, frame_s)
+            recognized_words(hypothesis, self.tokenizer, self.frame_s)
             for hypothesis in self.recognize(waveforms)
         ]
 
@@ -228,25 +269,47 @@ class Recognizer:
 
         Args:
             path: any format that soundfile reads, any sample rate, any number of channels.
-            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`.
+            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`,
+                such as ``channel=0`` or ``cut="windows"``.
         """
         return transcribe_file(self, path, **options)
+
+    def transcribe_channels(
+        self, path: str | os.PathLike[str], **options: Any
+    ) -> list[Transcription]:
+        """Transcribe each channel of an audio file separately.
+
+        Args:
+            path: as for :meth:`transcribe_file`.
+            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_files`.
+
+        Returns:
+            One transcription per channel, in order.
+        """
+        sources = [AudioSource(path, channel) for channel in channels_of(path)]
+        found = []
+        for _, result in transcribe_files(self, sources, **options):
+            if isinstance(result, Exception):
+                raise result
+            found.append(result)
+        return found
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint of ``transducer-train`` without running code from it.
 
     Args:
-        path: the file.
+        path: the file, or an address as in :meth:`Recognizer.from_pretrained`.
 
     Returns:
         Its content, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ConnectionError: if it cannot be downloaded.
         ValueError: if it is not such a checkpoint, or damaged.
     """
-    path = Path(path)
+    path = local_checkpoint(path, show_progress=True)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not zipfile.is_zipfile(path):
@@ -280,6 +343,28 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name, value in weights.items():
         _check_weight(value, f"{path}: its weight {name}")
     return checkpoint
+
+
+def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
+    """Return the tokenizer of a checkpoint, for a training that starts with its weights.
+
+    Args:
+        path: a checkpoint of ``transducer-train``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a checkpoint, or ``path`` is None.
+
+    Example:
+        >>> tokenizer_from_checkpoint("best.ckpt").encode("no")  # doctest: +SKIP
+        [1, 2]
+    """
+    if path is None:
+        raise ValueError(
+            "data/tokenizer=checkpoint: expected a checkpoint, got null; set "
+            "init_from=CHECKPOINT, or data.tokenizer.path=CHECKPOINT"
+        )
+    return recipe_tokenizer(load_checkpoint(path)[CHECKPOINT_KEY])
 
 
 def _check_weight(value: Tensor, what: str) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.fused_joiner import FusedInputs, fused_loss
-from transducer_toolkit.ops.lattice import LatticeShape, check_shape
+from transducer_toolkit.ops.joint_tiles import autocast
+from transducer_toolkit.ops.lattice import LatticeShape, check_shape, refuse_tracing
 from transducer_toolkit.ops.options import FusedOptions
 
 
@@ -163,8 +164,10 @@ def fused_joiner_loss(
 
     Args:
         enc: (B, T, D) encoder frames in joiner width, float16, bfloat16, float32 or float64; T is
-            at least the longest logit length. Autocast casts it.
-        pred: (B, U + 1, D) predictor outputs in joiner width, dtype and device of enc.
+            at least the longest logit length. Autocast casts enc, pred, and a 16-bit weight and
+            bias, as it casts the inputs of a matrix product.
+        pred: (B, U + 1, D) predictor outputs in joiner width, dtype (after autocast) and device of
+            enc.
         weight: (V, D) of the output layer, dtype of enc, or float32 with 16-bit enc.
         bias: (V,) of the output layer, dtype as weight, or None.
         targets: (B, U) int32 or int64 labels in [0, V) other than blank. Padding may hold any
@@ -194,12 +197,14 @@ def fused_joiner_loss(
         precision: "auto" computes cells that matter little in bfloat16, if the inputs are float32,
             the logits of the batch take more than 16 MiB (128 MiB on a GPU), the weight has at
             least 2**14 elements, and the processor has instructions for bfloat16 products (AVX-512
-            BF16; a GPU of compute capability 8.0). "full" never does. float64 and 16-bit tensors
+            BF16; a GPU of compute capability 8.0, where a product of all cells must have 2**40
+            operations and TF32 be off). "full" never does. float64 and 16-bit tensors
             are always computed in their own precision, and so are CUDA graphs.
         shape: the lattices, with the same lengths. With it, the lengths stay on the CPU, and
-            ``torch.compile(fullgraph=True)`` works. After ``shape.to(device)`` nothing is copied to
-            the device, and the loss and its gradient can be captured in a CUDA graph. Backward
-            visits every cell in a capture, because it may not wait for the number of kept cells.
+            ``torch.compile(fullgraph=True)`` works; without it, that raises an error. After
+            ``shape.to(device)`` nothing is copied to the device, and the loss and its gradient can
+            be captured in a CUDA graph. Backward visits every cell in a capture, because it may not
+            wait for the number of kept cells.
         validate: as in :func:`~transducer_toolkit.transducer_loss`, but lengths are always checked,
             because they decide how much memory is needed.
         return_kept: also return the fraction of cells that backward visits.
@@ -248,7 +253,12 @@ def fused_joiner_loss(
     checks.check_flag(return_parts, "return_parts")
     if return_kept and return_parts:
         raise ValueError("return_parts: expected False with return_kept: the parts include kept")
-    joint = enc, pred, weight, bias, targets
+    if shape is None:
+        refuse_tracing(
+            "pass shape=LatticeShape.from_lengths(logit_lengths, target_lengths), made outside of "
+            "the compiled function"
+        )
+    joint = *_autocast(enc, pred, weight, bias), targets
     _check_inputs(FusedInputs(*joint, logit_lengths, target_lengths, ranges), blank)
     check_shape(shape, targets.size(0))
     if shape is None:
@@ -356,33 +366,35 @@ class FusedJoinerLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def _autocast(
+    enc: Tensor, pred: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Casts the inputs of a joiner's output layer; a float32 weight and bias stay float32.
+
+    The tiles cast them, so that their gradients are float32.
+    """
+
+    def cast(tensor: Tensor, name: str, keeps: tuple[torch.dtype, ...] = ()) -> Tensor:
+        checks.check_tensor(tensor, name)
+        return tensor if tensor.dtype in keeps else autocast(tensor)
+
+    keeps = (torch.float32,)
+    return (
+        cast(enc, "enc"),
+        cast(pred, "pred"),
+        cast(weight, "weight", keeps),
+        None if bias is None else cast(bias, "bias", keeps),
+    )
+
+
 def _check_inputs(inputs: FusedInputs, blank: int) -> None:
     enc, pred, weight, bias, targets, logit_lengths, target_lengths, ranges, _ = inputs
     checks.check_joint(enc, pred)
-    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        checks.check_tensor(tensor, name)
-        # torch 2.4 cannot trace hasattr.
-        if not torch.compiler.is_compiling() and hasattr(tensor, "placements"):
-            raise TypeError(
-                f"{name}: expected a whole tensor, got a sharded one (DTensor): call the loss "
-                "inside of the module that owns it, where FSDP has gathered it, or pass "
-                f"{name}.full_tensor()"
-            )
-        allowed = (torch.float32,) if enc.dtype in native.SIXTEEN_BIT else ()
-        checks.check_dtype(tensor, name, (enc.dtype, *allowed))
-        if tensor.device != enc.device:
-            raise ValueError(
-                f"{name}: expected device {enc.device}, that of enc, got {tensor.device}"
-            )
-    if weight.dim() != 2 or weight.size(1) != enc.size(2):
-        raise ValueError(
-            f"weight: expected shape (V, {enc.size(2)}), D from enc, got {tuple(weight.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (weight.size(0),):
-        raise ValueError(
-            f"bias: expected shape ({weight.size(0)},), V from weight, got {tuple(bias.shape)}"
-        )
+    checks.check_output_layer(weight, bias, enc)
+    allowed = (torch.float32,) if enc.dtype in native.SIXTEEN_BIT else ()
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            checks.check_dtype(tensor, name, (enc.dtype, *allowed))
     checks.check_targets_and_lengths(targets, logit_lengths, target_lengths, enc.device)
     if (targets.size(0), targets.size(1) + 1) != tuple(pred.shape[:2]):
         raise ValueError(

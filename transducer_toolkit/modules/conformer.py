@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transducer_toolkit.modules.encoder import FrontEndEncoder
 from transducer_toolkit.modules.encoder_frontend import frame_mask
 from transducer_toolkit.ops.checks import check_at_least, check_int
+from transducer_toolkit.optional import import_torchaudio
 
 
 class ConformerEncoder(FrontEndEncoder):
@@ -73,13 +74,7 @@ class ConformerEncoder(FrontEndEncoder):
         check_int(kernel_size, "kernel_size")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        try:
-            from torchaudio.models import Conformer
-        except (ImportError, OSError) as error:
-            raise ImportError(
-                "ConformerEncoder needs a torchaudio that fits the installed torch "
-                f"({error}); the extra 'train' pins such a pair"
-            ) from error
+        models = import_torchaudio("models", "ConformerEncoder")
         super().__init__(
             num_features=num_features,
             conv_channels=conv_channels,
@@ -88,7 +83,7 @@ class ConformerEncoder(FrontEndEncoder):
             normalization=normalization,
             subsampling_factor=subsampling_factor,
         )
-        self.layers = Conformer(
+        self.layers = models.Conformer(
             hidden_dim,
             num_heads,
             feedforward_dim or 4 * hidden_dim,

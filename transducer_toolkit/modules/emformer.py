@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transducer_toolkit.modules.encoder import StreamingEncoder
 from transducer_toolkit.modules.encoder_frontend import frame_mask
 from transducer_toolkit.ops.checks import check_at_least, check_int
+from transducer_toolkit.optional import import_torchaudio
 
 
 class EmformerEncoder(StreamingEncoder):
@@ -68,8 +69,7 @@ class EmformerEncoder(StreamingEncoder):
         normalization: str = "global",
         subsampling_factor: int = 4,
     ) -> None:
-        from torchaudio.models import Emformer  # late: other encoders do not need torchaudio
-
+        models = import_torchaudio("models", "EmformerEncoder")
         check_at_least(1, dim=dim, num_heads=num_heads, ffn_dim=ffn_dim, num_layers=num_layers)
         for name, value in (
             ("segment_length", segment_length),
@@ -95,7 +95,7 @@ class EmformerEncoder(StreamingEncoder):
         )
         self.segment_length = segment_length
         self.right_context = right_context
-        self.emformer = Emformer(
+        self.emformer = models.Emformer(
             dim,
             num_heads,
             ffn_dim,

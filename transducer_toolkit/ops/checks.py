@@ -137,6 +137,43 @@ def check_joint(enc: Tensor, pred: Tensor) -> None:
         )
 
 
+def check_output_layer(weight: Tensor, bias: Tensor | None, enc: Tensor) -> None:
+    """Checks types, devices and shapes of the output layer of a joiner; dtypes only for kind.
+
+    Args:
+        weight: expected to be (V, D) of a floating dtype.
+        bias: expected to be (V,) of a floating dtype, or None.
+        enc: (B, T, D), which has passed its own checks.
+
+    Raises:
+        TypeError: if one of them is not a whole, dense tensor of a floating dtype.
+        ValueError: if the shapes or the devices do not match.
+    """
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
+        check_tensor(tensor, name)
+        # torch 2.4 cannot trace hasattr.
+        if not torch.compiler.is_compiling() and hasattr(tensor, "placements"):
+            raise TypeError(
+                f"{name}: expected a whole tensor, got a sharded one (DTensor): compute inside of "
+                f"the module that owns it, where FSDP has gathered it, or pass {name}.full_tensor()"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.device != enc.device:
+            raise ValueError(
+                f"{name}: expected device {enc.device}, that of enc, got {tensor.device}"
+            )
+    if weight.dim() != 2 or weight.size(1) != enc.size(2):
+        raise ValueError(
+            f"weight: expected shape (V, {enc.size(2)}), D from enc, got {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.size(0),):
+        raise ValueError(
+            f"bias: expected shape ({weight.size(0)},), V from weight, got {tuple(bias.shape)}"
+        )
+
+
 def check_ranges(
     ranges: Tensor | None, num_utterances: int, num_frames: int, device: torch.device
 ) -> None:

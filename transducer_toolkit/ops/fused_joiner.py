@@ -14,7 +14,6 @@ from transducer_toolkit.ops.joint_tiles import (
     JointTiles,
     JointWeights,
     are_logits_few,
-    autocast,
     padded_vocab_size,
 )
 from transducer_toolkit.ops.lattice import Band, CellScores, LatticeBatch, Lengths
@@ -122,7 +121,7 @@ def fused_loss(
         with_uses: the caller wants the counts.
     """
     weight, bias = inputs.weight, inputs.bias
-    enc, pred = autocast(inputs.enc), autocast(inputs.pred)
+    enc, pred = inputs.enc, inputs.pred
     with_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (enc, pred, weight, bias)
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transducer_toolkit.ops import native, stages
-from transducer_toolkit.ops.checks import check_tensor
+from transducer_toolkit.ops.checks import check_output_layer, check_tensor
 from transducer_toolkit.ops.joint_tiles import JointTiles, JointWeights, autocast
 from transducer_toolkit.ops.lattice import LatticeBatch, LatticeShape, Lengths
 from transducer_toolkit.ops.registration import Backward, Derivative, Operator
@@ -26,6 +26,7 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
 
     Args:
         enc: (B, T, D) float16, bfloat16, float32 or float64; T is at least ``shape.max_frames``.
+            If the dtypes of enc and pred differ, autocast casts both.
         pred: (B, U + 1, D), same dtype and device; U is at least ``shape.max_targets``.
         shape: the lattices of the batch.
         activation: "tanh", "relu", "gelu", "silu" or "identity".
@@ -44,6 +45,8 @@ def join(enc: Tensor, pred: Tensor, shape: LatticeShape, *, activation: str = "t
         >>> join(torch.ones(2, 2, 3), torch.ones(2, 2, 3), shape, activation="identity").sum()
         tensor(36.)
     """
+    if torch.is_tensor(enc) and torch.is_tensor(pred) and enc.dtype != pred.dtype:
+        enc, pred = autocast(enc), autocast(pred)
     _check(enc, pred, shape, activation)
     native.require_supported_device(enc.device)
     inputs = JoinInputs(
@@ -70,8 +73,9 @@ def joiner_logits(
 
     Args:
         enc: (B, T, D) float16, bfloat16, float32 or float64; T is at least ``shape.max_frames``.
-            Autocast casts it.
-        pred: (B, U + 1, D), same dtype and device; U is at least ``shape.max_targets``.
+            Autocast casts enc and pred.
+        pred: (B, U + 1, D), same dtype (after autocast) and device; U is at least
+            ``shape.max_targets``.
         weight: (V, D) of any floating dtype; cast to the dtype of enc.
         bias: (V,) of any floating dtype, or None; cast to the dtype of enc.
         shape: the lattices of the batch.
@@ -91,27 +95,11 @@ def joiner_logits(
         >>> joiner_logits(enc, pred, torch.ones(7, 3), None, shape).shape
         torch.Size([6, 7])
     """
+    if torch.is_tensor(enc) and torch.is_tensor(pred):
+        enc, pred = autocast(enc), autocast(pred)
     _check(enc, pred, shape, activation)
-    check_tensor(weight, "weight")
-    if bias is not None:
-        check_tensor(bias, "bias")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor is not None and tensor.device != enc.device:
-            raise ValueError(
-                f"{name}: expected device {enc.device}, that of enc, got {tensor.device}"
-            )
-    if weight.dim() != 2 or weight.size(1) != enc.size(2):
-        raise ValueError(
-            f"weight: expected shape (V, {enc.size(2)}), D from enc, got {tuple(weight.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (weight.size(0),):
-        raise ValueError(
-            f"bias: expected shape ({weight.size(0)},), V from weight, got {tuple(bias.shape)}"
-        )
+    check_output_layer(weight, bias, enc)
     native.require_supported_device(enc.device)
-    enc, pred = autocast(enc), autocast(pred)
     inputs = LogitsInputs(
         enc.contiguous(),
         pred.contiguous(),

@@ -25,8 +25,8 @@ from transducer_toolkit.ops.stages import Joint
 # V = 5000), and other sizes were slower. A GPU needs more rows to be busy, and launches several
 # kernels for each tile.
 TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 512 * 2**20}
-# The same beside other large buffers, such as all logits that forward keeps. Smaller tiles are faster on the CPU, because the
-# hidden layer stays in the cache.
+# The same beside other large buffers, such as all logits that forward keeps. Smaller tiles are
+# faster on the CPU, because the hidden layer stays in the cache.
 TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 # A tile takes at most this fraction of a GPU's memory: 128 MiB of 8 GiB.
 TILE_SHARE_OF_DEVICE = 1 / 64
@@ -106,9 +106,16 @@ def _mm_to_float32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def autocast(tensor: Tensor) -> Tensor:
-    """Casts a tensor as autocast casts the inputs of a matrix product. float64 stays float64."""
+    """Casts a tensor as autocast casts the inputs of a matrix product.
+
+    torch casts float16, bfloat16 and float32, and leaves float64 and integers as they are.
+    """
     device_type = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if (
+        tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+        and torch.is_autocast_enabled(device_type)
+    ):
         return tensor.to(torch.get_autocast_dtype(device_type))
     return tensor
 

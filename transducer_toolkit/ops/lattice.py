@@ -93,6 +93,8 @@ class LatticeShape:
             TypeError: if the lengths are not integers.
             ValueError: if the lengths are empty, differ in number, or are out of range.
         """
+        if isinstance(logit_lengths, Tensor) or isinstance(target_lengths, Tensor):
+            refuse_tracing("make the LatticeShape outside of the compiled function")
         frames = _lengths(logit_lengths, "logit_lengths", minimum=1)
         targets = _lengths(target_lengths, "target_lengths", minimum=0)
         if frames.numel() != targets.numel():
@@ -222,6 +224,20 @@ def check_shape(shape: object, num_utterances: int) -> None:
     if shape.num_utterances != num_utterances:
         raise ValueError(
             f"shape: expected {num_utterances} utterances, B of targets, got {shape.num_utterances}"
+        )
+
+
+def refuse_tracing(remedy: str) -> None:
+    """Raises a ValueError while torch.compile traces: sizes must not come from lengths then.
+
+    With ``fullgraph=False``, torch breaks the graph at the error and runs the call without it.
+
+    Args:
+        remedy: what to do, for the message.
+    """
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"shape: torch.compile(fullgraph=True) cannot read tensors of lengths: {remedy}"
         )
 
 

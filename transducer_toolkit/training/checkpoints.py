@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic checkpoints, written at intervals and when a signal ends the training."""
+"""Atomic checkpoints, and the last checkpoint of a training, whatever ends it."""
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import os
 import pickle
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,9 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
 
 from transducer_toolkit.inference.trust import check_archive
 from transducer_toolkit.ops.checks import check_number
@@ -107,34 +112,41 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` after each validation, at intervals, and on SIGTERM.
+    """Writes ``last.ckpt`` after each validation, at intervals, and when the training ends.
 
     ``ModelCheckpoint(save_last=True)`` writes the file only if the validation was the best so far.
 
     Between validations, the file is written after an optimizer step, once all processes agree. It
     is not written if a validation follows the step, because a resumed training would skip that
-    validation. List this callback after ``ModelCheckpoint``, whose best score is part of the
-    checkpoint.
+    validation. List this callback after the one that keeps the best checkpoint, whose best score
+    is part of the last checkpoint.
 
-    After a signal, the current step is finished and the checkpoint is saved. Then:
+    The last checkpoint contains the last optimizer step, whatever ends the training:
 
-    - after SIGTERM, the process ends with exit status 143;
-    - after SIGUSR1, the warning that ``sbatch --signal=SIGUSR1@120`` enables in Slurm, the job is
-      requeued;
-    - after SIGUSR2, the handler runs that was installed before, for example by submitit. Without
-      such a handler, SIGUSR2 is not handled.
+    - ``max_steps``, ``max_epochs``, ``max_time``, or another reason to stop. If it falls between
+      two accumulated batches, the step is finished first.
+    - SIGTERM and SIGINT (Ctrl-C): the current step is finished, then the process ends with exit
+      status 143 or 130. A second Ctrl-C raises ``KeyboardInterrupt`` at once.
+    - SIGUSR1, the warning that ``sbatch --signal=SIGUSR1@120`` enables in Slurm: the current step
+      is finished, then the job is requeued.
+    - SIGUSR2: the current step is finished, then the handler runs that was installed before, for
+      example by submitit. Without such a handler, SIGUSR2 is not handled.
+    - an exception: the checkpoint holds the weights and the position after the last complete step.
+      It is not written if the optimizer was interrupted in the middle of a step, or if a strategy
+      shards the weights, because the other processes may not take part.
 
     Args:
         path: file to write.
         every_minutes: minutes between two checkpoints, or None.
         every_n_steps: optimizer steps between two checkpoints, or None.
 
+    Attributes:
+        saved_step: optimizer step of the newest checkpoint that this run wrote; None before.
+
     Raises:
         TypeError: if an interval is not a number.
         ValueError: if an interval is not positive.
     """
-
-    EXIT_STATUS = 128 + signal.SIGTERM
 
     def __init__(
         self, path: str, *, every_minutes: float | None = None, every_n_steps: int | None = None
@@ -148,9 +160,13 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every_s = None if every_minutes is None else 60 * every_minutes
         self.every_n_steps = every_n_steps
+        self.saved_step: int | None = None
         self._saved_at_s = 0.0
         self._saved_at_step = 0
         self._step = 0  # trainer.global_step after the previous batch
+        self._position: dict[str, Any] = {}  # entries of a checkpoint, after the previous step
+        self._stepping_from = -1  # trainer.global_step before the newest call of the optimizer
+        self._stops = False  # whether the training stops after the current step
         self._received = 0  # number of the signal, 0 for none
         self._previous: dict[int, Any] = {}  # the replaced handlers, by signal number
 
@@ -160,7 +176,7 @@ class LastCheckpoint(Checkpoint):
         self._received = 0
         # Not earlier: Lightning installs its handlers just before this call and removes them at
         # the end. Its handlers communicate or save in the middle of a step.
-        signals = [signal.SIGTERM]
+        signals = [signal.SIGTERM, signal.SIGINT]
         environment = _cluster_environment(trainer)
         # With one device, Lightning sets no cluster environment.
         if environment is None and SLURMEnvironment.detect():
@@ -174,13 +190,23 @@ class LastCheckpoint(Checkpoint):
         except ValueError:  # not the main thread
             self._previous = {}
 
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._stepping_from = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:
-            return  # still accumulating: a checkpoint holds no gradients
+        if trainer.global_step == self._step:  # still accumulating: a checkpoint holds no gradients
+            self._stops |= trainer.should_stop
+            trainer.should_stop = False
+            return
         self._step = trainer.global_step
+        self._position = _position(trainer)
+        trainer.should_stop |= self._stops
         received, is_due = self._agree(trainer)
+        is_due |= _ends(trainer) and not trainer.is_last_batch
         if (received or is_due) and not _validates_next(trainer, batch_idx):
             self._save(trainer)
             if received:
@@ -193,8 +219,29 @@ class LastCheckpoint(Checkpoint):
                 self._stop(trainer, received)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation:
-            self._save(trainer)
+        is_saved = self._saved_at_step == trainer.global_step
+        if trainer.is_last_batch:
+            if not trainer.enable_validation or (_ends(trainer) and not is_saved):
+                self._save(trainer)
+        elif not is_saved:  # stopped within the epoch
+            self._save_position(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self._step == self._saved_at_step or not trainer.is_global_zero:
+            return
+        if self._stepping_from == trainer.global_step:
+            logger.warning("stopped in the middle of step %d: it is not saved", self._step + 1)
+            return
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            return
+        try:
+            self._save_position(trainer)
+        except Exception as error:  # the first exception is the one to raise
+            logger.error("step %d could not be saved: %s", self._step, error)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
@@ -202,6 +249,12 @@ class LastCheckpoint(Checkpoint):
         self._previous = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._received:
+                raise KeyboardInterrupt
+            # In a thread: the signal may have interrupted another message.
+            said = "Ctrl-C: stopping after this step; press it again to stop at once"
+            threading.Thread(target=logger.warning, args=(said,)).start()
         self._received = number
 
     def _agree(self, trainer: Trainer) -> tuple[int, bool]:
@@ -222,6 +275,15 @@ class LastCheckpoint(Checkpoint):
             return
         trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_at_s, self._saved_at_step = time.monotonic(), trainer.global_step
+        self.saved_step = trainer.global_step
+
+    def _save_position(self, trainer: Trainer) -> None:
+        """Writes the checkpoint with the position after the previous optimizer step."""
+        # Not trainer.save_checkpoint: it waits for the other processes.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint.update(copy.deepcopy(self._position))
+        trainer.strategy.save_checkpoint(checkpoint, self.path)
+        self.saved_step = self._saved_at_step = self._step
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         name = signal.Signals(number).name
@@ -234,7 +296,7 @@ class LastCheckpoint(Checkpoint):
             # returns, and they sleep until Slurm ends them.
             previous(number, None)
             time.sleep(60)
-        elif number != signal.SIGTERM and trainer.is_global_zero:
+        elif number not in (signal.SIGTERM, signal.SIGINT) and trainer.is_global_zero:
             job = os.environ["SLURM_JOB_ID"]
             if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
                 job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -244,7 +306,33 @@ class LastCheckpoint(Checkpoint):
         # process kills the others at once, perhaps before they have finished.
         environment = _cluster_environment(trainer)
         started_here = environment is not None and not environment.creates_processes_externally
-        raise SystemExit(0 if started_here and trainer.local_rank > 0 else self.EXIT_STATUS)
+        status = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        raise SystemExit(0 if started_here and trainer.local_rank > 0 else status)
+
+
+def _position(trainer: Trainer) -> dict[str, Any]:
+    """Returns the entries of a checkpoint that say how far the training is."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    position = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+    }
+    if datamodule is not None:
+        position[type(datamodule).__qualname__] = datamodule.state_dict()
+    return copy.deepcopy(position)
+
+
+def _ends(trainer: Trainer) -> bool:
+    """Returns whether the training ends with this step, or with this epoch at its end."""
+    if trainer.should_stop:
+        return bool(trainer.fit_loop._can_stop_early)
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    is_last_epoch = trainer.max_epochs not in (None, -1) and (
+        trainer.current_epoch + 1 >= trainer.max_epochs
+    )
+    return bool(is_last_epoch and trainer.is_last_batch)
 
 
 def _cluster_environment(trainer: Trainer) -> Any:
@@ -255,8 +343,15 @@ def _validates_next(trainer: Trainer, batch_idx: int) -> bool:
     """Returns whether Lightning may validate after this batch."""
     if not trainer.enable_validation:
         return False
+    if trainer.is_last_batch:  # if no validation follows, on_train_epoch_end saves
+        return True
+    epochs = trainer.check_val_every_n_epoch
+    if epochs is not None and (trainer.current_epoch + 1) % epochs:
+        return False
+    if trainer.should_stop:  # Lightning validates before it stops
+        return bool(trainer.fit_loop._can_stop_early)
     # None: Lightning validates by time. Infinity: it validates at the end of an epoch.
     every = trainer.val_check_batch
     if trainer.check_val_every_n_epoch is None:
         batch_idx = trainer.fit_loop.total_batch_idx
-    return trainer.is_last_batch or (every is not None and (batch_idx + 1) % every == 0)
+    return every is not None and (batch_idx + 1) % every == 0

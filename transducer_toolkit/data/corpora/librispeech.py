@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import soundfile
-
+from transducer_toolkit.data.audio import audio_duration_s
 from transducer_toolkit.data.corpora.prepared import PreparedCorpus, write_sets
 from transducer_toolkit.data.manifest import Utterance
 from transducer_toolkit.ops.checks import check_flag
+from transducer_toolkit.optional import import_torchaudio
 
 __all__ = ["LibriSpeechCorpus"]
 
@@ -67,11 +67,10 @@ class LibriSpeechCorpus(PreparedCorpus):
     def prepare(self) -> None:
         """Download missing subsets if ``download`` is set; make the manifests if not cached."""
         if self.download:
-            from torchaudio.datasets import LIBRISPEECH
-
+            datasets = import_torchaudio("datasets", "data/corpus=librispeech")
             self.root.mkdir(parents=True, exist_ok=True)
             for subset in self._all_subsets():
-                LIBRISPEECH(self.root, url=subset, download=True)
+                datasets.LIBRISPEECH(self.root, url=subset, download=True)
         super().prepare()
 
     def key(self) -> list[Any]:
@@ -101,9 +100,8 @@ class LibriSpeechCorpus(PreparedCorpus):
         return sorted({subset for subsets in self.subsets.values() for subset in subsets})
 
     def _utterances(self, subset: str) -> list[Utterance]:
-        from torchaudio.datasets import LIBRISPEECH  # its metadata only: audio needs torchcodec
-
-        dataset = LIBRISPEECH(self.root, url=subset)
+        datasets = import_torchaudio("datasets", "data/corpus=librispeech")
+        dataset = datasets.LIBRISPEECH(self.root, url=subset)
         archive = self.root / ARCHIVE_FOLDER
 
         def utterance(index: int) -> Utterance:
@@ -112,7 +110,7 @@ class LibriSpeechCorpus(PreparedCorpus):
             return Utterance(
                 id=audio.stem,
                 audio=str(audio),
-                duration_s=soundfile.info(audio).duration,
+                duration_s=audio_duration_s(audio),
                 text=text,
                 speaker=str(speaker),
             )

@@ -55,6 +55,7 @@ class AverageWeights(WeightAveraging):
         self.decay = decay
         self.start_fraction = start_fraction
         self._first_step = 0
+        self._is_swapped = False  # whether the module holds the average, for a validation
 
     @torch.no_grad()
     def _average(self, averages: Any, present: Any, num_averaged: Tensor | int) -> None:
@@ -76,6 +77,16 @@ class AverageWeights(WeightAveraging):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow(pl_module)
         super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if self._is_swapped:  # LastCheckpoint saves the present weights
+            self._swap_models(pl_module)
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._is_swapped = not self._is_swapped
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._follow(pl_module)

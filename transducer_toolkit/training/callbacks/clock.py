@@ -17,10 +17,15 @@ from transducer_toolkit.training.stages import LossInput
 class StepClock(Callback):
     """Measures the wall time and the memory of training steps, without validation and start-up.
 
+    Logs ``train/seconds_per_step``, the mean since the value before.
+
     Attributes:
         seconds_per_step: mean wall time of an optimizer step so far, including data loading and all
             accumulated batches; 0 before the first batches were measured.
-        training_s: wall time from the start of the training to its end, including validation.
+        training_s: wall time of this run from the start of the training to its end, including
+            validation.
+        total_s: ``training_s`` plus that of the earlier runs, if the training was resumed.
+        num_steps: optimizer steps of this run.
         loss_part: fraction of the steps' time that the joiner and the loss take, forward and
             backward. It is valid on the CPU only, because CUDA kernels run asynchronously.
         peak_memory_mib: peak memory during the training, minus the memory in use at its start. On
@@ -33,12 +38,17 @@ class StepClock(Callback):
 
     def __init__(self) -> None:
         self.training_s = 0.0
+        self.num_steps = 0
+        self._earlier_s = 0.0  # training_s of the earlier runs
+        self._first_step = 0
         self._sum_s = 0.0
         self._num_batches = 0
+        self._logged_s = 0.0  # of the batches since the last logged value
+        self._num_logged = 0
         self._batches_per_step = 1
         self._num_seen = 0
         self._last: float | None = None
-        self._start = 0.0
+        self._start: float | None = None  # None before and after the training
         self._loss_s = 0.0
         self._loss_of_step_s = 0.0
         self._mark = 0.0  # when the joiner and the loss last began forward or backward
@@ -49,6 +59,19 @@ class StepClock(Callback):
     @property
     def seconds_per_step(self) -> float:
         return self._batches_per_step * self._sum_s / max(1, self._num_batches)
+
+    @property
+    def total_s(self) -> float:
+        running_s = 0.0 if self._start is None else time.perf_counter() - self._start
+        return self._earlier_s + self.training_s + running_s
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"training_s": self.total_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # For a test, Lightning loads the state of the best checkpoint.
+        if self.training_s == 0.0:
+            self._earlier_s = float(state_dict["training_s"])
 
     @property
     def loss_part(self) -> float:
@@ -63,10 +86,14 @@ class StepClock(Callback):
             ]
         self._batches_per_step = trainer.accumulate_grad_batches
         self._memory_before = memory.reset_peak(pl_module.device)
+        self._first_step = trainer.global_step
         self._start = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.training_s = time.perf_counter() - self._start
+        if self._start is not None:
+            self.training_s = time.perf_counter() - self._start
+        self._start = None
+        self.num_steps = trainer.global_step - self._first_step
         peak = memory.peak(pl_module.device) - self._memory_before
         self.peak_memory_mib = max(0, peak) / 2**20
         for hook in self._hooks:
@@ -104,9 +131,19 @@ class StepClock(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = None
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = time.perf_counter()
         self._num_seen += 1
+        if self._last is not None:
+            self._logged_s += now - self._last
+            self._num_logged += 1
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 and self._num_logged:
+            seconds = self._batches_per_step * self._logged_s / self._num_logged
+            pl_module.log("train/seconds_per_step", seconds)
+            self._logged_s, self._num_logged = 0.0, 0
         if self._last is not None and self._num_seen > self.NUM_IGNORED_BATCHES:
             self._sum_s += now - self._last
             self._loss_s += self._loss_of_step_s

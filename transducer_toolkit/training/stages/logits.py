@@ -12,6 +12,7 @@ from transducer_toolkit.ops import checks
 from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
 from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.topology import get_topology
+from transducer_toolkit.optional import import_torchaudio
 from transducer_toolkit.training.stages.base import LossInput, LossStage, StageOutput
 
 
@@ -131,14 +132,7 @@ class TorchaudioLoss(LossStage):
     def __init__(self, *, blank: int = 0, clamp: float = 0.0) -> None:
         super().__init__()
         checks.check_number(clamp, "clamp")
-        try:
-            from torchaudio.functional import rnnt_loss
-        except (ImportError, OSError) as error:
-            raise ImportError(
-                "loss=torchaudio needs a torchaudio that matches the installed torch "
-                f"({error}); install it, or use loss=packed, which does not need torchaudio"
-            ) from error
-        self._rnnt_loss = rnnt_loss
+        self._rnnt_loss = import_torchaudio("functional", "loss=torchaudio").rnnt_loss
         self.blank = blank
         self.clamp = clamp if clamp > 0 else -1.0  # torchaudio's "off"
 

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages that only some classes need, imported when one of these is made."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def import_torchaudio(module: str, needed_by: str) -> Any:
+    """Import a module of torchaudio.
+
+    Args:
+        module: its name behind ``torchaudio.``, such as ``"models"``.
+        needed_by: what the user asked for, as in ``loss=torchaudio``.
+
+    Raises:
+        ImportError: torchaudio is missing or does not load beside the installed torch; says what to
+            install.
+    """
+    try:
+        return importlib.import_module(f"torchaudio.{module}")
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            f"{needed_by} needs torchaudio: pip install torchaudio ({error})"
+        ) from error
