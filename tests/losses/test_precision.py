@@ -237,6 +237,17 @@ def test_backward_twice_checkpointing_and_frozen_inputs():
     assert torch.autograd.grad(case.loss(*without_bias).sum(), leaves[:3])[0].isfinite().all()
 
 
+def test_strided_inputs():
+    case = Case()
+    expected = case.run()
+    case.inputs = [
+        torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0] for tensor in case.inputs
+    ]
+    assert not any(tensor.is_contiguous() for tensor in case.inputs)
+    for mine, wanted in zip(case.run(), expected, strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
 def test_opcheck(monkeypatch):
     # The operator is compared with itself, and the logits that are not fine are undefined.
     monkeypatch.setattr(native, "empty", lambda *size, like: like.new_zeros(size))

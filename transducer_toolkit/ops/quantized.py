@@ -74,6 +74,7 @@ def score(
     """
     width, vocab_size = joint.enc.size(-1), weights.weight.size(0)
     weight = _quantize(weights.weight)
+    bias = None if weights.bias is None else weights.bias.contiguous()
     if tile_cells is None:
         tile_cells = max(MIN_TILE_ROWS, TILE_BYTES // (width + 4 * vocab_size))
     total = batch.num_rows
@@ -89,5 +90,5 @@ def score(
         rows = slice(0, tile.size)
         stages.join_quantized(joint, batch, tile, hidden[rows], scales[rows])
         torch._int_mm(hidden[rows], weight.rows, out=logits[rows])
-        quantized = stages.QuantizedLogits(logits[rows], scales[rows], weight.scales, weights.bias)
+        quantized = stages.QuantizedLogits(logits[rows], scales[rows], weight.scales, bias)
         stages.quantized_cell_scores(quantized, batch, tile, options, out)
