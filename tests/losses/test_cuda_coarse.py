@@ -49,7 +49,7 @@ def test_parts(name):
     assert parts["kept"] == pytest.approx(parts["full"] + parts["low"])
     assert 0 < parts["full"] <= parts["selected"] < 0.7 and parts["low"] > 0
     assert case.parts(backend, precision="full") == pytest.approx(
-        {"kept": parts["kept"], "selected": 1.0, "full": parts["kept"], "low": 0.0}, rel=1e-2
+        {"kept": parts["kept"], "selected": 1.0, "full": parts["kept"], "low": 0.0}, rel=3e-2
     )
 
 

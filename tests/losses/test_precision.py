@@ -176,7 +176,9 @@ def test_backward_is_divided_within_the_budget():
         assert torch.equal(rows, rows.sort().values)
     assert set(full.tolist()).isdisjoint(low.tolist())
     occupancy = refined.uses[0] + refined.uses[1]
-    gradient, sensitivity = coarse_to_fine._logits_gradient(scores, refined.uses, FusedOptions(0))
+    gradient, sensitivity = coarse_to_fine._logits_gradient(
+        scores, refined.uses, FusedOptions(0), is_sensitive=True
+    )
     is_full = torch.zeros(shape.num_cells, dtype=torch.bool).index_fill(0, full, True)
     is_kept = is_full.index_fill(0, low, True)
     for b, begin in enumerate(shape.cell_offsets[:-1].tolist()):
@@ -197,12 +199,16 @@ def test_size_of_the_gradient_of_the_logits():
     grad[:, 0] -= uses[0]
     grad[:, 1] -= uses[1]
     scores = CellScores(probs[:, 0].log(), probs[:, 1].log(), probs[:, 0])
-    size, sensitivity = coarse_to_fine._logits_gradient(scores, uses, FusedOptions(0))
+    size, sensitivity = coarse_to_fine._logits_gradient(
+        scores, uses, FusedOptions(0), is_sensitive=True
+    )
     torch.testing.assert_close(size, grad.abs().sum(1))
     # d softmax . error, with the largest error of 1 in any direction
     variance = uses.sum(0) * (probs * (1 - probs)).sum(1)
     assert (2 * sensitivity >= variance).all()
-    clamped, _ = coarse_to_fine._logits_gradient(scores, uses, FusedOptions(0, clamp=0.1))
+    clamped, _ = coarse_to_fine._logits_gradient(
+        scores, uses, FusedOptions(0, clamp=0.1), is_sensitive=False
+    )
     assert (clamped <= grad.abs().clamp(max=0.1).sum(1) + 1e-12).all()
 
 
@@ -229,6 +235,17 @@ def test_backward_twice_checkpointing_and_frozen_inputs():
         assert torch.equal(case.loss(*leaves).sum(), loss)
     without_bias = [*leaves[:3], None]
     assert torch.autograd.grad(case.loss(*without_bias).sum(), leaves[:3])[0].isfinite().all()
+
+
+def test_strided_inputs():
+    case = Case()
+    expected = case.run()
+    case.inputs = [
+        torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0] for tensor in case.inputs
+    ]
+    assert not any(tensor.is_contiguous() for tensor in case.inputs)
+    for mine, wanted in zip(case.run(), expected, strict=True):
+        torch.testing.assert_close(mine, wanted)
 
 
 def test_opcheck(monkeypatch):

@@ -27,11 +27,11 @@ COARSE_DTYPE = torch.bfloat16
 # Bound of the sum over the cells that backward computes in low precision of (sensitivity * error of
 # the coarse scores), relative to the L1 norm of the gradient of the utterance's logits. TF32 itself
 # errs by about 1e-3, so it gets a larger budget.
-LOW_BUDGET = 4e-6
-TF32_LOW_BUDGET = 4e-5
+LOW_BUDGET = 3.5e-6
+TF32_LOW_BUDGET = 3.5e-5
 # The same for (occupancy * error of the coarse scores) of the cells that are not refined. It is
 # much smaller because an error of one score changes the occupancies of a whole path.
-COARSE_BUDGET = LOW_BUDGET / 200
+COARSE_BUDGET = LOW_BUDGET / 50
 # The check after a refinement allows this much more than the selection, so that it rarely fails.
 CHECK_SLACK = 4.0
 # Rows that are refined first, evenly spaced, to measure the error of the coarse scores before the
@@ -49,6 +49,8 @@ LOWEST_GRADIENT = 1e-2
 LAST_PLAIN_ROUND = 3
 # Smaller products are not worth it: the join and the log-sum-exp take longer (V * D).
 MIN_WEIGHT_SIZE = 2**14
+# Rows whose gradients are measured at once, so that temporary numbers stay in the cache.
+ROWS_AT_ONCE = {"cpu": 2**14}
 # On a GPU the coarse path has 340 to 510 launches instead of 70 to 95. On an H100 whose host takes
 # 13 us for each, a product of 0.37e12 operations was not worth it on a peaky lattice: 13.7 instead
 # of 11.4 ms, of which the device worked 5.0 instead of 10.6. With TF32 it was never worth it.
@@ -179,29 +181,40 @@ def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[
 
 
 def _logits_gradient(
-    scores: CellScores, uses: Sequence[Tensor], options: FusedOptions
+    scores: CellScores, uses: Sequence[Tensor], options: FusedOptions, *, is_sensitive: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the L1 norm of the gradient of each row's logits, and how sensitive it is.
 
-    The sensitivity bounds the change of the gradient by an error of 1 in the logits.
+    The sensitivity bounds the change of the gradient by an error of 1 in the logits. It has no
+    elements unless `is_sensitive`.
     """
-    use_blank, use_label = uses
-    occupancy = use_blank + use_label
     limit = options.clamp if options.clamp > 0 else torch.inf
-    blank, label = scores.blank.exp(), scores.label.exp()
-    others = (1 - blank - label).clamp_(min=0.0).mul_(occupancy)
-    spread = (1 - torch.maximum(blank, label)).mul_(occupancy)
-    size = blank.mul_(occupancy).sub_(use_blank).abs_().clamp_(max=limit)
-    size += label.mul_(occupancy).sub_(use_label).abs_().clamp_(max=limit)
-    size += others.clamp_(max=limit)
-    return size, spread.add_(size)
+    sizes = torch.empty_like(scores.blank)
+    sensitivities = torch.empty_like(scores.blank) if is_sensitive else sizes.new_empty(0)
+    rows_at_once = ROWS_AT_ONCE.get(sizes.device.type, sizes.numel())
+    for begin in range(0, sizes.numel(), rows_at_once):
+        rows = slice(begin, begin + rows_at_once)
+        use_blank, use_label = (use[rows] for use in uses)
+        occupancy = use_blank + use_label
+        blank, label = scores.blank[rows].exp(), scores.label[rows].exp()
+        if is_sensitive:
+            spread = torch.maximum(blank, label, out=sensitivities[rows])
+            spread.neg_().add_(1.0).mul_(occupancy)
+        others = (1 - blank).sub_(label).clamp_(min=0.0).mul_(occupancy)
+        size = torch.mul(blank, occupancy, out=sizes[rows])
+        size.sub_(use_blank).abs_().clamp_(max=limit)
+        size += label.mul_(occupancy).sub_(use_label).abs_().clamp_(max=limit)
+        size += others.clamp_(max=limit)
+    if is_sensitive:
+        sensitivities += sizes
+    return sizes, sensitivities
 
 
 def _gradient_size(
     batch: LatticeBatch, scores: CellScores, uses: Sequence[Tensor], options: FusedOptions
 ) -> Tensor:
     """Returns the L1 norm of the gradient of each utterance's logits, over T_b + U_b."""
-    size, _ = _logits_gradient(scores, uses, options)
+    size, _ = _logits_gradient(scores, uses, options, is_sensitive=False)
     return batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
 
 
@@ -232,7 +245,7 @@ def plan_backward(
         options: of the loss.
         refined: result of :func:`refine`.
     """
-    size, sensitivity = _logits_gradient(scores, refined.uses, options)
+    size, sensitivity = _logits_gradient(scores, refined.uses, options, is_sensitive=True)
     total = batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
     error = refined.error.clamp(min=PRODUCT_ERROR)
     strictness = error * (2 * error).exp() / total

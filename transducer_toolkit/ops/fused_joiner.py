@@ -257,11 +257,13 @@ def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatc
         enc, pred = (side.to(coarse_to_fine.COARSE_DTYPE) for side in (enc, pred))
     # The largest numbers of float32 would become infinite.
     largest = torch.finfo(coarse_to_fine.COARSE_DTYPE).max
+    weight = inputs.weight.to(coarse_to_fine.COARSE_DTYPE).clamp_(-largest, largest)
     return JointTiles(
         stages.Joint(enc, pred, options.activation),
-        JointWeights(inputs.weight.clamp(-largest, largest), inputs.bias),
+        JointWeights(weight, inputs.bias),
         batch,
         tile_cells=options.tile_cells,
+        beside_kept=True,
         pads_vocab=True,
         product_dtype=coarse_to_fine.COARSE_DTYPE,
     )
@@ -295,7 +297,7 @@ def _forward_coarse_to_fine(
         num_kept = num_fine if keeps else 0
         if keeps:
             places.index_copy_(0, rows, torch.arange(first, num_fine, device=rows.device))
-        fine = _joint_tiles(inputs, options, batch, beside_kept=False)
+        fine = _joint_tiles(inputs, options, batch, beside_kept=True)
         for tile in fine.tiles(rows):
             begin = first + tile.begin
             out = logits[begin : begin + tile.size] if keeps else None
@@ -383,7 +385,8 @@ def _backward(call: Backward) -> dict[str, Tensor]:
         else:
             _, num_full, num_low, num_logits = saved.counts.tolist()
             full_rows = saved.rows[:num_full]
-        full = _joint_tiles(inputs, options, batch, beside_kept=False)
+        # A coarse plan has more numbers of each cell in memory, so its tiles are smaller.
+        full = _joint_tiles(inputs, options, batch, beside_kept=plan.is_coarse)
         if num_low:
             low = _coarse_tiles(inputs, options, batch)
             low.start_backward(call.wanted)

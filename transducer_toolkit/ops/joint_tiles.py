@@ -25,8 +25,8 @@ from transducer_toolkit.ops.stages import Joint
 # V = 5000), and other sizes were slower. A GPU needs more rows to be busy, and launches several
 # kernels for each tile.
 TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 512 * 2**20}
-# The same for a forward that keeps all logits. Smaller tiles are faster on the CPU, because the
-# hidden layer stays in the cache.
+# The same beside other large buffers, such as all logits that forward keeps. Smaller tiles are
+# faster on the CPU, because the hidden layer stays in the cache.
 TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 # A tile takes at most this fraction of a GPU's memory: 128 MiB of 8 GiB.
 TILE_SHARE_OF_DEVICE = 1 / 64
@@ -142,7 +142,7 @@ class JointTiles:
         weights: the output layer.
         batch: the lattices.
         tile_cells: number of rows of a tile; None for an automatic size.
-        beside_kept: whether this is a forward that keeps all logits.
+        beside_kept: whether other large buffers exist, such as all logits: a tile is smaller then.
         pads_vocab: whether the logits have :func:`padded_vocab_size` columns. The additional
             columns are -inf.
         product_dtype: dtype of the matrix products and of the logits; None for that of the joint.
@@ -169,8 +169,14 @@ class JointTiles:
         if pads_vocab:
             self.vocab_size = padded_vocab_size(self.weight, self._num_symbols)
             self._pad_vocab()
+        # The hidden layer and its gradient in the dtype of the join, if that is another one.
+        self._joins_apart = dtype != joint.enc.dtype
+        self._joined: list[Tensor] = []
         if tile_cells is None:
-            tile_cells = automatic_tile_cells(self.weight, self.vocab_size, beside_kept)
+            columns = self.vocab_size
+            if self._joins_apart:
+                columns += 2 * self.width * joint.enc.element_size() // self.weight.element_size()
+            tile_cells = automatic_tile_cells(self.weight, columns, beside_kept)
         self.tile_cells = tile_cells
         self._panels = _panels(self.weight)
         self._tile_rows = 0  # rows of the largest tile
@@ -178,9 +184,6 @@ class JointTiles:
         # The gradient is last, because pages that forward does not touch take no memory.
         self._widths = {"hidden": self.width, "logits": self.vocab_size, "grad_hidden": self.width}
         self._workspace: Tensor | None = None
-        # The hidden layer and its gradient in the dtype of the join, if that is another one.
-        self._joins_apart = dtype != joint.enc.dtype
-        self._joined: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}  # sums of the gradients, by name
         self._dtypes = {"enc": joint.enc.dtype, "pred": joint.enc.dtype, "weight": weight.dtype}
         if bias is not None:

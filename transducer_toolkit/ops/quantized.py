@@ -18,9 +18,10 @@ from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.stages import Joint
 
-# Hidden layer and integer logits of a tile. Products of fewer than about 1,000 rows are slower.
+# Hidden layer and integer logits of a tile. Products of fewer rows are slower.
 TILE_BYTES = 4 * 2**20
-MIN_TILE_ROWS = 1024
+MIN_TILE_ROWS = 256
+WEIGHT_ROWS_AT_ONCE = 256
 # Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
 _HAS_INT8_PRODUCTS = hasattr(torch, "_int_mm") and bool(
     getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
@@ -40,10 +41,16 @@ class _Weight(NamedTuple):
 
 def _quantize(weight: Tensor) -> _Weight:
     """Quantizes a weight (V, D). The scale of a row with a value that is not finite is NaN."""
-    largest = weight.abs().amax(1)
-    scales = largest / 127 + (weight * 0.0).sum(1)
-    inverse = torch.where(largest > 1e-30, 127 / largest, 0.0).nan_to_num(0.0, 0.0, 0.0)
-    rows = (weight * inverse[:, None]).round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int8)
+    rows = torch.empty_like(weight, dtype=torch.int8)
+    scales = weight.new_empty(weight.size(0))
+    for begin in range(0, weight.size(0), WEIGHT_ROWS_AT_ONCE):  # small temporaries
+        part = weight[begin : begin + WEIGHT_ROWS_AT_ONCE]
+        largest = part.abs().amax(1)
+        scale = scales[begin : begin + WEIGHT_ROWS_AT_ONCE]
+        torch.div(largest, 127, out=scale).masked_fill_(~largest.isfinite(), torch.nan)
+        inverse = (127 / largest).masked_fill_(~(largest > 1e-30), 0.0)
+        rounded = (part * inverse[:, None]).round_().nan_to_num_(0.0, 0.0, 0.0)
+        rows[begin : begin + WEIGHT_ROWS_AT_ONCE] = rounded
     return _Weight(rows.t(), scales)
 
 
@@ -67,6 +74,7 @@ def score(
     """
     width, vocab_size = joint.enc.size(-1), weights.weight.size(0)
     weight = _quantize(weights.weight)
+    bias = None if weights.bias is None else weights.bias.contiguous()
     if tile_cells is None:
         tile_cells = max(MIN_TILE_ROWS, TILE_BYTES // (width + 4 * vocab_size))
     total = batch.num_rows
@@ -82,5 +90,5 @@ def score(
         rows = slice(0, tile.size)
         stages.join_quantized(joint, batch, tile, hidden[rows], scales[rows])
         torch._int_mm(hidden[rows], weight.rows, out=logits[rows])
-        quantized = stages.QuantizedLogits(logits[rows], scales[rows], weight.scales, weights.bias)
+        quantized = stages.QuantizedLogits(logits[rows], scales[rows], weight.scales, bias)
         stages.quantized_cell_scores(quantized, batch, tile, options, out)
