@@ -173,7 +173,7 @@ def test_a_dry_run_of_everything(tree, tmp_path):
     suite = ElementTree.parse(out / "parity.xml").getroot()[0]
     assert int(suite.get("tests")) > 20 and suite.get("failures") == "0"
     rows = json.loads((out / "gpu_peers.json").read_text())["rows"]
-    assert {row["batch"] for row in rows} == {"sorted", "unsorted"}
+    assert {row["batch"] for row in rows} == {"sorted", "peaky", "unsorted"}
     assert any(row.get("problem", "").startswith("absent") for row in rows)
 
 
