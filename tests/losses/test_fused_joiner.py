@@ -499,8 +499,8 @@ def test_memory_does_not_depend_on_the_number_of_logits():
         command = [sys.executable, "-c", MEMORY_SCRIPT, str(vocab_size)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    # Logits of 16,400 cells would be 31 and 625 MiB. The weight, its gradients and its copies in low
-    # precision take 20 to 35 MiB more.
+    # Logits of 16,400 cells would be 31 and 625 MiB. The weight, its gradients and its copies in
+    # low precision take 20 to 35 MiB more.
     small, large = peak(500), peak(10_000)
     assert small < 40 * 2**20
     assert large < small + 45 * 2**20
