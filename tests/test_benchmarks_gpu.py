@@ -81,7 +81,9 @@ def test_a_profile_names_the_kernels(capsys, tmp_path):
     for row in rows:
         times = [kernel["ms"] for kernel in row["kernels"]]
         assert len(times) > 3 and times == sorted(times, reverse=True)
-        assert row["device_ms"] == pytest.approx(sum(times))
+        # The shortest are left out of a long list.
+        assert 0.9 * row["device_ms"] < sum(times) < 1.000001 * row["device_ms"]
+        assert len(times) <= kernel_times.KERNELS
     table = capsys.readouterr().out
     assert (
         "sorted, ours: fused, bfloat16" in table and "figures: device ms: fused bfloat16" in table

@@ -354,12 +354,16 @@ def _how_to_go_on(trainer: Trainer, ckpt_path: str | None) -> str | None:
             "max_steps": trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps,
             "max_epochs": trainer.max_epochs not in (None, -1)
             and trainer.current_epoch >= trainer.max_epochs,
-            "max_time": any(isinstance(it, Timer) for it in trainer.callbacks),
+            "max_time": any(isinstance(it, Timer) for it in _callbacks(trainer)),
         }
         reached = [name for name, is_it in is_reached.items() if is_it][:1]
         limit = "".join(f" and a larger trainer.{name}" for name in reached)
     option = shlex.quote(f"ckpt_path={path}")
     return f"{what} {path}; to go on, repeat the command with {option}{limit}"
+
+
+def _callbacks(trainer: Any) -> list[Any]:
+    return list(trainer.callbacks)
 
 
 def _last(trainer: Trainer) -> Any:
