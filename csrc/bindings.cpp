@@ -44,10 +44,10 @@ void BindQuantized(py::module_& m, py::module_& cpu) {
                               FieldOf("bias", &QuantizedLogits::bias),
                               FieldOf("vocab_size", &QuantizedLogits::vocab_size));
   m.attr("MAX_QUANTIZED_WIDTH") = static_cast<int64_t>(kMaxQuantizedWidth);
-  cpu.def("join_quantized", &JoinQuantized, no_gil, arg("batch"), arg("tile"), named,
-          arg("inputs"), arg("num_threads"), arg("hidden"), arg("scales"));
-  cpu.def("quantized_cell_scores", &QuantizedCellScoresCpu, no_gil, arg("batch"), arg("tile"), named,
-          arg("logits"), arg("options"), arg("num_threads"), arg("out"));
+  cpu.def("join_quantized", &JoinQuantized, no_gil, arg("batch"), arg("tile"), named, arg("inputs"),
+          arg("num_threads"), arg("hidden"), arg("scales"));
+  cpu.def("quantized_cell_scores", &QuantizedCellScoresCpu, no_gil, arg("batch"), arg("tile"),
+          named, arg("logits"), arg("options"), arg("num_threads"), arg("out"));
 }
 
 void AdditiveScores(const AnyAdditiveCells& cells, const AdditiveTerms& terms, Address am_max,
