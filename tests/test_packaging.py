@@ -131,9 +131,12 @@ def test_cuda_auto_without_nvcc_builds_for_the_cpu(source_tree, tmp_path):
 @pytest.fixture(scope="module")
 def developer_build(source_tree, tmp_path_factory):
     """cmake as the README has it, no Python involved."""
-    build = tmp_path_factory.mktemp("developer")
+    folder = tmp_path_factory.mktemp("developer")
+    build, plain = folder / "build", folder / "source"
+    build.mkdir()
+    shutil.copytree(source_tree, plain)  # CMake's own makefiles take no quote in a path
     for command in (
-        (TOOLS / "cmake", "-S", source_tree, "-B", build, "-DTRANSDUCER_TESTS=ON",
+        (TOOLS / "cmake", "-S", plain, "-B", build, "-DTRANSDUCER_TESTS=ON",
          "-DTRANSDUCER_CUDA=OFF"),
         (TOOLS / "cmake", "--build", build, "--parallel", "2"),
     ):  # fmt: skip

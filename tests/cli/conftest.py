@@ -2,6 +2,7 @@
 """A corpus of tones: one pitch a letter, short enough to train on in seconds."""
 
 import itertools
+import logging
 import random
 import sys
 
@@ -100,7 +101,11 @@ def console():
     """Run a console script in this process: ``console(main, folder, *arguments)``."""
 
     def run(main, folder, *arguments):
+        root = logging.getLogger()
         with pytest.MonkeyPatch.context() as patch:
+            # Hydra adds handlers, which would print the messages of later tests.
+            patch.setattr(root, "handlers", root.handlers[:])
+            patch.setattr(root, "level", root.level)
             patch.chdir(folder)
             patch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
             patch.setenv("TRANSDUCER_TOOLKIT_RUN_ID", "run")
