@@ -81,8 +81,8 @@ def test_a_profile_names_the_kernels(capsys, tmp_path):
     for row in rows:
         times = [kernel["ms"] for kernel in row["kernels"]]
         assert len(times) > 3 and times == sorted(times, reverse=True)
-        # The shortest are left out of a long list.
-        assert 0.9 * row["device_ms"] < sum(times) < 1.000001 * row["device_ms"]
+        # The shortest are left out of a long list; on a CPU they are many (every small operation).
+        assert 0.5 * row["device_ms"] < sum(times) < 1.000001 * row["device_ms"]
         assert len(times) <= kernel_times.KERNELS
     table = capsys.readouterr().out
     assert (
