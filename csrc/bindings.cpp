@@ -27,6 +27,29 @@ void ShiftedExp(DType dtype, Address rows, int64_t num_rows, int64_t size, int n
   });
 }
 
+void JoinQuantized(const LatticeBatch& batch, const RowTile& tile, const AnyJoinInputs& inputs,
+                   int num_threads, Address hidden, Address scales) {
+  TRANSDUCER_CHECK(inputs.dtype == DType::kFloat32, "float32 only");
+  JoinQuantizedCpu(batch, tile, inputs.Of<float>(), num_threads, As<int8_t>(hidden),
+                   As<float>(scales));
+}
+
+void BindQuantized(py::module_& m, py::module_& cpu) {
+  using py::arg;
+  const py::kw_only named;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  BindStruct<QuantizedLogits>(m, "QuantizedLogits", FieldOf("data", &QuantizedLogits::data),
+                              FieldOf("row_scales", &QuantizedLogits::row_scales),
+                              FieldOf("column_scales", &QuantizedLogits::column_scales),
+                              FieldOf("bias", &QuantizedLogits::bias),
+                              FieldOf("vocab_size", &QuantizedLogits::vocab_size));
+  m.attr("MAX_QUANTIZED_WIDTH") = static_cast<int64_t>(kMaxQuantizedWidth);
+  cpu.def("join_quantized", &JoinQuantized, no_gil, arg("batch"), arg("tile"), named,
+          arg("inputs"), arg("num_threads"), arg("hidden"), arg("scales"));
+  cpu.def("quantized_cell_scores", &QuantizedCellScoresCpu, no_gil, arg("batch"), arg("tile"), named,
+          arg("logits"), arg("options"), arg("num_threads"), arg("out"));
+}
+
 void AdditiveScores(const AnyAdditiveCells& cells, const AdditiveTerms& terms, Address am_max,
                     Address lm_max, int num_threads, const AdditiveScoresOut& out) {
   ForComputeDType(cells.dtype, [&](auto* type) {
@@ -155,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
   py::module_ cpu = m.def_submodule("cpu");
   BindStages<CpuBackend>(cpu);
   BindAdditiveScores(cpu);
+  BindQuantized(m, cpu);
   cpu.def(
       "advise_huge_pages",
       [](Address data, int64_t bytes) { AdviseHugePages(As<void>(data), bytes); }, py::kw_only(),

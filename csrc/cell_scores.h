@@ -27,6 +27,21 @@ template <typename T>
 void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
                    const LogitsOptions& options, int num_threads, const CellScoresOut& out);
 
+// Logits of a quantized product, logits[i][v] = data[i][v] * row_scales[i] * column_scales[v]
+// + bias[v].
+struct QuantizedLogits {
+  int32_t* data;               // (tile rows, V); overwritten
+  const float* row_scales;     // (tile rows,)
+  const float* column_scales;  // (V,)
+  const float* bias;           // (V,), or null
+  int64_t vocab_size;          // V
+};
+
+// The same from quantized logits; without from_log_softmax.
+void QuantizedCellScoresCpu(const LatticeBatch& batch, const RowTile& tile,
+                            const QuantizedLogits& logits, const LogitsOptions& options,
+                            int num_threads, const CellScoresOut& out);
+
 // The same on the device, on `stream`.
 template <typename T>
 void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,

@@ -14,36 +14,59 @@ Score Pick(const T* row, int64_t index, Score max, Score log_sum) {
   return score == -kLogZero ? kNaN : score;
 }
 
+// The scores of a cell from its logits x.
+template <typename T>
+void ScoreCell(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
+               int64_t vocab_size, const LogitsOptions& options, const CellScoresOut& out) {
+  Score max = 0, log_sum = 0;
+  if (!options.from_log_softmax) {
+    Compute<T> row_max, row_sum;
+    GetRowKernels<T>().max_and_sum_exp(x, vocab_size, &row_max, &row_sum);
+    max = static_cast<Score>(row_max);
+    log_sum = std::log(static_cast<Score>(row_sum));
+  }
+  out.normalizer[row] = max + log_sum;
+  out.blank[row] = Pick(x, options.blank, max, log_sum);
+  if (cell.u == batch.num_targets[cell.b]) {
+    out.label[row] = kLogZero;
+  } else {
+    const int64_t target = batch.Target(cell.b, cell.u);
+    const bool in_vocab = target >= 0 && target < vocab_size;
+    out.label[row] = in_vocab ? Pick(x, target, max, log_sum) : kNaN;
+  }
+}
+
 }  // namespace
 
 template <typename T>
 void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
                    const LogitsOptions& options, int num_threads, const CellScoresOut& out) {
-  const int64_t vocab_size = logits.vocab_size;
-  const RowKernels<T>& kernels = GetRowKernels<T>();
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);
     Cell cell;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = tile.Row(i);
       if (!cursor.Find(row, &cell)) continue;
-      const T* x = logits.data + i * vocab_size;
-      Score max = 0, log_sum = 0;
-      if (!options.from_log_softmax) {
-        Compute<T> row_max, row_sum;
-        kernels.max_and_sum_exp(x, vocab_size, &row_max, &row_sum);
-        max = static_cast<Score>(row_max);
-        log_sum = std::log(static_cast<Score>(row_sum));
-      }
-      out.normalizer[row] = max + log_sum;
-      out.blank[row] = Pick(x, options.blank, max, log_sum);
-      if (cell.u == batch.num_targets[cell.b]) {
-        out.label[row] = kLogZero;
-      } else {
-        const int64_t target = batch.Target(cell.b, cell.u);
-        const bool in_vocab = target >= 0 && target < vocab_size;
-        out.label[row] = in_vocab ? Pick(x, target, max, log_sum) : kNaN;
-      }
+      ScoreCell(batch, cell, row, logits.data + i * logits.vocab_size, logits.vocab_size, options,
+                out);
+    }
+  });
+}
+
+void QuantizedCellScoresCpu(const LatticeBatch& batch, const RowTile& tile,
+                            const QuantizedLogits& logits, const LogitsOptions& options,
+                            int num_threads, const CellScoresOut& out) {
+  const auto dequantize = GetRowKernelSet().dequantize;
+  ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
+    CellCursor cursor(batch);
+    Cell cell;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = tile.Row(i);
+      if (!cursor.Find(row, &cell)) continue;
+      int32_t* data = logits.data + i * logits.vocab_size;
+      dequantize(data, logits.vocab_size, logits.row_scales[i], logits.column_scales, logits.bias);
+      ScoreCell(batch, cell, row, reinterpret_cast<const float*>(data), logits.vocab_size, options,
+                out);
     }
   });
 }

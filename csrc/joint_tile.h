@@ -33,6 +33,14 @@ template <typename T>
 void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinInputs<T>& inputs,
                     int num_threads, T* hidden);
 
+// The same, quantized: hidden (tile rows, D) is round(activation(...) / scale), with a scale for each
+// row, scales (tile rows,). The scale of a row with NaN or an infinity is NaN. D is at most
+// kMaxQuantizedWidth.
+constexpr int64_t kMaxQuantizedWidth = 4096;
+void JoinQuantizedCpu(const LatticeBatch& batch, const RowTile& tile,
+                      const JoinInputs<float>& inputs, int num_threads, int8_t* hidden,
+                      float* scales);
+
 // Adds the tile's part of the gradients, g = grad_hidden * activation':
 //
 //     grads.enc[b, t] += sum_u g(t, u)        grads.pred[b, u] += sum_t g(t, u)

@@ -49,6 +49,14 @@ struct RowKernelSet {
   // x_i = exp(x_i) for x_i up to about 600; 0 below -300, which is the case for most cells.
   void (*posteriors)(Score* x, int64_t size);
 
+  // out_i = round(x_i / scale) with *scale = max_i |x_i| / 127, so out_i is in [-127, 127]. If x
+  // contains NaN or an infinity, *scale is NaN and out is undefined.
+  void (*quantize)(const float* x, int64_t size, int8_t* out, float* scale);
+
+  // out_i = x_i * scale * scales_i + bias_i; bias may be null. x and out are the same memory.
+  void (*dequantize)(void* x_and_out, int64_t size, float scale, const float* scales,
+                     const float* bias);
+
   template <typename T>
   const RowKernels<T>& Of() const;
 };

@@ -418,8 +418,69 @@ void Posteriors(Score* x, int64_t size) {
   StorePart<Score>(x + whole, size - whole, exp(LoadPart(x + whole, size - whole, Score(0))));
 }
 
-constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME, kTable<float>,    kTable<double>,
-                                kTable<Half>,        kTable<BFloat16>, Posteriors};
+void Quantize(const float* x, int64_t size, int8_t* out, float* scale) {
+  using V = Simd<float>::V;
+  using I = Simd<float>::I;
+  constexpr int64_t kLanes = Simd<float>::kLanes;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  // Magnitudes of floats have the order of their bits, and those of NaN and infinity are last.
+  const auto magnitude = [](V v) { return (I)v & std::numeric_limits<int32_t>::max(); };
+  const auto larger = [](I a, I b) { return a > b ? a : b; };
+  const int64_t whole = size - size % kLanes;
+  const V tail = LoadPart(x + whole, size - whole, 0.0f);
+  I top_a = magnitude(tail), top_b{};
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= whole; k += 2 * kLanes) {
+    top_a = larger(magnitude(Load(x + k)), top_a);
+    top_b = larger(magnitude(Load(x + k + kLanes)), top_b);
+  }
+  if (k < whole) top_b = larger(magnitude(Load(x + k)), top_b);
+  top_a = larger(top_a, top_b);
+  int32_t bits = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) bits = top_a[lane] > bits ? top_a[lane] : bits;
+  float max;
+  std::memcpy(&max, &bits, sizeof(max));
+  *scale = (std::isfinite(max) ? max : std::numeric_limits<float>::quiet_NaN()) / 127.0f;
+  // Rows of numbers this small round to zero, because their inverse would overflow.
+  const float inverse = max > 1e-30f ? 127.0f / max : 0.0f;
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  const auto rounded = [=](V v) {
+    return __builtin_convertvector((I)(v * inverse + kRound) - (I)(V{} + kRound), Bytes);
+  };
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Bytes bytes = rounded(Load(x + i));
+    std::memcpy(out + i, &bytes, sizeof(bytes));
+  }
+  const Bytes bytes = rounded(tail);
+  std::memcpy(out + whole, &bytes, static_cast<size_t>(size - whole));
+}
+
+void Dequantize(void* x_and_out, int64_t size, float scale, const float* scales,
+                const float* bias) {
+  using V = Simd<float>::V;
+  using I = Simd<float>::I;
+  constexpr int64_t kLanes = Simd<float>::kLanes;
+  char* memory = static_cast<char*>(x_and_out);
+  const int64_t whole = size - size % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    char* at = memory + i * static_cast<int64_t>(sizeof(float));
+    I x;
+    std::memcpy(&x, at, sizeof(x));
+    V y = __builtin_convertvector(x, V) * scale * Load(scales + i);
+    if (bias != nullptr) y = y + Load(bias + i);
+    std::memcpy(at, &y, sizeof(y));
+  }
+  for (int64_t i = whole; i < size; ++i) {
+    char* at = memory + i * static_cast<int64_t>(sizeof(float));
+    int32_t x;
+    std::memcpy(&x, at, sizeof(x));
+    const float y = static_cast<float>(x) * scale * scales[i] + (bias != nullptr ? bias[i] : 0.0f);
+    std::memcpy(at, &y, sizeof(y));
+  }
+}
+
+constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME, kTable<float>, kTable<double>, kTable<Half>,
+                                kTable<BFloat16>,    Posteriors,    Quantize,       Dequantize};
 
 }  // namespace
 

@@ -184,7 +184,9 @@ def pretend_cuda() -> Iterator[Traffic]:
         "device": lambda device: nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
         "is_current_stream_capturing": lambda: _traffic.is_capturing,
-        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=80 * 2**30),
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            total_memory=80 * 2**30, major=9
+        ),
     }
     with (
         mock.patch.object(native, "extension", SimpleNamespace(**{**names, "cuda": module.cuda})),

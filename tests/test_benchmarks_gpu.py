@@ -29,6 +29,12 @@ def test_a_dry_run_measures_every_row(monkeypatch, capsys, tmp_path):
         if "loss_sum" in row:
             key = row["batch"], row["suite"], row["mode"]
             losses.setdefault(key, {})[row["name"]] = row["loss_sum"]
+    for mode in benchmark.MODES:
+        assert losses["peaky", "step", mode].keys() == {"ours: fused", "ours: fused, full"}
+    for row in rows:
+        if row["suite"] == "step":
+            limit = {"float32": 5e-3, "tf32": 5e-3, "bfloat16": 5e-2}[row["mode"]]
+            assert 0 < row["gradient_error"] < limit
     for batch in ("sorted", "unsorted"):
         for mode in benchmark.MODES:
             step, pruned = losses[batch, "step", mode], losses[batch, "pruned", mode]
@@ -68,9 +74,8 @@ def test_a_profile_names_the_kernels(capsys, tmp_path):
     path = tmp_path / "profile.json"
     kernel_times.main([*SMALL, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["name"], row["mode"]) for row in rows] == [
-        (n, m) for n, _, m in kernel_times.STEPS
-    ]
+    steps = [(batch, name, mode) for batch, _, name, mode in kernel_times.STEPS]
+    assert [(row["batch"], row["name"], row["mode"]) for row in rows] == steps
     assert all(call["calls"] > 0 for row in rows for call in row["host"])
     assert all(row["host"] for row in rows)
     for row in rows:
@@ -78,7 +83,9 @@ def test_a_profile_names_the_kernels(capsys, tmp_path):
         assert len(times) > 3 and times == sorted(times, reverse=True)
         assert row["device_ms"] == pytest.approx(sum(times))
     table = capsys.readouterr().out
-    assert "ours: fused, bfloat16" in table and "figures: device ms: fused bfloat16" in table
+    assert (
+        "sorted, ours: fused, bfloat16" in table and "figures: device ms: fused bfloat16" in table
+    )
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,9 @@ def with_a_graph(folder):
         given["targets"] = to_cuda(torch.randint(1, 9, (2, 3)))
         graph = {"graph": lambda graph: traffic.capture(), "current_device": lambda: 0}
         with mock.patch.multiple(torch.cuda, **graph):
-            yield given | {"torch": torch} | vars(importlib.import_module("transducer_toolkit"))
+            package = importlib.import_module("transducer_toolkit")
+            public = {name: getattr(package, name) for name in package.__all__}
+            yield given | {"torch": torch} | public
             assert torch.Tensor.backward.call_count == 1 and given["enc"].device == CUDA
 
 

@@ -100,7 +100,7 @@ def test_the_custom_encoder_trains_and_decodes_from_the_command_line(tmp_path):
 
     run(
         "train", "--config-dir", EXAMPLES / "custom_encoder" / "conf",
-        "model=gru", "model.encoder.hidden_dim=8", "data=manifest", "~experiment", "name=gru",
+        "model/encoder=gru", "model.encoder.hidden_dim=8", "data=manifest", "name=gru",
         f"data.corpus.train={tones}/train.jsonl", f"data.corpus.val={tones}/val.jsonl",
         f"+data.corpus.test.tones={tones}/test.jsonl", "data.num_workers=0",
         "trainer.max_epochs=1", "trainer.accelerator=cpu", "num_threads=1",

@@ -34,7 +34,8 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory):
-    tree = tmp_path_factory.mktemp("source")
+    tree = tmp_path_factory.mktemp("source") / "p(1) a b's & $x [ü]#%@!"
+    tree.mkdir()
     for name in SHIPPED:
         if (ROOT / name).is_dir():
             ignore = shutil.ignore_patterns("__pycache__", "*.so")

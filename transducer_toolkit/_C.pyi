@@ -59,6 +59,14 @@ class LogitRows:
     fields: ClassVar[tuple[str, ...]]
     def __init__(self, *, dtype: DType, data: int, vocab_size: int) -> None: ...
 
+class QuantizedLogits:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(
+        self, *, data: int, row_scales: int, column_scales: int, bias: int, vocab_size: int
+    ) -> None: ...
+
+MAX_QUANTIZED_WIDTH: int
+
 class LogitsOptions:
     fields: ClassVar[tuple[str, ...]]
     def __init__(self, *, blank: int, from_log_softmax: bool, clamp: float) -> None: ...
@@ -239,6 +247,26 @@ class cpu:  # a module
         num_threads: int,
         grad_am: int,
         grad_lm: int,
+    ) -> None: ...
+    @staticmethod
+    def join_quantized(
+        batch: LatticeBatch,
+        tile: RowTile,
+        *,
+        inputs: JoinInputs,
+        num_threads: int,
+        hidden: int,
+        scales: int,
+    ) -> None: ...
+    @staticmethod
+    def quantized_cell_scores(
+        batch: LatticeBatch,
+        tile: RowTile,
+        *,
+        logits: QuantizedLogits,
+        options: LogitsOptions,
+        num_threads: int,
+        out: CellScoresOut,
     ) -> None: ...
     @staticmethod
     def shifted_exp(

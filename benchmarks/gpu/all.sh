@@ -46,12 +46,12 @@ describe() {  # of a stage: the least and the most seconds it gets, and its comm
     first_failure) stage 10 30 bash $here/first_failure.sh ;;
     profile) stage 15 40 "$PYTHON" -m benchmarks.gpu.kernel_times --json "$OUT/gpu_profile.json" \
       "${sizes[@]}" ;;
-    table) stage 20 100 "$PYTHON" -m benchmarks.gpu.benchmark --batches sorted \
+    table) stage 20 100 "$PYTHON" -m benchmarks.gpu.benchmark --batches sorted peaky \
       --projects ours torchaudio --json "$OUT/gpu_benchmark.json" "${sizes[@]}" ;;
     ncu) stage 15 35 bash $here/ncu.sh ;;
     memcheck | racecheck | synccheck | initcheck) stage 15 40 bash $here/sanitize.sh "$1" ;;
     build_peers) stage 20 180 "$PYTHON" $here/peers.py build --target build/gpu_peers --jobs 12 ;;
-    peers) stage 20 "$BUDGET" "$PYTHON" -m benchmarks.gpu.benchmark --batches sorted unsorted \
+    peers) stage 20 "$BUDGET" "$PYTHON" -m benchmarks.gpu.benchmark --batches sorted peaky unsorted \
       --projects all --peers-dir build/gpu_peers --json "$OUT/gpu_peers.json" "${sizes[@]}" ;;
     *) return 1 ;;
   esac

@@ -5,13 +5,16 @@
     python3 -m benchmarks.gpu.benchmark --device cpu --frames 500    # dry: its times mean nothing
 
 LibriSpeech's shapes, V = 500, D = 512: "sorted" is 10,000 frames of a corpus sorted by length,
-"unsorted" 30 utterances at random. Rows are written to the file of --json one by one; the table is
-made from it (`python3 -m benchmarks.gpu.tables FILE ...`):
+"unsorted" 30 utterances at random, "peaky" the shapes of "sorted" with the weights times 12, where
+few paths count: of that, only our fused steps are measured. Rows are written to the file of --json
+one by one; the table is made from it (`python3 -m benchmarks.gpu.tables FILE ...`):
 
 - ms: by CUDA events, the CPU about 2 ms ahead at the start.
 - device: milliseconds of all kernels and copies in the profiler. Where it is much less than ms,
   the device waits for the CPU.
 - faster: torchaudio's ms over this row's; torchaudio runs bfloat16's rows with TF32.
+- error: the largest relative error of the gradients of enc, pred, weight and bias, against our
+  fused step in float64.
 - / roof: ms over a lower bound. For `loss` the time to read the logits twice and to write as much
   once, at the bandwidth of a copy; for `step` and `pruned` three products of (cells, D) and (D, V),
   at the rate of a large one. Both rates are measured first, in the same mode.
@@ -29,7 +32,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -44,6 +47,7 @@ from benchmarks.gpu.timing import arithmetic, kernels_of, timed
 from benchmarks.jobs import Implementation, Job
 from benchmarks.peers import Absent, implementations, require_present
 from benchmarks.workloads import LATTICE_SCALES, Workload, choose_batch, utterance_shapes
+from transducer_toolkit import fused_joiner_loss
 
 EXTRA = ("benchmarks.gpu.extra",)
 MODES = ("float32", "tf32", "bfloat16")
@@ -66,6 +70,23 @@ class DeviceWorkload(Workload):
     def logits(self) -> Tensor:
         return self._logits.detach()
 
+    @cached_property
+    def exact_gradients(self) -> tuple[Tensor, ...]:
+        """Gradients of enc, pred, weight and bias in float64."""
+        shape = self.shape
+        inputs = [tensor.double().requires_grad_() for tensor in self.joiner_inputs()]
+        losses = fused_joiner_loss(
+            *inputs, self.targets(), *shape.lengths, 0, reduction="sum", dropped_mass=0.0
+        )
+        return torch.autograd.grad(losses, inputs)
+
+    def gradient_error(self, grads: Sequence[Tensor]) -> float:
+        """The largest relative error of gradients of enc, pred, weight and bias."""
+        return max(
+            float((grad.double() - exact).norm() / exact.norm())
+            for grad, exact in zip(grads, self.exact_gradients, strict=True)
+        )
+
 
 def batches(
     device: str, max_frames: int, vocab_size: int, joiner_dim: int, shorten: int = 1
@@ -77,7 +98,7 @@ def batches(
         "sorted": choose_batch(shapes, max_frames=max_frames, batch="sorted"),
         "unsorted": unsorted[: max(2, 30 * max_frames // MAX_FRAMES)],
     }
-    return {
+    workloads = {
         name: DeviceWorkload(
             tuple(lengths[:, 0].tolist()),
             tuple(lengths[:, 1].tolist()),
@@ -87,6 +108,7 @@ def batches(
         )
         for name, lengths in chosen.items()
     }
+    return {**workloads, "peaky": replace(workloads["sorted"], lattice="peaky")}
 
 
 def copy_bytes_per_s(device: str) -> float:
@@ -113,9 +135,13 @@ def roofline_s(suite: str, workload: Workload, bandwidth: float, flops: float) -
     return 3 * 2 * cells * workload.joiner_dim * workload.vocab_size / flops
 
 
-def measure(job: Job) -> Row:
-    """Returns times, peak memory above what was there before, and the sum of the losses."""
-    losses = float(job.run(job.prepare())[0].double().sum())
+def measure(job: Job, workload: DeviceWorkload, *, with_error: bool) -> Row:
+    """Returns times, peak memory above what was there before, the sum of the losses, the error."""
+    losses, grads = job.run(job.prepare())
+    row: Row = {"loss_sum": float(losses.double().sum())}
+    if with_error:
+        row["gradient_error"] = workload.gradient_error(grads)
+    del losses, grads
     gc.collect()
     peak = 0.0
     if torch.cuda.is_available():
@@ -130,12 +156,11 @@ def measure(job: Job) -> Row:
     seconds = timed(job.run, lambda: (job.prepare(),))
     prepared = [job.prepare()]
     kernels = kernels_of(lambda: job.run(prepared.pop()))
-    return {
+    return row | {
         "ms": 1e3 * seconds,
         "device_ms": sum(kernel.ms for kernel in kernels),
         "launches": round(sum(kernel.calls for kernel in kernels)),
         "peak_mib": peak,
-        "loss_sum": losses,
     }
 
 
@@ -151,7 +176,7 @@ def is_wanted(project: str, projects: Sequence[str]) -> bool:
 
 
 def suite_rows(
-    suite: str, mode: str, workload: Workload, projects: Sequence[str], deadline_s: float
+    suite: str, mode: str, workload: DeviceWorkload, projects: Sequence[str], deadline_s: float
 ) -> Iterator[Row]:
     """Yields a row for each implementation that has the suite."""
     for entry in sorted(implementations(EXTRA).values(), key=order):
@@ -159,6 +184,8 @@ def suite_rows(
             continue
         if mode == "bfloat16" and entry.project != "ours":
             continue  # the others do not take it
+        if workload.lattice == "peaky" and "fused" not in entry.name:
+            continue  # the work of the others does not depend on it
         row: Row = {"suite": suite, "mode": mode, "name": entry.name, "project": entry.project}
         if time.perf_counter() > deadline_s:
             yield {**row, "problem": "not measured: out of time"}
@@ -166,7 +193,8 @@ def suite_rows(
         try:
             require_present(entry)
             with arithmetic(mode, workload.device):
-                yield {**row, **measure(entry.jobs[suite](workload))}
+                job = entry.jobs[suite](workload)
+                yield {**row, **measure(job, workload, with_error=suite == "step")}
         except Absent as reason:
             yield {**row, "problem": f"absent: {reason}"}
         except Exception as error:
@@ -196,19 +224,20 @@ def stage_rows(workload: Workload, bandwidth: float, dtype: torch.dtype) -> Iter
 
 
 def batch_rows(
-    workload: Workload,
+    workload: DeviceWorkload,
     bandwidth: float,
     rates: dict[str, float],
     projects: Sequence[str],
     deadline_s: float,
 ) -> Iterator[Row]:
     """Yields all rows of a batch, the most valuable first."""
-    for suite in SUITES:
+    is_peaky = workload.lattice == "peaky"
+    for suite in ("step",) if is_peaky else SUITES:
         for mode in MODES if suite != "loss" else MODES[:1]:  # it multiplies no matrices
             roofline_ms = 1e3 * roofline_s(suite, workload, bandwidth, rates[mode])
             for row in suite_rows(suite, mode, workload, projects, deadline_s):
                 yield {**row, "roofline_ms": roofline_ms}
-        if suite == "step" and is_wanted("ours", projects):
+        if suite == "step" and is_wanted("ours", projects) and not is_peaky:
             for dtype in (torch.float32, torch.bfloat16):
                 if time.perf_counter() < deadline_s:
                     yield from stage_rows(workload, bandwidth, dtype)
@@ -223,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--joiner-dim", type=int, default=512)
     parser.add_argument("--shorten", type=int, default=1, help="divides all lengths: a dry run")
-    parser.add_argument("--batches", nargs="+", default=["sorted", "unsorted"])
+    parser.add_argument("--batches", nargs="+", default=["sorted", "peaky", "unsorted"])
     parser.add_argument("--projects", nargs="+", default=["all"], help="all, ours, torchaudio, ...")
     parser.add_argument("--peers-dir", default="", help="where peers.py has built the others")
     parser.add_argument("--json", type=Path, help="file of the rows")

@@ -21,21 +21,28 @@ from benchmarks.gpu.timing import arithmetic, host_calls_of, kernels_of, timed
 from benchmarks.peers import implementations
 
 STEPS = (
-    ("ours: fused", "step", "bfloat16"),
-    ("ours: fused", "step", "tf32"),
-    ("ours: fused", "step", "float32"),
-    ("ours: packed", "step", "tf32"),
-    ("ours: packed", "step", "bfloat16"),
-    ("ours: fused, pruned", "pruned", "tf32"),
+    ("sorted", "step", "ours: fused", "bfloat16"),
+    ("sorted", "step", "ours: fused", "tf32"),
+    ("sorted", "step", "ours: fused", "float32"),
+    ("peaky", "step", "ours: fused", "tf32"),
+    ("peaky", "step", "ours: fused", "float32"),
+    ("sorted", "step", "ours: fused, full", "tf32"),
+    ("sorted", "step", "ours: fused, full", "float32"),
+    ("peaky", "step", "ours: fused, full", "tf32"),
+    ("peaky", "step", "ours: fused, full", "float32"),
+    ("sorted", "step", "ours: packed", "tf32"),
+    ("sorted", "step", "ours: packed", "bfloat16"),
+    ("sorted", "pruned", "ours: fused, pruned", "tf32"),
 )
 RUNS = 3
 HOST_CALLS = 25  # kept of each step
 
 
-def profile_steps(record: Record, workload: DeviceWorkload) -> None:
+def profile_steps(record: Record, workloads: dict[str, DeviceWorkload]) -> None:
     """Adds a row for each of STEPS."""
     entries = implementations()
-    for name, suite, mode in STEPS:
+    for batch, suite, name, mode in STEPS:
+        workload = workloads[batch]
         with arithmetic(mode, workload.device):
             job = entries[name].jobs[suite](workload)
             ms = 1e3 * timed(job.run, lambda job=job: (job.prepare(),))  # type: ignore[misc]
@@ -43,7 +50,7 @@ def profile_steps(record: Record, workload: DeviceWorkload) -> None:
             host = host_calls_of(lambda job=job: job.run(job.prepare()))  # type: ignore[misc]
         record.add(
             {
-                "batch": "sorted",
+                "batch": batch,
                 "mode": mode,
                 "name": name,
                 "ms": ms,
@@ -89,12 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--each-stage-once", action="store_true", help="for ncu: no times")
     options = parser.parse_args(arguments)
     sizes = options.frames, options.vocab_size, options.joiner_dim, options.shorten
-    workload = batches(options.device, *sizes)["sorted"]
+    workloads = batches(options.device, *sizes)
     if options.each_stage_once:
-        each_stage_once(workload, torch.float32)
+        each_stage_once(workloads["sorted"], torch.float32)
         return
     record = Record(options.json, options.device, kind="profile")
-    profile_steps(record, workload)
+    profile_steps(record, workloads)
     print(profile_table(record.document))
     print(profile_figures(record.rows))
 

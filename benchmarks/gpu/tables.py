@@ -32,7 +32,7 @@ def benchmark_table(document: dict[str, Any]) -> str:
     ]
     for name, batch in document["batches"].items():
         lines.append(f"{name}: {batch['utterances']} utterances, {batch['cells']} cells")
-    columns = f"{'ms':>9} {'device':>9} {'peak MiB':>10} {'faster':>8} {'/ roof':>7}"
+    columns = f"{'ms':>9} {'device':>9} {'peak MiB':>10} {'faster':>8} {'/ roof':>7} {'error':>8}"
     lines.append(f"{'':<55}{columns} {'sum of losses':>14}")
     rows: list[Row] = document["rows"]
     torchaudio = {
@@ -51,10 +51,11 @@ def benchmark_table(document: dict[str, Any]) -> str:
         faster = f"{known / row['ms']:.1f}x" if known else ""
         roof = f"{row['ms'] / row['roofline_ms']:.2f}" if "roofline_ms" in row else ""
         peak = f"{row['peak_mib']:.1f}" if "peak_mib" in row else ""
+        error = f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
         losses = f"{row['loss_sum']:.3f}" if "loss_sum" in row else ""
         lines.append(
             f"{label}{row['ms']:>9.3f} {row['device_ms']:>9.3f} {peak:>10} {faster:>8} {roof:>7} "
-            f"{losses:>14}"
+            f"{error:>8} {losses:>14}"
         )
     return "\n".join(lines)
 
@@ -68,7 +69,9 @@ def benchmark_figures(rows: list[Row]) -> str:
     }
     wanted = {
         "fused float32": ("step", "float32", "ours: fused"),
+        "full": ("step", "float32", "ours: fused, full"),
         "TF32": ("step", "tf32", "ours: fused"),
+        "full TF32": ("step", "tf32", "ours: fused, full"),
         "bfloat16": ("step", "bfloat16", "ours: fused"),
         "packed loss": ("loss", "float32", "ours: packed"),
         "pruned TF32": ("pruned", "tf32", "ours: fused, pruned"),
@@ -84,7 +87,7 @@ def profile_table(document: dict[str, Any], most: int = 12) -> str:
     lines = [heading(document)]
     for row in document["rows"]:
         lines.append(
-            f"{row['name']}, {row['mode']}: {row['device_ms']:.3f} ms of kernels, "
+            f"{row['batch']}, {row['name']}, {row['mode']}: {row['device_ms']:.3f} ms of kernels, "
             f"{row['launches']:.0f} launches, {row['ms']:.3f} ms by events"
         )
         for kernel in row["kernels"][:most]:
@@ -102,6 +105,8 @@ def profile_figures(rows: list[Row]) -> str:
     for row in rows:
         top = row["kernels"][0] if row["kernels"] else {"name": "none", "ms": 0.0}
         name = row["name"].removeprefix("ours: ")
+        if row["batch"] != "sorted":
+            name = f"{name} {row['batch']}"
         found.append(
             f"{name} {row['mode']} {row['device_ms']:.2f} "
             f"({short_name(top['name'])[:32]} {top['ms']:.2f})"

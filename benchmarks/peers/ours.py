@@ -48,7 +48,7 @@ def tiled_step(workload: Workload) -> Job:
     return step_job(workload, make_tiled_logits(workload), make_loss(workload, inplace=True))
 
 
-def fused_step(workload: Workload) -> Job:
+def fused_step(workload: Workload, precision: str = "auto") -> Job:
     from transducer_toolkit import fused_joiner_loss
 
     shape, targets = workload.shape, workload.targets()
@@ -56,7 +56,9 @@ def fused_step(workload: Workload) -> Job:
     inputs = [tensor.requires_grad_() for tensor in workload.joiner_inputs()]
 
     def run(_: None) -> Outcome:
-        losses: Tensor = fused_joiner_loss(*inputs, *indices, 0, reduction="none")
+        losses: Tensor = fused_joiner_loss(
+            *inputs, *indices, 0, reduction="none", precision=precision
+        )
         return losses.detach(), torch.autograd.grad(losses.sum(), inputs)
 
     return Job(run)
@@ -127,6 +129,11 @@ IMPLEMENTATIONS = [
     ),
     _entry("tiled logits, inplace", ("transducer_loss", "joiner_logits"), step=tiled_step),
     _entry("fused", ("fused_joiner_loss",), step=fused_step),
+    _entry(
+        "fused, full",
+        ("fused_joiner_loss",),
+        step=lambda workload: fused_step(workload, precision="full"),
+    ),
     _entry("pruned", PRUNED_FUNCTIONS, pruned=make_pruned),
     _entry("fused, pruned", (*PRUNED_FUNCTIONS, "fused_joiner_loss"), pruned=make_fused_pruned),
     _entry(

@@ -252,3 +252,52 @@ def test_a_run_folder_belongs_to_one_config(console, tmp_path, train_overrides, 
     (run_dir / "checkpoints/last.ckpt").unlink()
     console(main, tmp_path, *plain)
     assert "best.ckpt" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(go_on, first, tmp_path):
+    content = torch.load(first, weights_only=True)
+    del content["training_config"], content["callbacks"]["StepClock"]
+    (key,) = (key for key in content["callbacks"] if key.startswith("BestCheckpoint"))
+    content["callbacks"][key.replace("Best", "Model")] = content["callbacks"].pop(key)
+    torch.save(content, tmp_path / "old.ckpt")
+    run_dir = go_on("optimizer.lr=1e-5", ckpt_path=tmp_path / "old.ckpt")
+    checkpoint = last(run_dir)
+    assert checkpoint["global_step"] == 12
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-5
+    (state,) = (it for key, it in checkpoint["callbacks"].items() if key.startswith("BestCheck"))
+    assert state["best_model_path"] == str(run_dir / "checkpoints/best.ckpt")
+
+
+def test_an_error_in_the_test_comes_after_the_checkpoint(
+    console, tmp_path, train_overrides, capsys
+):
+    # Its only line has no audio: the training does not read it.
+    row = '{"id": "x", "audio": "none.wav", "duration_s": 1.0, "text": "a"}'
+    (tmp_path / "bad.jsonl").write_text(row)
+    bad = [f"+data.corpus.test.bad={tmp_path}/bad.jsonl", "trainer.max_epochs=1"]
+    with pytest.raises(SystemExit):
+        console(main, tmp_path, *train_overrides, *bad)
+    out, err = capsys.readouterr()
+    assert "none.wav" in err
+    assert out.splitlines()[-1].startswith("step 4 is saved in outputs/transducer/run/checkpoints/")
+
+
+def test_an_error_before_the_training_says_nothing_of_checkpoints(console, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        console(main, tmp_path, "~experiment", "data=manifest", "data.corpus.train=none.jsonl",
+                "data.corpus.val=none.jsonl")  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "no manifest at none.jsonl" in err and "checkpoint" not in out
+
+
+def test_paths_of_the_last_line_can_be_pasted(console, tmp_path, train_overrides, capsys):
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    options = ["trainer.max_epochs=1", "test=false", "name='two words'"]
+    console(main, folder, *train_overrides, *options)
+    line = capsys.readouterr().out.splitlines()[-1]
+    path = "outputs/two words/run/checkpoints/last.ckpt"
+    assert line.endswith(
+        f"repeat the command with 'ckpt_path={path}' and a larger trainer.max_epochs"
+    )
+    assert (folder / path).is_file()

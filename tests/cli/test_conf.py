@@ -52,7 +52,7 @@ def composed(config_name, *overrides):
 
 def test_the_groups_are_those_of_the_documentation():
     expected = {"data", "model", "loss", "optimizer", "scheduler", "trainer", "logger"}
-    groups = {"averaging", "callbacks", "cluster", "experiment", "hydra", "search"}
+    groups = {"averaging", "callbacks", "cluster", "experiment", "hydra", "scoring", "search"}
     assert set(GROUPS) == expected | groups
     assert [path.name for path in CONF.iterdir() if path.name.endswith(".yaml")]
 
@@ -223,17 +223,30 @@ def test_experiments_and_clusters_show_their_command(group, option):
     composed("train", *(text.split(",")[0] for text in overrides if text != "--multirun"))
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_help_names_what_there_is(command, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("train", set(GROUPS) - {"hydra"}),
+        ("evaluate", {"data", "scoring", "search", "trainer", "callbacks"}),
+        ("prepare", {"data"}),
+    ],
+)
+def test_help_names_what_there_is(command, expected, capsys, monkeypatch):
     main = importlib.import_module(f"transducer_toolkit.cli.{command}").main
     monkeypatch.setattr(sys, "argv", [f"transducer-{command}", "--help"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
+    main()
     out = capsys.readouterr().out
     assert out.startswith(f"transducer-{command}: ")
-    groups = re.findall(r"^\s*(\w+): \w+(?:, \w+)*$", out, re.MULTILINE)
-    assert set(groups) == set(GROUPS) - {"hydra"}
+    listed = dict(re.findall(r"^([\w/]+): (\w+(?:, \w+)*)$", out, re.MULTILINE))
+    assert {group for group in listed if "/" not in group} == expected
+    # transducer-evaluate takes the checkpoint's tokenizer.
+    assert ("data/tokenizer" in listed) == (command != "evaluate") and "_common" not in out
+    # Each option that is listed can be chosen.
+    needed = ["checkpoint=best.ckpt"] if command == "evaluate" else []
+    for group, options in listed.items():
+        for option in options.split(", "):
+            more = ["model=conformer_s"] if group == "model/predictor" else []
+            composed(command, *needed, *more, f"{group}={option}")
     # Its examples are commands that work.
     examples = re.findall(rf"(?:transducer-{command}|cli.train) (.*)$", out, re.MULTILINE)
     for example in examples:
@@ -241,7 +254,7 @@ def test_help_names_what_there_is(command, capsys, monkeypatch):
             words = re.split(r"\s{2,}", example)[0].split()
             overrides = (word.split(",")[0] for word in words if not word.startswith("--"))
             composed(command, *overrides)
-    assert len(examples) >= 3
+    assert len(examples) >= 2
 
 
 @pytest.mark.parametrize(
@@ -276,8 +289,8 @@ def test_hints_follow_hydras_message(capsys, monkeypatch):
         importlib.import_module("transducer_toolkit.cli.train").main()
     lines = capsys.readouterr().err.splitlines()
     assert error.value.code == 1
-    assert lines[0] == "Could not override 'trainer.max_epoch'."
-    assert lines[-1] == "trainer.max_epoch: did you mean trainer.max_epochs?"
+    assert lines[0].startswith("transducer-train: Could not override 'trainer.max_epoch'.")
+    assert len(lines) == 2 and lines[-1] == "trainer.max_epoch: did you mean trainer.max_epochs?"
 
 
 def test_slurm_asks_for_one_task_a_gpu():

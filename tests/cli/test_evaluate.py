@@ -1,9 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
+import sys
 
 import pytest
+import torch
 
+from transducer_toolkit.cli import average
 from transducer_toolkit.cli.evaluate import main
+from transducer_toolkit.cli.trained_data import check_trusted, trained_data
+
+FAST = ("trainer.accelerator=cpu", "~callbacks.utterance_picture")
+
+
+@pytest.fixture
+def evaluate(tmp_path, console, capsys):
+    """Run the command in another folder than the training; returns its output and results."""
+
+    def run(checkpoint, *overrides):
+        shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
+        console(main, tmp_path, f"checkpoint={checkpoint}", *FAST, *overrides)
+        run_dir = tmp_path / "outputs" / "evaluate" / "run"
+        return capsys.readouterr().out, json.loads((run_dir / "results.json").read_text())
+
+    return run
+
+
+def refused(console, folder, capsys, *arguments):
+    with pytest.raises(SystemExit) as raised:
+        console(main, folder, *arguments)
+    return str(raised.value.code) + capsys.readouterr().err
+
+
+def test_the_corpus_is_that_of_the_training(evaluate, trained, tones, data_overrides):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    out, results = evaluate(checkpoint)
+    assert f"testing tones: {tones}/test.jsonl" in out and "digits" not in out
+    assert results["test_sets"]["tones"]["words"]["reference"] == 14
+    assert "results      outputs/evaluate/run/results.json" in out.splitlines()
+    assert results == evaluate(checkpoint, *data_overrides)[1] | {
+        "test_sets": results["test_sets"]  # they differ in their real-time factors
+    }
+    # Its options may be changed.
+    out, results = evaluate(
+        checkpoint, "data.max_utterances=1", f"+data.corpus.test.b={tones}/val.jsonl"
+    )
+    assert list(results["test_sets"]) == ["tones", "b"]
+
+
+def test_one_test_manifest_is_enough(evaluate, trained, tones):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    for override in ("data.corpus.test", "+data.corpus.test.val"):
+        _, results = evaluate(checkpoint, "data=manifest", f"{override}={tones}/val.jsonl")
+        assert list(results["test_sets"]) == ["val"]
+        assert results["test_sets"]["val"]["words"]["reference"] > 0
+
+
+def test_an_averaged_checkpoint_knows_its_corpus_too(evaluate, trained, tmp_path):
+    paths = [str(trained / "checkpoints" / f"{name}.ckpt") for name in ("best", "last")]
+    assert average.main([*paths, "--output", str(tmp_path / "mean.ckpt")]) == 0
+    assert list(evaluate(tmp_path / "mean.ckpt")[1]["test_sets"]) == ["tones"]
+
+
+def test_relative_paths_start_where_the_training_ran(
+    tmp_path, console, train_overrides, tones, evaluate, capsys
+):
+    from transducer_toolkit.cli.train import main as train
+
+    folder = tmp_path / "project"
+    shutil.copytree(tones, folder / "my data")
+    relative = [
+        override.replace(f"{tones}/", "my data/").replace("=my data/", "='my data/") + "'"
+        if f"{tones}/" in override
+        else override
+        for override in train_overrides
+    ]
+    console(train, folder, *relative, "trainer.max_epochs=1", "test=false")
+    (checkpoint,) = folder.rglob("last.ckpt")
+    # The same name elsewhere is another corpus.
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / "test.jsonl").write_text("")
+    out, _ = evaluate(checkpoint)
+    assert f"testing tones: {folder}/my data/test.jsonl" in out
+    # A copy without its run folder: the folders above are tried, then data= is demanded.
+    copied = folder / "copy.ckpt"
+    shutil.copy(checkpoint, copied)
+    assert f"testing tones: {folder}/my data/test.jsonl" in evaluate(copied)[0]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(str(copied), elsewhere / "copy.ckpt")
+    shutil.rmtree(tmp_path / "my data")
+    said = refused(console, tmp_path, capsys, f"checkpoint={elsewhere}/copy.ckpt")
+    assert "a relative path that leads to no file" in said and "give data=OPTION" in said
+    (folder / "my data" / "test.jsonl").unlink()
+    said = refused(console, tmp_path, capsys, f"checkpoint={checkpoint}")
+    assert "'my data/test.jsonl', a relative path" in said
+
+
+def test_without_a_corpus_data_is_demanded(tmp_path, console, trained, tones, capsys):
+    checkpoint = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    config = checkpoint.pop("training_config")
+    path = tmp_path / "a.ckpt"
+
+    def said(**changes):
+        saved = {**checkpoint, "training_config": {**config, **changes}}
+        torch.save(saved if changes else checkpoint, path)
+        return refused(console, tmp_path, capsys, f"checkpoint={path}", *FAST)
+
+    message = f"transducer-evaluate: {path} does not say which corpus it was trained on"
+    assert message in said() and "data=manifest data.corpus.test=test.jsonl" in said()
+    assert message in said(data={"corpus": "${oc.env:HOME}"})
+    torch.save({**checkpoint, "training_config": config}, path)
+    assert trained_data(str(path))["corpus"]["test"] == {"tones": f"{tones}/test.jsonl"}
+    assert trained_data(str(path))["spec_augment"] is None
+    assert trained_data(str(tmp_path / "none.ckpt")) is None  # the command reports it
+
+
+def test_the_corpus_of_a_checkpoint_runs_no_foreign_code(tmp_path, console, trained, capsys):
+    checkpoint = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    data = checkpoint["training_config"]["data"]
+    path = tmp_path / "a.ckpt"
+    for changed in (
+        {**data, "corpus": {"_target_": "os.system", "command": "true"}},
+        {**data, "text": {**data["text"], "function": "os.system"}},
+    ):
+        config = {**checkpoint["training_config"], "data": changed}
+        torch.save({**checkpoint, "training_config": config}, path)
+        with pytest.raises((SystemExit, ValueError)):
+            console(main, tmp_path, f"checkpoint={path}", *FAST)
+        with pytest.raises(ValueError, match=r"wants to instantiate os\.system"):
+            check_trusted(changed, [], "a.ckpt")
+    check_trusted(data, [], "a.ckpt")
+
+
+def test_no_test_set_is_an_error(tmp_path, console, trained, tones, capsys):
+    checkpoint = f"checkpoint={trained}/checkpoints/best.ckpt"
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        console(main, tmp_path, checkpoint, "data=manifest", *FAST)
+    assert "has no test set: give data.corpus.test=PATH" in (
+        str(raised.value) + capsys.readouterr().err
+    )
+    assert sys.argv[0] != "transducer_toolkit.cli.evaluate"
+
+
+def test_texts_are_normalized_for_scoring_and_what_is_left_is_named(
+    evaluate, trained, tones, tmp_path
+):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    rows = [json.loads(line) for line in (tones / "test.jsonl").open()]
+    for row in rows:
+        row["audio"] = str(tones / row["audio"])
+        row["text"] = row["text"].upper() + "!"
+    rows[0]["text"] += " ä"
+    del rows[0]["word_starts_s"]
+    path = tmp_path / "upper.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("data=manifest", f"data.corpus.test={path}")
+
+    def found(*overrides):
+        out, results = evaluate(checkpoint, *data, *overrides)
+        return out, results["test_sets"]["upper"]
+
+    out, as_is = found()
+    assert "upper: 6 of 6 references have characters that the model cannot write" in out
+    assert set(as_is["unwritable"]["characters"]) == {"!", "A", "B", "C", "ä"}
+    out, scored = found("scoring.case=lower", "scoring.punctuation=remove")
+    assert scored["unwritable"] == {"characters": {"ä": 1}, "ids": ["test-0"]}
+    assert (
+        scored["characters"]["substitutions"] + scored["characters"]["deletions"]
+        < (as_is["characters"]["substitutions"] + as_is["characters"]["deletions"])
+        or scored["characters"]["insertions"] != as_is["characters"]["insertions"]
+    )
+    # The transcripts keep the texts; normalizing the corpus changes them.
+    transcripts = tmp_path / "outputs/evaluate/run/transcripts/upper.tsv"
+    assert rows[1]["text"] in transcripts.read_text()
+    out, normalized = found("data.text.case=lower", "data.text.punctuation=remove")
+    assert rows[1]["text"] not in transcripts.read_text()
+    assert normalized["unwritable"] == scored["unwritable"]
+    assert normalized["characters"] == scored["characters"]
 
 
 def test_evaluate_prints_the_error_rates(tmp_path, console, trained, data_overrides, capsys):

@@ -58,7 +58,10 @@ def test_says_which_packages_are_missing(checkpoint, tmp_path, monkeypatch, caps
         importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name)
     )
     assert main([str(checkpoint), "--output", str(tmp_path)]) == 1
-    assert "needs onnxruntime: pip install 'transducer_toolkit[export]'" in capsys.readouterr().err
+    assert (
+        "onnxruntime is not installed: pip install 'transducer_toolkit[export]'"
+        in capsys.readouterr().err
+    )
 
 
 def test_usage(checkpoint, tmp_path, capsys):

@@ -64,7 +64,7 @@ def test_evaluate_asks_the_encoder_too(
 
     monkeypatch.setattr(TransducerDataModule, "test_dataloader", recorded)
     options = [*data_overrides, "data.max_utterances=100", f"data.max_cells={cells}"]
-    options += ["trusted_packages=[transducer_toolkit.modules,tests]", "trainer.accelerator=cpu"]
+    options += ["trusted_packages=[tests]", "trainer.accelerator=cpu"]
     console(evaluate, tmp_path, f"checkpoint={eightfold}/checkpoints/best.ckpt", *options)
     assert [len(loader) for loader in made] == [1]  # within the bound, and only just
 
@@ -82,5 +82,5 @@ def test_an_old_config_that_sets_it_is_refused(
         with pytest.raises(SystemExit):
             console(command, tmp_path, *options, "data.subsampling=4")
         lines = capsys.readouterr().err.splitlines()
-        assert lines[0] == "Could not override 'data.subsampling'."
+        assert "Could not override 'data.subsampling'." in lines[0]
         assert "data.subsampling is no option any more: the encoder decides" in lines[-1]

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from transducer_toolkit.cli.train import main
-from transducer_toolkit.data.manifest import read_manifest
+from transducer_toolkit.data.manifest import read_manifest, write_manifest
 from transducer_toolkit.inference.recognizer import Recognizer
 
 MODES = ("packed", "full", "fused", "simple", "smoothed", "pruned", "fused_pruned", "torchaudio")
@@ -51,6 +53,35 @@ def test_a_run_leaves_everything_behind(trained, tones):
     assert rows[0] == "id\treference\thypothesis" and len(rows) == 7
     log = (trained / "train.log").read_text()
     assert "validation WER" in log and "  ref " in log and "  hyp " in log
+
+
+def test_tensorboard_shows_how_the_training_goes(trained):
+    shown = EventAccumulator(str(trained / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert set(shown.Tags()["images"]) == {"learning_curves", "utterance"}
+    values = {
+        name: [(event.step, event.value) for event in shown.Scalars(name)]
+        for name in shown.Tags()["scalars"]
+    }
+    expected = {f"train/{name}" for name in ("loss", "learning_rate", "gradient_norm",
+                                             "seconds_per_step")}  # fmt: skip
+    assert expected | {"val/loss", "val/wer", "val/cer", "test/wer/tones"} <= values.keys()
+    for name in expected - {"train/seconds_per_step"}:
+        assert [step for step, _ in values[name]] == list(range(8))
+    # Not for the first batch of an epoch, which has none before it.
+    assert [step for step, _ in values["train/seconds_per_step"]] == [1, 2, 3, 5, 6, 7]
+    assert all(value > 0 for name in expected for _, value in values[name])
+    assert max(value for _, value in values["train/learning_rate"]) == pytest.approx(1e-3, rel=1e-3)
+    content = shown.PluginTagToContent("hparams")
+    assert b"optimizer.lr" in content["_hparams_/session_start_info"]
+    assert b"val/cer" in content["_hparams_/experiment"]
+    for folder in ("tensorboard", "metrics"):
+        options = OmegaConf.load(trained / folder / "hparams.yaml")
+        assert options["optimizer.lr"] == 1e-3 and options["model.encoder.hidden_dim"] == 16
+    with (trained / "metrics" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/gradient_norm"]]
+    assert [float(row["train/gradient_norm"]) for row in rows] == pytest.approx(
+        [value for _, value in values["train/gradient_norm"]]
+    )
 
 
 def test_checkpoints_load_with_weights_only(trained):
@@ -130,6 +161,39 @@ def test_start_from_needs_a_checkpoint_that_fits(
     with pytest.raises(SystemExit):
         console(main, tmp_path, *train_overrides, "init_from=nowhere.ckpt")
     assert "no checkpoint at nowhere.ckpt" in capsys.readouterr().err
+
+
+def test_fine_tuning_on_texts_that_lack_a_letter(
+    tmp_path, console, train_overrides, trained, tones
+):
+    for name in ("train", "val"):
+        rows = [row for row in read_manifest(tones / f"{name}.jsonl") if "a" not in row.text]
+        write_manifest(tmp_path / f"{name}.jsonl", rows)
+    best = trained / "checkpoints/best.ckpt"
+    options = [
+        *train_overrides,
+        *(f"data.corpus.{name}={tmp_path}/{name}.jsonl" for name in ("train", "val")),
+        "~data.corpus.test.tones",
+        f"init_from={best}",
+        "optimizer.lr=0",
+        "trainer.max_epochs=1",
+    ]
+    before = torch.load(best, weights_only=True)
+    weight = "model.joiner.output.weight"
+    for name, option, kept in (
+        ("own", [], [0, 1, 3, 4]),
+        ("kept", ["data/tokenizer=checkpoint"], [0, 1, 2, 3, 4]),
+    ):
+        console(main, tmp_path, *options, *option, f"name={name}")
+        after = torch.load(
+            tmp_path / f"outputs/{name}/run/checkpoints/last.ckpt", weights_only=True
+        )
+        symbols = before["recognizer"]["symbols"]
+        assert after["recognizer"]["symbols"] == [symbols[row] for row in kept]
+        assert torch.equal(after["state_dict"][weight], before["state_dict"][weight][kept])
+        log = (tmp_path / f"outputs/{name}/run/train.log").read_text()
+        assert "25 of 25 weights taken over" in log
+        assert ("texts lack them: a; data/tokenizer=checkpoint keeps" in log) == (name == "own")
 
 
 def test_multirun_gives_each_job_a_folder(tmp_path, console, train_overrides):

@@ -4,11 +4,13 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
 from transducer_toolkit.cli.transcribe import main
+from transducer_toolkit.inference.recognizer import Recognizer
 
 
 @pytest.fixture
@@ -132,6 +134,51 @@ def test_output_that_cannot_be_is_refused(transcribe, tones, tmp_path):
     assert status == 1 and "no audio files in the folder" in err
 
 
+def test_channels(transcribe, tones, tmp_path):
+    left, right = (soundfile.read(tones / f"test-{k}.wav")[0] for k in range(2))
+    size = min(len(left), len(right))
+    stereo = tmp_path / "stereo.wav"
+    soundfile.write(stereo, np.stack([left[:size], right[:size]], axis=1), 16000)
+    texts = []
+    for channel, samples in enumerate((left, right)):
+        soundfile.write(tmp_path / f"{channel}.wav", samples[:size], 16000)
+        _, alone, _ = transcribe(tmp_path / f"{channel}.wav")
+        texts.append(alone.rstrip("\n").split("\t")[1])
+        _, out, _ = transcribe(stereo, "--channel", channel)
+        assert out == f"{stereo}\t{texts[-1]}\n"
+    status, out, _ = transcribe(stereo, "--channel", "each")
+    assert status == 0
+    assert out == "".join(f"{stereo}\t{k}\t{text}\n" for k, text in enumerate(texts))
+    assert transcribe(stereo, "--channel", "each", "--output", f"{tmp_path}/out/")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "stereo.channel0.txt",
+        "stereo.channel1.txt",
+    ]
+    status, _, err = transcribe(stereo, "--channel", "each", "--format", "srt")
+    assert status == 1 and "with --channel each --output must be a folder" in err
+    status, _, err = transcribe(stereo, "--channel", 2)
+    assert status == 1 and "there is no channel=2" in err
+    status, _, err = transcribe(tmp_path / "none.wav", "--channel", "each")
+    assert status == 1 and "no audio file" in err
+    # Opposite phases cancel each other.
+    soundfile.write(stereo, np.stack([left, -left], axis=1), 16000)
+    status, _, err = transcribe(stereo)
+    assert status == 1 and "channels cancel each other" in err
+
+
+def test_a_folder_is_transcribed_in_batches(checkpoint, tones, capsys, monkeypatch):
+    sizes = []
+    recognize = Recognizer.recognize
+    monkeypatch.setattr(
+        Recognizer, "recognize", lambda self, x: sizes.append(len(x)) or recognize(self, x)
+    )
+    assert main(["--checkpoint", str(checkpoint), str(tones)]) == 0
+    num_files = len(list(tones.glob("*.wav")))
+    assert sum(sizes) == num_files > 20 and len(sizes) < num_files / 10
+    paths = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert paths == sorted(map(str, tones.glob("*.wav")))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -143,6 +190,8 @@ def test_output_that_cannot_be_is_refused(transcribe, tones, tmp_path):
         ),
         (["--window-s", "10", "--overlap-s", "6"], "--overlap-s at most half of it, got 10 and 6"),
         (["--window-s", "inf"], "--window-s must be at least 1"),
+        (["--channel", "left"], "expected mix, each or a number from 0, got 'left'"),
+        (["--cut", "words"], "invalid choice: 'words'"),
         (["--num-threads", "0"], "argument --num-threads: must be at least 1, got 0"),
     ],
 )

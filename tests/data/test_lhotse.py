@@ -6,14 +6,18 @@ import logging
 import os
 import types
 
+import numpy as np
 import pytest
+import soundfile
 import torch
-from lhotse import CutSet, SupervisionSet
+from lhotse import CutSet, MultiCut, Recording, SupervisionSegment, SupervisionSet
 
 from tests.cuts import write_cuts
+from transducer_toolkit.data.audio import read_audio
 from transducer_toolkit.data.augment import SpecAugment
 from transducer_toolkit.data.corpus import ManifestCorpus
 from transducer_toolkit.data.datamodule import TransducerDataModule
+from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.lhotse_batching import (
     cut_targets,
     cut_text,
@@ -21,6 +25,7 @@ from transducer_toolkit.data.lhotse_batching import (
     with_targets,
 )
 from transducer_toolkit.data.lhotse_datamodule import LhotseDataModule
+from transducer_toolkit.data.text import TextNormalizer
 from transducer_toolkit.data.tokenizer import CharTokenizer
 
 NUM_CUTS = 40
@@ -331,3 +336,74 @@ def test_an_empty_text_and_rounded_times_are_accepted(cuts, changes):
     first = CutSet.from_file(cuts / "train.jsonl.gz")[0]
     cut = first.map_supervisions(lambda supervision: dataclasses.replace(supervision, **changes))
     assert cut_text(cut) == changes.get("text", first.supervisions[0].text)
+
+
+@pytest.fixture
+def stereo(tmp_path):
+    """Manifests of cuts with two channels: unlike ones, and ones of opposite phase."""
+    rng = np.random.default_rng(0)
+    left, right = 0.1 * rng.standard_normal((2, 8000))
+    for name, samples in {"two": [left, right], "opposite": [left, -left]}.items():
+        soundfile.write(tmp_path / f"{name}.wav", np.stack(samples, axis=1), 16000)
+        recording = Recording.from_file(tmp_path / f"{name}.wav", recording_id=name)
+        segment = SupervisionSegment(name, name, 0.0, 0.5, channel=[0, 1], text="One, two")
+        cut = MultiCut(name, 0.0, 0.5, [0, 1], [segment], recording=recording)
+        CutSet.from_cuts([cut]).to_file(tmp_path / f"{name}.jsonl.gz")
+    return tmp_path
+
+
+def cuts_of(folder, name, **options):
+    """Batches of a test set."""
+    corpus = ManifestCorpus(test=folder / f"{name}.jsonl.gz")
+    options = {"tokenizer": CharTokenizer.from_texts(["one two"]), "max_cells": 800, **options}
+    data = LhotseDataModule(corpus=corpus, num_output_frames=fourfold, **options)
+    data.setup("test")
+    return [batch for loader in data.test_dataloader() for batch in loader]
+
+
+def features(folder, name, channel):
+    return Fbank()(read_audio(folder / f"{name}.wav", channel=channel))
+
+
+@pytest.mark.parametrize("channel", ["mix", 0, 1])
+def test_a_channel_of_a_cut_is_selected(stereo, channel):
+    (batch,) = cuts_of(stereo, "two", channel=channel)
+    torch.testing.assert_close(batch.features[0], features(stereo, "two", channel))
+
+
+def test_each_channel_may_be_a_cut(stereo):
+    batches = cuts_of(stereo, "two", channel="each", max_utterances=1)
+    assert sorted(id_ for batch in batches for id_ in batch.utterance_ids) == ["two-0", "two-1"]
+    for batch in batches:
+        channel = int(batch.utterance_ids[0][-1])
+        torch.testing.assert_close(batch.features[0], features(stereo, "two", channel))
+
+
+def test_channels_that_cancel_each_other_are_refused(stereo):
+    with pytest.raises(ValueError, match="cut 'opposite': its audio: its channels cancel"):
+        cuts_of(stereo, "opposite")
+    (batch,) = cuts_of(stereo, "opposite", channel=1)
+    torch.testing.assert_close(batch.features[0], features(stereo, "opposite", 1))
+    with pytest.raises(ValueError, match=r"it has the channels \[0, 1\]: there is no channel=2"):
+        cuts_of(stereo, "two", channel=2)
+
+
+def test_a_cut_of_one_channel_is_read_as_it_is(cuts):
+    expected = cuts_of(cuts, "val")
+    for channel in (1, "each"):
+        found = cuts_of(cuts, "val", channel=channel)
+        for one, other in zip(found, expected, strict=True):
+            assert one.utterance_ids == other.utterance_ids
+            torch.testing.assert_close(one.features, other.features)
+
+
+def test_texts_of_cuts_are_normalized(stereo, cuts):
+    (batch,) = cuts_of(stereo, "two")
+    # The tokenizer lacks "O" and ",": the reference stays, without targets.
+    assert (batch.texts, batch.target_lengths.tolist()) == (["One, two"], [0])
+    text = TextNormalizer(case="lower", punctuation="remove")
+    (batch,) = cuts_of(stereo, "two", text=text)
+    assert (batch.texts, batch.target_lengths.tolist()) == (["one two"], [7])
+    data = data_module(cuts, text=str.upper)
+    assert set("".join(data.tokenizer.symbols[1:])) <= set("\u2581ONETWSIX")
+    assert all(text == text.upper() for batch in data.val_dataloader() for text in batch.texts)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,5 +246,39 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "train.jsonl")
     with pytest.raises(ValueError, match=r"train\.jsonl is no regular file"):
         read_manifest(tmp_path / "train.jsonl")
-    with pytest.raises(TypeError, match="val: expected the path of a manifest, got None"):
-        ManifestCorpus(train="train.jsonl", val=None)
+
+
+def test_a_corpus_may_be_a_test_manifest_alone():
+    manifests = ManifestCorpus(test="some/dev.clean.jsonl").manifests()
+    assert manifests.test == {"dev": Path("some/dev.clean.jsonl")}
+    assert manifests.path("test/dev") == Path("some/dev.clean.jsonl")
+    for name in ("train", "val", "test/other"):
+        with pytest.raises(ValueError, match=f"the corpus has no manifest for {name}: give"):
+            manifests.path(name)
+    with pytest.raises(TypeError, match="a: expected the path of a manifest, got None"):
+        ManifestCorpus(train="train.jsonl", test={"a": None})
+
+
+def test_channels_of_lines_that_name_none(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros((1600, 2)), 16000)
+    soundfile.write(tmp_path / "m.wav", np.zeros(1600), 16000)
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"audio": "a.wav", "text": "a"},
+        {"id": "b", "audio": "a.wav", "text": "b", "channel": 1},
+        {"audio": "m.wav", "text": "m"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def channels(channel):
+        return [(u.id, u.channel) for u in read_manifest(path, channel=channel)]
+
+    assert channels("mix") == [("a", "mix"), ("b", 1), ("m", "mix")]
+    assert channels(0) == [("a", 0), ("b", 1), ("m", 0)]
+    assert channels("each") == [("a#0", 0), ("a#1", 1), ("b", 1), ("m", "mix")]
+    with pytest.raises(ValueError, match="channel: expected 'mix', 'each' or a number"):
+        channels("left")
+    rows.append({"id": "a#1", "audio": "m.wav", "text": "m"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="line 4: id 'a#1' already stands in line 1"):
+        channels("each")

@@ -6,9 +6,10 @@ import pytest
 import sentencepiece
 import torch
 
+from transducer_toolkit.data.byte_pieces import shown_symbols
 from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
-from transducer_toolkit.inference.aligner import word_spans
+from transducer_toolkit.inference.words import word_spans
 
 TEXTS = ["please enter your number", "enter the number", "please press the key", "l'été ÉTÉ"]
 
@@ -47,8 +48,49 @@ def test_what_training_lacks_is_unknown(tokenizer):
 
 def test_words_are_found_in_pieces(tokenizer):
     for text in [*TEXTS, "the penny presser"]:
-        spans = word_spans([tokenizer.symbols[id_] for id_ in tokenizer.encode(text)])
-        assert [word for word, _, _ in spans] == text.split()
+        spans = word_spans(tokenizer.encode(text), tokenizer)
+        assert [span.text for span in spans] == text.split()
+
+
+@pytest.fixture(scope="module")
+def with_bytes():
+    """A tokenizer with the letters a and b, and byte pieces for all other characters."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab ba"] * 9),
+        model_writer=model,
+        vocab_size=262,
+        model_type="char",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        pad_piece="<blk>",
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
+@pytest.mark.parametrize("text", ["a三b", "三 ab", "ä", "\U0001f642 b\U0001f642a", "aéb é"])
+def test_bytes_are_decoded_as_whole_characters(with_bytes, text):
+    ids = with_bytes.encode(text)
+    assert with_bytes.decode(ids) == text
+    for k in range(len(ids)):  # a beginning, as a stream has it, is a beginning of the text
+        assert text.startswith(with_bytes.decode(ids[:k]))
+        assert "\ufffd" not in with_bytes.decode(ids[k:])
+    symbols = [with_bytes.symbols[id_] for id_ in ids]
+    assert "".join(shown_symbols(symbols)).replace("\u2581", " ").strip() == text
+
+
+def test_bytes_that_spell_no_character_are_left_out(with_bytes):
+    one, two, three = (with_bytes.symbols.index(f"<0x{x}>") for x in ("E4", "B8", "89"))
+    a = with_bytes.symbols.index("a")
+    assert with_bytes.decode([a, one, two, a, three, a]) == "aaa"
+    assert with_bytes.decode([one, two]) == with_bytes.decode([three, three]) == ""
+    assert with_bytes.decode([one, one, two, three]) == "三"
+    assert with_bytes.decode([one, 0, two, 0, three]) == "三"  # blanks do not count
 
 
 def test_the_same_texts_give_the_same_model(tokenizer):

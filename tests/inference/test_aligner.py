@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 from functools import partial
 
 import pytest
+import sentencepiece
 import torch
 
 from transducer_toolkit import LatticeShape
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.decoding import (
     TOPOLOGIES,
@@ -111,3 +114,63 @@ def test_what_cannot_be_aligned_is_named(recognizer, waveform):
         align_text(recognizer, waveform, TEXT, topology="ctc")
     with pytest.raises(ValueError, match=r"topology: expected one of .*, got 'ctc'"):
         Recognizer(recognizer.model, recognizer.tokenizer, Fbank(), topology="ctc")
+
+
+def aligner_of(tokenizer):
+    torch.manual_seed(0)
+    model = Transducer.build(
+        ConvLstmEncoder(conv_channels=2, hidden_dim=8),
+        partial(StatelessPredictor, embedding_dim=4),
+        partial(Joiner, joiner_dim=8),
+        vocab_size=tokenizer.vocab_size,
+        blank=tokenizer.blank,
+    )
+    return Recognizer(model, tokenizer, Fbank())
+
+
+def test_byte_pieces_are_shown_as_characters(waveform):
+    texts = ["ab ba"] * 9
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=262,
+        model_type="char",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        pad_piece="<blk>",
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    recognizer = aligner_of(SentencePieceTokenizer(model.getvalue()))
+    aligned = align_text(recognizer, waveform, "aü a三b")
+    assert [word.word for word in aligned.words] == ["aü", "a", "三", "b"]
+    assert "".join(token.symbol for token in aligned.tokens) == "\u2581aü\u2581a三b"
+    assert len(aligned.tokens) == len(recognizer.tokenizer.encode("aü a三b")) == 10
+
+
+def test_words_of_scripts_without_spaces_have_sensible_lengths(waveform):
+    recognizer = aligner_of(CharTokenizer.from_texts(["今天好 ab"]))
+    aligned = align_text(recognizer, waveform, "今天 ab")
+    assert [word.word for word in aligned.words] == ["今", "天", "ab"]
+    spans = [round((word.end_s - word.start_s) / 0.04) for word in aligned.words]
+    assert spans[:2] == [1, 1]  # a symbol takes one frame
+
+
+@pytest.mark.parametrize("text", ["ab?", "a b ü", "??", "e\u0301"])
+def test_characters_that_the_model_lacks_are_refused(waveform, text):
+    """Also with <unk>, which would be aligned in their place."""
+    for tokenizer in (
+        CharTokenizer.from_texts(["ab c"], unknown=True),
+        SentencePieceTokenizer.from_texts(["ab c", "c ab"], vocab_size=6),
+    ):
+        missing = sorted({*text} - {*"ab c"})
+        with pytest.raises(ValueError) as raised:
+            align_text(aligner_of(tokenizer), waveform, text)
+        assert "the model has no symbol for" in str(raised.value) and repr(text) in str(
+            raised.value
+        )
+        assert all(repr(character) in str(raised.value) for character in missing)

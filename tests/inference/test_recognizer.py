@@ -109,8 +109,18 @@ def test_own_classes_are_accepted_when_trusted(checkpoint):
     with pytest.raises(ValueError, match="trusted_packages"):
         Recognizer.from_checkpoint(path)
     with pytest.raises(ValueError, match=r"cannot be restored: .*unexpected .* argument 'extra'"):
-        trusted = ["transducer_toolkit.modules", "transducer_toolkit.training"]
-        Recognizer.from_checkpoint(path, trusted_packages=trusted)
+        Recognizer.from_checkpoint(path, trusted_packages=["transducer_toolkit.training"])
+
+
+@pytest.mark.parametrize("more", [(), [], ["transducer_toolkit.modules"], ("a", "b.c")])
+def test_trusted_packages_add(checkpoint, more):
+    assert Recognizer.from_checkpoint(checkpoint()[0], trusted_packages=more)
+
+
+@pytest.mark.parametrize("more", ["transducer_toolkit.training", [1], None, {"a": 1}])
+def test_trusted_packages_are_a_list(checkpoint, more):
+    with pytest.raises(TypeError, match="trusted_packages: expected a list of names of packages"):
+        Recognizer.from_checkpoint(checkpoint()[0], trusted_packages=more)
 
 
 def test_no_waveforms_is_an_error(checkpoint):

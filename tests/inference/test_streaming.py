@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text while the speaker speaks equals the text of the whole."""
 
+import io
 import random
 
 import pytest
+import sentencepiece
 import torch
 
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.data.tokenizer import CharTokenizer
+from transducer_toolkit.decoding import Hypothesis
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.streaming import StreamingRecognizer
 from transducer_toolkit.modules import (
@@ -128,3 +132,51 @@ def test_what_does_not_stream_is_refused():
     centered = ConvLstmEncoder(conv_channels=2, hidden_dim=8)
     with pytest.raises(ValueError, match="normalization='global', got 'utterance'"):
         StreamingRecognizer(random_recognizer(centered))
+
+
+def test_bytes_of_a_character_arrive_as_the_character():
+    """The bytes of a character may arrive in several pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab ba"] * 9),
+        model_writer=model,
+        vocab_size=262,
+        model_type="char",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        pad_piece="<blk>",
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    encoder = ENCODERS["lstm"]()
+    encoder.normalizer.set_statistics(torch.full((80,), -8.0), torch.full((80,), 3.0))
+    model = Transducer(
+        encoder,
+        StatelessPredictor(tokenizer.vocab_size, embedding_dim=16),
+        Joiner(encoder.output_dim, 16, 16, tokenizer.vocab_size),
+    )
+    text = "aä三 三三 b\U0001f642a " * 6
+    tokens = tokenizer.encode(text)
+
+    class Scripted:
+        """Emits the tokens of a text, one a frame."""
+
+        def initial_state(self, batch_size, device):
+            return 0
+
+        def advance(self, encoder_out, lengths, position):
+            added = tokens[position : position + encoder_out.shape[1]]
+            return [Hypothesis(added, list(range(len(added))))], position + len(added)
+
+    stream = StreamingRecognizer(Recognizer(model, tokenizer, Fbank()))
+    stream._search, stream._search_state = Scripted(), 0
+    choose, pieces = random.Random(0), []
+    for part in torch.zeros(640 * (len(tokens) + 4)).split(641):
+        pieces += map(stream.accept, part.split(choose.randint(1, 641)))
+    pieces.append(stream.finish())
+    assert "".join(pieces) == text.strip()
+    assert all(len(piece) <= 2 for piece in pieces)  # nothing waits longer than it must

@@ -187,3 +187,41 @@ def test_bad_sizes_are_named(make):
     ):
         with pytest.raises(error, match=message):
             make(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        (
+            {"encoder_lengths": torch.tensor([9, 5])},
+            r"'b': ConvLstmEncoder.forward makes 5 encoder",
+        ),
+        (
+            {"encoder_lengths": torch.tensor([8, 6])},
+            r"'a': .* makes 8 encoder frames of 33 feature",
+        ),
+        ({"encoder_out": torch.zeros(2, 8, 16)}, "'a': .* length 9, and encoder_out has 8 frames"),
+        ({"encoder_out": torch.zeros(2, 9, 15)}, r"shape \(2, T, 16\), output_dim last, got"),
+        ({"encoder_out": torch.zeros(9, 2, 16)}, r"shape \(2, T, 16\), output_dim last, got"),
+        ({"encoder_out": torch.zeros(2, 16)}, r"shape \(2, T, 16\), output_dim last, got"),
+        ({"encoder_out": (torch.zeros(1),)}, "expected a tensor encoder_out, got tuple"),
+        ({"encoder_lengths": torch.tensor([9.0, 6.0])}, "of dtype int64, got torch.float32"),
+        ({"encoder_lengths": torch.tensor([[9], [6]])}, r"of shape \(2,\), got \(2, 1\)"),
+        ({"encoder_lengths": None}, "expected a tensor encoder_lengths, got NoneType"),
+    ],
+)
+def test_the_output_is_that_of_the_interface(change, message):
+    encoder = ConvLstmEncoder(conv_channels=2, hidden_dim=16)
+    results = {"encoder_out": torch.zeros(2, 9, 16), "encoder_lengths": torch.tensor([9, 6])}
+    arguments = torch.tensor([33, 21]), *(results | change).values()
+    if message is None:
+        encoder.check_output(*arguments, ["a", "b"])
+        encoder.check_output(*(x.to("meta") for x in arguments))  # lengths elsewhere are not read
+        return
+    with pytest.raises((TypeError, ValueError), match=message):
+        encoder.check_output(*arguments, ["a", "b"])
+    with pytest.raises(
+        (TypeError, ValueError), match=message.replace("'a'", "0").replace("'b'", "1")
+    ):
+        encoder.check_output(*arguments)

@@ -2,7 +2,9 @@
 """The table of topologies: the same in Python and in the compiled stages; feasibility."""
 
 import pytest
+import torch
 
+import transducer_toolkit as tt
 from transducer_toolkit.losses.reference import lattice_paths
 from transducer_toolkit.ops import native
 from transducer_toolkit.ops.topology import (
@@ -41,3 +43,51 @@ def test_an_unknown_name_is_an_error(name):
     with pytest.raises(ValueError, match=r"rnnt_type: expected one of .*'regular'.*, got"):
         get_topology(name, "rnnt_type", k2=True)
     assert "one_sym_per_frame" in TOPOLOGIES and "one_sym_per_frame" not in K2_TOPOLOGIES
+
+
+@pytest.mark.parametrize(("modified", "remedy"), [(True, "'modified'"), (False, "'regular'")])
+def test_the_bool_of_older_k2_names_its_successor(modified, remedy):
+    message = f"rnnt_type: expected one of .* got {modified}; pass {remedy} for modified={modified}"
+    am, lm, symbols = torch.zeros(1, 4, 5), torch.zeros(1, 3, 5), torch.tensor([[1, 2]])
+    logits = am[:, :, None] + lm[:, None]
+    ranges = torch.arange(3).expand(1, 4, 3)
+    for call in (
+        lambda: tt.rnnt_loss(logits, symbols, 0, None, modified),
+        lambda: tt.rnnt_loss_simple(lm, am, symbols, 0, None, modified),
+        lambda: tt.rnnt_loss_smoothed(lm, am, symbols, 0, 0.0, 0.0, None, modified),
+        lambda: tt.rnnt_loss_pruned(logits, symbols, ranges, 0, None, modified),
+        lambda: tt.get_rnnt_logprobs_joint(logits, symbols, 0, None, modified),
+        lambda: tt.get_rnnt_logprobs_pruned(logits, symbols, ranges, 0, None, modified),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_k2_and_fast_rnnt_agree_by_keyword():
+    logits, symbols = torch.randn(2, 4, 3, 5), torch.tensor([[1, 2], [3, 4]])
+    boundary = torch.tensor([[0, 0, 2, 4], [0, 0, 1, 3]])
+    options = {"rnnt_type": "modified", "boundary": boundary}
+    by_place = tt.get_rnnt_logprobs_joint(logits, symbols, 0, boundary, "modified")
+    by_name = tt.get_rnnt_logprobs_joint(logits, symbols, 0, **options)
+    for one, other in zip(by_place, by_name, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(TypeError, match=r"boundary: expected a torch\.Tensor, got str"):
+        tt.get_rnnt_logprobs_joint(logits, symbols, 0, "modified", boundary)  # k2's order
+
+
+@pytest.mark.parametrize("am_only_scale", [0.0, 0.2])
+def test_padding_and_the_smoothed_loss(am_only_scale):
+    """k2 averages the padding, too; here it changes nothing, but a valid row of another does."""
+    torch.manual_seed(0)
+    am, lm, symbols = torch.randn(2, 4, 5), torch.randn(2, 3, 5), torch.tensor([[1, 2], [3, 0]])
+    boundary = torch.tensor([[0, 0, 2, 4], [0, 0, 1, 3]])
+
+    def losses():
+        options = {"boundary": boundary, "reduction": "none"}
+        return tt.rnnt_loss_smoothed(lm, am, symbols, 0, 0.1, am_only_scale, **options)
+
+    first = losses()
+    lm[1, 2] += torch.arange(5)  # padding
+    assert torch.equal(losses(), first)
+    lm[1, 0] += torch.arange(5)
+    assert torch.equal(losses()[0], first[0]) == (am_only_scale == 0)

@@ -167,7 +167,7 @@ OPTIONS: dict[str, Values] = {
         "data.max_cells": refused("0", "x"),
         "data.num_workers": refused("-1", "x"),
         "trainer.devices": refused("0", "x"),
-        "trusted_packages": [("x", None), ("[]", True)],
+        "trusted_packages": refused("x", "null", "[1]"),
         "colour": refused("red"),
     },
     "prepare": {

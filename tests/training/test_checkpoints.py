@@ -5,13 +5,17 @@ import os
 import pickle
 import signal
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from tests.full_disk import full_disk
+from transducer_toolkit.training.callbacks import AverageWeights
 from transducer_toolkit.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
 
 
@@ -162,6 +166,143 @@ def test_when_it_is_written(tmp_path, options, steps):
     assert found == steps
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == steps[-1]
+
+
+class Fail(Callback):
+    """Raises an error in a hook, after so many batches."""
+
+    def __init__(self, hook, after, error=RuntimeError):
+        self.after, self.error, self.batches = after, error, 0
+        setattr(self, hook, self.fail)
+
+    def on_train_batch_start(self, *args):
+        self.batches += 1
+
+    def fail(self, *args):
+        if self.batches > self.after:
+            raise self.error("a fault of the test")
+
+
+class Optimizer(torch.optim.SGD):
+    """Fails in the middle of its fourth step."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        loss = closure()
+        Optimizer.steps += 1
+        if Optimizer.steps == 4:
+            raise RuntimeError("a fault of the test")
+        super().step()
+        return loss
+
+
+def progress(path):
+    checkpoint = torch.load(path, weights_only=True)
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+    return checkpoint["global_step"], batches["processed"]
+
+
+def fit(tmp_path, *callbacks, module=None, **options):
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[*callbacks, LastCheckpoint(str(tmp_path / "last.ckpt"))],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **{"max_epochs": 2, **options},
+    )
+    data = DataLoader(torch.ones(6, 1))
+    trainer.fit(module or Line(), data, data)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("hook", "accumulate", "expected"),
+    [
+        ("on_before_backward", 1, (4, 4)),
+        ("on_after_backward", 1, (4, 4)),
+        ("on_before_zero_grad", 1, (4, 4)),
+        # The batches since the last step are repeated.
+        ("on_before_backward", 3, (1, 3)),
+        ("on_after_backward", 2, (2, 4)),
+    ],
+)
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
+def test_an_exception_leaves_the_last_complete_step(tmp_path, hook, accumulate, expected, error):
+    with pytest.raises((error, SystemExit)):
+        fit(tmp_path, Fail(hook, 4, error), accumulate_grad_batches=accumulate)
+    assert progress(tmp_path / "last.ckpt") == expected
+    # It goes on from there, to the end of both epochs.
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accumulate_grad_batches=accumulate,
+    )
+    data = DataLoader(torch.ones(6, 1))
+    trainer.fit(Line(), data, data, ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == 12 // accumulate
+
+
+def test_a_step_that_the_optimizer_did_not_finish_is_not_saved(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Optimizer, "steps", 0)
+    module = Line()
+    module.configure_optimizers = lambda: Optimizer(module.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="a fault of the test"):
+        fit(tmp_path, module=module)
+    assert not (tmp_path / "last.ckpt").exists()
+    assert "stopped in the middle of step 4: it is not saved" in caplog.text
+
+
+def test_the_first_exception_is_raised_if_the_disk_is_full(tmp_path, caplog, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SingleDeviceStrategy, "save_checkpoint", full)
+    with pytest.raises(RuntimeError, match="a fault of the test"):
+        fit(tmp_path, Fail("on_after_backward", 4))
+    assert "step 4 could not be saved" in caplog.text and "No space left" in caplog.text
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_max_time_finishes_the_step(tmp_path, accumulate):
+    class Clock(Timer):
+        def time_elapsed(self, stage="train"):
+            return float(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
+        def setup(self, trainer, *args, **kwargs):
+            self.trainer = trainer
+            super().setup(trainer, *args, **kwargs)
+
+    trainer = fit(
+        tmp_path,
+        Clock(timedelta(seconds=4), verbose=False),
+        accumulate_grad_batches=accumulate,
+        check_val_every_n_epoch=5,
+        max_epochs=9,
+    )
+    step = -(-4 // accumulate)
+    assert trainer.global_step == step
+    assert progress(tmp_path / "last.ckpt") == (step, step * accumulate)
+
+
+def test_an_exception_in_a_validation_of_the_average_saves_the_present_weights(tmp_path):
+    average = AverageWeights(decay=0.9)
+    module = Line()
+    with pytest.raises(RuntimeError):
+        fit(tmp_path, average, Fail("on_validation_batch_start", 5), module=module)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    weight, mean = torch.zeros(1), torch.zeros(1)
+    for step in range(6):
+        weight = weight - 0.1 * 2 * (weight - 1)
+        fraction = max(0.1, 9 / (step + 10)) if step > 0 else 1.0  # torch copies the first
+        mean = mean + fraction * (weight - mean)
+    assert float(checkpoint["current_model_state"]["weight"]) == pytest.approx(float(weight))
+    assert float(checkpoint["state_dict"]["weight"]) == pytest.approx(float(mean))
 
 
 def test_intervals_are_positive():

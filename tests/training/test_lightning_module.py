@@ -15,6 +15,7 @@ from transducer_toolkit.modules import ConvLstmEncoder, Joiner, StatelessPredict
 from transducer_toolkit.training.lightning_module import TransducerModule
 from transducer_toolkit.training.schedules import warmup_cosine
 from transducer_toolkit.training.stages import PackedLoss
+from transducer_toolkit.training.utterance_names import naming_utterances
 
 TOKENIZER = CharTokenizer.from_texts(["ab c"])
 
@@ -168,3 +169,56 @@ def test_an_option_that_torch_does_not_name_is_named(part, make, message):
     module._trainer = SimpleNamespace(estimated_stepping_batches=10)
     with pytest.raises(ValueError, match=f"^{part} .*{message}"):
         module.configure_optimizers()
+
+
+class WrongCount(ConvLstmEncoder):
+    def num_output_frames(self, num_frames):
+        return super().num_output_frames(num_frames) + (num_frames == 21)
+
+
+def test_an_encoder_that_counts_wrongly_is_named_with_the_utterance():
+    module = make_module().float()
+    module.model.encoder = WrongCount(conv_channels=2, hidden_dim=8)
+    front_end = module.model.encoder.front_end
+    module.model.encoder.front_end = lambda *args: (
+        front_end(*args)[0],
+        ConvLstmEncoder.num_output_frames(module.model.encoder, args[1]),
+    )
+    module.compute_losses(make_batch([0, 2]))
+    for step in (module.compute_losses, lambda batch: module.test_step(batch, 0)):
+        with pytest.raises(ValueError, match=r"utterance '1': WrongCount\.forward makes 6"):
+            step(make_batch([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.tensor([[1, 2, 1, 2], [1, 99, 1, 0]])}, r"'1': targets\[1\]: expected"),
+        ({"target_lengths": torch.tensor([4, -1])}, "'1': target_lengths: expected at least 0"),
+        ({"targets": torch.tensor([[1, 2, 1, 2], [0, 1, 1, 0]])}, r"'1': targets\[0\]: .* blank"),
+    ],
+)
+def test_errors_of_a_loss_name_the_id(change, message):
+    batch = make_batch([0, 1])
+    for name, value in change.items():
+        object.__setattr__(batch, name, value)
+    object.__setattr__(batch, "features", batch.features.double())
+    with pytest.raises(ValueError, match=f"^utterance {message}"):
+        make_module().compute_losses(batch)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("utterance 1: topology 'regular' needs", "utterance 'b': topology 'regular' needs"),
+        ("boundary[0] (utterance 0): expected", "utterance 'a': boundary: expected"),
+        ("ranges[1, 0] (utterance 1): expected", "utterance 'b': ranges[0]: expected"),
+        ("s_range: utterance 1 (3 symbols) needs", "utterance 'b': s_range: utterance 1 (3"),
+        ("utterance 7: of another batch", "utterance 7: of another batch"),
+        ("beam: expected at least 1", "beam: expected at least 1"),
+    ],
+)
+def test_an_index_becomes_an_id(text, expected):
+    with pytest.raises(ValueError) as error, naming_utterances(["a", "b"]):
+        raise ValueError(text)
+    assert str(error.value).startswith(expected)

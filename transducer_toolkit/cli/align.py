@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transducer_toolkit.cli.arguments import add_device, add_trust_package
+from transducer_toolkit.cli import console
+from transducer_toolkit.cli.arguments import add_device, add_trust_package, make_parser
+from transducer_toolkit.cli.transcript_formats import dump_json
 
 if TYPE_CHECKING:
     from transducer_toolkit.data.manifest import Utterance
@@ -23,6 +24,7 @@ TIME_DECIMALS = 4  # of seconds in JSON
 PROBABILITY_DIGITS = 6  # significant digits: early and late frames can be very unlikely
 
 
+@console.command("transducer-align")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the alignment of each utterance to files or standard output.
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Late imports keep --help fast.
     import torch
 
-    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.recognizer import Recognizer
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recognizer = Recognizer.from_checkpoint(
             args.checkpoint,
             device=args.device,
-            trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package),
+            trusted_packages=args.trust_package,
         )
         if args.output_dir is not None:
             args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -78,19 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         lines = ctm_lines(name, aligned)
         if args.output_dir is None:
-            shown = lines if formats == ["ctm"] else [json.dumps(to_json(utterance, aligned))]
+            shown = lines if formats == ["ctm"] else [dump_json(to_json(utterance, aligned))]
             print(*shown, sep="\n", end="\n" if shown else "", flush=True)
             continue
         ctm += lines
         if "json" in formats:
-            text = json.dumps(to_json(utterance, aligned), indent=2, ensure_ascii=False)
+            text = dump_json(to_json(utterance, aligned), indent=2)
             (args.output_dir / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         if "png" in formats:
             _draw(args.output_dir / f"{name}.png", utterance, aligned)
     if args.output_dir is not None:
         if "ctm" in formats:
             content = "".join(f"{line}\n" for line in ctm)
-            (args.output_dir / CTM_NAME).write_text(content, encoding="utf-8")
+            (args.output_dir / CTM_NAME).write_text(
+                content, encoding="utf-8", errors="surrogateescape"
+            )
         num_aligned = len(utterances) - num_failed
         print(f"{num_aligned} of {len(utterances)} utterances aligned, see {args.output_dir}")
     return 1 if num_failed else 0
@@ -235,16 +239,19 @@ def _topology(name: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="transducer-align",
-        description="Align text to audio with a checkpoint of transducer-train: the most probable "
+    parser = make_parser(
+        "transducer-align",
+        "Align text to audio with a checkpoint of transducer-train: the most probable "
         "path through the lattice, and posteriors over all paths. A time is the start of the "
         "encoder frame that emits a symbol. Without --output-dir the words are printed as CTM.",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="audio file, any rate")
     parser.add_argument("--text", help="the text that is spoken in FILE")
     parser.add_argument(
-        "--manifest", type=Path, metavar="PATH", help="JSON lines with id, audio, duration_s, text"
+        "--manifest",
+        type=Path,
+        metavar="PATH",
+        help="JSON lines with audio and text; id, duration_s, offset_s and channel may be missing",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="checkpoint of transducer-train"

@@ -5,6 +5,22 @@ from __future__ import annotations
 
 import argparse
 
+from transducer_toolkit._version import __version__
+
+
+def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of all commands.
+
+    Args:
+        name: name of the command.
+        description: what it does.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    version = f"transducer_toolkit {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--debug", action="store_true", help="show the trace of an error")
+    return parser
+
 
 def at_least_1(text: str) -> int:
     """An integer of at least 1, as the ``type`` of an option."""
@@ -12,6 +28,15 @@ def at_least_1(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def channel(text: str) -> int | str:
+    """A channel of audio files: "mix", "each" or a number from 0, as the ``type`` of an option."""
+    if text in ("mix", "each"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected mix, each or a number from 0, got {text!r}")
+    return int(text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from transducer_toolkit.cli import console
+from transducer_toolkit.cli.arguments import make_parser
 
+
+@console.command("transducer-average")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
@@ -50,6 +54,7 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if one is not such a checkpoint, or has another model or other symbols.
     """
+    from transducer_toolkit.cli.changes import CONFIG_KEY
     from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
 
     if not paths:
@@ -80,13 +85,15 @@ def average_checkpoints(paths: Sequence[str]) -> dict[str, Any]:
         else total
         for name, total in sums.items()
     }
-    return {CHECKPOINT_KEY: recipe, "state_dict": means}
+    # transducer-evaluate takes the test sets of the training from it.
+    configs = {CONFIG_KEY: checkpoint[CONFIG_KEY]} if CONFIG_KEY in checkpoint else {}
+    return {CHECKPOINT_KEY: recipe, "state_dict": means} | configs
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="transducer-average",
-        description="Write a checkpoint whose weights are the mean of those of others. A training "
+    parser = make_parser(
+        "transducer-average",
+        "Write a checkpoint whose weights are the mean of those of others. A training "
         "keeps its best five checkpoints with callbacks.checkpoint.save_top_k=5 "
         "'callbacks.checkpoint.filename=\"{step}\"'.",
     )

@@ -63,7 +63,7 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         >>> find_changes({"seed": 1, "loss": {"clamp": -1}}, {"seed": 2, "loss": {"clamp": -1}})
         {'seed': (1, 2)}
     """
-    old, new = _flat(before), _flat(now)
+    old, new = flattened(before), flattened(now)
     return {
         key: (old.get(key, NOTHING), new.get(key, NOTHING))
         for key in dict.fromkeys([*old, *new])
@@ -71,13 +71,19 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     }
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested config by their keys.
+
+    Example:
+        >>> flattened({"seed": 1, "loss": {"clamp": -1}})
+        {'seed': 1, 'loss.clamp': -1}
+    """
     if not isinstance(config, Mapping):
         return {prefix.removesuffix("."): config}
     return {
         key: value
         for name, part in config.items()
-        for key, value in _flat(part, f"{prefix}{name}.").items()
+        for key, value in flattened(part, f"{prefix}{name}.").items()
     }
 
 

@@ -3,28 +3,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig
-
-from transducer_toolkit.cli import hints, run_folder
-from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+from transducer_toolkit.cli import hydra_command
+from transducer_toolkit.cli.transcript_formats import dump_json
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from transducer_toolkit.data.datamodule import TransducerDataModule
+    from transducer_toolkit.data.tokenizer import Tokenizer
     from transducer_toolkit.training.scoring import CharacterErrors, Transcript, WordErrors
 
-run_folder.register()
 
-
-@hints.nearest_keys("evaluate")
-@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
+def main() -> None:
     """Entry point."""
-    evaluate(cfg)
+    hydra_command.run("evaluate", evaluate, prepare=_select_data)
+
+
+def _select_data(arguments: list[str]) -> list[str]:
+    from transducer_toolkit.cli import trained_data
+
+    return trained_data.select(arguments)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -36,40 +41,46 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     transcripts in ``transcripts/NAME.tsv`` and the errors of each utterance in
     ``errors/NAME.jsonl`` to the run folder.
 
-    Model and tokenizer come from the checkpoint; the data config selects the test sets.
+    Model and tokenizer come from the checkpoint; the data config selects the test sets. By default
+    it is that of the training.
 
     Args:
         cfg: the composed config.
 
     Returns:
         Word error rate by name of the test set.
+
+    Raises:
+        ValueError: there is no test set, or the data of the checkpoint need an untrusted package.
     """
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from transducer_toolkit.cli.output import (
         print_character_errors,
+        print_unwritable,
         print_word_errors,
         quiet_lightning,
         write_transcripts,
     )
+    from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+    from transducer_toolkit.cli.train import make_search
     from transducer_toolkit.inference.recognizer import Recognizer
     from transducer_toolkit.training.lightning_module import TransducerModule
+    from transducer_toolkit.training.scoring import find_unwritable, normalize_transcripts
 
     quiet_lightning()
     refuse_removed_keys(cfg)
-    recognizer = Recognizer.from_checkpoint(
-        cfg.checkpoint, trusted_packages=list(cfg.trusted_packages)
-    )
-    if cfg.search.get("max_symbols_per_frame", 0) is None:
-        cfg.search.max_symbols_per_frame = recognizer.max_symbols_per_frame
-    datamodule = instantiate(cfg.data, tokenizer=recognizer.tokenizer, _convert_="all")
+    recognizer = Recognizer.from_checkpoint(cfg.checkpoint, trusted_packages=cfg.trusted_packages)
+    datamodule = _data(cfg, recognizer.tokenizer)
+    normalize = instantiate(cfg.scoring, _convert_="all")
     datamodule.num_output_frames = recognizer.model.encoder.num_output_frames
     module = TransducerModule(
         recognizer.model,
         recognizer.tokenizer,
-        search=instantiate(cfg.search, _convert_="all"),
+        search=make_search(cfg.search, recognizer.max_symbols_per_frame),
         topology=recognizer.topology,
+        normalize=normalize,
     )
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=False, _convert_="all")
@@ -77,16 +88,76 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         run_dir = Path(cfg.run_dir)
         write_transcripts(run_dir / "transcripts", module.test_transcripts)
-        _write_errors(run_dir / "errors", module.test_transcripts)
+        _write_errors(run_dir / "errors", module.test_transcripts, normalize)
+        scored = {
+            name: normalize_transcripts(rows, normalize)
+            for name, rows in module.test_transcripts.items()
+        }
+        unwritable = {
+            name: find_unwritable(rows, recognizer.tokenizer, normalize)
+            for name, rows in scored.items()
+        }
         results = {
             "checkpoint": str(cfg.checkpoint),
             "search": OmegaConf.to_container(cfg.search, resolve=True),
-            "test_sets": {name: summary(rows) for name, rows in module.test_transcripts.items()},
+            "test_sets": {
+                name: summary(rows) | {"unwritable": dataclasses.asdict(unwritable[name])}
+                for name, rows in scored.items()
+            },
         }
         (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print_word_errors(module.test_errors, module.test_symbol_delays)
-        print_character_errors(module.test_transcripts)
+        print_word_errors(
+            module.test_errors, module.test_character_errors, module.test_symbol_delays
+        )
+        print_character_errors(scored)
+        print_unwritable(module.test_transcripts, recognizer.tokenizer, normalize)
+        for name in ("results.json", "errors", "transcripts", "pictures"):
+            if (run_dir / name).exists():
+                print(f"{name.removesuffix('.json'):12s} {os.path.relpath(run_dir / name)}")
     return {name: errors.wer for name, errors in module.test_errors.items()}
+
+
+def _data(cfg: DictConfig, tokenizer: Tokenizer) -> TransducerDataModule:
+    """Return the prepared data, with at least one test set, and print which it is."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from transducer_toolkit.cli import trained_data
+
+    is_trained = (
+        HydraConfig.initialized()
+        and HydraConfig.get().runtime.choices.get("data") == trained_data.OPTION
+    )
+    if is_trained:
+        config = OmegaConf.to_container(cfg.data)
+        trained_data.check_trusted(config, list(cfg.trusted_packages), str(cfg.checkpoint))
+    if cfg.get("data") is None:
+        raise ValueError(f"no data: {trained_data.ADVICE}")
+    corpus = cfg.data.get("corpus")
+    for name in ("train", "val"):  # a test set needs neither
+        if corpus is not None and OmegaConf.is_missing(corpus, name):
+            corpus[name] = None
+    try:
+        datamodule: TransducerDataModule = instantiate(
+            cfg.data, tokenizer=tokenizer, _convert_="all"
+        )
+        datamodule.prepare_data()
+    except OSError as error:
+        if not is_trained:
+            raise
+        raise ValueError(
+            f"the corpus that {cfg.checkpoint} was trained on: {error}; {trained_data.ADVICE}"
+        ) from error
+    tests = datamodule.corpus.manifests().test
+    if not tests:
+        raise ValueError(
+            "data.corpus has no test set: give data.corpus.test=PATH, or several as "
+            "'+data.corpus.test.NAME=PATH'"
+        )
+    for name, path in tests.items():
+        print(f"testing {name}: {path}")
+    return datamodule
 
 
 def summary(transcripts: Sequence[Transcript]) -> dict[str, Any]:
@@ -127,14 +198,21 @@ def _rates(errors: WordErrors | CharacterErrors, reference: int, rate: float) ->
     }
 
 
-def _write_errors(folder: Path, transcripts: dict[str, list[Transcript]]) -> None:
-    """Write ``NAME.jsonl`` for each test set, one utterance per line."""
+def _write_errors(
+    folder: Path,
+    transcripts: dict[str, list[Transcript]],
+    normalize: Callable[[str], str] | None,
+) -> None:
+    """Write ``NAME.jsonl`` for each test set, one utterance per line: texts as they are."""
+    from transducer_toolkit.training.scoring import normalize_transcripts
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in transcripts.items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for row in rows:
                 texts = {"id": row.id, "reference": row.reference, "hypothesis": row.hypothesis}
-                file.write(json.dumps(texts | summary([row]), ensure_ascii=False) + "\n")
+                counts = summary(normalize_transcripts([row], normalize))
+                file.write(dump_json(texts | counts) + "\n")
 
 
 if __name__ == "__main__":

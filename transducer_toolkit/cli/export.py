@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transducer_toolkit.cli.arguments import add_trust_package
+from transducer_toolkit.cli import console
+from transducer_toolkit.cli.arguments import add_trust_package, make_parser
 
 NEEDED_PACKAGES = ("onnx", "onnxruntime")
 
 
+@console.command("transducer-export")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files of an export and print their paths and sizes.
 
@@ -29,19 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--chunk-frames needs --streaming")
     missing = [name for name in NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"transducer-export needs {' and '.join(missing)}: "
-            "pip install 'transducer_toolkit[export]'",
-            file=sys.stderr,
-        )
-        return 1
+        raise ModuleNotFoundError(name=missing[0])
     # Late imports keep --help fast.
     from transducer_toolkit.export import export_for_sherpa
-    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.recognizer import Recognizer
 
     try:
         recognizer = Recognizer.from_checkpoint(
-            args.checkpoint, trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package)
+            args.checkpoint, trusted_packages=args.trust_package
         )
         files = export_for_sherpa(
             recognizer,
@@ -66,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="transducer-export",
-        description="Write a checkpoint of transducer-train as encoder.onnx, decoder.onnx (the "
+    parser = make_parser(
+        "transducer-export",
+        "Write a checkpoint of transducer-train as encoder.onnx, decoder.onnx (the "
         "predictor), joiner.onnx and tokens.txt for sherpa-onnx. onnxruntime runs each file, and "
         "its result is compared with the model's.",
     )

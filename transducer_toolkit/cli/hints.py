@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_loader import ConfigLoader
@@ -22,29 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from transducer_toolkit.cli.removed_keys import REMOVED_KEYS
 
 CONFIG_MODULE = "transducer_toolkit.conf"
-
-
-def nearest_keys(config_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator for ``hydra.main`` functions that suggests keys for unknown ones.
-
-    Args:
-        config_name: the primary config.
-    """
-
-    def decorate(main: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(main)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return main(*args, **kwargs)
-            except SystemExit as end:
-                if end.code == 1:  # Hydra has printed its error
-                    for hint in find_hints(config_name, sys.argv[1:]):
-                        print(hint, file=sys.stderr)
-                raise
-
-        return wrapper
-
-    return decorate
 
 
 def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
@@ -133,7 +107,8 @@ def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
 
 
 def _options(loader: ConfigLoader, group: str) -> list[str]:
-    return loader.get_group_options(group, ObjectType.CONFIG)
+    options = loader.get_group_options(group, ObjectType.CONFIG)
+    return [option for option in options if not option.startswith("_")]
 
 
 def _values(override: Override) -> list[str]:

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import hydra
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
-from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+from transducer_toolkit.cli import hydra_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="prepare")
-def main(cfg: DictConfig) -> None:
+def main() -> None:
     """Entry point."""
-    prepare(cfg)
+    hydra_command.run("prepare", prepare)
 
 
 def prepare(cfg: DictConfig) -> None:
@@ -26,6 +27,7 @@ def prepare(cfg: DictConfig) -> None:
     """
     from hydra.utils import instantiate
 
+    from transducer_toolkit.cli.removed_keys import refuse_removed_keys
     from transducer_toolkit.data.manifest import read_manifest
 
     refuse_removed_keys(cfg)

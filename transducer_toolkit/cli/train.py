@@ -6,34 +6,29 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from transducer_toolkit.cli import changes, hints, last_line, resume, run_folder
-from transducer_toolkit.cli.removed_keys import refuse_removed_keys
+from transducer_toolkit.cli import hydra_command, last_line, resume
 
 if TYPE_CHECKING:
     from lightning import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from omegaconf import DictConfig
 
     from transducer_toolkit.data.datamodule import TransducerDataModule
+    from transducer_toolkit.decoding import Search
     from transducer_toolkit.training.lightning_module import TransducerModule
 
 logger = logging.getLogger(__name__)
 VALIDATION_METRICS = ("val/wer", "val/cer", "val/loss")
-run_folder.register()
 
 
 @last_line.printed_at_the_end
-@hints.nearest_keys("train")
-@hydra.main(version_base="1.3", config_path="pkg://transducer_toolkit.conf", config_name="train")
-def main(cfg: DictConfig) -> float | None:
-    """Run the command; return the best validation score, for Hydra's sweepers."""
-    return train(cfg)
+def main() -> None:
+    """Entry point."""
+    hydra_command.run("train", train)
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -51,6 +46,7 @@ def train(cfg: DictConfig) -> float | None:
     from hydra.utils import instantiate
     from lightning import seed_everything
 
+    from transducer_toolkit.cli import changes
     from transducer_toolkit.cli.output import quiet_lightning
     from transducer_toolkit.training.callbacks.clock import StepClock
     from transducer_toolkit.training.checkpoints import AtomicCheckpointIO
@@ -105,6 +101,7 @@ def train(cfg: DictConfig) -> float | None:
         _convert_="all",
     )
     _refuse_processes_in_sweep(trainer)
+    _log_options(trainer, config)
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
@@ -139,6 +136,9 @@ def train(cfg: DictConfig) -> float | None:
 
 def _check_options(cfg: DictConfig) -> None:
     """Check options whose own errors would not name the Hydra key."""
+    from omegaconf import OmegaConf
+
+    from transducer_toolkit.cli.removed_keys import refuse_removed_keys
     from transducer_toolkit.ops.checks import (
         check_at_least,
         check_flag,
@@ -183,8 +183,8 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         datamodule: its corpus is prepared; it makes the tokenizer.
     """
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
-    from transducer_toolkit.decoding import GreedySearch
     from transducer_toolkit.inference.recognizer import recognizer_recipe
     from transducer_toolkit.ops.topology import TOPOLOGIES
     from transducer_toolkit.training.ctc import CtcLoss
@@ -221,8 +221,23 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,
-        search=partial(GreedySearch, max_symbols_per_frame=cfg.max_symbols_per_frame),
+        search=make_search(cfg.search, cfg.max_symbols_per_frame),
+        normalize=instantiate(cfg.scoring, _convert_="all"),
     )
+
+
+def make_search(cfg: DictConfig, max_symbols_per_frame: int) -> Callable[..., Search]:
+    """Return what makes the search of ``cfg.search``.
+
+    Args:
+        cfg: an option of the group ``search``.
+        max_symbols_per_frame: for a search whose own is null.
+    """
+    from hydra.utils import instantiate
+
+    if cfg.get("max_symbols_per_frame", 0) is None:
+        cfg.max_symbols_per_frame = max_symbols_per_frame
+    return instantiate(cfg, _convert_="all")
 
 
 def _refuse_processes_in_sweep(trainer: Trainer) -> None:
@@ -244,6 +259,27 @@ def _refuse_processes_in_sweep(trainer: Trainer) -> None:
         )
 
 
+def _log_options(trainer: Trainer, config: dict[str, Any]) -> None:
+    """Give the options to the loggers: hparams.yaml, and the table of TensorBoard."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from torch.utils.tensorboard.summary import hparams
+
+    from transducer_toolkit.cli import changes
+
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    options = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in changes.flattened(config).items()
+    }
+    for sink in trainer.loggers:
+        sink.log_hyperparams(options)
+        if isinstance(sink, TensorBoardLogger):
+            # Lightning would log a value of each metric at step 0.
+            for summary in hparams(options, dict.fromkeys(VALIDATION_METRICS, 0.0)):
+                sink.experiment._get_file_writer().add_summary(summary)
+
+
 def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
     """Return the callback that keeps the best checkpoint, or None."""
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -254,11 +290,17 @@ def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
 
 def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) -> None:
     """Print results and paths; write the results to results.json."""
-    from transducer_toolkit.cli.output import print_word_errors, write_transcripts
+    from transducer_toolkit.cli.output import (
+        print_unwritable,
+        print_word_errors,
+        write_transcripts,
+    )
 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     report["test_wer"] = {name: errors.wer for name, errors in module.test_errors.items()}
+    cers = {name: errors.cer for name, errors in module.test_character_errors.items()}
+    report["test_cer"] = cers
     report["symbol_delay_ms"] = {
         name: delay and {"mean": delay.mean_ms, "median": delay.median_ms, "words": delay.num_words}
         for name, delay in module.test_symbol_delays.items()
@@ -266,7 +308,10 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
     (run_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     if module.test_errors:
         write_transcripts(run_dir / "transcripts", module.test_transcripts)
-        print_word_errors(module.test_errors, module.test_symbol_delays)
+        print_word_errors(
+            module.test_errors, module.test_character_errors, module.test_symbol_delays
+        )
+        print_unwritable(module.test_transcripts, module.tokenizer, module.normalize)
     steps, seconds = report["optimizer_steps_of_this_run"], report["training_s_of_this_run"]
     line = f"{steps} steps in {seconds:.0f} s, {1000 * report['seconds_per_step']:.0f} ms a step"
     if steps != report["optimizer_steps"]:
@@ -286,7 +331,8 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
         print(f"{name:12s} {_relative(path)}")
     checkpoint = found.get("best") or found.get("last")
     if checkpoint is not None:
-        print(f"\ntry it:  transducer-transcribe --checkpoint {_relative(checkpoint)} FILE.wav")
+        shown = shlex.quote(str(_relative(checkpoint)))
+        print(f"\ntry it:  transducer-transcribe --checkpoint {shown} FILE.wav")
 
 
 def _how_to_go_on(trainer: Trainer, ckpt_path: str | None) -> str | None:

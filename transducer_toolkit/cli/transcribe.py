@@ -14,18 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transducer_toolkit.cli.arguments import add_device, add_trust_package
+from transducer_toolkit.cli import console
+from transducer_toolkit.cli.arguments import add_device, add_trust_package, channel, make_parser
 from transducer_toolkit.cli.transcript_formats import FORMATS, SUFFIXES
 
 if TYPE_CHECKING:
     from transducer_toolkit.decoding import Search
+    from transducer_toolkit.inference.long_audio import AudioSource
 
+# The defaults of transcribe_file, whose module imports torch, which would make --help slow.
+WINDOW_S = 20.0
+OVERLAP_S = 4.0
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     *(".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),
 )
 
 
+@console.command("transducer-transcribe")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the transcript of each file.
 
@@ -41,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Late imports keep --help fast.
     import torch
 
-    from transducer_toolkit.inference.recognizer import TRUSTED_PACKAGES, Recognizer
+    from transducer_toolkit.inference.long_audio import transcribe_files
+    from transducer_toolkit.inference.recognizer import Recognizer
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    num_failed, duration_s = 0, 0.0
+    duration_s = 0.0
     with ExitStack() as stack:
         try:
             files = find_audio(args.files)
@@ -53,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             recognizer = Recognizer.from_checkpoint(
                 args.checkpoint,
                 device=args.device,
-                trusted_packages=(*TRUSTED_PACKAGES, *args.trust_package),
+                trusted_packages=args.trust_package,
                 search=_search(args),
             )
         except (OSError, ValueError) as error:
@@ -62,29 +69,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         started_s = time.perf_counter()
         progress = stack.enter_context(_progress_bar(list(files)))
-        for path in files:
-            try:
-                found = recognizer.transcribe_file(
-                    path,
-                    window_s=args.window_s,
-                    overlap_s=args.overlap_s,
-                    on_progress=partial(progress, path),
-                )
-            except (OSError, ValueError) as error:
+        try:
+            results = transcribe_files(
+                recognizer,
+                _sources(list(files), args.channel),
+                cut=args.cut,
+                window_s=args.window_s,
+                overlap_s=args.overlap_s,
+                on_progress=progress,
+            )
+        except ValueError as error:  # the voice-activity detector is missing
+            print(f"transducer-transcribe: {error}", file=sys.stderr)
+            return 1
+        failed: set[str] = set()
+        for source, found in results:
+            path = str(source.path)
+            if isinstance(found, Exception):
                 # The message of a library may have many lines and may not name the file.
-                problem = str(error).partition("\n")[0]
+                problem = str(found).partition("\n")[0]
                 named = problem if path in problem else f"{path}: {problem}"
                 print(f"transducer-transcribe: {named}", file=sys.stderr)
-                num_failed += 1
+                failed.add(path)
                 continue
-            write(path, FORMATS[args.format](path, found))
+            name = path
+            if args.channel == "each" and args.format == "text":
+                name = f"{path}\t{found.channel}"
+            write(path, found.channel, FORMATS[args.format](name, found))
             duration_s += found.duration_s
         took_s = time.perf_counter() - started_s
-    summary = f"{len(files) - num_failed} of {len(files)} files, {duration_s:.1f} s of audio"
+    summary = f"{len(files) - len(failed)} of {len(files)} files, {duration_s:.1f} s of audio"
     if duration_s > 0:
         summary += f" in {took_s:.1f} s, real-time factor {took_s / duration_s:.4f}"
     print(summary, file=sys.stderr)
-    return 1 if num_failed else 0
+    return 1 if failed else 0
 
 
 def find_audio(paths: Sequence[str]) -> dict[str, Path]:
@@ -111,21 +128,36 @@ def find_audio(paths: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def _sources(paths: Sequence[str], channel: int | str) -> Iterator[AudioSource]:
+    """Yield the files, with ``channel="each"`` once for each of their channels."""
+    from transducer_toolkit.inference.long_audio import AudioSource, channels_of
+
+    for path in paths:
+        channels: list[int | str] = [channel]
+        if channel == "each":
+            channels = ["mix"]  # of an unreadable file, which is reported in its turn
+            with suppress(OSError, ValueError):
+                channels = [*channels_of(path)]
+        for number in channels:
+            yield AudioSource(path, number)
+
+
 def _open_output(
     args: argparse.Namespace, files: dict[str, Path], stack: ExitStack
-) -> Callable[[str, str], Any]:
+) -> Callable[[str, int | str, str], Any]:
     """Return a function that writes the transcript of a file to the place that --output names."""
     folder = Path(args.output or "")
     if args.output is None or not (folder.is_dir() or args.output.endswith(os.sep)):
-        if args.format == "srt" and len(files) > 1:
+        if args.format == "srt" and (len(files) > 1 or args.channel == "each"):
+            several = f"{len(files)} of them" if len(files) > 1 else "--channel each"
             raise ValueError(
-                f"an SRT file holds one recording: with {len(files)} of them --output must be a "
-                f"folder, such as subtitles{os.sep}"
+                f"an SRT file holds one recording: with {several} --output must be a folder, such "
+                f"as subtitles{os.sep}"
             )
         if args.output is None:
-            return lambda path, text: print(text, end="", flush=True)
-        file = stack.enter_context(folder.open("w", encoding="utf-8"))
-        return lambda path, text: file.write(text)
+            return lambda path, channel, text: print(text, end="", flush=True)
+        file = stack.enter_context(folder.open("w", encoding="utf-8", errors="surrogateescape"))
+        return lambda path, channel, text: file.write(text)
 
     targets = {
         path: folder / name.with_suffix(SUFFIXES[args.format]) for path, name in files.items()
@@ -135,24 +167,26 @@ def _open_output(
         if of_target.setdefault(target, path) != path:
             raise ValueError(f"{of_target[target]} and {path} would both be written to {target}")
 
-    def write(path: str, text: str) -> None:
-        targets[path].parent.mkdir(parents=True, exist_ok=True)
-        targets[path].write_text(text, encoding="utf-8")
+    def write(path: str, channel: int | str, text: str) -> None:
+        target = targets[path]
+        if args.channel == "each":
+            target = target.with_suffix(f".channel{channel}{target.suffix}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8", errors="surrogateescape")
 
     folder.mkdir(parents=True, exist_ok=True)
     return write
 
 
 @contextmanager
-def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[str, float], None]]:
+def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[AudioSource, float], None]]:
     """Show a bar on standard error if that is a terminal; yield a function that updates it.
 
-    The function is called with a path and the seconds of it that are done.
+    The function is called with a source and the seconds of it that are done.
     """
     if not sys.stderr.isatty():
-        yield lambda path, done_s: None
+        yield lambda source, done_s: None
         return
-    import soundfile
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -162,12 +196,13 @@ def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[str, float], None]
         TimeRemainingColumn,
     )
 
+    from transducer_toolkit.data.audio import audio_duration_s
+
     durations_s = {}
     for path in paths:
-        durations_s[path] = 0.0  # unreadable files are reported later
-        if os.path.isfile(path):
-            with suppress(soundfile.LibsndfileError, TypeError):
-                durations_s[path] = soundfile.info(path).duration
+        durations_s[path] = 0.0
+        with suppress(OSError, ValueError):  # unreadable files are reported later
+            durations_s[path] = audio_duration_s(path)
     progress = Progress(
         *(
             BarColumn(),
@@ -179,11 +214,11 @@ def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[str, float], None]
         redirect_stdout=sys.stdout.isatty(),  # prints above the bar; not if stdout is a pipe
         transient=True,
     )
-    done: dict[str, float] = {}
+    done: dict[AudioSource, float] = {}
 
-    def update(path: str, done_s: float) -> None:
-        done[path] = done_s
-        progress.update(task, completed=sum(done.values()), description=path)
+    def update(source: AudioSource, done_s: float) -> None:
+        done[source] = done_s
+        progress.update(task, completed=sum(done.values()), description=os.fspath(source.path))
 
     with progress:
         task = progress.add_task("", total=sum(durations_s.values()))
@@ -218,11 +253,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from transducer_toolkit.inference.long_audio import OVERLAP_S, WINDOW_S
-
-    parser = argparse.ArgumentParser(
-        prog="transducer-transcribe",
-        description="Transcribe audio files (wav, flac, ogg, mp3, opus and others; any sample "
+    parser = make_parser(
+        "transducer-transcribe",
+        "Transcribe audio files (wav, flac, ogg, mp3, opus and others; any sample "
         "rate, any length) with a checkpoint of transducer-train. Prints one line per file: its "
         "path, a tab, the text. A file that cannot be read is reported and skipped; the exit "
         "status is then 1.",
@@ -265,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=WINDOW_S,
         metavar="S",
-        help="seconds of a window, for files that are longer (default: %(default)g)",
+        help="seconds of the longest piece; longer files are cut (default: %(default)g)",
     )
     parser.add_argument(
         "--overlap-s",
@@ -273,6 +306,20 @@ def _parser() -> argparse.ArgumentParser:
         default=OVERLAP_S,
         metavar="S",
         help="seconds of overlap between windows (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--cut",
+        choices=("pauses", "windows"),
+        help="where longer files are cut: in pauses (needs the extra vad) or into overlapping "
+        "windows (default: pauses if silero-vad is installed)",
+    )
+    parser.add_argument(
+        "--channel",
+        type=channel,
+        default="mix",
+        metavar="CHANNEL",
+        help="number of a channel, from 0; mix, the average of all; or each: every channel "
+        "separately (default: mix)",
     )
     add_device(parser)
     add_trust_package(parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from transducer_toolkit.inference.long_audio import Transcription
     from transducer_toolkit.inference.words import RecognizedWord
 
-CAPTION_LINE_LENGTH = 42  # characters; two lines a caption
+CAPTION_LINE_LENGTH = 42  # Latin letters, or half as many Chinese characters
+CAPTION_LINES = 2
 CAPTION_S = 6.0  # maximum duration of a caption
 CAPTION_PAUSE_S = 1.0  # a pause of this length ends a caption
 CAPTION_SHOWN_S = 1.0  # minimum duration, unless the next caption begins earlier
@@ -28,6 +29,7 @@ def to_json(path: str, found: Transcription) -> str:
     """Return one line: a JSON object with path, duration, text, and words with their times."""
     value: dict[str, Any] = {
         "audio": path,
+        "channel": found.channel,
         "duration_s": round(found.duration_s, 3),
         "text": found.text,
         "words": [
@@ -40,13 +42,25 @@ def to_json(path: str, found: Transcription) -> str:
             for word in found.words
         ],
     }
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return dump_json(value) + "\n"
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON, in which a name that is not UTF-8 has escapes.
+
+    Example:
+        >>> import os
+        >>> print(dump_json({"audio": os.fsdecode(b"\\xe9t\\xc3\\xa9.wav")}))
+        {"audio": "\\udce9té.wav"}
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def to_ctm(path: str, found: Transcription) -> str:
-    """Return one line per word, ``path 1 start duration word confidence``, times in seconds.
+    """Return one line per word, ``path channel start duration word confidence``, in seconds.
 
-    White space in the path is replaced.
+    Channels count from 1. White space in the path and in a word is replaced.
 
     Example:
         >>> from transducer_toolkit.inference.long_audio import Transcription
@@ -56,9 +70,10 @@ def to_ctm(path: str, found: Transcription) -> str:
         'my_talk.wav 1 0.200 0.280 three 0.9000\\n'
     """
     name = re.sub(r"\s", "_", path)
+    channel = found.channel + 1 if isinstance(found.channel, int) else 1
     return "".join(
-        f"{name} 1 {word.start_s:.3f} {word.end_s - word.start_s:.3f} "
-        f"{word.word} {word.confidence:.4f}\n"
+        f"{name} {channel} {word.start_s:.3f} {word.end_s - word.start_s:.3f} "
+        f"{'_'.join(word.word.split())} {word.confidence:.4f}\n"
         for word in found.words
     )
 
@@ -72,7 +87,7 @@ def to_srt(path: str, found: Transcription) -> str:
         end_s = max(words[-1].end_s, start_s + CAPTION_SHOWN_S)
         if number < len(captions):
             end_s = min(end_s, captions[number][0].start_s)
-        text = textwrap.fill(_text(words), CAPTION_LINE_LENGTH)
+        text = "\n".join(_lines(words))
         blocks.append(f"{number}\n{_timestamp(start_s)} --> {_timestamp(end_s)}\n{text}\n\n")
     return "".join(blocks)
 
@@ -89,7 +104,7 @@ def _captions(words: Sequence[RecognizedWord]) -> list[list[RecognizedWord]]:
             if (
                 word.start_s - captions[-1][-1].end_s < CAPTION_PAUSE_S
                 and word.end_s - longer[0].start_s <= CAPTION_S
-                and len(textwrap.wrap(_text(longer), CAPTION_LINE_LENGTH)) <= 2
+                and len(_lines(longer)) <= CAPTION_LINES
             ):
                 captions[-1] = longer
                 continue
@@ -97,8 +112,34 @@ def _captions(words: Sequence[RecognizedWord]) -> list[list[RecognizedWord]]:
     return captions
 
 
-def _text(words: Sequence[RecognizedWord]) -> str:
-    return " ".join(word.word for word in words)
+def _lines(words: Sequence[RecognizedWord]) -> list[str]:
+    """Break words into lines; a word that is longer than a line is broken too."""
+    lines = [""]
+    for word in words:
+        gap = " " if word.spaced and lines[-1] else ""
+        if lines[-1] and _width(lines[-1] + gap + word.word) > CAPTION_LINE_LENGTH:
+            lines.append("")
+            gap = ""
+        lines[-1] += gap
+        for character in word.word:
+            if _width(lines[-1] + character) > CAPTION_LINE_LENGTH:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def _width(text: str) -> int:
+    """Columns of a text on the screen: Chinese and Japanese characters take two.
+
+    Example:
+        >>> _width("ab"), _width("今天"), _width("ที่")
+        (2, 4, 1)
+    """
+    width = 0
+    for character in text:
+        if unicodedata.category(character)[0] != "M":
+            width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    return width
 
 
 def _timestamp(time_s: float) -> str:

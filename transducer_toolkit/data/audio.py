@@ -166,7 +166,7 @@ def open_audio(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
     """
     check_audio_path(path)
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_native(path)) as file:
             if file.frames >= MAX_SAMPLES:
                 raise ValueError(
                     f"{os.fspath(path)} does not announce its length: convert it to a WAV file"
@@ -176,10 +176,20 @@ def open_audio(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
                 return
             num_samples = file.frames
         content = correct_header(path, num_samples=num_samples)
-        with _SequentialFile(path if content is None else io.BytesIO(content)) as file:
+        with _SequentialFile(_native(path) if content is None else io.BytesIO(content)) as file:
             yield file
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, such as .raw
         raise ValueError(f"{os.fspath(path)} cannot be read as audio: {error}") from error
+
+
+def _native(path: str | os.PathLike[str]) -> str | bytes:
+    """Return a path for soundfile, which cannot encode the name of a file that is not UTF-8."""
+    text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text)
+    return text
 
 
 def audio_duration_s(path: str | os.PathLike[str]) -> float:

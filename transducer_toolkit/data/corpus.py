@@ -14,11 +14,26 @@ __all__ = ["Corpus", "CorpusManifests", "ManifestCorpus"]
 
 @dataclass(frozen=True)
 class CorpusManifests:
-    """Paths of the manifests of a corpus; test sets have names."""
+    """Paths of the manifests of a corpus; test sets have names.
 
-    train: Path
-    val: Path
+    A corpus that is only for tests has no ``train`` and no ``val``.
+    """
+
+    train: Path | None
+    val: Path | None
     test: Mapping[str, Path] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        """Return the manifest of "train", "val" or "test/NAME".
+
+        Raises:
+            ValueError: the corpus has no such manifest.
+        """
+        path = {"train": self.train, "val": self.val}.get(name)
+        path = self.test.get(name.removeprefix("test/")) if path is None else path
+        if path is None:
+            raise ValueError(f"the corpus has no manifest for {name}: give data.corpus.{name}=PATH")
+        return path
 
 
 class Corpus(Protocol):
@@ -35,9 +50,10 @@ class ManifestCorpus:
     """A corpus of existing manifests.
 
     Args:
-        train: path of the manifest for training.
-        val: path of the manifest for validation.
-        test: paths of the manifests of the test sets, by name.
+        train: path of the manifest for training; None if the corpus is only for tests.
+        val: path of the manifest for validation, or None.
+        test: paths of the manifests of the test sets, by name; one path is a test set that is named
+            after its file.
 
     Raises:
         FileNotFoundError: (by ``prepare``) a manifest is missing.
@@ -46,26 +62,35 @@ class ManifestCorpus:
         >>> corpus = ManifestCorpus(train="train.jsonl", val="dev.jsonl", test={"clean": "t.jsonl"})
         >>> sorted(corpus.manifests().test)
         ['clean']
+        >>> ManifestCorpus(test="other.jsonl").manifests().test
+        {'other': PosixPath('other.jsonl')}
     """
 
     def __init__(
         self,
         *,
-        train: str | os.PathLike[str],
-        val: str | os.PathLike[str],
-        test: Mapping[str, str | os.PathLike[str]] | None = None,
+        train: str | os.PathLike[str] | None = None,
+        val: str | os.PathLike[str] | None = None,
+        test: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
     ) -> None:
-        for name, value in {"train": train, "val": val, **(test or {})}.items():
-            if not isinstance(value, str | os.PathLike):
+        if isinstance(test, str | os.PathLike):
+            test = {Path(test).name.partition(".")[0] or "test": test}
+        paths = {"train": train, "val": val, **(test or {})}
+        for name, value in paths.items():
+            is_optional = value is None and name in ("train", "val")
+            if not is_optional and not isinstance(value, str | os.PathLike):
                 raise TypeError(f"{name}: expected the path of a manifest, got {value!r}")
-        tests = {name: Path(path) for name, path in (test or {}).items()}
-        self._manifests = CorpusManifests(train=Path(train), val=Path(val), test=tests)
+        self._manifests = CorpusManifests(
+            train=None if train is None else Path(train),
+            val=None if val is None else Path(val),
+            test={name: Path(path) for name, path in (test or {}).items()},
+        )
 
     def prepare(self) -> None:
         """Check that the manifests exist."""
         manifests = self._manifests
         for path in (manifests.train, manifests.val, *manifests.test.values()):
-            if not path.exists():  # a folder holds shards
+            if path is not None and not path.exists():  # a folder holds shards
                 raise FileNotFoundError(f"no manifest at {path}")
 
     def manifests(self) -> CorpusManifests:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import lightning
 import torch
 
+from transducer_toolkit.data.audio import check_channel
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler
 from transducer_toolkit.data.corpus import Corpus
@@ -22,6 +24,7 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
 from transducer_toolkit.data.target_ids import TargetIds
+from transducer_toolkit.data.text import normalize_utterances
 from transducer_toolkit.data.tokenizer import (
     CharTokenizer,
     Tokenizer,
@@ -48,6 +51,11 @@ class TransducerDataModule(lightning.LightningDataModule):
         fbank: waveform to features; None is ``Fbank()``.
         tokenizer: a tokenizer, or a function that makes one of the training texts, such as
             ``CharTokenizer.from_texts``, the default.
+        text: normalizes the texts of all sets before anything else reads them, such as a
+            :class:`~transducer_toolkit.data.text.TextNormalizer`; None keeps them.
+        channel: channel of utterances whose manifest does not name one: "mix" averages the channels
+            of the file, a number selects one, from 0, and "each" makes an utterance of each
+            channel, with ``#`` and the number added to its id.
         waveform_perturbation: augments the waveforms of the training set; None for none.
         spec_augment: augments the features of the training set; None for none.
         num_output_frames: feature frames to encoder frames, the encoder's method of this name. It
@@ -91,6 +99,8 @@ class TransducerDataModule(lightning.LightningDataModule):
         corpus: Corpus,
         fbank: Fbank | None = None,
         tokenizer: Tokenizer | TokenizerFactory = CharTokenizer.from_texts,
+        text: Callable[[str], str] | None = None,
+        channel: int | str = "mix",
         waveform_perturbation: WaveformPerturbation | None = None,
         spec_augment: SpecAugment | None = None,
         num_output_frames: Callable[[int], int] | None = None,
@@ -108,6 +118,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         check_at_least(0, num_workers=num_workers)
         get_topology(topology)
         check_on_bad_audio(on_bad_audio)
+        check_channel(channel)
         if max_duration_s is not None:
             check_number(max_duration_s, "max_duration_s")
             if not max_duration_s > 0:
@@ -121,6 +132,8 @@ class TransducerDataModule(lightning.LightningDataModule):
             self._make_tokenizer = tokenizer
         else:
             self.tokenizer = tokenizer
+        self.text = text
+        self.channel = channel
         self.waveform_perturbation = waveform_perturbation
         self.spec_augment = spec_augment
         self.max_cells = max_cells
@@ -172,13 +185,13 @@ class TransducerDataModule(lightning.LightningDataModule):
         manifests = self.corpus.manifests()
         self.made_tokenizer()
         if stage in (None, "fit"):
-            self._read_feasible("train", manifests.train)
+            self._read_feasible("train", manifests.path("train"))
         if stage in (None, "fit", "validate"):
-            self._read_feasible("val", manifests.val)
+            self._read_feasible("val", manifests.path("val"))
         if stage in (None, "test"):
             for name, path in manifests.test.items():
                 if f"test/{name}" not in self._utterances:
-                    utterances = read_manifest(path)
+                    utterances = self._read(path)
                     _check_not_empty(name, path, utterances)
                     self._utterances[f"test/{name}"] = utterances
 
@@ -223,8 +236,13 @@ class TransducerDataModule(lightning.LightningDataModule):
         return self.tokenizer
 
     def _training_texts(self) -> Iterable[str]:
-        train = self.corpus.manifests().train
-        return (utterance.text for utterance in read_manifest(train))
+        train = self.corpus.manifests().path("train")
+        return (utterance.text for utterance in self._read(train))
+
+    def _read(self, path: Path) -> list[Utterance]:
+        """Read a manifest, with normalized texts and the channels of this module."""
+        utterances = read_manifest(path, channel=self.channel)
+        return utterances if self.text is None else normalize_utterances(utterances, self.text)
 
     def dataset(self, name: str, *, training: bool = False) -> SpeechDataset:
         """Return the dataset "train", "val" or "test/<name>"; ``training`` augments it."""
@@ -249,9 +267,7 @@ class TransducerDataModule(lightning.LightningDataModule):
 
     def _loader(self, name: str, *, training: bool = False) -> ResumableLoader:
         if name in self._utterances and name not in self._targets:  # of a test set
-            self._targets[name] = TargetIds(self.made_tokenizer().vocab_size)
-            for utterance in self._utterances[name]:
-                self._targets[name].append(self._encode(utterance))
+            self._encode_tests(name)
         dataset = self.dataset(name, training=training)
         trainer = self.trainer
         sampler = LatticeBatchSampler(
@@ -289,7 +305,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         num_output_frames = self.num_output_frames
         kept: list[Utterance] = []
         dropped: list[Utterance] = []
-        for utterance in self._not_too_long(name, read_manifest(path)):
+        for utterance in self._not_too_long(name, self._read(path)):
             num_frames = num_output_frames(self._num_frames(utterance, speed=speed))
             ids = self._encode(utterance)
             if is_feasible(num_frames, len(ids), topology=self.topology):
@@ -326,6 +342,21 @@ class TransducerDataModule(lightning.LightningDataModule):
                 longest.duration_s,
             )
         return kept
+
+    def _encode_tests(self, name: str) -> None:
+        """Encode the texts of a test set; the targets only decide batches and symbol delays.
+
+        A text that the tokenizer cannot encode stays a reference, without targets and word times.
+        """
+        tokenizer, utterances = self.made_tokenizer(), self._utterances[name]
+        self._targets[name] = TargetIds(tokenizer.vocab_size)
+        for position, utterance in enumerate(utterances):
+            try:
+                ids = tokenizer.encode(utterance.text)
+            except ValueError:
+                ids = []
+                utterances[position] = dataclasses.replace(utterance, word_starts_s=None)
+            self._targets[name].append(ids)
 
     def _encode(self, utterance: Utterance) -> list[int]:
         try:

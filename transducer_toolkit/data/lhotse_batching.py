@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.audio import AudioLoadingError
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MultiCut
 from lhotse.dataset import DynamicBucketingSampler, make_worker_init_fn
 from lhotse.dataset.sampling.base import SamplingConstraint
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from transducer_toolkit.data.audio import resample
+from transducer_toolkit.data.audio import resample, select_channel
 from transducer_toolkit.data.dataset import Batch, Example, SpeechDataset, Unreadable, collate
 from transducer_toolkit.data.lhotse_sources import LOCAL_SOURCES, check_audio_sources
 from transducer_toolkit.data.manifest import Utterance
@@ -35,6 +35,7 @@ __all__ = [
     "ShardLoader",
     "cut_targets",
     "cut_text",
+    "cuts_of_channels",
     "duration_bins",
     "with_targets",
 ]
@@ -82,12 +83,25 @@ def cut_text(cut: Cut) -> str:
     return supervision.text
 
 
-def with_targets(cut: Cut, tokenizer: Tokenizer) -> Cut:
+def cuts_of_channels(cut: Cut) -> list[Cut]:
+    """Return a cut for each channel of a cut that has a supervision; its own if it has one channel.
+
+    Example:
+        >>> [part.channel for part in cuts_of_channels(stereo_cut)]  # doctest: +SKIP
+        [0, 1]
+    """
+    if not isinstance(cut, MultiCut):
+        return [cut]
+    return [part for part in cut.to_mono() if part.supervisions]
+
+
+def with_targets(cut: Cut, tokenizer: Tokenizer, *, strict: bool = True) -> Cut:
     """Return the cut with its encoded text, which travels with it from the sampler to the batch.
 
     Args:
         cut: with one supervision.
         tokenizer: text to target symbols.
+        strict: False gives a text that the tokenizer cannot encode no targets.
 
     Raises:
         ValueError: :func:`cut_text` refuses the cut, or the tokenizer cannot encode its text; the
@@ -97,7 +111,9 @@ def with_targets(cut: Cut, tokenizer: Tokenizer) -> Cut:
     try:
         ids = np.array(tokenizer.encode(text), dtype=np.int32)
     except ValueError as error:
-        raise ValueError(f"cut {cut.id!r}: {error}") from error
+        if strict:
+            raise ValueError(f"cut {cut.id!r}: {error}") from error
+        ids = np.array([], dtype=np.int32)
     return cut.map_supervisions(lambda supervision: supervision.with_custom(_TARGETS, ids))
 
 
@@ -276,6 +292,8 @@ class CutDataset(Dataset[Example]):
         speech: dataset that makes an example of a waveform and a text.
         audio_sources: allowed types of audio source, see
             :func:`~transducer_toolkit.data.lhotse_sources.check_audio_sources`.
+        channel: "mix" averages the channels of a cut, a number selects one. A cut of a single
+            channel is read as it is.
 
     Raises:
         ValueError: (on access) audio cannot be read or is of another type of source (the message
@@ -288,9 +306,14 @@ class CutDataset(Dataset[Example]):
     """
 
     def __init__(
-        self, speech: SpeechDataset, *, audio_sources: Sequence[str] = LOCAL_SOURCES
+        self,
+        speech: SpeechDataset,
+        *,
+        audio_sources: Sequence[str] = LOCAL_SOURCES,
+        channel: int | str = "mix",
     ) -> None:
         self.speech = speech
+        self.channel = channel
         self.audio_sources = tuple(audio_sources)
 
     def __getitem__(self, index: CutIndex) -> Example:
@@ -304,12 +327,23 @@ class CutDataset(Dataset[Example]):
         )
         try:
             check_audio_sources(cut, self.audio_sources)
-            waveform = torch.from_numpy(cut.load_audio()).mean(dim=0)  # (channels, samples)
+            waveform = torch.from_numpy(self._waveform(cut))
             waveform = resample(waveform, cut.sampling_rate, self.speech.fbank.sample_rate)
             targets = torch.from_numpy(cut_targets(cut)).long()
             return self.speech.example(utterance, waveform, epoch, targets=targets)
         except (ValueError, OSError, AudioLoadingError) as error:
             raise ValueError(f"cut {cut.id!r}: {error}") from error
+
+    def _waveform(self, cut: Cut) -> np.ndarray:
+        samples = cut.load_audio()  # (channels, samples)
+        channel = self.channel
+        if len(samples) == 1:
+            channel = "mix"
+        elif isinstance(cut, MultiCut) and channel in cut.channel:
+            channel = list(cut.channel).index(channel)  # its channels need not begin at 0
+        elif isinstance(cut, MultiCut) and isinstance(channel, int):
+            raise ValueError(f"it has the channels {cut.channel}: there is no channel={channel}")
+        return select_channel("its audio", samples.T, channel)
 
     def __getitems__(self, indices: Sequence[CutIndex]) -> list[Example | Unreadable]:
         """Read the cuts of a batch; unreadable ones are handled as ``speech.on_bad_audio`` says."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lhotse import CutSet, load_manifest_lazy
 from lhotse.cut import Cut
+from lhotse.lazy import LazyFlattener, LazyMapper
+from lhotse.utils import fastcopy
 
 from transducer_toolkit.data.datamodule import TransducerDataModule, _init_worker
 from transducer_toolkit.data.dataset import collate
@@ -23,6 +25,7 @@ from transducer_toolkit.data.lhotse_batching import (
     ShardLoader,
     cut_targets,
     cut_text,
+    cuts_of_channels,
     duration_bins,
     with_targets,
 )
@@ -96,7 +99,7 @@ class LhotseDataModule(TransducerDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Make the tokenizer, if none was given, of the training texts."""
         train = self.corpus.manifests().train
-        if train.is_dir() != (self.steps_per_epoch is not None):
+        if train is not None and train.is_dir() != (self.steps_per_epoch is not None):
             raise ValueError(
                 f"steps_per_epoch is for folders of shards, which need it: got "
                 f"{self.steps_per_epoch} for {train}"
@@ -104,16 +107,19 @@ class LhotseDataModule(TransducerDataModule):
         self.made_tokenizer()
 
     def _training_texts(self) -> Iterable[str]:
-        return (cut_text(cut) for cut in open_texts(self.corpus.manifests().train))
+        texts = (cut_text(cut) for cut in open_texts(self.corpus.manifests().path("train")))
+        return texts if self.text is None else map(self.text, texts)
 
     def _path(self, name: str) -> Path:
-        manifests = self.corpus.manifests()
-        sets = {"train": manifests.train, "val": manifests.val}
-        return sets[name] if name in sets else manifests.test[name.removeprefix("test/")]
+        return self.corpus.manifests().path(name)
 
     def _loader(self, name: str, *, training: bool = False) -> Any:
         path = self._path(name)
-        dataset = CutDataset(self._speech([], training=training), audio_sources=self.audio_sources)
+        dataset = CutDataset(
+            self._speech([], training=training),
+            audio_sources=self.audio_sources,
+            channel=self.channel,
+        )
         sizes = _LatticeSizes(self, name)
         constraint = LatticeConstraint(
             sizes.num_cells, max_cells=self.max_cells, max_utterances=self.max_utterances
@@ -123,6 +129,8 @@ class LhotseDataModule(TransducerDataModule):
             # A test set stays whole.
             _Feasible(sizes, name) if name in ("train", "val") else None,
             self.max_duration_s,
+            text=self.text,
+            each_channel=self.channel == "each",
         )
         bins = duration_bins(open_texts(path), self.num_buckets)
         trainer = self.trainer
@@ -243,16 +251,28 @@ class _Prepare:
         tokenizer: text to target symbols.
         feasible: which cuts stay; None keeps all.
         max_duration_s: with ``feasible``, longer cuts are left out too.
+        text: normalizes the texts, or None.
+        each_channel: whether each channel of a cut becomes a cut.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, feasible: _Feasible | None, max_duration_s: float | None
+        self,
+        tokenizer: Tokenizer,
+        feasible: _Feasible | None,
+        max_duration_s: float | None,
+        *,
+        text: Callable[[str], str] | None,
+        each_channel: bool,
     ) -> None:
         self.tokenizer = tokenizer
         self.feasible = feasible
         self.max_duration_s = max_duration_s
+        self.text = text
+        self.each_channel = each_channel
 
     def __call__(self, cuts: CutSet) -> CutSet:
+        if self.each_channel:
+            cuts = CutSet(LazyFlattener(LazyMapper(cuts, cuts_of_channels)))
         if self.feasible is None:
             return cuts.map(self._encode)
         if self.max_duration_s is not None:
@@ -264,7 +284,11 @@ class _Prepare:
         return cut.duration <= self.max_duration_s
 
     def _encode(self, cut: Cut) -> Cut:
-        return with_targets(cut, self.tokenizer)
+        if self.text is not None:
+            text = self.text(cut_text(cut))
+            cut = cut.map_supervisions(lambda supervision: fastcopy(supervision, text=text))
+        # The references of a test set may have characters that the tokenizer lacks.
+        return with_targets(cut, self.tokenizer, strict=self.feasible is not None)
 
 
 class _Feasible:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transducer_toolkit.data.audio import check_channel
+from transducer_toolkit.data.audio import check_channel, open_audio
 from transducer_toolkit.data.durations import Durations
 
 __all__ = ["Utterance", "read_manifest", "write_manifest"]
@@ -113,7 +113,7 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(Utterance))
 _NEMO_FIELDS = {"audio_filepath": "audio", "duration": "duration_s", "offset": "offset_s"}
 
 
-def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
+def read_manifest(path: str | os.PathLike[str], *, channel: int | str = "mix") -> list[Utterance]:
     """Read a manifest; relative audio paths are resolved against its folder and stay within it.
 
     Audio elsewhere needs an absolute path, which :func:`write_manifest` writes. So a manifest that
@@ -128,6 +128,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
 
     Args:
         path: JSON-lines file in UTF-8, one :class:`Utterance` per line; blank lines are skipped.
+        channel: channel of lines that name none: "mix", a number from 0, or "each", which makes an
+            utterance of each channel of the file, with ``#`` and the number added to its id.
 
     Returns:
         The utterances in file order.
@@ -141,6 +143,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
     Example:
         >>> utterances = read_manifest("data/train.jsonl")  # doctest: +SKIP
     """
+    check_channel(channel)
     path = Path(path)
     utterances: list[Utterance] = []
     line_of_id: dict[str, int] = {}
@@ -156,19 +159,35 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
             try:
                 row = _own_fields(json.loads(line.decode()))
                 has_id = "id" in row
+                if "channel" not in row and channel != "each":
+                    row = {**row, "channel": channel}
                 utterance = _utterance(row, path.parent, durations)
+                found = _channels(utterance) if "channel" not in row else [utterance]
             except (TypeError, ValueError, OSError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            if utterance.id in line_of_id:
-                first = line_of_id[utterance.id]
-                advice = "" if has_id else ", made of the audio path: give both lines an id"
-                raise ValueError(
-                    f"{path}, line {number}: id {utterance.id!r} already stands in line {first}"
-                    f"{advice}"
-                )
-            line_of_id[utterance.id] = number
-            utterances.append(utterance)
+            for utterance in found:
+                if utterance.id in line_of_id:
+                    first = line_of_id[utterance.id]
+                    advice = "" if has_id else ", made of the audio path: give both lines an id"
+                    raise ValueError(
+                        f"{path}, line {number}: id {utterance.id!r} already stands in line {first}"
+                        f"{advice}"
+                    )
+                line_of_id[utterance.id] = number
+            utterances += found
     return utterances
+
+
+def _channels(utterance: Utterance) -> list[Utterance]:
+    """Return an utterance for each channel of the file."""
+    with open_audio(utterance.audio) as file:
+        num_channels = file.channels
+    if num_channels == 1:
+        return [utterance]
+    return [
+        dataclasses.replace(utterance, id=f"{utterance.id}#{number}", channel=number)
+        for number in range(num_channels)
+    ]
 
 
 def _own_fields(row: Any) -> dict[str, Any]:

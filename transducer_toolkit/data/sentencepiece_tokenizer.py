@@ -12,6 +12,7 @@ from typing import Any
 
 import sentencepiece
 
+from transducer_toolkit.data.byte_pieces import byte_of, characters_of_bytes
 from transducer_toolkit.data.tokenizer import (
     BLANK_SYMBOL,
     UNKNOWN_SYMBOL,
@@ -54,6 +55,7 @@ class SentencePieceTokenizer:
             raise ValueError("model must be a SentencePiece model; it cannot be parsed") from error
         size = self._processor.get_piece_size()
         self.symbols = tuple(self._processor.id_to_piece(id_) for id_ in range(size))
+        self._has_bytes = any(byte_of(symbol) is not None for symbol in self.symbols)
         if self.symbols[0] != BLANK_SYMBOL:
             raise ValueError(
                 f"piece 0 of the model must be {BLANK_SYMBOL!r}, got {self.symbols[0]!r}; train it "
@@ -126,15 +128,27 @@ class SentencePieceTokenizer:
         return self._processor.encode(" ".join(text.split()))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ``ids``, skipping blanks.
+        """Return the text of ``ids``, skipping blanks and bytes that spell no character.
 
         Raises:
             ValueError: an id is outside ``[0, vocab_size)``.
         """
         ids = [id_ for id_ in check_ids(ids, self.vocab_size) if id_ != self.blank]
+        if self._has_bytes:
+            ids = self._without_stray_bytes(ids)
         text = self._processor.decode(ids)
         # The library adds spaces around an unknown symbol, also within a word.
         return " ".join(text.replace(f" {UNKNOWN_TEXT} ", UNKNOWN_TEXT).split())
+
+    def _without_stray_bytes(self, ids: list[int]) -> list[int]:
+        symbols = [self.symbols[id_] for id_ in ids]
+        spans = characters_of_bytes(symbols).items()
+        spelled = {k for first, (_, last) in spans for k in range(first, last + 1)}
+        return [
+            id_
+            for position, (id_, symbol) in enumerate(zip(ids, symbols, strict=True))
+            if position in spelled or byte_of(symbol) is None
+        ]
 
     def state(self) -> dict[str, Any]:
         """Return the state that ``tokenizer_from_state`` takes, in plain values."""

@@ -63,6 +63,32 @@ def check_tokenizer(tokenizer: object) -> None:
         )
 
 
+def check_known(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
+    """Raise a ValueError if a text has characters that are ``<unk>`` to a tokenizer.
+
+    Args:
+        tokenizer: a tokenizer.
+        text: a text.
+        ids: its encoded text.
+
+    Example:
+        >>> tokenizer = CharTokenizer.from_texts(["one"], unknown=True)
+        >>> check_known(tokenizer, "on", tokenizer.encode("on"))
+        >>> check_known(tokenizer, "on!", tokenizer.encode("on!"))
+        Traceback (most recent call last):
+        ValueError: the model has no symbol for '!' of 'on!': replace it, for example spell it out
+    """
+    unknown = {id_ for id_ in ids if tokenizer.symbols[id_] == UNKNOWN_SYMBOL}
+    if not unknown:
+        return
+    characters = sorted({*"".join(text.split())})
+    missing = [character for character in characters if unknown & {*tokenizer.encode(character)}]
+    raise ValueError(
+        f"the model has no symbol for {', '.join(map(repr, missing)) or 'a part'} of {text!r}: "
+        "replace it, for example spell it out"
+    )
+
+
 def save_symbols(symbols: Sequence[str], path: str | os.PathLike[str]) -> None:
     """Write ``tokens.txt``, lines ``symbol id``, as sherpa-onnx and icefall read it."""
     lines = (f"{symbol} {id_}\n" for id_, symbol in enumerate(symbols))

@@ -22,14 +22,21 @@ from transducer_toolkit.data.audio import (
 )
 from transducer_toolkit.data.audio_length import check_length
 
-__all__ = ["AudioWindow", "read_windows"]
+__all__ = ["AudioWindow", "overlapping_windows", "read_windows"]
 
 
 class AudioWindow(NamedTuple):
-    """A part of an audio file: its start in seconds and its samples, float32 ``(num_samples,)``."""
+    """A part of an audio file.
+
+    Attributes:
+        start_s: its start, seconds.
+        waveform: its samples, float32 ``(num_samples,)``.
+        overlap_s: seconds that it shares with the window before it.
+    """
 
     start_s: float
     waveform: Tensor
+    overlap_s: float = 0.0
 
 
 def read_windows(
@@ -89,10 +96,37 @@ def read_windows(
             waveform = resample(torch.from_numpy(samples), rate, sample_rate)
             if not bool(waveform.isfinite().all()):
                 raise ValueError(f"{os.fspath(path)} holds NaN or infinity")
-            yield AudioWindow(start / rate, waveform)
+            yield AudioWindow(start / rate, waveform, overlap / rate if start > 0 else 0.0)
             if not len(added):
                 break
             start, samples = start + hop, np.concatenate([samples[hop:], added])
         else:
             raise ValueError(f"{os.fspath(path)} holds no samples")
         check_all_read(path, start + len(samples), file.frames)
+
+
+def overlapping_windows(
+    waveform: Tensor, start: int, window_s: float, overlap_s: float, sample_rate: int
+) -> Iterator[AudioWindow]:
+    """Divide a part of a file into windows, as :func:`read_windows` divides a file.
+
+    Args:
+        waveform: the part, float32 ``(num_samples,)``.
+        start: its first sample in the file.
+        window_s: length of the windows, seconds.
+        overlap_s: overlap of two windows, seconds.
+        sample_rate: sample rate of ``waveform``, Hz.
+
+    Example:
+        >>> windows = overlapping_windows(torch.zeros(5), 10, 3.0, 1.0, 1)
+        >>> [(window.start_s, len(window.waveform), window.overlap_s) for window in windows]
+        [(10.0, 3, 0.0), (12.0, 3, 1.0)]
+    """
+    overlap = round(overlap_s * sample_rate)
+    hop = round(window_s * sample_rate) - overlap
+    for first in range(0, max(1, len(waveform) - overlap), hop):
+        yield AudioWindow(
+            (start + first) / sample_rate,
+            waveform[first : first + hop + overlap],
+            overlap / sample_rate if first > 0 else 0.0,
+        )

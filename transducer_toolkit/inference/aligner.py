@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transducer_toolkit.data.byte_pieces import shown_symbols
+from transducer_toolkit.data.tokenizer import check_known
 from transducer_toolkit.decoding import (
     Alignment,
     NonFiniteScoresError,
@@ -25,7 +27,8 @@ class AlignedToken:
     """A target symbol on the best path.
 
     Attributes:
-        symbol: the symbol, as in ``tokenizer.symbols``.
+        symbol: the symbol, as in ``tokenizer.symbols``. A character of several byte pieces stands
+            at the first of them; the others are empty.
         frame: the encoder frame that emits it.
         time_s: start of that frame, seconds from the start of the utterance.
         posterior: probability that this frame emits the symbol, given the text.
@@ -41,7 +44,7 @@ class AlignedToken:
 
 @dataclass(frozen=True)
 class AlignedWord:
-    """A word on the best path.
+    """A word on the best path. In scripts without spaces, the text of one symbol.
 
     Attributes:
         word: its text.
@@ -115,6 +118,7 @@ def align_text(
     get_topology(topology)
     model, tokenizer = recognizer.model, recognizer.tokenizer
     tokens = tokenizer.encode(text)
+    check_known(tokenizer, text, tokens)
     features = recognizer.fbank(waveform)
     if not bool(features.isfinite().all()):
         raise ValueError("the audio holds samples that are NaN, infinite or huge")
@@ -139,7 +143,7 @@ def align_text(
     expected = posteriors.expected_frames()[0].tolist()
 
     frame_s = encoder_frame_s(model.encoder)
-    symbols = [tokenizer.symbols[token] for token in tokens]
+    symbols = shown_symbols([tokenizer.symbols[token] for token in tokens])
     return AlignedUtterance(
         text=text,
         tokens=[
@@ -153,8 +157,10 @@ def align_text(
             for position, (symbol, frame) in enumerate(zip(symbols, path.frames, strict=True))
         ],
         words=[
-            AlignedWord(word, path.frames[first] * frame_s, (path.frames[last] + 1) * frame_s)
-            for word, first, last in word_spans(symbols)
+            AlignedWord(
+                span.text, path.frames[span.first] * frame_s, (path.frames[span.last] + 1) * frame_s
+            )
+            for span in word_spans(tokens, tokenizer)
         ],
         path=path,
         log_likelihood=float(posteriors.log_likelihood[0]),

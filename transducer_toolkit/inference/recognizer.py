@@ -18,9 +18,15 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
-from transducer_toolkit.inference.long_audio import Transcription, transcribe_file
+from transducer_toolkit.inference.long_audio import (
+    AudioSource,
+    Transcription,
+    channels_of,
+    transcribe_file,
+    transcribe_files,
+)
 from transducer_toolkit.inference.pretrained import local_checkpoint
-from transducer_toolkit.inference.trust import TRUSTED_PACKAGES, check_archive, check_model_config
+from transducer_toolkit.inference.trust import all_trusted, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.native import SUPPORTED_DTYPES
@@ -115,27 +121,29 @@ class Recognizer:
         path: str | os.PathLike[str],
         *,
         device: torch.device | str = "cpu",
-        trusted_packages: Sequence[str] = TRUSTED_PACKAGES,
+        trusted_packages: Sequence[str] = (),
         search: Callable[..., Search] | None = None,
     ) -> Recognizer:
         """Restore a recognizer from a checkpoint of ``transducer-train``.
 
         The file is read with ``weights_only=True``. It names the classes of its model, and only
-        classes of ``trusted_packages`` are instantiated, so an unknown checkpoint cannot run code.
+        classes of ``transducer_toolkit.modules`` and ``trusted_packages`` are instantiated, so an
+        unknown checkpoint cannot run code.
 
         Args:
             path: the file, or an address as in :meth:`from_pretrained`.
             device: device of the model.
-            trusted_packages: packages of the model's classes; add yours if it defines some.
+            trusted_packages: more packages whose classes may be instantiated, such as yours.
             search: as for the class.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is not such a checkpoint, or names a class of another package.
         """
+        trusted = all_trusted(trusted_packages)
         checkpoint = load_checkpoint(path)
         recipe = checkpoint[CHECKPOINT_KEY]
-        check_model_config(recipe["model"], trusted_packages, path)
+        check_model_config(recipe["model"], trusted, path)
         try:
             recognizer = cls._restored(recipe, checkpoint["state_dict"], search)
         except Exception as error:  # a wrong recipe can raise any error in the classes it names
@@ -203,6 +211,11 @@ class Recognizer:
             search=search,
         )
 
+    @property
+    def frame_s(self) -> float:
+        """Duration of an encoder frame, seconds."""
+        return encoder_frame_s(self.model.encoder)
+
     @torch.inference_mode()
     def recognize(self, waveforms: Sequence[Tensor]) -> list[Hypothesis]:
         """Recognize the symbols of a batch of waveforms, with their encoder frames.
@@ -227,6 +240,7 @@ class Recognizer:
         device = next(self.model.parameters()).device
         padded = pad_sequence(features, batch_first=True).to(device)
         encoder_out, encoder_lengths = self.model.encoder(padded, lengths)
+        self.model.encoder.check_output(lengths, encoder_out, encoder_lengths)
         return self.search(encoder_out, encoder_lengths)
 
     def recognize_words(self, waveforms: Sequence[Tensor]) -> list[list[RecognizedWord]]:
@@ -241,9 +255,8 @@ class Recognizer:
         Returns:
             The words of each waveform.
         """
-        frame_s = encoder_frame_s(self.model.encoder)
         return [
-            recognized_words(hypothesis, self.tokenizer, frame_s)
+            recognized_words(hypothesis, self.tokenizer, self.frame_s)
             for hypothesis in self.recognize(waveforms)
         ]
 
@@ -256,9 +269,30 @@ class Recognizer:
 
         Args:
             path: any format that soundfile reads, any sample rate, any number of channels.
-            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`.
+            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_file`,
+                such as ``channel=0`` or ``cut="windows"``.
         """
         return transcribe_file(self, path, **options)
+
+    def transcribe_channels(
+        self, path: str | os.PathLike[str], **options: Any
+    ) -> list[Transcription]:
+        """Transcribe each channel of an audio file separately.
+
+        Args:
+            path: as for :meth:`transcribe_file`.
+            options: options of :func:`~transducer_toolkit.inference.long_audio.transcribe_files`.
+
+        Returns:
+            One transcription per channel, in order.
+        """
+        sources = [AudioSource(path, channel) for channel in channels_of(path)]
+        found = []
+        for _, result in transcribe_files(self, sources, **options):
+            if isinstance(result, Exception):
+                raise result
+            found.append(result)
+        return found
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

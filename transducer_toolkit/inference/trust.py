@@ -9,9 +9,28 @@ import zipfile
 from collections.abc import Sequence
 from typing import IO, Any
 
-__all__ = ["TRUSTED_PACKAGES", "check_archive", "check_model_config"]
+__all__ = ["TRUSTED_PACKAGES", "all_trusted", "check_archive", "check_model_config"]
 
 TRUSTED_PACKAGES = ("transducer_toolkit.modules",)
+
+
+def all_trusted(more: Sequence[str]) -> tuple[str, ...]:
+    """Return the packages that are always trusted, and more.
+
+    Args:
+        more: names of packages.
+
+    Raises:
+        TypeError: if it is a single text or holds something else than texts.
+
+    Example:
+        >>> all_trusted(["my_encoders"])
+        ('transducer_toolkit.modules', 'my_encoders')
+    """
+    is_list = isinstance(more, Sequence) and not isinstance(more, str)
+    if not is_list or not all(isinstance(name, str) for name in more):
+        raise TypeError(f"trusted_packages: expected a list of names of packages, got {more!r}")
+    return (*TRUSTED_PACKAGES, *(name for name in more if name not in TRUSTED_PACKAGES))
 
 
 def check_archive(file: IO[bytes], path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,7 @@
 """Transducer losses as functions, some of them also as modules."""
 
 from transducer_toolkit.losses.full import get_rnnt_logprobs_joint, rnnt_loss
-from transducer_toolkit.losses.fused_joiner import FusedJoinerLoss, fused_joiner_loss
+from transducer_toolkit.losses.fused_joiner import CellParts, FusedJoinerLoss, fused_joiner_loss
 from transducer_toolkit.losses.mutual_information import (
     joint_mutual_information_recursion,
     mutual_information_recursion,
@@ -18,6 +18,7 @@ from transducer_toolkit.losses.simple import (
 )
 
 __all__ = [
+    "CellParts",
     "FusedJoinerLoss",
     "TransducerLoss",
     "do_rnnt_pruning",

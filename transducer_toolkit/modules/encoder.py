@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from transducer_toolkit.modules.encoder_frontend import (
     NumFrames,
     frame_mask,
 )
-from transducer_toolkit.ops.checks import check_at_least, check_probability
+from transducer_toolkit.ops.checks import INDEX_DTYPES, check_at_least, check_probability
 
 
 class Encoder(nn.Module, ABC):
@@ -63,6 +64,71 @@ class Encoder(nn.Module, ABC):
         """
         num_frames = 1 << 20  # so long that frames lost at the edges do not change the quotient
         return round(num_frames / self.num_output_frames(num_frames))
+
+    def check_output(
+        self,
+        feature_lengths: Tensor,
+        encoder_out: Tensor,
+        encoder_lengths: Tensor,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Raise an error if :meth:`forward` does not do what the other methods say.
+
+        Training, evaluation and recognizers call it on every batch.
+
+        Args:
+            feature_lengths: (B,), as given to :meth:`forward`; not compared on a GPU.
+            encoder_out: first result of :meth:`forward`.
+            encoder_lengths: second result of :meth:`forward`.
+            names: names of the utterances for messages; their indices by default.
+
+        Raises:
+            TypeError: if a result is no tensor, or the lengths are no integers.
+            ValueError: if a shape or a length is not that of the interface.
+        """
+        kind = type(self).__name__
+        for name, tensor in (("encoder_out", encoder_out), ("encoder_lengths", encoder_lengths)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{kind}.forward: expected a tensor {name}, got {type(tensor).__name__}"
+                )
+        if encoder_lengths.dtype not in INDEX_DTYPES:
+            raise TypeError(
+                f"{kind}.forward: expected encoder_lengths of dtype int64, "
+                f"got {encoder_lengths.dtype}"
+            )
+        batch_size = len(feature_lengths)
+        if encoder_lengths.shape != (batch_size,):
+            raise ValueError(
+                f"{kind}.forward: expected encoder_lengths of shape ({batch_size},), "
+                f"got {tuple(encoder_lengths.shape)}"
+            )
+        if (
+            encoder_out.dim() != 3
+            or encoder_out.size(0) != batch_size
+            or encoder_out.size(2) != self.output_dim
+        ):
+            raise ValueError(
+                f"{kind}.forward: expected encoder_out of shape ({batch_size}, T, "
+                f"{self.output_dim}), output_dim last, got {tuple(encoder_out.shape)}"
+            )
+        if feature_lengths.device.type != "cpu":  # reading it would synchronize
+            return
+        lengths = zip(feature_lengths.tolist(), encoder_lengths.tolist(), strict=True)
+        for index, (num_frames, length) in enumerate(lengths):
+            expected = self.num_output_frames(num_frames)
+            name = f"utterance {index}" if names is None else f"utterance {names[index]!r}"
+            if length != expected:
+                raise ValueError(
+                    f"{name}: {kind}.forward makes {length} encoder frames of {num_frames} feature "
+                    f"frames, and num_output_frames({num_frames}) is {expected}: batches, lattices "
+                    "and times follow num_output_frames, so the two must agree"
+                )
+            if length > encoder_out.size(1):
+                raise ValueError(
+                    f"{name}: {kind}.forward returns the length {length}, and encoder_out has "
+                    f"{encoder_out.size(1)} frames"
+                )
 
     def check_input(self, features: Tensor, feature_lengths: Tensor) -> None:
         """Raise the ``ValueError`` that :meth:`forward` promises."""
@@ -173,7 +239,7 @@ class StreamingEncoder(FrontEndEncoder):
     frames of :meth:`forward`, up to rounding, as soon as the features that they depend on are
     known.
 
-    Args: those of :class:`FrontEndEncoder`.
+    Args: those of :class:`FrontEndEncoder`, which a subclass passes to ``super().__init__``.
     """
 
     @property

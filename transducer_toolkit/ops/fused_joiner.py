@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import checks, native, stages
+from transducer_toolkit.ops import checks, coarse_to_fine, native, quantized, stages
 from transducer_toolkit.ops.joint_tiles import (
     JointTiles,
     JointWeights,
@@ -52,13 +52,16 @@ class FusedPlan(NamedTuple):
 
     Attributes:
         num_rows: cells of the batch.
-        keep_logits: all logits are kept for backward.
+        keep_logits: logits are kept for backward: all of them, or the fine ones of a coarse plan
+            if they fit.
         with_uses: posteriors are wanted: for backward, or by the caller.
+        is_coarse: the cells that hardly matter are computed in low precision.
     """
 
     num_rows: int
     keep_logits: bool
     with_uses: bool
+    is_coarse: bool = False
 
 
 class FusedLoss(NamedTuple):
@@ -69,9 +72,14 @@ class FusedLoss(NamedTuple):
         normalizer: (num_rows,) float64.
         use_blank: (num_rows,) float64, expected uses of the blank score.
         use_label: (num_rows,) float64, expected uses of the label score.
-        rows: (num_rows,) int64; the first ``num_kept.sum()`` are the rows that backward visits.
-        num_kept: (B,) int64, how many of them each utterance has.
-        logits: (num_rows, padded V), no elements unless the plan keeps them.
+        rows: (num_rows,) int64: the rows that backward visits in full precision, then those in low
+            precision, then anything.
+        counts: (4,) int64: rows that forward computed in full precision, the two numbers of `rows`,
+            and the number of fine logits that are kept.
+        logits: (num_rows, padded V), no elements unless the plan keeps them. Of a coarse plan, the
+            fine logits in the order in which they were computed.
+        places: (num_rows,) int64: for each fine row, its place in the logits. No elements unless
+            a coarse plan keeps logits.
 
     All but losses and logits have no elements unless the plan wants the uses.
     """
@@ -81,8 +89,24 @@ class FusedLoss(NamedTuple):
     use_blank: Tensor
     use_label: Tensor
     rows: Tensor
-    num_kept: Tensor
+    counts: Tensor
     logits: Tensor
+    places: Tensor
+
+    @property
+    def num_fine(self) -> Tensor:
+        """Rows that forward computes in full precision, an int64 scalar."""
+        return self.counts[0]
+
+    @property
+    def num_full(self) -> Tensor:
+        """Rows that backward computes in full precision, an int64 scalar."""
+        return self.counts[1]
+
+    @property
+    def num_low(self) -> Tensor:
+        """Rows that backward computes in low precision, an int64 scalar."""
+        return self.counts[2]
 
 
 def fused_loss(
@@ -94,15 +118,18 @@ def fused_loss(
         inputs: the tensors.
         options: the options.
         num_rows: cells of the batch.
-        with_uses: the caller wants num_kept.
+        with_uses: the caller wants the counts.
     """
     weight, bias = inputs.weight, inputs.bias
     enc, pred = inputs.enc, inputs.pred
     with_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (enc, pred, weight, bias)
     )
+    is_coarse = options.precision == "auto" and coarse_to_fine.pays(enc, weight.size(0), num_rows)
     keep_logits = (
-        with_grad and options.tile_cells is None and are_logits_few(enc, weight.size(0), num_rows)
+        with_grad
+        and options.tile_cells is None
+        and (is_coarse or are_logits_few(enc, weight.size(0), num_rows))
     )
     contiguous = FusedInputs(  # torch 2.4 cannot trace _replace
         enc.contiguous(),
@@ -115,7 +142,17 @@ def fused_loss(
         None if inputs.ranges is None else inputs.ranges.contiguous(),
         inputs.shape_index,
     )
-    return operator(contiguous, options, FusedPlan(num_rows, keep_logits, with_grad or with_uses))
+    plan = FusedPlan(num_rows, keep_logits, with_grad or with_uses, is_coarse)
+    return operator(contiguous, options, plan)
+
+
+def _num_kept_logits(inputs: FusedInputs, plan: FusedPlan) -> int:
+    """Returns the rows of the logits that the plan keeps."""
+    if not plan.keep_logits:
+        return 0
+    if plan.is_coarse:
+        return coarse_to_fine.num_fine_logits(inputs.enc, inputs.weight.size(0))
+    return plan.num_rows
 
 
 def _lattice_batch(
@@ -166,36 +203,115 @@ def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
 def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedLoss:
     enc, vocab_size = inputs.enc, inputs.weight.size(0)
     _validate(inputs, options)
-    num_columns = padded_vocab_size(enc, vocab_size)
-    if num_columns > vocab_size:
+    targets = inputs.targets
+    if padded_vocab_size(enc, vocab_size) > vocab_size or plan.is_coarse:
         # A label in the padding must give a NaN loss, as any other label out of range does.
-        targets = inputs.targets
         inputs = inputs._replace(targets=targets.masked_fill(targets >= vocab_size, -1))
     batch = _lattice_batch(inputs, plan)
     scores = CellScores.zeros(batch, enc.device)
-    kept_logits = native.empty(plan.num_rows if plan.keep_logits else 0, num_columns, like=enc)
+    logits = native.empty(
+        _num_kept_logits(inputs, plan), padded_vocab_size(enc, vocab_size), like=enc
+    )
+    # A refinement has to wait for the device, which graph capture forbids.
+    is_coarse = plan.is_coarse and not native.is_capturing(enc.device)
     with torch.autocast(enc.device.type, enabled=False):
+        if is_coarse:
+            return _forward_coarse_to_fine(inputs, options, plan, batch, scores, logits)
         joint = _joint_tiles(inputs, options, batch, beside_kept=plan.keep_logits)
+        keeps_all = plan.keep_logits and not plan.is_coarse
         for tile in joint.tiles():
-            out = kept_logits[tile.begin : tile.begin + tile.size] if plan.keep_logits else None
-            logits = joint.logits(joint.hidden(tile), out)
-            stages.cell_scores(logits, batch, tile, options, scores)
+            out = logits[tile.begin : tile.begin + tile.size] if keeps_all else None
+            stages.cell_scores(joint.logits(joint.hidden(tile), out), batch, tile, options, scores)
     del joint  # frees its buffers before the lattice takes memory
     losses, use_blank, use_label = stages.lattice(
         scores, batch, options, with_uses=plan.with_uses, exact=enc.dtype == torch.float64
     )
     losses = losses.to(native.compute_dtype(enc.dtype))
+    # Each from its own call: an operator may not return one tensor twice.
+    index = functools.partial(targets.new_empty, dtype=torch.int64)
+    places = index(plan.num_rows if plan.is_coarse and plan.keep_logits else 0)
     if not plan.with_uses:
-        # Each from its own call: an operator may not return one tensor twice.
         per_row = use_blank.new_empty
-        index = functools.partial(inputs.targets.new_empty, dtype=torch.int64)
         return FusedLoss(
-            losses, per_row(0), per_row(0), per_row(0), index(0), index(0), kept_logits
+            losses, per_row(0), per_row(0), per_row(0), index(0), index(0), logits, places
         )
     rows, num_kept = stages.kept_rows(
         use_blank, use_label, batch, dropped_mass=options.dropped_mass
     )
-    return FusedLoss(losses, scores.normalizer, use_blank, use_label, rows, num_kept, kept_logits)
+    counts = _counts(plan.num_rows, num_kept.sum(), 0, 0)
+    return FusedLoss(losses, scores.normalizer, use_blank, use_label, rows, counts, logits, places)
+
+
+def _counts(num_fine: int, num_full: Tensor, num_low: Tensor | int, num_logits: int) -> Tensor:
+    """FusedLoss.counts, without a copy from the CPU."""
+    counts = num_fine, num_full, num_low, num_logits
+    return torch.stack([x if isinstance(x, Tensor) else num_full.new_full((), x) for x in counts])
+
+
+def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatch) -> JointTiles:
+    """Returns the tiles of the joiner with products in low precision."""
+    enc, pred = inputs.enc, inputs.pred
+    # A GPU gains from a join of 16 bits, which moves half of the memory. But rounding changes the
+    # sign of some sums near zero, and with it the derivative of relu.
+    if enc.device.type == "cuda" and options.activation != "relu":
+        enc, pred = (side.to(coarse_to_fine.COARSE_DTYPE) for side in (enc, pred))
+    # The largest numbers of float32 would become infinite.
+    largest = torch.finfo(coarse_to_fine.COARSE_DTYPE).max
+    return JointTiles(
+        stages.Joint(enc, pred, options.activation),
+        JointWeights(inputs.weight.clamp(-largest, largest), inputs.bias),
+        batch,
+        tile_cells=options.tile_cells,
+        pads_vocab=True,
+        product_dtype=coarse_to_fine.COARSE_DTYPE,
+    )
+
+
+def _forward_coarse_to_fine(
+    inputs: FusedInputs,
+    options: FusedOptions,
+    plan: FusedPlan,
+    batch: LatticeBatch,
+    scores: CellScores,
+    logits: Tensor,
+) -> FusedLoss:
+    enc = inputs.enc
+    if quantized.can_score(enc) and native.runs_on_cpu(enc):
+        joint = stages.Joint(enc, inputs.pred, options.activation)
+        weights = JointWeights(inputs.weight, inputs.bias)
+        quantized.score(joint, weights, batch, options, scores, options.tile_cells)
+    else:
+        low = _coarse_tiles(inputs, options, batch)
+        for tile in low.tiles():
+            stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
+        del low  # frees its buffers before the lattice takes memory
+    places = inputs.targets.new_zeros(plan.num_rows if plan.keep_logits else 0, dtype=torch.int64)
+    num_fine = num_kept = 0
+
+    def score_rows(rows: Tensor) -> None:
+        nonlocal num_fine, num_kept
+        first, num_fine = num_fine, num_fine + rows.numel()
+        keeps = num_fine <= logits.size(0)
+        num_kept = num_fine if keeps else 0
+        if keeps:
+            places.index_copy_(0, rows, torch.arange(first, num_fine, device=rows.device))
+        fine = _joint_tiles(inputs, options, batch, beside_kept=False)
+        for tile in fine.tiles(rows):
+            begin = first + tile.begin
+            out = logits[begin : begin + tile.size] if keeps else None
+            stages.cell_scores(fine.logits(fine.hidden(tile), out), batch, tile, options, scores)
+
+    refined = coarse_to_fine.refine(batch, scores, options, score_rows)
+    visit = coarse_to_fine.plan_backward(batch, scores, options, refined)
+    return FusedLoss(
+        refined.losses.to(enc.dtype),
+        scores.normalizer,
+        *refined.uses,
+        visit.rows,
+        _counts(num_fine, visit.num_full, visit.num_low, num_kept),
+        logits,
+        places,
+    )
 
 
 def _fake(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedLoss:
@@ -209,10 +325,11 @@ def _fake(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedL
         per_row(),
         per_row(),
         index(rows),
-        index(targets.size(0) if plan.with_uses else 0),
+        index(4 if plan.with_uses else 0),
         enc.new_empty(
-            plan.num_rows if plan.keep_logits else 0, padded_vocab_size(enc, inputs.weight.size(0))
+            _num_kept_logits(inputs, plan), padded_vocab_size(enc, inputs.weight.size(0))
         ),
+        index(plan.num_rows if plan.is_coarse and plan.keep_logits else 0),
     )
 
 
@@ -230,19 +347,55 @@ def _backward(call: Backward) -> dict[str, Tensor]:
         loss_grad = loss_grad / scale
         scale = scale.to(torch.float32)
     posteriors = stages.Posteriors(saved.normalizer, saved.use_blank, saved.use_label, loss_grad)
-    with torch.autocast(enc.device.type, enabled=False):
-        joint = _joint_tiles(inputs, options, batch, beside_kept=False)
-        joint.start_backward(call.wanted)
-        # Reading the count synchronizes, which graph capture forbids; every row is visited then.
-        may_wait = not native.is_capturing(enc.device)
-        kept_rows = saved.rows[: int(saved.num_kept.sum())] if may_wait else None
-        for tile in joint.tiles(kept_rows, whole_logits=plan.keep_logits):
+
+    def visit_low(joint: JointTiles, rows: Tensor) -> None:
+        """Adds the gradients of rows in low precision."""
+        # The normalizer has to fit to the logits, and that of forward comes from other ones.
+        scores = CellScores(*(torch.empty_like(saved.normalizer) for _ in range(3)))
+        own = posteriors._replace(normalizer=scores.normalizer)
+        for tile in joint.tiles(rows):
+            hidden = joint.hidden(tile)
+            logits = joint.logits(hidden)
+            stages.cell_scores(logits, batch, tile, options, scores)
+            stages.logits_grad(logits, batch, tile, options, own, logits)
+            joint.backward(tile, hidden, logits)
+
+    def visit(joint: JointTiles, rows: Tensor | None, kept: Tensor | None, whole: bool) -> None:
+        """Adds the gradients of rows; `kept` are their logits, or those of all rows if `whole`."""
+        for tile in joint.tiles(rows, whole_logits=whole):
             hidden = joint.hidden(tile)
             grad_logits = joint.buffer("logits", tile.size)
-            logits = saved.logits if plan.keep_logits else joint.logits(hidden)
+            if kept is None:
+                logits = joint.logits(hidden)
+            elif whole:
+                logits = kept
+            else:
+                assert rows is not None
+                places = saved.places[rows[tile.begin : tile.begin + tile.size]]
+                logits = torch.index_select(kept, 0, places, out=grad_logits)
             stages.logits_grad(logits, batch, tile, options, posteriors, grad_logits)
             joint.backward(tile, hidden, grad_logits)
-        return joint.gradients(scale)
+
+    with torch.autocast(enc.device.type, enabled=False):
+        # Reading the counts synchronizes, which graph capture forbids; every row is visited then.
+        if native.is_capturing(enc.device):
+            full_rows, num_low, num_logits = None, 0, 0
+        else:
+            _, num_full, num_low, num_logits = saved.counts.tolist()
+            full_rows = saved.rows[:num_full]
+        full = _joint_tiles(inputs, options, batch, beside_kept=False)
+        if num_low:
+            low = _coarse_tiles(inputs, options, batch)
+            low.start_backward(call.wanted)
+            visit_low(low, saved.rows[num_full : num_full + num_low])
+            full.start_backward(call.wanted, sums_of=low)
+            del low
+        else:
+            full.start_backward(call.wanted)
+        keeps_all = plan.keep_logits and not plan.is_coarse
+        has_logits = keeps_all or num_logits > 0
+        visit(full, full_rows, saved.logits if has_logits else None, keeps_all)
+        return full.gradients(scale)
 
 
 operator = Operator(

@@ -43,15 +43,23 @@ MIN_PANEL_ROWS = 256
 VOCAB_MULTIPLE = {"cuda": 8}
 
 
-def automatic_tile_cells(enc: Tensor, vocab_size: int, beside_kept: bool) -> int:
-    """Returns the number of rows for which a tile takes TILE_BYTES, for any V and D."""
-    row_bytes = (2 * enc.size(-1) + vocab_size) * enc.element_size()
+def automatic_tile_cells(like: Tensor, vocab_size: int, beside_kept: bool) -> int:
+    """Returns the number of rows for which a tile takes TILE_BYTES, for any V and D.
+
+    `like` (..., D) has the dtype and the device of the products.
+    """
+    row_bytes = (2 * like.size(-1) + vocab_size) * like.element_size()
     budgets = TILE_BYTES_BESIDE_KEPT if beside_kept else TILE_BYTES
-    budget = budgets.get(enc.device.type, budgets["cpu"])
-    if enc.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(enc.device).total_memory
-        budget = min(budget, int(memory * TILE_SHARE_OF_DEVICE))
-    return max(64, budget // row_bytes)
+    budget = budgets.get(like.device.type, budgets["cpu"])
+    return max(64, within_share_of_device(budget, like.device) // row_bytes)
+
+
+def within_share_of_device(num_bytes: int, device: torch.device) -> int:
+    """Returns `num_bytes`, but at most TILE_SHARE_OF_DEVICE of a GPU's memory."""
+    if device.type != "cuda":
+        return num_bytes
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(num_bytes, int(memory * TILE_SHARE_OF_DEVICE))
 
 
 def padded_vocab_size(enc: Tensor, vocab_size: int) -> int:
@@ -130,13 +138,14 @@ class JointTiles:
     The arguments are not checked.
 
     Args:
-        joint: encoder and predictor outputs in the dtype of the arithmetic, and the activation.
+        joint: encoder and predictor outputs in the dtype of the join, and the activation.
         weights: the output layer.
         batch: the lattices.
         tile_cells: number of rows of a tile; None for an automatic size.
         beside_kept: whether this is a forward that keeps all logits.
         pads_vocab: whether the logits have :func:`padded_vocab_size` columns. The additional
             columns are -inf.
+        product_dtype: dtype of the matrix products and of the logits; None for that of the joint.
     """
 
     def __init__(
@@ -148,19 +157,20 @@ class JointTiles:
         tile_cells: int | None = None,
         beside_kept: bool = False,
         pads_vocab: bool = False,
+        product_dtype: torch.dtype | None = None,
     ) -> None:
         self.joint, self.batch = joint, batch
         weight, bias = weights
-        dtype = joint.enc.dtype
+        dtype = product_dtype or joint.enc.dtype
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.vocab_size, self.width = weight.shape  # vocab_size: columns of the logits
         self._num_symbols = self.vocab_size
         if pads_vocab:
-            self.vocab_size = padded_vocab_size(joint.enc, self._num_symbols)
+            self.vocab_size = padded_vocab_size(self.weight, self._num_symbols)
             self._pad_vocab()
         if tile_cells is None:
-            tile_cells = automatic_tile_cells(joint.enc, self.vocab_size, beside_kept)
+            tile_cells = automatic_tile_cells(self.weight, self.vocab_size, beside_kept)
         self.tile_cells = tile_cells
         self._panels = _panels(self.weight)
         self._tile_rows = 0  # rows of the largest tile
@@ -168,8 +178,11 @@ class JointTiles:
         # The gradient is last, because pages that forward does not touch take no memory.
         self._widths = {"hidden": self.width, "logits": self.vocab_size, "grad_hidden": self.width}
         self._workspace: Tensor | None = None
+        # The hidden layer and its gradient in the dtype of the join, if that is another one.
+        self._joins_apart = dtype != joint.enc.dtype
+        self._joined: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}  # sums of the gradients, by name
-        self._dtypes = {"enc": dtype, "pred": dtype, "weight": weight.dtype}
+        self._dtypes = {"enc": joint.enc.dtype, "pred": joint.enc.dtype, "weight": weight.dtype}
         if bias is not None:
             self._dtypes["bias"] = bias.dtype
 
@@ -190,6 +203,7 @@ class JointTiles:
         count = -(-total // self.tile_cells)
         self._tile_rows = -(-total // max(count, 1))
         self._workspace = None
+        self._joined = []
         for index in range(count):
             begin, end = index * total // count, (index + 1) * total // count
             yield RowTile(begin, end - begin, rows, whole_logits=whole_logits)
@@ -199,7 +213,7 @@ class JointTiles:
         if self._workspace is None:
             # One mapping, and not from the heap: fragmentation of the heap could double the peak.
             size = self._tile_rows * sum(self._widths.values())
-            self._workspace = native.mapped(size, like=self.joint.enc)
+            self._workspace = native.mapped(size, like=self.weight)
         begin = 0
         for other, width in self._widths.items():
             if other == name:
@@ -210,8 +224,19 @@ class JointTiles:
     def hidden(self, tile: RowTile) -> Tensor:
         """Computes activation(enc_t + pred_u), (tile rows, D). The next tile overwrites it."""
         out = self.buffer("hidden", tile.size)
+        if self._joins_apart:
+            joined = self._joined_buffer(0, tile.size)
+            stages.join_forward(self.joint, self.batch, tile, joined)
+            return out.copy_(joined)
         stages.join_forward(self.joint, self.batch, tile, out)
         return out
+
+    def _joined_buffer(self, index: int, num_rows: int) -> Tensor:
+        """Returns the hidden layer (0) or its gradient (1) in the dtype of the join."""
+        while len(self._joined) <= index:
+            size = self._tile_rows * self.width
+            self._joined.append(native.mapped(size, like=self.joint.enc).view(-1, self.width))
+        return self._joined[index][:num_rows]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Computes hidden @ weight.T + bias, (tile rows, V).
@@ -228,12 +253,22 @@ class JointTiles:
                 torch.addmm(self.bias[panel], hidden, weight, out=columns)
         return out
 
-    def start_backward(self, wanted: frozenset[str]) -> None:
+    def start_backward(self, wanted: frozenset[str], sums_of: JointTiles | None = None) -> None:
         """Allocates the sums of the wanted gradients, of "enc", "pred", "weight" and "bias".
 
         The sums are float32 or float64, because rounding a sum to 16 bits after each tile would
         lose small terms.
+
+        Args:
+            wanted: names of the gradients.
+            sums_of: the tiles of the same joiner in another precision, with at least as many
+                columns of logits; their sums are used instead.
         """
+        if sums_of is not None:
+            self._wanted, self._sums = wanted, dict(sums_of._sums)
+            for name in self._sums.keys() & {"weight", "bias"}:
+                self._sums[name] = self._sums[name][: self.vocab_size]
+            return
         dtype = native.compute_dtype(self.joint.enc.dtype)
         enc, pred = self.joint.enc, self.joint.pred
         self._wanted = wanted
@@ -260,6 +295,9 @@ class JointTiles:
             grad_hidden = self.buffer("grad_hidden", hidden.size(0))
             torch.mm(grad_logits, self.weight, out=grad_hidden)
             grads = self._sums["enc"], self._sums["pred"]
+            if self._joins_apart:
+                hidden = self._joined_buffer(0, hidden.size(0))
+                grad_hidden = self._joined_buffer(1, hidden.size(0)).copy_(grad_hidden)
             stages.join_backward(self.joint, self.batch, tile, hidden, grad_hidden, grads)
 
     def gradients(self, scale: Tensor | None = None) -> dict[str, Tensor]:

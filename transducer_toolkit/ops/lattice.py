@@ -398,6 +398,7 @@ class LatticeBatch:
         self.num_utterances = num_utterances
         self.max_frames = max_frames
         self.max_targets = max_targets
+        self._num_frames, self._num_targets, self._stride = num_frames, num_targets, stride
         tensors = {
             "num_frames": num_frames,
             "num_targets": num_targets,
@@ -420,6 +421,27 @@ class LatticeBatch:
     def all_rows(self) -> RowTile:
         """Returns the tile of all rows, including padding."""
         return RowTile(0, self.num_rows)
+
+    @property
+    def path_lengths(self) -> Tensor:
+        """T_b + U_b, (B,) int64."""
+        return self._num_frames + self._num_targets
+
+    @property
+    def _rows_of_utterances(self) -> Tensor:
+        """(B,) int64, of the packed layout."""
+        return self._num_frames * (self._stride or self._num_targets + 1)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Returns values (B,) of utterances for each of their rows (rows,), in packed layout."""
+        return values.repeat_interleave(self._rows_of_utterances, output_size=self.num_rows)
+
+    def per_utterance(self, values: Tensor, reduction: str) -> Tensor:
+        """Reduces values (rows,) in packed layout to (B,) in a fixed order, by "sum" or "max"."""
+        # unsafe: without a wait for the sum of the lengths.
+        return torch.segment_reduce(
+            values, reduction, lengths=self._rows_of_utterances, unsafe=True
+        )
 
 
 def _shift(rows: Tensor, begins: Tensor) -> Tensor:

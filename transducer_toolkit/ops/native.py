@@ -130,6 +130,11 @@ def backend_of(tensor: Tensor) -> Iterator[Backend]:
         yield Backend(extension.cuda if is_cuda else _stages_for_cpu_tensors, device)
 
 
+def runs_on_cpu(tensor: Tensor) -> bool:
+    """Returns whether the stages of the CPU run for the tensor, and not CUDA's or emulated ones."""
+    return tensor.device.type == "cpu" and _stages_for_cpu_tensors is extension.cpu
+
+
 @contextmanager
 def emulated(module: Any) -> Iterator[None]:
     """Runs the emulated CUDA stages on tensors on the CPU, for tests.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.topology import get_topology
 
+PRECISIONS = ("auto", "full")
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -68,15 +70,19 @@ class FusedOptions(LossOptions):
         activation: one of native.ACTIVATIONS.
         dropped_mass: the occupancy that backward may leave out, relative to ``T_b + U_b``.
         tile_cells: cells of a tile; None chooses.
+        precision: one of PRECISIONS. "auto" computes cells that hardly matter in low precision
+            where that is faster; "full" never does.
     """
 
     activation: str = "tanh"
     dropped_mass: float = 1e-7
     tile_cells: int | None = None
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         LossOptions.__post_init__(self)
         checks.check_choice(self.activation, "activation", native.ACTIVATIONS)
+        checks.check_choice(self.precision, "precision", PRECISIONS)
         checks.check_number(self.dropped_mass, "dropped_mass")
         if not 0 <= self.dropped_mass < 1:
             raise ValueError(

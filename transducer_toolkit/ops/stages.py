@@ -46,6 +46,22 @@ class Posteriors(NamedTuple):
     loss_grad: Tensor
 
 
+class QuantizedLogits(NamedTuple):
+    """Logits ``data * row_scales[:, None] * column_scales + bias``.
+
+    Attributes:
+        data: (rows, V) int32; the stage overwrites it.
+        row_scales: (rows,) float32.
+        column_scales: (V,) float32.
+        bias: (V,) float32, or None.
+    """
+
+    data: Tensor
+    row_scales: Tensor
+    column_scales: Tensor
+    bias: Tensor | None
+
+
 def _scratch(num_bytes: int, like: Tensor) -> Tensor:
     """Memory for a stage on the device of `like`. It may contain anything."""
     return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
@@ -62,6 +78,14 @@ def _logit_rows(logits: Tensor) -> native.extension.LogitRows:
 def _logits_options(options: LossOptions) -> native.extension.LogitsOptions:
     return native.extension.LogitsOptions(
         blank=options.blank, from_log_softmax=options.from_log_softmax, clamp=options.clamp
+    )
+
+
+def _cell_scores_out(out: CellScores) -> native.extension.CellScoresOut:
+    return native.extension.CellScoresOut(
+        normalizer=native.address(out.normalizer),
+        blank=native.address(out.blank),
+        label=native.address(out.label),
     )
 
 
@@ -94,12 +118,33 @@ def cell_scores(
             logits=_logit_rows(logits),
             options=_logits_options(options),
             **backend.queue,
-            out=native.extension.CellScoresOut(
-                normalizer=native.address(out.normalizer),
-                blank=native.address(out.blank),
-                label=native.address(out.label),
-            ),
+            out=_cell_scores_out(out),
         )
+
+
+def quantized_cell_scores(
+    logits: QuantizedLogits,
+    batch: LatticeBatch,
+    tile: RowTile,
+    options: LossOptions,
+    out: CellScores,
+) -> None:
+    """Stage 1 from quantized logits of the tile's rows, on the CPU."""
+    bias = logits.bias
+    native.extension.cpu.quantized_cell_scores(
+        batch.native,
+        tile.native,
+        logits=native.extension.QuantizedLogits(
+            data=native.address(logits.data),
+            row_scales=native.address(logits.row_scales),
+            column_scales=native.address(logits.column_scales),
+            bias=0 if bias is None else native.address(bias),
+            vocab_size=logits.data.size(-1),
+        ),
+        options=_logits_options(options),
+        num_threads=torch.get_num_threads(),
+        out=_cell_scores_out(out),
+    )
 
 
 def lattice(
@@ -231,6 +276,28 @@ def join_forward(joint: Joint, batch: LatticeBatch, tile: RowTile, out: Tensor) 
             **backend.queue,
             hidden=native.address(out),
         )
+
+
+def join_quantized(
+    joint: Joint, batch: LatticeBatch, tile: RowTile, hidden: Tensor, scales: Tensor
+) -> None:
+    """Writes join_forward's rows as int8 to hidden (tile rows, D), on the CPU.
+
+    Args:
+        joint: float32.
+        batch: the lattices.
+        tile: the rows to write.
+        hidden: (tile rows, D) int8.
+        scales: (tile rows,) float32, by which the rows were divided.
+    """
+    native.extension.cpu.join_quantized(
+        batch.native,
+        tile.native,
+        inputs=_join_inputs(joint),
+        num_threads=torch.get_num_threads(),
+        hidden=native.address(hidden),
+        scales=native.address(scales),
+    )
 
 
 def join_backward(

@@ -88,7 +88,10 @@ def get_topology(name: object, argument: str = "topology", *, k2: bool = False) 
     """
     table = K2_TOPOLOGIES if k2 else TOPOLOGIES
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"{argument}: expected one of {tuple(table)}, got {name!r}")
+        remedy = ""
+        if k2 and isinstance(name, bool):  # "modified", of older k2 and fast_rnnt
+            remedy = f"; pass {'modified' if name else 'regular'!r} for modified={name}"
+        raise ValueError(f"{argument}: expected one of {tuple(table)}, got {name!r}{remedy}")
     return table[name]
 
 

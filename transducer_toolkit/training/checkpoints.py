@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from transducer_toolkit.inference.trust import check_archive
@@ -252,9 +252,9 @@ class LastCheckpoint(Checkpoint):
         if number == signal.SIGINT:
             if self._received:
                 raise KeyboardInterrupt
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-                # Not print: the signal may have interrupted another print.
-                os.write(2, b"\nCtrl-C: stopping after this step; press it again to stop at once\n")
+            # In a thread: the signal may have interrupted another message.
+            said = "Ctrl-C: stopping after this step; press it again to stop at once"
+            threading.Thread(target=logger.warning, args=(said,)).start()
         self._received = number
 
     def _agree(self, trainer: Trainer) -> tuple[int, bool]:

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -29,13 +30,14 @@ from transducer_toolkit.decoding import (
     align,
 )
 from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY
-from transducer_toolkit.inference.words import encoder_frame_s, word_spans
+from transducer_toolkit.inference.words import encoder_frame_s, word_starts
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.lattice import LatticeShape
 from transducer_toolkit.ops.topology import is_feasible
 from transducer_toolkit.training.accumulation import FrameWeights
 from transducer_toolkit.training.ctc import CtcLoss
 from transducer_toolkit.training.scoring import (
+    CharacterErrors,
     SymbolDelay,
     Transcript,
     WordErrors,
@@ -43,9 +45,11 @@ from transducer_toolkit.training.scoring import (
     count_word_errors,
     gather_transcripts,
     measure_symbol_delay,
+    normalize_transcripts,
     symbol_delays_ms,
 )
 from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
+from transducer_toolkit.training.utterance_names import naming_utterances
 
 logger = logging.getLogger(__name__)
 # Errors that torch raises for a bad option. Their messages name neither the option nor its value.
@@ -66,9 +70,10 @@ class TransducerModule(LightningModule):
     These values are logged:
 
     - ``train/loss`` and ``val/loss``, in nats per frame;
+    - ``train/gradient_norm``, before it is clipped, and ``train/learning_rate``;
     - ``train/ctc``, in nats per frame, before it is weighted; ``train/loss`` does not include it;
-    - ``val/wer`` and ``test/wer/NAME``, the word error rate as a fraction; ``val/cer``, the
-      character error rate;
+    - ``val/wer`` and ``test/wer/NAME``, the word error rate as a fraction;
+    - ``val/cer`` and ``test/cer/NAME``, the character error rate;
     - ``test/symbol_delay_ms/NAME``, the mean over the words.
 
     Args:
@@ -88,12 +93,15 @@ class TransducerModule(LightningModule):
             each validation.
         topology: topology of decoding and of the alignment of references; None for that of the
             loss stage.
+        normalize: normalizes references and hypotheses before errors are counted, such as a
+            :class:`~transducer_toolkit.data.text.TextNormalizer`; None compares them as they are.
 
     Attributes:
         training_config: config of the training in plain values, stored in checkpoints; None for
             none.
         test_transcripts: transcripts of each test set by name, after a test.
         test_errors: word errors of each test set by name, after a test.
+        test_character_errors: character errors of each test set by name, after a test.
         test_symbol_delays: symbol delay of each test set by name, after a test; None for a set
             without word start times.
     """
@@ -111,6 +119,7 @@ class TransducerModule(LightningModule):
         search: Callable[..., Search] = GreedySearch,
         num_logged_hypotheses: int = 4,
         topology: str | None = None,
+        normalize: Callable[[str], str] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -128,8 +137,10 @@ class TransducerModule(LightningModule):
             topology = "regular" if loss is None else loss.topology
         self.topology = topology
         self.make_search = search
+        self.normalize = normalize
         self.test_transcripts: dict[str, list[Transcript]] = {}
         self.test_errors: dict[str, WordErrors] = {}
+        self.test_character_errors: dict[str, CharacterErrors] = {}
         self.test_symbol_delays: dict[str, SymbolDelay | None] = {}
         self._transcripts: dict[int, list[Transcript]] = {}  # by dataloader, during an epoch
         self._loss_sum = 0.0
@@ -181,11 +192,13 @@ class TransducerModule(LightningModule):
         encoder_out, encoder_lengths, predictor_out = self.model(
             batch.features, batch.feature_lengths, batch.targets
         )
-        shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
-        shape.to(encoder_out.device)  # one upload, which the joiner and the loss share
-        output = self.loss(
-            LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
-        )
+        self._check_encoder(batch, encoder_out, encoder_lengths)
+        with naming_utterances(batch.utterance_ids):
+            shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
+            shape.to(encoder_out.device)  # one upload, which the joiner and the loss share
+            output = self.loss(
+                LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
+            )
         return output, shape, encoder_out
 
     def on_train_start(self) -> None:
@@ -235,6 +248,11 @@ class TransducerModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self._frame_weights.finish(self.parameters(), self.trainer.accumulate_grad_batches)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if (self.global_step + 1) % every == 0 and grads:
+            self.log("train/gradient_norm", get_total_norm(grads))  # before it is clipped
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def on_validation_epoch_start(self) -> None:
         self._transcripts = {}
@@ -263,14 +281,17 @@ class TransducerModule(LightningModule):
         sums = torch.tensor([self._loss_sum, self._frame_sum], device=self.device)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         transcripts = gather_transcripts(self._transcripts.get(0, []))
-        errors = count_word_errors(transcripts)
+        scored = normalize_transcripts(transcripts, self.normalize)
+        errors = count_word_errors(scored)
         # Every process has computed the same values, from the whole set.
-        self.log("val/loss", sums[0] / sums[1], rank_zero_only=False, sync_dist=False)
+        loss = float(sums[0] / sums[1])
+        self.log("val/loss", loss, rank_zero_only=False, sync_dist=False)
         self.log("val/wer", errors.wer, prog_bar=True, rank_zero_only=False, sync_dist=False)
-        cer = count_character_errors(transcripts).cer
+        cer = count_character_errors(scored).cer
         self.log("val/cer", cer, rank_zero_only=False, sync_dist=False)
         if not self.trainer.sanity_checking:
-            self._show(transcripts[: self.num_logged_hypotheses], errors)
+            results = f"WER {100 * errors.wer:.2f} %, CER {100 * cer:.2f} %, loss {loss:#.3g}"
+            self._show(transcripts[: self.num_logged_hypotheses], results)
 
     def on_test_epoch_start(self) -> None:
         self._transcripts = {}
@@ -278,10 +299,9 @@ class TransducerModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         started_s = time.perf_counter()
         encoder_out, encoder_lengths = self.model.encoder(batch.features, batch.feature_lengths)
-        try:
+        self._check_encoder(batch, encoder_out, encoder_lengths)
+        with naming_utterances(batch.utterance_ids):
             hypotheses = self._search(encoder_out, encoder_lengths)
-        except NonFiniteScoresError as error:
-            raise NonFiniteScoresError(error.utterances, names=batch.utterance_ids) from error
         # The hypotheses are on the CPU, so no device work is pending.
         decoding_s = time.perf_counter() - started_s
         delays = self._symbol_delays(batch, encoder_out, encoder_lengths)
@@ -292,8 +312,11 @@ class TransducerModule(LightningModule):
         for index, name in enumerate(names):
             transcripts = gather_transcripts(self._transcripts.get(index, []))
             self.test_transcripts[name] = transcripts
-            self.test_errors[name] = count_word_errors(transcripts)
+            scored = normalize_transcripts(transcripts, self.normalize)
+            self.test_errors[name] = count_word_errors(scored)
+            self.test_character_errors[name] = count_character_errors(scored)
             self.log(f"test/wer/{name}", self.test_errors[name].wer, sync_dist=False)
+            self.log(f"test/cer/{name}", self.test_character_errors[name].cer, sync_dist=False)
             delay = measure_symbol_delay(transcripts)
             self.test_symbol_delays[name] = delay
             if delay is not None:
@@ -313,6 +336,10 @@ class TransducerModule(LightningModule):
         if "current_model_state" in checkpoint and not averages:
             # The training that goes on averaged its weights. This one does not.
             checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+    def _check_encoder(self, batch: Batch, encoder_out: Tensor, encoder_lengths: Tensor) -> None:
+        lengths, names = batch.feature_lengths, batch.utterance_ids
+        self.model.encoder.check_output(lengths, encoder_out, encoder_lengths, names)
 
     def _search(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
         search = self.make_search(self.model.predictor, self.model.joiner, topology=self.topology)
@@ -376,19 +403,16 @@ class TransducerModule(LightningModule):
         frame_s = encoder_frame_s(self.model.encoder)
         for row, path in zip(rows, paths, strict=True):
             tokens = batch.targets[row, : int(batch.target_lengths[row])].tolist()
-            spans = word_spans([self.tokenizer.symbols[token] for token in tokens])
-            emitted_s = [path.frames[first] * frame_s for _, first, _ in spans]
+            starts = word_starts([self.tokenizer.symbols[token] for token in tokens])
+            emitted_s = [path.frames[first] * frame_s for first in starts]
             delays[row] = symbol_delays_ms(emitted_s, word_starts_s[row] or ())
         return delays
 
-    def _show(self, transcripts: list[Transcript], errors: WordErrors) -> None:
+    def _show(self, transcripts: list[Transcript], results: str) -> None:
         """Logs hypotheses with their references. The utterances are the same in every epoch."""
         if not self.trainer.is_global_zero:
             return
-        lines = [
-            f"epoch {self.current_epoch}, step {self.global_step}: "
-            f"validation WER {100 * errors.wer:.2f} %"
-        ]
+        lines = [f"epoch {self.current_epoch}, step {self.global_step}: validation {results}"]
         for transcript in transcripts:
             lines += [f"  ref {transcript.reference}", f"  hyp {transcript.hypothesis}"]
         logger.info("\n".join(lines))

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import east_asian_width
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,6 +23,11 @@ History = dict[str, list[tuple[int, float]]]
 INK, BLUE, ORANGE, GRAY = "#22303c", "#2a6f97", "#e07a1f", "#8a97a3"
 # Figure objects instead of pyplot: no global state, no display, safe in any thread.
 DPI = 140
+MAX_LABELS = 75  # beside one another above the features
+MAX_PIXELS = 1200  # columns and rows of an image
+ROW_HEIGHT = 0.19  # of a symbol of the lattice, inches
+MAX_LATTICE_HEIGHT = 10.0  # inches
+SPACE = "\u2581"  # begins a word
 
 
 def draw_learning_curves(history: History) -> Figure:
@@ -85,12 +93,17 @@ def draw_utterance(
 ) -> Figure:
     """Draws the features of an utterance above the occupancy of its lattice and the best path.
 
+    The picture has a bounded size. If the symbols are word pieces, or if there are many, whole
+    words stand above the features. If there is no room for all labels, every n-th is shown.
+    Several frames or symbols share a pixel of a long utterance, which shows the largest occupancy
+    and the mean of the features.
+
     Args:
         features: (T_in, F) float, on the CPU.
         occupancy: (T, U + 1) posterior of each cell in [0, 1], on the CPU.
         alignment: best path, with a frame for each symbol.
         symbols: the U target symbols.
-        title: title of the figure.
+        title: title of the figure; a long one is cut.
         feature_frame_s: shift of the feature frames in seconds.
 
     Returns:
@@ -110,16 +123,21 @@ def draw_utterance(
     frame_s = duration_s / num_frames
     times_s = (np.array(alignment.frames) + 0.5) * frame_s
 
-    height = 3.2 + max(2.6, 0.19 * num_columns)
-    figure = Figure(figsize=(11, height), dpi=DPI, layout="constrained")
-    mel, lattice = figure.subplots(
-        2, 1, sharex=True, height_ratios=(2.4, max(2.6, 0.19 * num_columns))
+    lattice_height = min(MAX_LATTICE_HEIGHT, max(2.6, ROW_HEIGHT * num_columns))
+    labels = _labels(times_s, symbols)
+    widest = max((_width(label) for _, label in labels), default=1)
+    is_upright = widest <= 2
+    label_height = 0.1 if is_upright else 0.09 * widest
+    figure = Figure(
+        figsize=(11, 3.2 + label_height + lattice_height), dpi=DPI, layout="constrained"
     )
-    figure.suptitle(title, color=INK, fontsize=12)
+    mel, lattice = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, lattice_height))
+    printable = title.encode("utf-8", "replace").decode()  # an id can be a name that is not UTF-8
+    figure.suptitle(_cut(printable, 110), color=INK, fontsize=12)
 
     values = features.numpy().T
     mel.imshow(
-        values,
+        _pooled(values, (len(values), MAX_PIXELS), mean=True),
         origin="lower",
         aspect="auto",
         cmap="magma",
@@ -129,13 +147,31 @@ def draw_utterance(
         vmax=np.percentile(values, 99.8),
     )
     mel.set_ylabel("mel bin")
-    for time_s in times_s:
+    is_dense = num_targets > MAX_LABELS
+    for time_s in times_s if not is_dense else [time_s for time_s, _ in labels]:
         mel.axvline(time_s, color="white", alpha=0.35, linewidth=0.7)
-    for time_s, symbol in zip(_spread(times_s, duration_s / 75), symbols, strict=True):
-        mel.text(time_s, len(values) * 1.025, symbol, ha="center", va="bottom", color=INK)
+    gap_s = duration_s / MAX_LABELS * (widest if is_upright else 1)
+    spread_s = _spread(np.array([time_s for time_s, _ in labels]), gap_s, duration_s)
+    for shown_s, (time_s, label) in zip(spread_s, labels, strict=True):
+        top = len(values)
+        if not is_upright:
+            # From the time of the word to its label, which may have moved.
+            mel.plot([time_s, shown_s], [top, 1.05 * top], color=GRAY, linewidth=0.7, clip_on=False)
+        mel.text(
+            shown_s,
+            1.025 * top if is_upright else 1.07 * top,
+            label,
+            ha="center",
+            va="bottom",
+            rotation=0 if is_upright else 90,
+            fontsize=10 if is_upright else 8,
+            color=INK,
+        )
+    mel.set_ylim(0, len(values))
+    mel.set_xlim(0, duration_s)
 
     image = lattice.imshow(
-        np.maximum(occupancy.numpy().T, 1e-6),
+        _pooled(np.maximum(occupancy.numpy().T, 1e-6), (MAX_PIXELS, MAX_PIXELS)),
         origin="lower",
         aspect="auto",
         cmap=LinearSegmentedColormap.from_list("occupancy", ["white", "#a9cfe4", BLUE, INK]),
@@ -148,25 +184,78 @@ def draw_utterance(
     # The path is in column u from the frame of symbol u to that of symbol u + 1.
     path_s = np.concatenate(([0.0], times_s, [duration_s]))
     lattice.step(
-        path_s, [*range(num_targets + 1), num_targets], where="post", color=ORANGE, linewidth=1.5
-    )
-    lattice.plot(
-        times_s,
-        np.arange(1, num_targets + 1),
-        "o",
+        path_s,
+        [*range(num_targets + 1), num_targets],
+        where="post",
         color=ORANGE,
-        markersize=3.5,
-        label="best path, one dot a symbol",
+        linewidth=0.6 if is_dense else 1.5,
+        label="best path" if is_dense else None,
     )
-    lattice.set_yticks(range(num_columns), ["start", *symbols])
-    lattice.tick_params(axis="y", labelsize=8, length=0)
-    lattice.set_ylabel("symbols so far")
+    if not is_dense:
+        lattice.plot(
+            times_s,
+            np.arange(1, num_targets + 1),
+            "o",
+            color=ORANGE,
+            markersize=3.5,
+            label="best path, one dot a symbol",
+        )
+    every = math.ceil(num_columns / (lattice_height / ROW_HEIGHT))
+    rows = range(0, num_columns, every)
+    names = [_cut(name, 20) for name in ["start", *symbols]]
+    lattice.set_yticks(rows, [names[row] for row in rows])
+    lattice.tick_params(axis="y", labelsize=8, length=0 if every == 1 else 2)
+    lattice.set_ylabel(
+        "symbols so far" if every == 1 else f"symbols so far (one of {every} is named)"
+    )
     lattice.set_xlabel("time (s)")
     lattice.legend(loc="lower right", frameon=False)
     figure.colorbar(image, ax=lattice, label="occupancy", pad=0.01)
     _tidy(mel)
     _tidy(lattice)
     return figure
+
+
+def _labels(times_s: np.ndarray, symbols: Sequence[str]) -> list[tuple[float, str]]:
+    """Returns times and texts of the labels above the features, at most MAX_LABELS."""
+    labels = list(zip(times_s.tolist(), symbols, strict=True))
+    is_crowded = len(symbols) > MAX_LABELS or any(len(it.lstrip(SPACE)) > 1 for it in symbols)
+    if is_crowded and any(symbol.startswith(SPACE) for symbol in symbols[1:]):
+        words: list[tuple[float, str]] = []
+        for time_s, symbol in labels:
+            if symbol.startswith(SPACE) or not words:
+                words.append((time_s, symbol.removeprefix(SPACE)))
+            else:
+                words[-1] = (words[-1][0], words[-1][1] + symbol)
+        # Of a word after a space that is a symbol by itself, the time is that of the space.
+        labels = [(time_s, word) for time_s, word in words if word]
+    limit = MAX_LABELS // 2 if max(map(_width, symbols), default=1) == 2 else MAX_LABELS
+    every = max(1, math.ceil(len(labels) / limit))
+    return [(time_s, _cut(label, 16)) for time_s, label in labels[::every]]
+
+
+def _width(text: str) -> int:
+    """Returns the columns that a text takes; a character of East Asian scripts takes two."""
+    return sum(1 + (east_asian_width(it) in "WF") for it in text)
+
+
+def _cut(text: str, width: int) -> str:
+    length = sum(column <= width for column in itertools.accumulate(map(_width, text)))
+    return text if length == len(text) else text[: length - 1] + "\u2026"
+
+
+def _pooled(values: np.ndarray, limits: tuple[int, int], *, mean: bool = False) -> np.ndarray:
+    """Returns the maxima, or means, of blocks, at most ``limits`` of them along each axis."""
+    for axis, limit in enumerate(limits):
+        size = values.shape[axis]
+        if size > limit:
+            first = np.linspace(0, size, limit, endpoint=False).astype(int)
+            if mean:
+                sizes = np.diff(first, append=size).reshape(-1, *[1] * (values.ndim - 1 - axis))
+                values = np.add.reduceat(values, first, axis=axis) / sizes
+            else:
+                values = np.maximum.reduceat(values, first, axis=axis)
+    return values
 
 
 def _curve(axes: Axes, history: History, name: str, **style: Any) -> None:
@@ -185,11 +274,15 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarr
     return steps, (sums[last] - sums[first]) / (last - first)
 
 
-def _spread(times_s: np.ndarray, gap_s: float) -> np.ndarray:
-    """Returns the positions of the labels, moved right until they are ``gap_s`` apart."""
-    spread = times_s.copy()
+def _spread(times_s: np.ndarray, gap_s: float, duration_s: float) -> np.ndarray:
+    """Returns the positions of labels, moved until they are apart and within the picture."""
+    spread = times_s.astype(float)
     for index in range(1, len(spread)):
         spread[index] = max(spread[index], spread[index - 1] + gap_s)
+    limit_s = duration_s
+    for index in reversed(range(len(spread))):
+        spread[index] = min(spread[index], limit_s)
+        limit_s = spread[index] - gap_s
     return spread
 
 

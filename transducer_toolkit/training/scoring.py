@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jiwer
 import torch
+
+from transducer_toolkit.data.byte_pieces import byte_of
+from transducer_toolkit.data.tokenizer import UNKNOWN_SYMBOL, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,76 @@ def _count(process: Callable[..., Any], transcripts: list[Transcript]) -> tuple[
         found.hits + found.substitutions + found.deletions,
         len(transcripts),
     )
+
+
+def normalize_transcripts(
+    transcripts: Iterable[Transcript], normalize: Callable[[str], str] | None
+) -> list[Transcript]:
+    """Returns transcripts with normalized references and hypotheses.
+
+    Args:
+        transcripts: any number of transcripts.
+        normalize: text to text, such as a :class:`~transducer_toolkit.data.text.TextNormalizer`;
+            None returns the transcripts as they are.
+
+    Example:
+        >>> normalize_transcripts([Transcript("a", "One", "ONE")], str.lower)[0].hypothesis
+        'one'
+    """
+    if normalize is None:
+        return list(transcripts)
+    return [
+        dataclasses.replace(t, reference=normalize(t.reference), hypothesis=normalize(t.hypothesis))
+        for t in transcripts
+    ]
+
+
+@dataclass(frozen=True)
+class UnwritableReferences:
+    """References with characters that a model cannot write, so that they are errors for certain.
+
+    Attributes:
+        characters: number of references with each such character, the most frequent first.
+        ids: ids of the utterances.
+    """
+
+    characters: dict[str, int]
+    ids: list[str]
+
+
+def find_unwritable(
+    transcripts: Iterable[Transcript],
+    tokenizer: Tokenizer,
+    normalize: Callable[[str], str] | None = None,
+) -> UnwritableReferences:
+    """Finds the references with characters that no symbol of a tokenizer has.
+
+    Args:
+        transcripts: any number of transcripts, as they are scored.
+        tokenizer: tokenizer of the symbols that the model emits. With byte pieces it can write
+            everything.
+        normalize: the normalization of the transcripts.
+
+    Example:
+        >>> from transducer_toolkit.data.tokenizer import CharTokenizer
+        >>> tokenizer = CharTokenizer.from_texts(["no one"], unknown=True)
+        >>> find_unwritable([Transcript("a", "One!", "one"), Transcript("b", "no", "")], tokenizer)
+        UnwritableReferences(characters={'!': 1, 'O': 1}, ids=['a'])
+    """
+    if any(byte_of(symbol) is not None for symbol in tokenizer.symbols):
+        return UnwritableReferences({}, [])
+    texts = [
+        tokenizer.decode([id_])
+        for id_, symbol in enumerate(tokenizer.symbols)
+        if symbol != UNKNOWN_SYMBOL and id_ != tokenizer.blank
+    ]
+    if normalize is not None:
+        texts += [normalize(text) for text in texts]
+    writable = set("".join(texts))
+    missing = {t.id: set("".join(t.reference.split())) - writable for t in transcripts}
+    counts = Counter(itertools.chain.from_iterable(missing.values()))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return UnwritableReferences(dict(ordered), [id_ for id_, found in missing.items() if found])
 
 
 def real_time_factor(transcripts: Iterable[Transcript]) -> float | None:

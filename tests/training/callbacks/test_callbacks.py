@@ -45,7 +45,7 @@ def test_the_picture_is_of_an_utterance_that_has_a_path(tmp_path, monkeypatch, t
 
     drawing = pictures.draw_utterance
     monkeypatch.setattr(pictures, "draw_utterance", draw)
-    trainer, module = SimpleNamespace(is_global_zero=True), make_module(topology)
+    trainer, module = SimpleNamespace(is_global_zero=True, loggers=[]), make_module(topology)
     picture = UtterancePicture(str(tmp_path / "picture.png"), duration_s=0.1)
     with torch.inference_mode():
         picture.on_test_start(trainer, module)
@@ -53,3 +53,24 @@ def test_the_picture_is_of_an_utterance_that_has_a_path(tmp_path, monkeypatch, t
         picture.on_test_end(trainer, module)
     assert [title.split(":")[0] for title in titles] == [drawn]
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_no_picture_of_a_lattice_that_is_too_large(tmp_path, monkeypatch, caplog):
+    batch = Batch(
+        utterance_ids=["long"],
+        texts=["ab"],
+        features=torch.randn(1, 40, 80),
+        feature_lengths=torch.tensor([40]),
+        targets=torch.tensor([[1, 2]]),
+        target_lengths=torch.tensor([2]),
+    )
+    trainer, module = SimpleNamespace(is_global_zero=True, loggers=[]), make_module("regular")
+    picture = UtterancePicture(str(tmp_path / "picture.png"))
+    for limit, drawn in ((10 * 3 * 3 - 1, False), (10 * 3 * 3, True)):
+        monkeypatch.setattr(pictures, "MAX_LOGITS", limit)
+        with torch.inference_mode():
+            picture.on_test_start(trainer, module)
+            picture.on_test_batch_end(trainer, module, None, batch, 0)
+            picture.on_test_end(trainer, module)
+        assert (tmp_path / "picture.png").exists() == drawn
+    assert "the lattice of long has 30 cells of 3 logits" in caplog.text

@@ -12,17 +12,25 @@ from transducer_toolkit.training.callbacks.clock import StepClock
 def test_a_step_is_all_of_its_batches(monkeypatch, accumulate):
     now = SimpleNamespace(s=100.0)
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now.s)
-    trainer = SimpleNamespace(accumulate_grad_batches=accumulate, global_step=30)
-    module = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(
+        accumulate_grad_batches=accumulate, global_step=30, log_every_n_steps=2
+    )
+    logged = []
+    module = SimpleNamespace(
+        device=torch.device("cpu"), log=lambda name, value: logged.append((name, value))
+    )
     step_clock = StepClock()
     step_clock.on_train_start(trainer, module)
     step_clock.on_train_epoch_start(trainer, module)
     for batch in range(12):
         now.s += 7.0 if batch < StepClock.NUM_IGNORED_BATCHES else 0.5
-        step_clock.on_train_batch_end()
+        trainer.global_step = 30 + (batch + 1) // accumulate
+        step_clock.on_train_batch_end(trainer, module, None, None, batch)
+    assert {name for name, _ in logged} == {"train/seconds_per_step"}
+    assert logged[0][1] == pytest.approx(7.0 * accumulate) or accumulate > 1
+    assert logged[-1][1] == pytest.approx(0.5 * accumulate)
     assert step_clock.seconds_per_step == pytest.approx(0.5 * accumulate)
     seconds = 5 * 7.0 + 7 * 0.5
-    trainer.global_step += 12 // accumulate
     saved = step_clock.state_dict()  # in a checkpoint during the training
     step_clock.on_train_end(trainer, module)
     assert step_clock.training_s == step_clock.total_s == pytest.approx(seconds)

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import soundfile
-
+from transducer_toolkit.data.audio import audio_duration_s
 from transducer_toolkit.data.corpora.prepared import PreparedCorpus, write_sets
 from transducer_toolkit.data.corpora.split import split_of
 from transducer_toolkit.data.manifest import Utterance
@@ -119,7 +118,7 @@ class AsteriskCorpus(PreparedCorpus):
             audio = self.sounds_dir / f"{name}.wav"
             if text is None or not audio.is_file():
                 continue
-            duration_s = soundfile.info(audio).duration
+            duration_s = audio_duration_s(audio)
             yield Utterance(
                 id=name, audio=str(audio), duration_s=duration_s, text=text, speaker=SPEAKER
             )

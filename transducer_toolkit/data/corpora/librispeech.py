@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import soundfile
-
+from transducer_toolkit.data.audio import audio_duration_s
 from transducer_toolkit.data.corpora.prepared import PreparedCorpus, write_sets
 from transducer_toolkit.data.manifest import Utterance
 from transducer_toolkit.ops.checks import check_flag
@@ -111,7 +110,7 @@ class LibriSpeechCorpus(PreparedCorpus):
             return Utterance(
                 id=audio.stem,
                 audio=str(audio),
-                duration_s=soundfile.info(audio).duration,
+                duration_s=audio_duration_s(audio),
                 text=text,
                 speaker=str(speaker),
             )

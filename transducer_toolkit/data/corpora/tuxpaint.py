@@ -16,7 +16,7 @@ from typing import Any
 
 import soundfile
 
-from transducer_toolkit.data.audio import SAMPLE_RATE, read_audio
+from transducer_toolkit.data.audio import SAMPLE_RATE, audio_duration_s, read_audio
 from transducer_toolkit.data.corpora.prepared import PreparedCorpus, write_sets
 from transducer_toolkit.data.corpora.split import split_of
 from transducer_toolkit.data.manifest import Utterance
@@ -119,7 +119,7 @@ class TuxPaintCorpus(PreparedCorpus):
         test: dict[str, list[Utterance]] = defaultdict(list)
         too_fast = 0
         for language, source, text in self._recordings():
-            if len(text) > MAX_CHARACTERS_PER_S * soundfile.info(source).duration:
+            if len(text) > MAX_CHARACTERS_PER_S * audio_duration_s(source):
                 too_fast += 1
                 continue
             id_ = str(source.relative_to(self.stamps_dir).with_suffix("")).replace(os.sep, "-")

@@ -33,7 +33,8 @@ def main() -> None:
     corpus = DigitsCorpus(**vars(options))
     corpus.prepare()
     manifests = corpus.manifests()
-    for name, path in {"train": manifests.train, "val": manifests.val, **manifests.test}.items():
+    for name in ("train", "val", *manifests.test):
+        path = manifests.path(name)
         utterances = read_manifest(path)
         minutes = sum(utterance.duration_s for utterance in utterances) / 60
         print(f"{name:9}{len(utterances):6} utterances {minutes:6.1f} min  {path}")

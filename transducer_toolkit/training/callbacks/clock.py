@@ -17,6 +17,8 @@ from transducer_toolkit.training.stages import LossInput
 class StepClock(Callback):
     """Measures the wall time and the memory of training steps, without validation and start-up.
 
+    Logs ``train/seconds_per_step``, the mean since the value before.
+
     Attributes:
         seconds_per_step: mean wall time of an optimizer step so far, including data loading and all
             accumulated batches; 0 before the first batches were measured.
@@ -41,6 +43,8 @@ class StepClock(Callback):
         self._first_step = 0
         self._sum_s = 0.0
         self._num_batches = 0
+        self._logged_s = 0.0  # of the batches since the last logged value
+        self._num_logged = 0
         self._batches_per_step = 1
         self._num_seen = 0
         self._last: float | None = None
@@ -127,9 +131,19 @@ class StepClock(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = None
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = time.perf_counter()
         self._num_seen += 1
+        if self._last is not None:
+            self._logged_s += now - self._last
+            self._num_logged += 1
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 and self._num_logged:
+            seconds = self._batches_per_step * self._logged_s / self._num_logged
+            pl_module.log("train/seconds_per_step", seconds)
+            self._logged_s, self._num_logged = 0.0, 0
         if self._last is not None and self._num_seen > self.NUM_IGNORED_BATCHES:
             self._sum_s += now - self._last
             self._loss_s += self._loss_of_step_s

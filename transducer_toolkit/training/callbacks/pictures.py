@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
+from transducer_toolkit.data.byte_pieces import shown_symbols
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.decoding import align, lattice_occupancy
@@ -19,10 +22,13 @@ from transducer_toolkit.training.lightning_module import TransducerModule
 from transducer_toolkit.training.plots import History, draw_learning_curves, draw_utterance
 
 logger = logging.getLogger(__name__)
+MAX_LOGITS = 500_000_000  # of one picture: 2 GB in float32
 
 
 class LearningCurves(Callback):
     """Draws losses, word error rate and learning rate over the steps, at the end of the training.
+
+    TensorBoard shows the picture, too.
 
     Checkpoints contain the history, so a resumed training draws the curves from the beginning.
 
@@ -66,7 +72,7 @@ class LearningCurves(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.history:
-            draw_learning_curves(self.history).savefig(_parent_made(self.path))
+            _save(trainer, draw_learning_curves(self.history), self.path)
 
     def _add(self, trainer: Trainer, name: str, value: float) -> None:
         self.history.setdefault(name, []).append((trainer.global_step, value))
@@ -75,7 +81,8 @@ class LearningCurves(Callback):
 class UtterancePicture(Callback):
     """Draws one utterance of the first test set: features, lattice occupancy, best path.
 
-    It ignores utterances that have no symbols, or no path in the model's topology.
+    TensorBoard shows the picture, too. The callback ignores utterances that have no symbols, or no
+    path in the model's topology.
 
     Args:
         path: PNG file to write.
@@ -124,6 +131,16 @@ class UtterancePicture(Callback):
             batch.features, batch.feature_lengths, batch.targets
         )
         shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
+        if shape.num_cells * tokenizer.vocab_size > MAX_LOGITS:
+            logger.warning(
+                "no picture %s: the lattice of %s has %d cells of %d logits, which take too much "
+                "memory; transducer-align draws parts of a recording",
+                self.path,
+                batch.utterance_ids[0],
+                shape.num_cells,
+                tokenizer.vocab_size,
+            )
+            return
         logits = model.joiner(encoder_out, predictor_out, shape).float()
         lattice = (logits, batch.targets, shape, model.blank)
         occupancy = lattice_occupancy(*lattice, topology=pl_module.topology)[0]
@@ -132,11 +149,11 @@ class UtterancePicture(Callback):
             batch.features[0].cpu(),
             occupancy.cpu(),
             alignment,
-            [tokenizer.symbols[token] for token in batch.targets[0].tolist()],
+            shown_symbols([tokenizer.symbols[token] for token in batch.targets[0].tolist()]),
             title=f"{batch.utterance_ids[0]}: {batch.texts[0]!r}",
             feature_frame_s=FRAME_SHIFT_MS / 1000,
         )
-        figure.savefig(_parent_made(self.path))
+        _save(trainer, figure, self.path)
 
 
 def _row(batch: Batch, row: int) -> Batch:
@@ -153,6 +170,10 @@ def _row(batch: Batch, row: int) -> Batch:
     )
 
 
-def _parent_made(path: Path) -> Path:
+def _save(trainer: Trainer, figure: Figure, path: Path) -> None:
+    """Writes a figure to a file, and shows it in TensorBoard under the name of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    figure.savefig(path)
+    for sink in trainer.loggers:
+        if isinstance(sink, TensorBoardLogger):
+            sink.experiment.add_figure(path.stem, figure, trainer.global_step, close=False)

@@ -18,8 +18,9 @@ from transducer_toolkit.training.stages.base import (
 class FusedLoss(LossStage):
     """Computes :func:`~transducer_toolkit.fused_joiner_loss`.
 
-    The losses equal those of :class:`PackedLoss`. The metric ``kept`` is the fraction of the cells
-    that backward visits.
+    The losses equal those of :class:`PackedLoss`. The metrics are fractions of the cells:
+    ``kept`` of those that backward visits, ``selected`` of those that forward computes in full
+    precision, ``full`` and ``low`` of those that backward computes in full and in low precision.
 
     Args:
         blank: id of blank.
@@ -29,6 +30,7 @@ class FusedLoss(LossStage):
         clamp: bound on the gradient of each logit; 0 disables it.
         dropped_mass: occupancy that backward may leave out, as in
             :func:`~transducer_toolkit.fused_joiner_loss`; 0 for exact gradients.
+        precision: "auto" or "full", as in :func:`~transducer_toolkit.fused_joiner_loss`.
 
     Example:
         >>> import torch
@@ -38,7 +40,7 @@ class FusedLoss(LossStage):
         >>> encoder_out, predictor_out = torch.randn(2, 4, 8), torch.randn(2, 3, 6)
         >>> batch = LossInput(Joiner(8, 6, 16, 5), encoder_out, predictor_out, targets, shape)
         >>> sorted(FusedLoss()(batch).metrics)
-        ['kept']
+        ['full', 'kept', 'low', 'selected']
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class FusedLoss(LossStage):
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
         dropped_mass: float = 1e-7,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         options = FusedOptions(
@@ -59,6 +62,7 @@ class FusedLoss(LossStage):
             delay_penalty=delay_penalty,
             clamp=clamp,
             dropped_mass=dropped_mass,
+            precision=precision,
         )
         self.blank = options.blank
         self.topology = topology
@@ -67,11 +71,12 @@ class FusedLoss(LossStage):
             "fastemit_lambda": fastemit_lambda,
             "clamp": clamp,
             "dropped_mass": dropped_mass,
+            "precision": precision,
         }
 
     def forward(self, batch: LossInput) -> StageOutput:
         joiner = require_plain_output(batch.joiner, self)
-        losses, kept = fused_joiner_loss(
+        losses, parts = fused_joiner_loss(
             joiner.encoder_projection(batch.encoder_out),
             joiner.predictor_projection(batch.predictor_out),
             joiner.output.weight,
@@ -84,8 +89,8 @@ class FusedLoss(LossStage):
             topology=self.topology,
             reduction="none",
             shape=batch.shape,
-            return_kept=True,
+            return_parts=True,
             delay_penalty=self.current_delay_penalty,
             **self.options,
         )
-        return StageOutput(losses, {"kept": kept})
+        return StageOutput(losses, parts._asdict())

@@ -184,28 +184,30 @@ class PrunedLoss(LossStage):
 class FusedPrunedLoss(PrunedLoss):
     """Computes :class:`PrunedLoss` with :func:`~transducer_toolkit.fused_joiner_loss` in the band.
 
-    The losses are the same, in less time and memory. The metric ``kept`` is the fraction of the
-    band's cells that backward visits.
+    The losses are the same, in less time and memory. The metrics ``kept``, ``selected``, ``full``
+    and ``low`` are fractions of the band's cells, as in :class:`FusedLoss`.
 
     Args:
         dropped_mass: occupancy that backward may leave out, as in
             :func:`~transducer_toolkit.fused_joiner_loss`; 0 for exact gradients.
+        precision: "auto" or "full", as in :func:`~transducer_toolkit.fused_joiner_loss`.
         options: options of :class:`PrunedLoss`.
 
     Example:
         >>> stage = FusedPrunedLoss(prune_range=5, simple_joiner=AdditiveJoiner(8, 6, 5))
     """
 
-    def __init__(self, *, dropped_mass: float = 1e-7, **options) -> None:
+    def __init__(self, *, dropped_mass: float = 1e-7, precision: str = "auto", **options) -> None:
         super().__init__(**options)
-        FusedOptions(blank=0, dropped_mass=dropped_mass)
+        FusedOptions(blank=0, dropped_mass=dropped_mass, precision=precision)
         self.dropped_mass = dropped_mass
+        self.precision = precision
 
     def pruned_losses(
         self, joiner: Joiner, batch: LossInput, ranges: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         joiner = require_plain_output(joiner, self)
-        losses, kept = fused_joiner_loss(
+        losses, parts = fused_joiner_loss(
             joiner.encoder_projection(batch.encoder_out),
             joiner.predictor_projection(batch.predictor_out),
             joiner.output.weight,
@@ -221,7 +223,8 @@ class FusedPrunedLoss(PrunedLoss):
             fastemit_lambda=self.fastemit_lambda,
             delay_penalty=self.current_delay_penalty,
             dropped_mass=self.dropped_mass,
+            precision=self.precision,
             shape=batch.shape,
-            return_kept=True,
+            return_parts=True,
         )
-        return losses, {"kept": kept}
+        return losses, parts._asdict()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the commands that Hydra configures, with errors of one sentence."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from transducer_toolkit._version import __version__
+from transducer_toolkit.cli import console
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def run(
+    config_name: str,
+    function: Callable[[DictConfig], Any],
+    *,
+    prepare: Callable[[list[str]], list[str]] = list,
+) -> None:
+    """Run ``transducer-CONFIG_NAME`` with the arguments of the command line.
+
+    Args:
+        config_name: the primary config, and the end of the command's name.
+        function: called with the composed config; its result is for Hydra's sweepers.
+        prepare: called with the arguments before Hydra reads them; returns those to use.
+    """
+    name = f"transducer-{config_name}"
+    arguments = sys.argv[1:]
+    with console.errors(name, arguments, survives_pipe=True):
+        if "--version" in arguments:
+            print(f"transducer_toolkit {__version__}")
+            return
+        if "--help" in arguments or "-h" in arguments:
+            from transducer_toolkit.cli import hydra_help
+
+            print(hydra_help.text(config_name, arguments))
+            return
+        # Imported here, because a missing Hydra is an error of one sentence, too.
+        import hydra
+
+        from transducer_toolkit.cli import path_overrides, run_folder
+
+        run_folder.register()
+
+        arguments = [argument for argument in arguments if argument != "--debug"]
+        # Hydra's parser takes no overrides after --multirun if there are some before it.
+        arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))
+        sys.argv[1:] = prepare(path_overrides.quoted(arguments))
+        job = _Job(name, config_name, function)
+        main = hydra.main(
+            version_base="1.3",
+            config_path="pkg://transducer_toolkit.conf",
+            config_name=config_name,
+        )(job.task)
+        try:
+            with job.composing():
+                main()
+        except Exception as error:
+            if job.shows_traces or job.has_started:
+                raise
+            console.say(name, console.sentence(error))
+            from transducer_toolkit.cli.hints import find_hints
+
+            for hint in find_hints(config_name, sys.argv[1:]):
+                print(hint, file=sys.stderr)
+            raise console.Failure(1) from None
+
+
+class _Job:
+    """The function that Hydra calls, once or for each job of a sweep."""
+
+    def __init__(self, name: str, config_name: str, function: Callable[[Any], Any]) -> None:
+        self.has_started = False
+        self.shows_traces = console.is_debugging()
+
+        @functools.wraps(function)
+        def task(cfg: DictConfig) -> Any:
+            self.has_started = True
+            console.set_debugging(self.former)
+            try:
+                return function(cfg)
+            except Exception as error:
+                if self.shows_traces or isinstance(error, BrokenPipeError):
+                    raise
+                _fail(name, console.sentence(error))
+
+        # Hydra names the job and its log after this module, which is __main__ with python -m.
+        task.__module__ = f"transducer_toolkit.cli.{config_name}"
+        self.task = task
+
+    @contextmanager
+    def composing(self) -> Iterator[None]:
+        """Let Hydra raise its errors until the task starts, where it would print and exit."""
+        self.former = os.environ.get(console.DEBUG_VARIABLE)
+        console.set_debugging("1")
+        try:
+            yield
+        finally:
+            console.set_debugging(self.former)
+
+
+def _fail(name: str, text: str) -> None:
+    """End the command with a sentence; in a sweep, let Hydra go on with the other jobs."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise CompactHydraException(f"{name}: {text}")
+    console.say(name, text)
+    raise console.Failure(1)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Precision follows occupancy: which rows of a batch are computed in which precision.
+
+The occupancy of a cell says how much an error of its scores and of its gradient matters. So a loss
+computes all cells in low precision first (coarse), computes those again in full precision that
+matter (fine), and uses low precision for the others in backward, too. docs/precision.md explains
+the budget. All functions here work on whole batches and, apart from :func:`refine`, do not wait
+for a device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.ops import stages
+from transducer_toolkit.ops.joint_tiles import are_logits_few, within_share_of_device
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.options import FusedOptions
+
+# The range of bfloat16 is that of float32, so nothing overflows that float32 can hold.
+COARSE_DTYPE = torch.bfloat16
+# Bound of the sum over the cells that backward computes in low precision of (sensitivity * error of
+# the coarse scores), relative to the L1 norm of the gradient of the utterance's logits. TF32 itself
+# errs by about 1e-3, so it gets a larger budget.
+LOW_BUDGET = 4e-6
+TF32_LOW_BUDGET = 4e-5
+# The same for (occupancy * error of the coarse scores) of the cells that are not refined. It is
+# much smaller because an error of one score changes the occupancies of a whole path.
+COARSE_BUDGET = LOW_BUDGET / 200
+# The check after a refinement allows this much more than the selection, so that it rarely fails.
+CHECK_SLACK = 4.0
+# Rows that are refined first, evenly spaced, to measure the error of the coarse scores before the
+# selection. The largest error of all selected rows is larger than that of the sample.
+NUM_SAMPLES = 256
+MIN_SAMPLE_STEP = 64
+SAMPLE_MARGIN = 1.5
+# Error of an utterance without a sample.
+EXPECTED_ERROR = 0.01
+# Error of a product in bfloat16, relative to the largest term.
+PRODUCT_ERROR = 2.0**-8
+# Gradients below this part of (T + U) are not resolved by float32 either.
+LOWEST_GRADIENT = 1e-2
+# From this round on, the check gets stricter by a factor of 1000 a round, so that it ends.
+LAST_PLAIN_ROUND = 3
+# Smaller products are not worth it: the join and the log-sum-exp take longer (V * D).
+MIN_WEIGHT_SIZE = 2**14
+# Memory for the logits of the fine pass, which backward reuses if all of them fit.
+FINE_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+# Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
+_CPU_HAS_BFLOAT16 = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def pays(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
+    """Returns whether a coarse pass makes the loss faster.
+
+    It does for float32 inputs, if the logits of the batch are too many to be kept, the output layer
+    is large enough, and the processor multiplies bfloat16 matrices faster than float32.
+    """
+    if enc.dtype != torch.float32 or vocab_size * enc.size(-1) < MIN_WEIGHT_SIZE:
+        return False
+    return not are_logits_few(enc, vocab_size, num_rows) and has_fast_bfloat16(enc.device)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Returns whether the processor has instructions for products of bfloat16 matrices."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).major >= 8
+    return _CPU_HAS_BFLOAT16
+
+
+def num_fine_logits(enc: Tensor, vocab_size: int) -> int:
+    """Returns the number of rows whose fine logits are kept at most."""
+    budget = within_share_of_device(FINE_LOGITS_BYTES.get(enc.device.type, 0), enc.device)
+    return budget // (vocab_size * enc.element_size())
+
+
+def low_budget(device: torch.device) -> float:
+    is_tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return TF32_LOW_BUDGET if is_tf32 else LOW_BUDGET
+
+
+class Refined(NamedTuple):
+    """Result of :func:`refine`.
+
+    Attributes:
+        losses: (B,) float64.
+        uses: of the blank and of the label, (rows,) float64 each.
+        is_fine: (rows,) bool, whether the scores of a row are fine.
+        error: (B,) float64, the largest error that was found among the coarse scores.
+    """
+
+    losses: Tensor
+    uses: tuple[Tensor, Tensor]
+    is_fine: Tensor
+    error: Tensor
+
+
+def refine(
+    batch: LatticeBatch,
+    scores: CellScores,
+    options: FusedOptions,
+    score_rows: Callable[[Tensor], None],
+) -> Refined:
+    """Computes the losses from coarse scores, of which it replaces those that matter.
+
+    It refines a sample of the rows to measure the errors of the coarse scores. It selects all rows
+    but those that may hold COARSE_BUDGET, has them computed in full precision, and runs the lattice
+    again. The new occupancies and the errors that it found check the selection: while an
+    utterance's other rows may hold more than the budget, they are selected next. Rows with NaN and
+    utterances without a finite loss are always selected, so low precision alone never decides that
+    an utterance has no loss.
+
+    Args:
+        batch: the lattices.
+        scores: coarse scores of all rows; changed.
+        options: of the loss.
+        score_rows: computes the fine scores of rows (N,) and writes them to `scores`.
+    """
+    is_fine = torch.zeros_like(scores.blank, dtype=torch.bool)
+    deviation = torch.zeros_like(scores.blank)  # of the coarse scores from the fine ones
+
+    def make_fine(rows: Tensor) -> Tensor:
+        """Refines rows; returns the largest deviation of each utterance."""
+        parts = scores.blank, scores.label
+        before = [part[rows] for part in parts]
+        score_rows(rows)
+        is_fine.index_fill_(0, rows, True)
+        after = [part[rows] for part in parts]
+        found = [
+            (now - then).abs_().masked_fill_(now == then, 0.0)  # both may be -inf
+            for now, then in zip(after, before, strict=True)
+        ]
+        deviation.index_copy_(0, rows, torch.maximum(*found).nan_to_num_(nan=torch.inf))
+        return batch.per_utterance(deviation, "max")
+
+    step = max(MIN_SAMPLE_STEP, batch.num_rows // NUM_SAMPLES)
+    error = make_fine(torch.arange(0, batch.num_rows, step, device=is_fine.device))
+    error = error.mul_(SAMPLE_MARGIN).masked_fill_(error == 0, EXPECTED_ERROR)
+    budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
+    for index in itertools.count():
+        losses, *uses = stages.lattice(scores, batch, options, with_uses=True, exact=False)
+        # exp: the probability of a path through several coarse rows has the errors of all of them.
+        strictness = error * (10 * error).exp() / _gradient_size(batch, scores, uses, options)
+        strictness *= 1000.0 ** max(0, index - LAST_PLAIN_ROUND)
+        strictness.masked_fill_(~losses.isfinite(), torch.nan)
+        weight = (uses[0] + uses[1]).mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
+        slack = CHECK_SLACK if index else 1.0
+        rows, num_rows = _heaviest_rows(weight, batch, slack * budget)
+        count = int(num_rows)
+        if count == 0:
+            break
+        error = make_fine(rows[:count])
+    return Refined(losses, (uses[0], uses[1]), is_fine, error)
+
+
+def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[Tensor, Tensor]:
+    """Lists all rows but those whose weights add up to ``budget * (T_b + U_b)``.
+
+    Returns:
+        Rows as of :func:`stages.kept_rows`, and how many they are, a scalar.
+    """
+    half = weight.mul_(0.5)
+    rows, counts = stages.kept_rows(half, half, batch, dropped_mass=budget)
+    return rows, counts.sum()
+
+
+def _logits_gradient(
+    scores: CellScores, uses: Sequence[Tensor], options: FusedOptions
+) -> tuple[Tensor, Tensor]:
+    """Returns the L1 norm of the gradient of each row's logits, and how sensitive it is.
+
+    The sensitivity bounds the change of the gradient by an error of 1 in the logits.
+    """
+    use_blank, use_label = uses
+    occupancy = use_blank + use_label
+    limit = options.clamp if options.clamp > 0 else torch.inf
+    blank, label = scores.blank.exp(), scores.label.exp()
+    others = (1 - blank - label).clamp_(min=0.0).mul_(occupancy)
+    spread = (1 - torch.maximum(blank, label)).mul_(occupancy)
+    size = blank.mul_(occupancy).sub_(use_blank).abs_().clamp_(max=limit)
+    size += label.mul_(occupancy).sub_(use_label).abs_().clamp_(max=limit)
+    size += others.clamp_(max=limit)
+    return size, spread.add_(size)
+
+
+def _gradient_size(
+    batch: LatticeBatch, scores: CellScores, uses: Sequence[Tensor], options: FusedOptions
+) -> Tensor:
+    """Returns the L1 norm of the gradient of each utterance's logits, over T_b + U_b."""
+    size, _ = _logits_gradient(scores, uses, options)
+    return batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
+
+
+class Visit(NamedTuple):
+    """What backward visits.
+
+    Attributes:
+        rows: (rows,) int64: num_full rows, then num_low rows, then zeros.
+        num_full: scalar, rows to compute in full precision.
+        num_low: scalar, rows to compute in low precision.
+    """
+
+    rows: Tensor
+    num_full: Tensor
+    num_low: Tensor
+
+
+def plan_backward(
+    batch: LatticeBatch, scores: CellScores, options: FusedOptions, refined: Refined
+) -> Visit:
+    """Divides the rows that backward visits by the precision that they need.
+
+    Only refined rows get full precision.
+
+    Args:
+        batch: the lattices.
+        scores: the scores that :func:`refine` left.
+        options: of the loss.
+        refined: result of :func:`refine`.
+    """
+    size, sensitivity = _logits_gradient(scores, refined.uses, options)
+    total = batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
+    error = refined.error.clamp(min=PRODUCT_ERROR)
+    strictness = error * (2 * error).exp() / total
+    weight = sensitivity.mul_(batch.per_row(strictness)).masked_fill_(~refined.is_fine, 0.0)
+    full_rows, num_full = _heaviest_rows(weight, batch, low_budget(weight.device))
+    places = torch.arange(batch.num_rows, device=full_rows.device)
+    # Without a wait for num_full: what lies behind it goes to an additional element.
+    is_full = torch.zeros(batch.num_rows + 1, dtype=torch.bool, device=full_rows.device)
+    is_full.scatter_(0, full_rows.masked_fill(places >= num_full, batch.num_rows), True)
+    is_full = is_full[:-1]
+    use_blank, use_label = (use.masked_fill(is_full, 0.0) for use in refined.uses)
+    low_rows, counts = stages.kept_rows(
+        use_blank, use_label, batch, dropped_mass=options.dropped_mass
+    )
+    behind = (places - num_full).clamp_(min=0)
+    rows = torch.where(places < num_full, full_rows, low_rows[behind])
+    num_low = counts.sum()
+    rows.masked_fill_(places >= num_full + num_low, 0)
+    return Visit(rows, num_full, num_low)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of a joiner from products of 8-bit integers, on the CPU.
+
+Each row of the hidden layer and of the weight is divided by its own scale, so that its largest
+element becomes 127, and rounded. One large row does not make the others less accurate.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transducer_toolkit.ops import native, stages
+from transducer_toolkit.ops.joint_tiles import JointWeights
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.stages import Joint
+
+# Hidden layer and integer logits of a tile. Products of fewer than about 1,000 rows are slower.
+TILE_BYTES = 4 * 2**20
+MIN_TILE_ROWS = 1024
+# Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
+_HAS_INT8_PRODUCTS = hasattr(torch, "_int_mm") and bool(
+    getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+)
+
+
+def can_score(enc: Tensor) -> bool:
+    """Returns whether the processor has instructions for such products."""
+    is_narrow = enc.size(-1) <= native.extension.MAX_QUANTIZED_WIDTH
+    return enc.device.type == "cpu" and is_narrow and _HAS_INT8_PRODUCTS
+
+
+class _Weight(NamedTuple):
+    rows: Tensor  # (D, V) int8
+    scales: Tensor  # (V,) float32
+
+
+def _quantize(weight: Tensor) -> _Weight:
+    """Quantizes a weight (V, D). The scale of a row with a value that is not finite is NaN."""
+    largest = weight.abs().amax(1)
+    scales = largest / 127 + (weight * 0.0).sum(1)
+    inverse = torch.where(largest > 1e-30, 127 / largest, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    rows = (weight * inverse[:, None]).round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int8)
+    return _Weight(rows.t(), scales)
+
+
+def score(
+    joint: Joint,
+    weights: JointWeights,
+    batch: LatticeBatch,
+    options: LossOptions,
+    out: CellScores,
+    tile_cells: int | None = None,
+) -> None:
+    """Writes the scores of all rows of a batch.
+
+    Args:
+        joint: float32.
+        weights: float32.
+        batch: the lattices.
+        options: of the loss.
+        out: the scores of the batch.
+        tile_cells: rows of a tile; None chooses.
+    """
+    width, vocab_size = joint.enc.size(-1), weights.weight.size(0)
+    weight = _quantize(weights.weight)
+    if tile_cells is None:
+        tile_cells = max(MIN_TILE_ROWS, TILE_BYTES // (width + 4 * vocab_size))
+    total = batch.num_rows
+    count = max(1, -(-total // tile_cells))
+    size = -(-total // count)
+    hidden = joint.enc.new_empty(size, width, dtype=torch.int8)
+    scales = joint.enc.new_empty(size)
+    logits = native.mapped(size * vocab_size, like=joint.enc).view(torch.int32)
+    logits = logits.view(size, vocab_size)
+    for index in range(count):
+        begin, end = index * total // count, (index + 1) * total // count
+        tile = RowTile(begin, end - begin)
+        rows = slice(0, tile.size)
+        stages.join_quantized(joint, batch, tile, hidden[rows], scales[rows])
+        torch._int_mm(hidden[rows], weight.rows, out=logits[rows])
+        quantized = stages.QuantizedLogits(logits[rows], scales[rows], weight.scales, weights.bias)
+        stages.quantized_cell_scores(quantized, batch, tile, options, out)
