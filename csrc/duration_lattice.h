@@ -3,10 +3,9 @@
 #pragma once
 
 #include "lattice.h"
+#include "logits.h"
 
 namespace transducer {
-
-constexpr int kMaxDurations = 32;
 
 // The arcs that leave a cell (t, u): arc k of blank leads to (t + blank_frames[k], u), arc k of the
 // label to (t + label_frames[k], u + 1). A blank arc may also lead to (T, U), the end; no arc leads

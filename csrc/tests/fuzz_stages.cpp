@@ -299,7 +299,7 @@ template <typename T>
 void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, double clamp,
               const std::vector<Score>& loss_grad) {
   const T unwritten = FromCompute<T>(static_cast<Compute<T>>(kUnwritten));
-  const LogitsOptions options{p.blank, p.from_log_softmax, clamp};
+  const LogitsOptions options{p.blank, p.from_log_softmax, clamp, 0, 0};
   const Posteriors posteriors{r.normalizer.data(), r.use_blank.data(), r.use_label.data(),
                               loss_grad.data()};
   std::vector<T> first;

@@ -34,8 +34,8 @@ int main() {
   std::vector<Score> normalizer(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
   std::vector<Score> loss(6);  // and room for dropped mass
   const std::vector<Score> loss_grad(3, 1);
-  const LogitRows<float> x{logits.data(), kVocab};
-  const LogitsOptions options{0, false, 0};
+  const LogitRows<float> x{logits.data(), kVocab, kVocab};
+  const LogitsOptions options{0, false, 0, 0, 0};
   CellScoresCpu(batch, tile, x, options, 1, {normalizer.data(), blank.data(), label.data()});
   LatticeCpu(batch, {}, {blank.data(), label.data()}, 1, nullptr,
              {loss.data(), use_blank.data(), use_label.data()});

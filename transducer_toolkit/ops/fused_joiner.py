@@ -187,7 +187,7 @@ def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
     max_targets = inputs.targets.size(1)
     checks.check_lengths_fit(*lengths, max_frames=inputs.enc.size(1), max_targets=max_targets)
     if options.validate is not False:
-        checks.check_feasible(*lengths, options.topology)
+        checks.check_feasible(*lengths, options.arcs)
     if not checks.may_read(options.validate, inputs.targets, inputs.ranges):
         return
     if inputs.ranges is not None:
@@ -195,8 +195,8 @@ def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
     checks.check_labels(
         inputs.targets,
         inputs.target_lengths,
-        blank=options.forbidden_label,
-        vocab_size=inputs.weight.size(0),
+        blanks=options.blanks,
+        vocab_size=options.vocab_size(inputs.weight.size(0)),
     )
 
 
