@@ -95,7 +95,7 @@ def tdt_loss(
         2023, arXiv:2304.06795.
     """
     options = LossOptions(
-        blank=_checked(blank, "blank"),
+        blank=blank,
         durations=_not_empty(durations, "durations"),
         sigma=sigma,
         fastemit_lambda=fastemit_lambda,
@@ -174,7 +174,7 @@ def multi_blank_loss(
         H. Xu et al., "Multi-blank Transducers for Speech Recognition", 2022, arXiv:2211.03541.
     """
     options = LossOptions(
-        blank=_checked(blank, "blank"),
+        blank=blank,
         big_blank_durations=_not_empty(big_blank_durations, "big_blank_durations"),
         sigma=sigma,
         fastemit_lambda=fastemit_lambda,
@@ -240,7 +240,7 @@ class TDTLoss(_DurationLoss):
     ) -> None:
         checks.check_reduction(reduction)
         LossOptions(
-            blank=_checked(blank, "blank"),
+            blank=blank,
             durations=_not_empty(durations, "durations"),
             sigma=sigma,
             fastemit_lambda=fastemit_lambda,
@@ -285,7 +285,7 @@ class MultiBlankLoss(_DurationLoss):
     ) -> None:
         checks.check_reduction(reduction)
         LossOptions(
-            blank=_checked(blank, "blank"),
+            blank=blank,
             big_blank_durations=_not_empty(big_blank_durations, "big_blank_durations"),
             sigma=sigma,
             fastemit_lambda=fastemit_lambda,
@@ -302,11 +302,6 @@ class MultiBlankLoss(_DurationLoss):
             "validate": validate,
         }
         super().__init__(multi_blank_loss, blank, big_blank_durations, options)
-
-
-def _checked(value: int, name: str) -> int:
-    checks.check_int(value, name)
-    return value
 
 
 def _not_empty(durations: Sequence[int], name: str) -> tuple[int, ...]:

@@ -116,7 +116,6 @@ def transducer_loss(
         J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019.
     """
     checks.check_reduction(reduction)
-    checks.check_int(blank, "blank")
     options = LossOptions(
         blank=blank,
         topology=_topology(topology, one_sym_per_frame),

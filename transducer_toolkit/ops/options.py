@@ -74,10 +74,16 @@ class LossOptions:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _check_durations(self) -> None:
+        checks.check_int(self.blank, "blank")
         checks.check_not_negative("sigma", self.sigma)
         checks.check_durations(self.durations)
         checks.check_big_blank_durations(self.big_blank_durations)
         if self.num_extra == 0:
+            if self.sigma != 0:
+                raise ValueError(
+                    "sigma: expected 0 without durations or big_blank_durations, got "
+                    f"{self.sigma}"
+                )
             return
         name = "durations" if self.durations else "big_blank_durations"
         if self.durations and self.big_blank_durations:
