@@ -330,8 +330,7 @@ void BindStages(pybind11::module_& m) {
         arg("with_uses"));
   m.def("duration_lattice", &DurationLattice<Backend>, no_gil, arg("batch"), named, arg("options"),
         arg("arcs"), arg("scores"), queue, arg("scratch"), arg("out"));
-  m.def("duration_lattice_scratch", &DurationLatticeScratch, arg("batch"), named,
-        arg("with_uses"));
+  m.def("duration_lattice_scratch", &DurationLatticeScratch, arg("batch"), named, arg("with_uses"));
   m.def("kept_rows", &KeptRows<Backend>, no_gil, arg("batch"), named, arg("uses"),
         arg("dropped_mass"), queue, arg("scratch"), arg("out"));
   m.def("kept_rows_scratch", Backend::kKeptRowsScratch, arg("batch"));

@@ -12,7 +12,7 @@ struct CellScoresOut {
   Score* normalizer;  // (num_rows,)
   Score* blank;       // (num_rows,)
   Score* label;       // (num_rows,)
-  Score* extra;       // (num_rows, NumExtra()), of big blanks or durations; or null if there are none
+  Score* extra;  // (num_rows, NumExtra()), of big blanks or durations; or null if there are none
 };
 
 // For each cell of the tile, with x its row of V logits:

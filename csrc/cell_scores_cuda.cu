@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
 #pragma unroll 1
   for (int64_t i = begin; i < begin + kRowsPerWarp && i < tile.size; ++i) {
     if (!cursor.Find(tile.Row(i), &cell)) continue;
-    const auto total = WarpMaxAndSum(
-        LaneMaxAndSum(logits + i * options.pitch, options.size, Lane(), kWarp));
+    const auto total =
+        WarpMaxAndSum(LaneMaxAndSum(logits + i * options.pitch, options.size, Lane(), kWarp));
     if (i - begin == Lane()) {
       mine = total;
       my_cell = cell;
@@ -171,8 +171,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
   if (!batch.CellOf(row, &cell)) return;  // the whole block
   const T* x = logits + static_cast<int64_t>(blockIdx.x) * options.pitch;
   const auto part =
-      WarpMaxAndSum(
-          LaneMaxAndSum(x, options.size, static_cast<int>(threadIdx.x), kBlockThreads));
+      WarpMaxAndSum(LaneMaxAndSum(x, options.size, static_cast<int>(threadIdx.x), kBlockThreads));
   if (Lane() == 0) {
     max_of_warp[threadIdx.x / kWarp] = part.max;
     sum_of_warp[threadIdx.x / kWarp] = part.sum;

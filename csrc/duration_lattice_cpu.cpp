@@ -149,8 +149,7 @@ class Utterance {
         }
         kernels_.posteriors(use, size);
         for (int64_t u = here.begin; u < here.end; ++u) {
-          out.use_label[(here.offset + u) * arcs_.num_label + k] =
-              label_gain * use[u - here.begin];
+          out.use_label[(here.offset + u) * arcs_.num_label + k] = label_gain * use[u - here.begin];
         }
       }
     }
@@ -222,7 +221,8 @@ class Utterance {
     }
     for (int64_t k = 0; k < num_terms_; ++k) {
       Score* term = terms_.data() + size * k;
-      for (int64_t i = 0; i < size; ++i) term[i] = high_[i] == kLogZero ? kLogZero : term[i] - high_[i];
+      for (int64_t i = 0; i < size; ++i)
+        term[i] = high_[i] == kLogZero ? kLogZero : term[i] - high_[i];
     }
     kernels_.posteriors(terms_.data(), size * num_terms_);
     for (int64_t i = 0; i < size; ++i) {

@@ -114,7 +114,10 @@ void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRo
   TRANSDUCER_CHECK(options.num_big_blanks <= kMaxBigBlanks, "too many big blanks");
   const int64_t vocab_size = logits.vocab_size, pitch = logits.pitch;
   TRANSDUCER_CHECK(options.num_durations <= kMaxDurations, "too many durations");
-  const Context context{vocab_size, options.blank, options.num_big_blanks, options.num_durations,
+  const Context context{vocab_size,
+                        options.blank,
+                        options.num_big_blanks,
+                        options.num_durations,
                         options.from_log_softmax,
                         options.clamp > 0 ? options.clamp : std::numeric_limits<Score>::infinity()};
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {

@@ -20,8 +20,8 @@ struct GradOptions {
 // The expected uses of the scores of one cell.
 struct CellUses {
   Score blank, label;
-  const Score* extra;      // of big blanks or durations
-  Score occupancy;         // the sum of all
+  const Score* extra;  // of big blanks or durations
+  Score occupancy;     // the sum of all
 };
 
 // One cell's gradient, entry by entry; target < 0 where there is no label arc.
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     const T* x = logits + tile.LogitsRow(i) * options.pitch;
     // Some lanes compute the entries with a subtraction before the packs overwrite them: blank,
     // label, big blanks.
-    const int mine = Lane() == 0 ? options.blank
-                     : Lane() == 1 ? static_cast<int>(target)
+    const int mine = Lane() == 0                           ? options.blank
+                     : Lane() == 1                         ? static_cast<int>(target)
                      : Lane() - 2 < options.num_big_blanks ? options.blank + 1 - Lane()
                                                            : -1;
     const T subtracted = mine >= 0 ? gradient.WithSubtraction(mine, x[mine]) : T{};
@@ -197,10 +197,12 @@ void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const LogitR
   TRANSDUCER_CHECK(logits.vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
   TRANSDUCER_CHECK(options.num_big_blanks <= kMaxBigBlanks, "too many big blanks");
   TRANSDUCER_CHECK(options.num_durations <= kMaxDurations, "too many durations");
-  const GradOptions of_rows{static_cast<int>(logits.vocab_size), logits.pitch,
+  const GradOptions of_rows{static_cast<int>(logits.vocab_size),
+                            logits.pitch,
                             static_cast<int>(options.blank),
                             static_cast<int>(options.num_big_blanks),
-                            static_cast<int>(options.num_durations), options.from_log_softmax,
+                            static_cast<int>(options.num_durations),
+                            options.from_log_softmax,
                             options.clamp > 0 ? options.clamp
                                               : std::numeric_limits<Score>::infinity()};
   TRANSDUCER_LAUNCH(LogitsGradKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile,

@@ -172,8 +172,9 @@ Results Forward(const Problem& p, const std::vector<T>& logits, const RowTile& t
   r.normalizer.assign(rows, 0);
   r.blank.assign(rows, 0);
   r.label.assign(rows, 0);
-  CellScoresCpu<T>(p.batch, tile, {logits.data(), p.vocab_size}, {p.blank, p.from_log_softmax, 0},
-                   threads, {r.normalizer.data(), r.blank.data(), r.label.data()});
+  CellScoresCpu<T>(p.batch, tile, {logits.data(), p.vocab_size, p.vocab_size},
+                   {p.blank, p.from_log_softmax, 0}, threads,
+                   {r.normalizer.data(), r.blank.data(), r.label.data()});
   r.loss.assign(size, kUnwritten);
   r.use_blank.assign(rows, 0);
   r.use_label.assign(rows, 0);
@@ -305,8 +306,9 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
   std::vector<T> first;
   for (const int threads : {1, 2}) {
     std::vector<T> grad(logits.size(), unwritten);
-    LogitsGradCpu<T>(p.batch, {nullptr, 0, p.batch.num_rows}, {logits.data(), p.vocab_size},
-                     options, posteriors, threads, grad.data());
+    LogitsGradCpu<T>(p.batch, {nullptr, 0, p.batch.num_rows},
+                     {logits.data(), p.vocab_size, p.vocab_size}, options, posteriors, threads,
+                     grad.data());
     for (const T g : grad) REQUIRE(std::memcmp(&g, &unwritten, sizeof(T)) != 0);
     if (threads == 1) first = grad;
     REQUIRE(SameBits(first, grad));
@@ -319,11 +321,12 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
                 vocab * sizeof(T));
   }
   LogitsGradCpu<T>(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)},
-                   {some.data(), p.vocab_size}, options, posteriors, 1, some.data());
+                   {some.data(), p.vocab_size, p.vocab_size}, options, posteriors, 1, some.data());
   // And so do these rows of logits that stay where they are.
   std::vector<T> of_whole(some.size());
   LogitsGradCpu<T>(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept), true},
-                   {logits.data(), p.vocab_size}, options, posteriors, 1, of_whole.data());
+                   {logits.data(), p.vocab_size, p.vocab_size}, options, posteriors, 1,
+                   of_whole.data());
   REQUIRE(SameBits(some, of_whole));
   for (size_t i = 0; i < num_kept; ++i) {
     REQUIRE(std::memcmp(some.data() + i * vocab, first.data() + r.kept[i] * p.vocab_size,

@@ -22,7 +22,7 @@ KINDS = [TDT, {"durations": (1, 2, 3)}, MULTI_BLANK]
 
 
 class DurationCase(Case):
-    """Labels 0 ... 3, a symbol without use, big blanks 5 and 6, blank 7, and the columns of durations behind it."""
+    """Labels 0 to 3, symbol 4 without use, big blanks 5 and 6, blank 7, then durations."""
 
     def __init__(self, kind, frames=(9, 5, 14), symbols=(3, 0, 5), **options):
         self.kind = kind

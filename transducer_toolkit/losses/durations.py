@@ -204,9 +204,7 @@ class _DurationLoss(nn.Module):
         shape: LatticeShape | None = None,
     ) -> Tensor:
         tensors = logits, targets, logit_lengths, target_lengths
-        loss: Tensor = self._loss(
-            *tensors, self.blank, self.durations, **self.options, shape=shape
-        )
+        loss: Tensor = self._loss(*tensors, self.blank, self.durations, **self.options, shape=shape)
         return loss
 
     def extra_repr(self) -> str:
@@ -319,13 +317,12 @@ def _loss(
     inplace: bool,
     shape: LatticeShape | None,
 ) -> Tensor:
-    logits, targets, *lengths = tensors
+    logits, targets, logit_lengths, target_lengths = tensors
     checks.check_reduction(reduction)
     checks.check_flag(inplace, "inplace")
     check_logits(*tensors, options)
     check_shape(shape, targets.size(0))
-    if shape is not None:
-        lengths = list(shape.lengths)
+    lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
     index = None if shape is None else shape.index(logits.device)
     inputs = LogitsInputs(logits, targets, *lengths, shape_index=index)
     return checks.reduce_losses(logits_loss(inputs, options, inplace=inplace).losses, reduction)

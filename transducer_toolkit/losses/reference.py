@@ -234,7 +234,7 @@ def reference_loss(
     return reduce_losses(torch.stack(losses), reduction)
 
 
-# --- arcs that advance several frames ---------------------------------------------------------------
+# --- arcs that advance several frames -------------------------------------------------------------
 
 # An arc: the kind of score it uses, the cell it leaves, and the index of its duration.
 DurationArc = tuple[str, int, int, int]
@@ -385,7 +385,5 @@ def reference_duration_loss(
             topology = multi_blank_topology(tuple(big_blank_durations))
             blanks = [blank, *(blank - 1 - i for i in range(len(big_blank_durations)))]
             blank_scores = log_probs[..., blanks]
-        losses.append(
-            duration_loss(blank_scores, label, topology, enumerate_paths=enumerate_paths)
-        )
+        losses.append(duration_loss(blank_scores, label, topology, enumerate_paths=enumerate_paths))
     return reduce_losses(torch.stack(losses), reduction)

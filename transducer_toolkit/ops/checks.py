@@ -428,9 +428,7 @@ def check_not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 
-def check_feasible(
-    logit_lengths: Tensor, target_lengths: Tensor, topology: str | Topology
-) -> None:
+def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str | Topology) -> None:
     """Raises a ValueError that names the first utterance without a path in `topology`."""
     row = TOPOLOGIES[topology] if isinstance(topology, str) else topology
     lengths = zip(logit_lengths.tolist(), target_lengths.tolist(), strict=True)

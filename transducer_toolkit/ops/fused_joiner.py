@@ -234,12 +234,14 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
     index = functools.partial(targets.new_empty, dtype=torch.int64)
     places = index(plan.num_rows if plan.is_coarse and plan.keep_logits else 0)
     if not plan.with_uses:
-        nothing = (scores.normalizer.new_empty(0) for _ in range(4))
+        per_row = scores.normalizer.new_empty
+        nothing = per_row(0), per_row(0), per_row(0), per_row(0)
         return FusedLoss(losses, *nothing, index(0), index(0), logits, places)
     occupancies = durations.occupancies(sums, options)
     rows, num_kept = stages.kept_rows(*occupancies, batch, dropped_mass=options.dropped_mass)
     counts = _counts(plan.num_rows, num_kept.sum(), 0, 0)
-    return FusedLoss(losses, scores.normalizer, *sums[1:], rows, counts, logits, places)
+    uses = sums.use_blank, sums.use_label, sums.use_extra
+    return FusedLoss(losses, scores.normalizer, *uses, rows, counts, logits, places)
 
 
 def _counts(num_fine: int, num_full: Tensor, num_low: Tensor | int, num_logits: int) -> Tensor:

@@ -81,8 +81,7 @@ class LossOptions:
         if self.num_extra == 0:
             if self.sigma != 0:
                 raise ValueError(
-                    "sigma: expected 0 without durations or big_blank_durations, got "
-                    f"{self.sigma}"
+                    f"sigma: expected 0 without durations or big_blank_durations, got {self.sigma}"
                 )
             return
         name = "durations" if self.durations else "big_blank_durations"
