@@ -384,3 +384,33 @@ def test_an_alignment_of_a_name_that_is_not_utf8(checkpoint, tones, tmp_path):
     assert result.returncode == 0, result.stderr
     written = sorted(path.suffix for path in (tmp_path / "aligned").iterdir())
     assert written == [".ctm", ".json", ".png"]
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main", [train, evaluate])
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [([""], "argument 1 is empty"), (["seed=2", " "], "argument 2 after 'seed=2' is empty")],
+)
+def test_an_empty_argument_is_named(main, arguments, place, console, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        console(main, tmp_path, *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{place}; remove it, or set the variable of the shell" in line
+
+
+@pytest.mark.parametrize("key", ["name", "init_from", "ckpt_path", "data.corpus.train"])
+def test_an_empty_path_is_named(key, console, train_overrides, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        console(train, tmp_path, *train_overrides, f"{key}=")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"transducer-train: {key}= has no value: expected a path or a name;")
+
+
+def test_hydras_options_may_stand_anywhere(checkpoint, console, tmp_path, capsys):
+    console(train, tmp_path, "seed=2", "--cfg", "job", "name=x", "--package", "optimizer", "test=0")
+    assert capsys.readouterr().out.startswith("# @package optimizer\n")
+    console(evaluate, tmp_path, f"checkpoint={checkpoint}", "--cfg", "job")
+    assert "ManifestCorpus" in capsys.readouterr().out

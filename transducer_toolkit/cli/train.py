@@ -28,7 +28,34 @@ VALIDATION_METRICS = ("val/wer", "val/cer", "val/loss")
 @last_line.printed_at_the_end
 def main() -> None:
     """Entry point."""
-    hydra_command.run("train", train)
+    hydra_command.run("train", train, prepare=_fit_defaults)
+
+
+def _fit_defaults(arguments: list[str]) -> list[str]:
+    """Remove defaults that contradict the arguments of the command line.
+
+    The default experiment is the recipe of the digits, so other data run without it. A number of
+    steps replaces the default number of epochs.
+
+    Raises:
+        ValueError: a sweep has the digits and other data, but names no experiment.
+    """
+    from transducer_toolkit.cli.component_arguments import has_own_config
+
+    given = {text.lstrip("+~").partition("=")[0]: text.partition("=")[2] for text in arguments}
+    more = []
+    if "data" in given and "experiment" not in given and not has_own_config(arguments):
+        options = set(given["data"].split(","))
+        if "digits" in options and len(options) > 1:
+            raise ValueError(
+                f"data={given['data']}: the default experiment is for data=digits alone; name one "
+                "(experiment=digits) or none (~experiment)"
+            )
+        if options != {"digits"}:
+            more.append("~experiment")
+    if given.get("trainer.max_steps", "-1") not in ("-1", "null", ""):
+        more += ["trainer.max_epochs=-1"] if "trainer.max_epochs" not in given else []
+    return [*arguments, *more]
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -102,6 +129,14 @@ def train(cfg: DictConfig) -> float | None:
     )
     _refuse_processes_in_sweep(trainer)
     _log_options(trainer, config)
+    epochs, steps = cfg.trainer.get("max_epochs"), cfg.trainer.get("max_steps")
+    if epochs not in (None, -1) and steps not in (None, -1):
+        logger.info(
+            "the training ends after %d epochs (trainer.max_epochs) or %d steps "
+            "(trainer.max_steps), whichever come first",
+            epochs,
+            steps,
+        )
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
