@@ -3,6 +3,7 @@
 
 import inspect
 import json
+import re
 
 import pytest
 from lightning import Trainer
@@ -145,8 +146,11 @@ def test_a_number_of_steps_is_trained(console, tones, tmp_path, capsys):
     console(main, tmp_path, *options, "trainer.max_steps=45", "trainer.max_epochs=1", "name=both")
     out = capsys.readouterr().out
     assert "ends after 1 epochs (trainer.max_epochs) or 45 steps (trainer.max_steps)" in out
-    run = tmp_path / "outputs" / "both" / "run"
-    assert json.loads((run / "results.json").read_text())["optimizer_steps"] == 4
+    results = json.loads((tmp_path / "outputs" / "both" / "run" / "results.json").read_text())
+    assert results["optimizer_steps"] == 4
+    # The time of so few steps is not measured.
+    assert results["seconds_per_step"] is None and results["loss_part_of_step"] is None
+    assert re.search(r"^4 steps in \d+ s$", out, re.MULTILINE)
 
 
 def test_no_number_of_steps_keeps_the_epochs():

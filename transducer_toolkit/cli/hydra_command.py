@@ -73,7 +73,7 @@ def run(
             from transducer_toolkit.cli.hints import find_hints
 
             hints = find_hints(config_name, sys.argv[1:])
-            text = console.sentence(error)
+            text = console.sentence(error, name)
             # Hydra advises to add the key, also where no component would take it.
             if hints and not re.search(r"'(callbacks|logger)\.", text):
                 text = text.partition(" To append to your config")[0]
@@ -129,7 +129,7 @@ class _Job:
             except Exception as error:
                 if self.shows_traces or isinstance(error, BrokenPipeError):
                     raise
-                _fail(name, console.sentence(error))
+                _fail(name, console.sentence(error, name))
 
         # Hydra names the job and its log after this module, which is __main__ with python -m.
         task.__module__ = f"transducer_toolkit.cli.{config_name}"

@@ -32,8 +32,8 @@ def quoted(arguments: Sequence[str]) -> list[str]:
         The arguments, with values in quotes.
 
     Raises:
-        ValueError: an override is not of Hydra's grammar and its key is not one of a path; or a path
-            is empty.
+        ValueError: an override is not of Hydra's grammar and its key is not one of a path; or
+            a path is empty.
 
     Example:
         >>> quoted(["checkpoint=step=8.ckpt", "name=2024", "seed=3", "ckpt_path=null"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transducer_toolkit.cli import hydra_command, last_line
+from transducer_toolkit.cli.console import trust_option
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -159,8 +160,8 @@ def train(cfg: DictConfig) -> float | None:
             "best_validation_score": best,
             "optimizer_steps": trainer.global_step,
             "optimizer_steps_of_this_run": clock.num_steps,
-            "seconds_per_step": round(clock.seconds_per_step, 4),
-            "loss_part_of_step": round(clock.loss_part, 4),
+            "seconds_per_step": _rounded(clock.seconds_per_step),
+            "loss_part_of_step": _rounded(clock.loss_part),
             "peak_memory_mib": round(clock.peak_memory_mib, 1),
             "training_s": round(clock.total_s, 1),
             "training_s_of_this_run": round(clock.training_s, 1),
@@ -330,6 +331,7 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
         print_word_errors,
         write_transcripts,
     )
+    from transducer_toolkit.inference.trust import needed_packages
 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -348,7 +350,9 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
         )
         print_unwritable(module.test_transcripts, module.tokenizer, module.normalize)
     steps, seconds = report["optimizer_steps_of_this_run"], report["training_s_of_this_run"]
-    line = f"{steps} steps in {seconds:.0f} s, {1000 * report['seconds_per_step']:.0f} ms a step"
+    line = f"{steps} steps in {seconds:.0f} s"
+    if report["seconds_per_step"] is not None:  # else there were too few steps to measure one
+        line += f", {1000 * report['seconds_per_step']:.0f} ms a step"
     if steps != report["optimizer_steps"]:
         line += f"; {report['optimizer_steps']} steps in {report['training_s']:.0f} s in all"
     print(line)
@@ -367,7 +371,14 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
     checkpoint = found.get("best") or found.get("last")
     if checkpoint is not None:
         shown = shlex.quote(str(_relative(checkpoint)))
-        print(f"\ntry it:  transducer-transcribe --checkpoint {shown} FILE.wav")
+        options = ["--checkpoint", shown]
+        if packages := needed_packages((module.recipe or {}).get("model")):
+            options.append(trust_option("transducer-transcribe", packages))
+        print(f"\ntry it:  transducer-transcribe {' '.join(options)} FILE.wav")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _how_to_go_on(trainer: Trainer, ckpt_path: str | None) -> str | None:
