@@ -74,6 +74,11 @@ def run(
 
             hints = find_hints(config_name, sys.argv[1:])
             text = console.sentence(error, name)
+            if text.startswith("hydra.") and (value := _interpolated_name(sys.argv[1:])):
+                text = (
+                    f"{value}: {text.partition(': ')[2]}; the name of a run can have no ${{ but "
+                    "that of an interpolation of Hydra, such as ${seed}"
+                )
             # Hydra advises to add the key, also where no component would take it.
             if hints and not re.search(r"'(callbacks|logger)\.", text):
                 text = text.partition(" To append to your config")[0]
@@ -81,6 +86,12 @@ def run(
             for hint in hints:
                 print(hint, file=sys.stderr)
             raise console.Failure(1) from None
+
+
+def _interpolated_name(arguments: list[str]) -> str | None:
+    """Return the argument that sets the name of the run, if it has an interpolation."""
+    given = [text for text in arguments if text.startswith("name=") and "${" in text]
+    return given[-1] if given else None
 
 
 def _filled(arguments: list[str]) -> list[str]:

@@ -73,6 +73,7 @@ def train(cfg: DictConfig) -> float | None:
     import torch
     from hydra.utils import instantiate
     from lightning import seed_everything
+    from omegaconf import OmegaConf
 
     from transducer_toolkit.cli import changes, resume
     from transducer_toolkit.cli.output import quiet_lightning
@@ -120,6 +121,12 @@ def train(cfg: DictConfig) -> float | None:
     if cfg.init_from is not None and ckpt_path is None:
         start_from(module, cfg.init_from)
 
+    if not datamodule.validates:
+        logger.info(
+            "data.corpus.val is null: no validation, so there is no best checkpoint and the last "
+            "weights are tested"
+        )
+        OmegaConf.update(cfg, "trainer.limit_val_batches", 0, force_add=True)
     clock = StepClock()
     averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
     trainer = instantiate(

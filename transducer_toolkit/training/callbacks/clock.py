@@ -21,14 +21,14 @@ class StepClock(Callback):
 
     Attributes:
         seconds_per_step: mean wall time of an optimizer step so far, including data loading and all
-            accumulated batches; None until batches after the first NUM_IGNORED_BATCHES were measured.
+            accumulated batches; None before a batch after the first NUM_IGNORED_BATCHES.
         training_s: wall time of this run from the start of the training to its end, including
             validation.
         total_s: ``training_s`` plus that of the earlier runs, if the training was resumed.
         num_steps: optimizer steps of this run.
         loss_part: fraction of the steps' time that the joiner and the loss take, forward and
-            backward; None as for seconds_per_step. It is valid on the CPU only, because CUDA kernels
-            run asynchronously.
+            backward; None as for ``seconds_per_step``. It is valid on the CPU only, because CUDA
+            kernels run asynchronously.
         peak_memory_mib: peak memory during the training, minus the memory in use at its start. On
             the CPU it is the resident memory of this process, on CUDA the memory of torch's
             allocator. 0 if the system does not report it.
