@@ -154,6 +154,8 @@ def test_a_missing_plugin_of_hydra_is_named(options, distribution, extra, tmp_pa
         (["optimizer.lr=ä"], "write a text in quotes, optimizer.lr='ä'"),
         (["init_from=a=b.ckpt"], "no checkpoint at a=b.ckpt"),
         (["+x=${nothing}", "name=${x}"], "Interpolation key 'nothing' not found"),
+        (["name=a${b}"], "name=a${b}: Interpolation key 'b' not found; the name of a run can have"),
+        (["name=a${"], "name='a${': "),
     ],
 )
 def test_errors_are_one_sentence(options, message, console, train_overrides, tmp_path, capsys):

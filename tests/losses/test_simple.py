@@ -452,5 +452,5 @@ def test_autocast_allows_two_dtypes(loss, narrow):
     first = found if isinstance(found, torch.Tensor) else found[0]
     first.sum().backward()
     assert all(leaf.grad is not None and leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
-    with pytest.raises(TypeError, match="am: expected dtype .* that of lm"):
+    with pytest.raises(TypeError, match=r"am: expected dtype .* that of lm"):
         loss(**leaves, **rest)

@@ -161,9 +161,8 @@ def sentence(error: BaseException, command: str = "") -> str:
     if type(error).__name__ == "UntrustedClassError":
         return f"{error.text}, add {trust_option(command, error.packages)}"  # type: ignore[attr-defined]
     if type(error).__name__ == "MissingMandatoryValue" and key:
-        more = (
-            ", or =null for a training without validation" if key[1].endswith("corpus.val") else ""
-        )
+        is_optional = key[1] == "data.corpus.val"
+        more = ", or null for a training without validation" if is_optional else ""
         return f"{key[1]}: no value given; add {key[1]}=VALUE{more}"
     if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
         text = f"{os.fsdecode(cause.filename)}: {cause.strerror}"
