@@ -95,7 +95,8 @@ def _suite_table(rows: list[Row], workload: Workload, suite: str) -> list[str]:
     """One row for each implementation; ratios of time to the floor and to a well-known peer."""
     logits_bytes = workload.shape.num_cells * workload.vocab_size * 4
     floor = _by_name(rows, FLOORS[suite])
-    peer_name = "fast_rnnt" if suite == "pruned" else "torchaudio"
+    peers = {"pruned": "fast_rnnt", "parakeet": "transformers: Parakeet"}
+    peer_name = peers.get(suite, "torchaudio")
     peer = _by_name(rows, peer_name)
     lines = [
         f"errors are relative, to {rows[-1]['reference']}",

@@ -5,6 +5,7 @@
     python -m benchmarks.run --suite step                 # joiner and loss
     python -m benchmarks.run --suite pruned               # smoothed loss, ranges, pruned loss
     python -m benchmarks.run --suite decode               # searches on given encoder output
+    python -m benchmarks.run --suite parakeet             # a training step of transformers' model
     python -m benchmarks.run --suite accuracy             # gradient error against float64
     python -m benchmarks.run --suite scaling              # the step as cells, V, D and T grow
     python -m benchmarks.run --suite memory               # the step's peak as V grows
@@ -37,11 +38,12 @@ from benchmarks.workloads import (
     utterance_shapes,
 )
 
-SUITES = ("loss", "step", "pruned", "decode", "accuracy", "scaling", "memory")
+SUITES = ("loss", "step", "pruned", "parakeet", "decode", "accuracy", "scaling", "memory")
 # Where a suite's own default differs from that of the others.
 DEFAULTS = {
     "accuracy": {"frames": 3000, "vocab_size": 16},
     "decode": {"frames": 11_000},
+    "parakeet": {"vocab_size": 1025},
     "memory": {"frames": 343, "factors": MEMORY_FACTORS},
 }
 COMMON_DEFAULTS = {
@@ -71,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="of all utterances of the batch (1400; decode: 11000); accuracy: largest T (3000); "
         "memory: T of the one utterance (343)")  # fmt: skip
     add("--batch", choices=("sorted", "unsorted"), default="sorted", help="corpus order")
-    add("--vocab-size", type=int, help="500; accuracy: 16")
+    add("--vocab-size", type=int, help="500; accuracy: 16; parakeet: 1025")
     add("--joiner-dim", type=int, default=512)
     add("--lattice", choices=LATTICE_SCALES,
         help="weights or logits of an untrained model, or times 12: few paths count")  # fmt: skip

@@ -172,6 +172,13 @@ def test_pruned_implementations_agree_with_each_other():
         assert disagreement(other, first) == "", name
 
 
+def test_parakeet_implementations_agree_with_each_other():
+    pytest.importorskip("transformers")
+    pytest.importorskip("torchaudio", exc_type=ImportError)
+    theirs = ask("parakeet", "transformers: Parakeet")
+    assert disagreement(ask("parakeet", "ours: Parakeet, fused loss"), theirs) == ""
+
+
 def test_accuracy_is_the_error_of_the_gradient():
     assert max(ask("accuracy", "ours: packed")["errors"]) < 1e-6
     wrong, *_ = ask("accuracy", "wrong gradient", extra=[ODD])["errors"]
@@ -265,7 +272,13 @@ def test_table_has_a_row_for_everything(odd_rows):
 def test_suite_runs_end_to_end(suite, tmp_path, capsys, monkeypatch):
     """With what is certain to be there: a peer more or less on a machine changes nothing."""
     every = implementations()
-    special = {"pruned": ("ours: pruned", "k2"), "decode": ("ours: greedy, batched",)}
+    special = {
+        "pruned": ("ours: pruned", "k2"),
+        "decode": ("ours: greedy, batched",),
+        "parakeet": ("ours: Parakeet, fused loss",),
+    }
+    if suite == "parakeet":
+        pytest.importorskip("transformers")
     wanted = special.get(suite, ("ours: packed",))
     monkeypatch.setattr(run, "implementations", lambda extra: {n: every[n] for n in wanted})
     document, picture = tmp_path / "new" / "out.json", tmp_path / "new" / "out.png"

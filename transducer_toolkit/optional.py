@@ -18,9 +18,25 @@ def import_torchaudio(module: str, needed_by: str) -> Any:
         ImportError: torchaudio is missing or does not load beside the installed torch; says what to
             install.
     """
+    return _import("torchaudio", f"torchaudio.{module}", needed_by)
+
+
+def import_transformers(needed_by: str) -> Any:
+    """Import the package transformers of Hugging Face.
+
+    Args:
+        needed_by: as in :func:`import_torchaudio`.
+
+    Raises:
+        ImportError: transformers is missing; says what to install.
+    """
+    return _import("transformers", "transformers", needed_by)
+
+
+def _import(package: str, module: str, needed_by: str) -> Any:
     try:
-        return importlib.import_module(f"torchaudio.{module}")
+        return importlib.import_module(module)
     except (ImportError, OSError) as error:
         raise ImportError(
-            f"{needed_by} needs torchaudio: pip install torchaudio ({error})"
+            f"{needed_by} needs {package}: pip install {package} ({error})"
         ) from error

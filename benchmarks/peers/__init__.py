@@ -12,6 +12,7 @@ from benchmarks.peers import (
     ours,
     plain_torch,
     torchaudio,
+    transformers,
     warp_rnnt,
     warp_transducer,
     warprnnt_numba,
@@ -25,6 +26,7 @@ ADAPTERS = (
     warp_transducer,
     warp_rnnt,
     warprnnt_numba,
+    transformers,
     ours,
 )
 

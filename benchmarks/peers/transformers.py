@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of transformers' Parakeet RNN-T, with its own loss and with the fused loss.
+
+The whole model runs forward and backward, and AdamW takes a step of learning rate zero, so that
+every run starts from the same weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.jobs import Implementation, Job, Outcome
+from benchmarks.workloads import Workload
+
+# 25 million parameters, fewer than those of the published models, so that a CPU can measure it.
+ENCODER = {
+    "hidden_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "subsampling_conv_channels": 64,
+    "layerdrop": 0.0,
+    "dropout": 0.0,
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.1,
+}
+SUBSAMPLING = 8
+
+
+def make_step(workload: Workload, *, fused: bool) -> Job:
+    from transformers import ParakeetForRNNT, ParakeetRNNTConfig
+
+    from transducer_toolkit.compat.transformers import use_fused_loss
+
+    torch.manual_seed(workload.seed)
+    blank = workload.vocab_size - 1
+    config = ParakeetRNNTConfig(
+        vocab_size=workload.vocab_size,
+        decoder_hidden_size=workload.joiner_dim,
+        blank_token_id=blank,
+        pad_token_id=blank,
+        encoder_config=ENCODER,
+    )
+    model = ParakeetForRNNT(config).to(workload.device)
+    if fused:
+        use_fused_loss(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    inputs = step_inputs(workload, blank)
+
+    def run(_: None) -> Outcome:
+        optimizer.zero_grad()
+        losses = model(**inputs, reduction="none").loss
+        losses.sum().backward()
+        optimizer.step()
+        head = model.joint.head
+        projections = model.encoder_projector.weight, model.decoder.decoder_projector.weight
+        gradients = [p.grad for p in (head.weight, head.bias, *projections)]
+        return losses.detach(), tuple(grad.clone() for grad in gradients if grad is not None)
+
+    return Job(run)
+
+
+def step_inputs(workload: Workload, blank: int) -> dict[str, Any]:
+    """Random features of as many frames as make the workload's encoder frames."""
+    frames = [SUBSAMPLING * (num_frames - 1) + 1 for num_frames in workload.frames]
+    generator = torch.Generator().manual_seed(workload.seed)
+    features = torch.randn(len(frames), max(frames), 80, generator=generator)
+    mask = torch.arange(max(frames)) < torch.tensor(frames)[:, None]
+    labels = workload.targets().cpu() - 1  # the workload's blank is 0
+    columns = torch.arange(labels.size(1))
+    labels = labels.where(columns < torch.tensor(workload.symbols)[:, None], blank)
+    start = torch.full((len(frames), 1), blank)
+    inputs = {
+        "input_features": features,
+        "attention_mask": mask.long(),
+        "labels": labels,
+        "decoder_input_ids": torch.cat((start, labels), 1),
+    }
+    return {name: tensor.to(workload.device) for name, tensor in inputs.items()}
+
+
+def _entry(name: str, project: str, *, fused: bool) -> Implementation:
+    return Implementation(
+        name,
+        project=project,
+        module="transformers",
+        needs=("ParakeetForRNNT",),
+        distribution="transformers",
+        jobs={"parakeet": lambda workload: make_step(workload, fused=fused)},
+    )
+
+
+IMPLEMENTATIONS = [
+    _entry("transformers: Parakeet", "transformers", fused=False),
+    _entry("ours: Parakeet, fused loss", "ours", fused=True),
+]

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random models of transformers, and batches for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "subsampling_conv_channels": 8,
+    "layerdrop": 0.0,
+    "dropout": 0.0,
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.2,  # 0.02 makes all logits nearly equal
+}
+KINDS = {
+    "ParakeetForRNNT": "ParakeetRNNTConfig",
+    "ParakeetForTDT": "ParakeetTDTConfig",
+    "NemotronAsrStreamingForRNNT": "NemotronAsrStreamingConfig",
+    "Nemotron3_5AsrForRNNT": "Nemotron3_5AsrConfig",
+}
+PAD = 2
+
+
+def small_model(kind="ParakeetForRNNT", vocab_size=33, seed=0, **options):
+    """A model whose blank is the last symbol."""
+    torch.manual_seed(seed)
+    encoder = dict(ENCODER)
+    if kind.startswith("Nemotron"):
+        encoder["model_type"] = "nemotron_asr_streaming_encoder"
+    if kind == "Nemotron3_5AsrForRNNT":
+        options["prompt_intermediate_size"] = 16
+    config = getattr(transformers, KINDS[kind])(
+        vocab_size=vocab_size,
+        decoder_hidden_size=24,
+        num_decoder_layers=1,
+        blank_token_id=vocab_size - 1,
+        pad_token_id=PAD,
+        encoder_config=encoder,
+        **options,
+    )
+    model = getattr(transformers, kind)(config)
+    model.generation_config.decoder_start_token_id = config.blank_token_id
+    return model
+
+
+def batch(vocab_size=33, num_frames=(120, 90), num_labels=(3, 2), padding=None, seed=0):
+    """The arguments of a call, with labels padded by blank or by another id."""
+    generator = torch.Generator().manual_seed(seed)
+    blank = vocab_size - 1
+    size = len(num_frames)
+    labels = torch.randint(PAD + 1, blank, (size, max(num_labels)), generator=generator)
+    is_padding = torch.arange(max(num_labels)) >= torch.tensor(num_labels)[:, None]
+    mask = torch.arange(max(num_frames)) < torch.tensor(num_frames)[:, None]
+    start = torch.full((size, 1), blank)
+    return {
+        "input_features": torch.randn(size, max(num_frames), 80, generator=generator),
+        "attention_mask": mask.long(),
+        "labels": labels.masked_fill(is_padding, blank if padding is None else padding),
+        "decoder_input_ids": torch.cat((start, labels.masked_fill(is_padding, blank)), 1),
+    }
