@@ -229,7 +229,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     from omegaconf import OmegaConf
 
     from transducer_toolkit.inference.recognizer import recognizer_recipe
-    from transducer_toolkit.ops.topology import TOPOLOGIES
+    from transducer_toolkit.ops.topology import get_topology
     from transducer_toolkit.training.ctc import CtcLoss
     from transducer_toolkit.training.lightning_module import TransducerModule
 
@@ -239,7 +239,9 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
     if loss.joiner_target is not None:
         model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
-    shares = TOPOLOGIES[loss.topology].labels_share_frames
+    elif loss.num_extra:
+        model_config["joiner"]["num_extra"] = loss.num_extra
+    shares = get_topology(loss.topology).labels_share_frames
     recipe = recognizer_recipe(
         model_config,
         tokenizer,

@@ -52,7 +52,7 @@ def path_sums(
         )
         return PathSums(losses, use_blank, use_label, use_blank.new_empty(use_blank.numel(), 0))
     losses, blank, label = stages.duration_lattice(
-        _arc_scores(scores, scores.extra, options),
+        arc_scores(scores, options),
         batch,
         options,
         with_uses=with_uses,
@@ -68,7 +68,10 @@ def path_sums(
     return PathSums(losses, use_blank, use_label, label)
 
 
-def _arc_scores(scores: CellScores, extra: Tensor, options: LossOptions) -> stages.ArcScores:
+def arc_scores(scores: CellScores, options: LossOptions) -> stages.ArcScores:
+    """Returns the scores of the arcs that leave each cell, of TDT or multi-blank."""
+    extra = scores.extra
+    assert extra is not None
     blank, label = (part[:, None] - options.sigma for part in (scores.blank, scores.label))
     if options.arcs.num_big_blanks:
         return stages.ArcScores(torch.cat([blank, extra - options.sigma], 1), label)

@@ -96,17 +96,22 @@ def _copy_rows(
 ) -> Tensor | None:
     """Returns ``own`` with the rows of common symbols from ``other``; None if it does not fit."""
     sizes = list(own.shape)
-    if other.ndim != own.ndim or sizes[axis] != len(now):
+    if other.ndim != own.ndim:
         return None
-    sizes[axis] = len(before)
-    if list(other.shape) != sizes:
+    # Rows behind those of the symbols: of durations or big blanks.
+    extra, other_extra = sizes[axis] - len(now), other.size(axis) - len(before)
+    sizes[axis] = other.size(axis)
+    if list(other.shape) != sizes or min(extra, other_extra) < 0:
         return None
     position = {symbol: index for index, symbol in enumerate(before)}
     common = [index for index, symbol in enumerate(now) if symbol in position]
     rows = other.index_select(axis, torch.tensor([position[now[index]] for index in common]))
-    return own.clone().index_copy_(
+    copied = own.clone().index_copy_(
         axis, torch.tensor(common, device=own.device), rows.to(own.device, own.dtype)
     )
+    if extra == other_extra:
+        copied.narrow(axis, len(now), extra).copy_(other.narrow(axis, len(before), extra))
+    return copied
 
 
 def _report_symbols(before: Sequence[str], now: Sequence[str], path: str) -> None:
