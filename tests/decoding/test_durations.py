@@ -84,7 +84,9 @@ def test_greedy_equals_the_reference(name):
         search = GreedySearch(predictor, joiner, max_symbols_per_frame=limit, topology=name)
         found = search(encoder_out, lengths)
         for one, frames, length in zip(found, encoder_out, lengths.tolist(), strict=True):
-            expected, visited = greedy_reference(predictor, joiner, frames[:length], topology, limit)
+            expected, visited = greedy_reference(
+                predictor, joiner, frames[:length], topology, limit
+            )
             assert one == expected
             assert one.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
             num_tokens += len(one.tokens)

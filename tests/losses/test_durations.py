@@ -388,7 +388,9 @@ def test_bad_options(options, message):
 
 def test_bad_lengths_and_labels():
     batch = batch_of(NO_ZERO, [4, 3], [1, 3])
-    with pytest.raises(ValueError, match="utterance 1: topology 'tdt-1-2-3' needs at least 4 frames"):
+    with pytest.raises(
+        ValueError, match="utterance 1: topology 'tdt-1-2-3' needs at least 4 frames"
+    ):
         loss_of(batch.logits, batch, NO_ZERO)
     even = {"durations": (2, 4)}
     batch = batch_of(even, [4, 5], [1, 1])
@@ -397,7 +399,9 @@ def test_bad_lengths_and_labels():
     assert loss_of(batch.logits, batch, even, validate=False).isinf().tolist() == [False, True]
     batch = batch_of(MULTI_BLANK, [4], [1])
     batch.targets[0, 0] = batch.blank - 1
-    with pytest.raises(ValueError, match=r"a label other than blank \(6\) and the 2 big blanks .* got 5"):
+    with pytest.raises(
+        ValueError, match=r"a label other than blank \(6\) and the 2 big blanks .* got 5"
+    ):
         loss_of(batch.logits, batch, MULTI_BLANK)
     batch = batch_of(TDT, [4], [1])
     batch.targets[0, 0] = batch.logits.size(-1) - 1  # a column of a duration is no label
@@ -418,7 +422,9 @@ def test_big_blanks_before_symbol_0_are_the_last_symbols(blank):
     batch.blank = blank
     actual = loss_of(turned, batch, MULTI_BLANK)
     torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(grad_of(actual, turned).roll(-shift, -1), grad_of(expected, batch.logits))
+    torch.testing.assert_close(
+        grad_of(actual, turned).roll(-shift, -1), grad_of(expected, batch.logits)
+    )
     batch.targets[0, 0] = (blank - 2) % 7
     with pytest.raises(ValueError, match="big blanks"):
         loss_of(turned, batch, MULTI_BLANK)

@@ -182,7 +182,10 @@ def test_opcheck(kind, is_coarse):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"durations": (0, 1), "big_blank_durations": (2,)}, "topology: expected 'regular' with big"),
+        (
+            {"durations": (0, 1), "big_blank_durations": (2,)},
+            "topology: expected 'regular' with big",
+        ),
         ({"durations": (0, 1), "topology": "modified"}, "topology: expected 'regular'"),
         ({"sigma": 0.1}, "sigma: expected 0 without durations"),
         ({"durations": tuple(range(9))}, "blank: expected 0 <= blank < 3"),

@@ -365,7 +365,11 @@ def _best_of_durations(
     while t < num_frames:
         # Blanks first, so that of several best paths the one with the later labels is taken.
         steps = [
-            (blank[t, u, k] + (end if t + frames == num_frames else after(t + frames))[u], frames, 0)
+            (
+                blank[t, u, k] + (end if t + frames == num_frames else after(t + frames))[u],
+                frames,
+                0,
+            )
             for k, frames in enumerate(arcs.blank_durations)
         ]
         if u + 1 < columns:

@@ -125,9 +125,7 @@ class GreedySearch:
         start = torch.full((batch_size,), self.predictor.blank, dtype=torch.int64, device=device)
         state = self.predictor.initial_state(batch_size, device)
         predictor_out, state = self.predictor.step(start, state)
-        return GreedyState(
-            state, predictor_out, torch.zeros_like(start), torch.zeros_like(start)
-        )
+        return GreedyState(state, predictor_out, torch.zeros_like(start), torch.zeros_like(start))
 
     def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
         """Decodes whole utterances.

@@ -79,12 +79,12 @@ def lattice_posteriors(
     use_blank, use_label = (
         shape.unpack(uses.to(logits.dtype)) for uses in (result.use_blank, result.use_label)
     )  # (B, T, U + 1)
-    big_blanks = 0
+    occupancy = use_blank + use_label
     if options.arcs.num_big_blanks:
-        big_blanks = shape.unpack(result.use_extra.sum(1).to(logits.dtype))
+        occupancy += shape.unpack(result.use_extra.sum(1).to(logits.dtype))
     return LatticePosteriors(
         log_likelihood=-result.losses,
-        occupancy=use_blank + use_label + big_blanks,
+        occupancy=occupancy,
         labels=use_label[:, :, :-1],
     )
 

@@ -43,7 +43,7 @@ def start_from(module: TransducerModule, path: str) -> None:
         if name not in own:
             continue
         axis = axes.get(name)
-        if axis is not None and before != now:
+        if axis is not None and (before != now or own[name].shape != value.shape):
             rows = _copy_rows(own[name], value, axis, before, now)
             if rows is not None:
                 fitting[name] = rows

@@ -91,17 +91,15 @@ class FusedLoss(LossStage):
 
     def forward(self, batch: LossInput) -> StageOutput:
         joiner = require_plain_output(batch.joiner, self)
-        weight, bias = joiner.output.weight, joiner.output.bias
-        lattice = {"topology": self.topology, "sigma": self.sigma}
+        topology, sigma, num_columns = self.topology, self.sigma, joiner.output.out_features
         if self.training and takes_regular_loss(self.omega):
-            lattice = {"topology": "regular"}
-            weight = weight[: joiner.vocab_size]
-            bias = None if bias is None else bias[: joiner.vocab_size]
+            topology, sigma, num_columns = "regular", 0.0, joiner.vocab_size
+        bias = joiner.output.bias
         losses, parts = fused_joiner_loss(
             joiner.encoder_projection(batch.encoder_out),
             joiner.predictor_projection(batch.predictor_out),
-            weight,
-            bias,
+            joiner.output.weight[:num_columns],
+            None if bias is None else bias[:num_columns],
             batch.targets,
             batch.shape.logit_lengths,
             batch.shape.target_lengths,
@@ -111,7 +109,8 @@ class FusedLoss(LossStage):
             shape=batch.shape,
             return_parts=True,
             delay_penalty=self.current_delay_penalty,
-            **lattice,
+            topology=topology,
+            sigma=sigma,
             **self.options,
         )
         return StageOutput(losses, parts._asdict())
