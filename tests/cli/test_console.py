@@ -155,7 +155,7 @@ def test_a_missing_plugin_of_hydra_is_named(options, distribution, extra, tmp_pa
         (["init_from=a=b.ckpt"], "no checkpoint at a=b.ckpt"),
         (["+x=${nothing}", "name=${x}"], "Interpolation key 'nothing' not found"),
         (["name=a${b}"], "name=a${b}: Interpolation key 'b' not found; the name of a run can have"),
-        (["name=a${"], "name='a${': "),
+        (["name=a${"], "the name of a run can have no ${ but that of an interpolation of Hydra"),
     ],
 )
 def test_errors_are_one_sentence(options, message, console, train_overrides, tmp_path, capsys):

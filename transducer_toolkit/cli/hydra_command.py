@@ -56,7 +56,8 @@ def run(
         run_folder.register()
 
         arguments = [argument for argument in arguments if argument != "--debug"]
-        arguments = prepare(path_overrides.quoted(_filled(arguments)))
+        console.check_filled(arguments)
+        arguments = prepare(path_overrides.quoted(arguments))
         sys.argv[1:] = _overrides_first(component_arguments.with_signs(config_name, arguments))
         job = _Job(name, config_name, function)
         main = hydra.main(
@@ -92,18 +93,6 @@ def _interpolated_name(arguments: list[str]) -> str | None:
     """Return the argument that sets the name of the run, if it has an interpolation."""
     given = [text for text in arguments if text.startswith("name=") and "${" in text]
     return given[-1] if given else None
-
-
-def _filled(arguments: list[str]) -> list[str]:
-    """Return arguments; raise a ValueError if one is empty."""
-    for position, argument in enumerate(arguments):
-        if not argument.strip():
-            before = f"after {arguments[position - 1]!r} " if position else ""
-            raise ValueError(
-                f"argument {position + 1} {before}is empty; remove it, or set the variable of the "
-                "shell that it comes from"
-            )
-    return arguments
 
 
 def _overrides_first(arguments: list[str]) -> list[str]:
