@@ -411,6 +411,31 @@ def test_an_empty_path_is_named(key, console, train_overrides, tmp_path, capsys)
     assert line.startswith(f"transducer-train: {key}= has no value: expected a path or a name;")
 
 
+@pytest.mark.parametrize("name", ["best.ckpt", "outputs/a b/best.ckpt", "max_steps"])
+def test_an_argument_without_a_key_is_named(name, console, tmp_path, capsys):
+    for main in (train, evaluate):
+        with pytest.raises(SystemExit):
+            console(main, tmp_path, "seed=2", name)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"'{name}' is no option: expected KEY=VALUE, such as checkpoint=PATH" in line
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_audio_is_named_also_by_a_worker(
+    num_workers, tones, train_overrides, console, tmp_path, capsys
+):
+    rows = [json.loads(line) for line in (tones / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["audio"] = str(tones / Path(row["audio"]).name.replace("train-3.wav", "gone.wav"))
+    (tmp_path / "gone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"data.corpus.train={tmp_path}/gone.jsonl", f"data.num_workers={num_workers}"]
+    with pytest.raises(SystemExit):
+        console(train, tmp_path, *train_overrides, *options)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("transducer-")]
+    path = tones / "gone.wav"
+    assert line == f"transducer-train: utterance 'train-3': no audio file at {path}"
+
+
 def test_hydras_options_may_stand_anywhere(checkpoint, console, tmp_path, capsys):
     console(train, tmp_path, "seed=2", "--cfg", "job", "name=x", "--package", "optimizer", "test=0")
     assert capsys.readouterr().out.startswith("# @package optimizer\n")

@@ -183,6 +183,10 @@ def sentence(error: BaseException, command: str = "") -> str:
         return f"{key[1]}: no value given; add {key[1]}=VALUE{more}"
     if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
         text = f"{os.fsdecode(cause.filename)}: {cause.strerror}"
+    elif "in DataLoader worker process" in str(cause):
+        # The message is the trace of the worker's error, which ends with its type and message.
+        text = re.split(r"\n(?:\w+\.)*\w+: ", str(cause))[-1]
+        text = " ".join(text.split())
     else:
         # Hydra's and OmegaConf's messages end in lines "    full_key: ...", "    object_type=..."
         text = re.split(r"\n\s*(?:full_key: |object_type=|Config search path:)", str(cause))[0]
