@@ -26,7 +26,9 @@ TOLERANCE = 0.05
 STAGES = {
     "JoinForwardCpu": "void transducer::JoinForwardCpu<float>*",
     "JoinBackwardCpu": "void transducer::JoinBackwardCpu<float>*",
+    "JoinQuantizedCpu": "transducer::JoinQuantizedCpu(*)",
     "CellScoresCpu": "void transducer::CellScoresCpu<float>*",
+    "QuantizedCellScoresCpu": "transducer::QuantizedCellScoresCpu(*)",
     "LatticeCpu": "transducer::LatticeCpu(*)",
     "LogitsGradCpu": "void transducer::LogitsGradCpu<float>*",
     "ShiftedExpCpu": "void transducer::ShiftedExpCpu<float>*",

@@ -5,12 +5,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "bind_struct.h"
 #include "cell_scores.h"
 #include "check.h"
+#include "duration_lattice.h"
 #include "joint_tile.h"
 #include "lattice.h"
 #include "logits_grad.h"
@@ -42,11 +45,30 @@ void ForComputeDType(DType dtype, F f) {
 struct AnyLogitRows {
   DType dtype;
   Address data;
-  int64_t vocab_size;
+  int64_t vocab_size, pitch;
 
   template <typename T>
   LogitRows<T> Of() const {
-    return {As<const T>(data), vocab_size};
+    return {As<const T>(data), vocab_size, pitch};
+  }
+};
+
+// DurationArcs as lists.
+struct AnyDurationArcs {
+  std::vector<int> blank_frames, label_frames;
+
+  DurationArcs Of() const {
+    DurationArcs arcs{};
+    arcs.num_blank = Copy(blank_frames, arcs.blank_frames);
+    arcs.num_label = Copy(label_frames, arcs.label_frames);
+    return arcs;
+  }
+
+ private:
+  static int Copy(const std::vector<int>& from, int* to) {
+    TRANSDUCER_CHECK(from.size() <= kMaxDurations, "too many durations");
+    std::copy(from.begin(), from.end(), to);
+    return static_cast<int>(from.size());
   }
 };
 
@@ -100,6 +122,7 @@ struct CpuBackend {
   template <typename T>
   static constexpr auto kRepairBackward = &RepairNormalizerBackwardCpu<T>;
   static constexpr auto kLattice = &LatticeCpu;
+  static constexpr auto kDurationLattice = &DurationLatticeCpu;
   static constexpr auto kKeptRows = &KeptRowsCpu;
   static constexpr auto kLatticeScratch = &LatticeScratchCpu;
   static constexpr auto kKeptRowsScratch = &KeptRowsScratchCpu;
@@ -124,6 +147,7 @@ struct CudaBackend {
   template <typename T>
   static constexpr auto kRepairBackward = &RepairNormalizerBackwardCuda<T>;
   static constexpr auto kLattice = &LatticeCuda;
+  static constexpr auto kDurationLattice = &DurationLatticeCuda;
   static constexpr auto kKeptRows = &KeptRowsCuda;
   static constexpr auto kLatticeScratch = &LatticeScratchCuda;
   static constexpr auto kKeptRowsScratch = &KeptRowsScratchCuda;
@@ -146,6 +170,14 @@ template <typename Backend>
 void Lattice(const LatticeBatch& batch, const LatticeOptions& options, const LatticeScores& scores,
              Address queue, Address scratch, const LatticeOut& out) {
   Backend::kLattice(batch, options, scores, Backend::QueueOf(queue), As<void>(scratch), out);
+}
+
+template <typename Backend>
+void DurationLattice(const LatticeBatch& batch, const LatticeOptions& options,
+                     const AnyDurationArcs& arcs, const ArcScores& scores, Address queue,
+                     Address scratch, const ArcOut& out) {
+  Backend::kDurationLattice(batch, options, arcs.Of(), scores, Backend::QueueOf(queue),
+                            As<void>(scratch), out);
 }
 
 template <typename Backend>
@@ -226,13 +258,17 @@ inline void BindStageStructs(pybind11::module_& m) {
                       FieldOf("whole_logits", &RowTile::whole_logits));
   BindStruct<AnyLogitRows>(m, "LogitRows", FieldOf("dtype", &AnyLogitRows::dtype),
                            FieldOf("data", &AnyLogitRows::data),
-                           FieldOf("vocab_size", &AnyLogitRows::vocab_size));
+                           FieldOf("vocab_size", &AnyLogitRows::vocab_size),
+                           FieldOf("pitch", &AnyLogitRows::pitch));
   BindStruct<LogitsOptions>(m, "LogitsOptions", FieldOf("blank", &LogitsOptions::blank),
                             FieldOf("from_log_softmax", &LogitsOptions::from_log_softmax),
-                            FieldOf("clamp", &LogitsOptions::clamp));
+                            FieldOf("clamp", &LogitsOptions::clamp),
+                            FieldOf("num_big_blanks", &LogitsOptions::num_big_blanks),
+                            FieldOf("num_durations", &LogitsOptions::num_durations));
   BindStruct<CellScoresOut>(m, "CellScoresOut", FieldOf("normalizer", &CellScoresOut::normalizer),
                             FieldOf("blank", &CellScoresOut::blank),
-                            FieldOf("label", &CellScoresOut::label));
+                            FieldOf("label", &CellScoresOut::label),
+                            FieldOf("extra", &CellScoresOut::extra));
   BindStruct<LatticeOptions>(m, "LatticeOptions", FieldOf("topology", &LatticeOptions::topology),
                              FieldOf("delay_penalty", &LatticeOptions::delay_penalty),
                              FieldOf("fastemit_lambda", &LatticeOptions::fastemit_lambda),
@@ -242,6 +278,16 @@ inline void BindStageStructs(pybind11::module_& m) {
   BindStruct<LatticeOut>(m, "LatticeOut", FieldOf("loss", &LatticeOut::loss),
                          FieldOf("use_blank", &LatticeOut::use_blank),
                          FieldOf("use_label", &LatticeOut::use_label));
+  BindStruct<AnyDurationArcs>(m, "DurationArcs",
+                              FieldOf("blank_frames", &AnyDurationArcs::blank_frames),
+                              FieldOf("label_frames", &AnyDurationArcs::label_frames));
+  BindStruct<ArcScores>(m, "ArcScores", FieldOf("blank", &ArcScores::blank),
+                        FieldOf("label", &ArcScores::label));
+  BindStruct<ArcOut>(m, "ArcOut", FieldOf("loss", &ArcOut::loss),
+                     FieldOf("use_blank", &ArcOut::use_blank),
+                     FieldOf("use_label", &ArcOut::use_label));
+  m.attr("MAX_DURATIONS") = kMaxDurations;
+  m.attr("MAX_BIG_BLANKS") = kMaxBigBlanks;
   BindStruct<Uses>(m, "Uses", FieldOf("blank", &Uses::blank), FieldOf("label", &Uses::label));
   BindStruct<KeptRowsOut>(m, "KeptRowsOut", FieldOf("rows", &KeptRowsOut::rows),
                           FieldOf("num_kept", &KeptRowsOut::num_kept),
@@ -249,7 +295,8 @@ inline void BindStageStructs(pybind11::module_& m) {
   BindStruct<Posteriors>(m, "Posteriors", FieldOf("normalizer", &Posteriors::normalizer),
                          FieldOf("use_blank", &Posteriors::use_blank),
                          FieldOf("use_label", &Posteriors::use_label),
-                         FieldOf("loss_grad", &Posteriors::loss_grad));
+                         FieldOf("loss_grad", &Posteriors::loss_grad),
+                         FieldOf("use_extra", &Posteriors::use_extra));
   BindStruct<AnyJoinInputs>(m, "JoinInputs", FieldOf("dtype", &AnyJoinInputs::dtype),
                             FieldOf("enc", &AnyJoinInputs::enc),
                             FieldOf("pred", &AnyJoinInputs::pred),
@@ -281,6 +328,9 @@ void BindStages(pybind11::module_& m) {
         queue, arg("scratch"), arg("out"));
   m.def("lattice_scratch", Backend::kLatticeScratch, arg("batch"), named, arg("topology"),
         arg("with_uses"));
+  m.def("duration_lattice", &DurationLattice<Backend>, no_gil, arg("batch"), named, arg("options"),
+        arg("arcs"), arg("scores"), queue, arg("scratch"), arg("out"));
+  m.def("duration_lattice_scratch", &DurationLatticeScratch, arg("batch"), named, arg("with_uses"));
   m.def("kept_rows", &KeptRows<Backend>, no_gil, arg("batch"), named, arg("uses"),
         arg("dropped_mass"), queue, arg("scratch"), arg("out"));
   m.def("kept_rows_scratch", Backend::kKeptRowsScratch, arg("batch"));

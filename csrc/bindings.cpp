@@ -42,7 +42,8 @@ void BindQuantized(py::module_& m, py::module_& cpu) {
                               FieldOf("row_scales", &QuantizedLogits::row_scales),
                               FieldOf("column_scales", &QuantizedLogits::column_scales),
                               FieldOf("bias", &QuantizedLogits::bias),
-                              FieldOf("vocab_size", &QuantizedLogits::vocab_size));
+                              FieldOf("vocab_size", &QuantizedLogits::vocab_size),
+                              FieldOf("pitch", &QuantizedLogits::pitch));
   m.attr("MAX_QUANTIZED_WIDTH") = static_cast<int64_t>(kMaxQuantizedWidth);
   cpu.def("join_quantized", &JoinQuantized, no_gil, arg("batch"), arg("tile"), named, arg("inputs"),
           arg("num_threads"), arg("hidden"), arg("scales"));

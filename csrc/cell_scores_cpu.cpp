@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cell_scores.h"
+
+#include <algorithm>
+#include <cmath>
+
 #include "parallel.h"
 #include "row_kernels.h"
 
@@ -12,6 +16,18 @@ template <typename T>
 Score Pick(const T* row, int64_t index, Score max, Score log_sum) {
   const Score score = (static_cast<Score>(ToCompute(row[index])) - max) - log_sum;
   return score == -kLogZero ? kNaN : score;
+}
+
+// out[k] = log_softmax(x)[k].
+template <typename T>
+void LogSoftmax(const T* x, int64_t size, Score* out) {
+  Score max = kLogZero, sum = 0;
+  for (int64_t k = 0; k < size; ++k) max = std::max(max, static_cast<Score>(ToCompute(x[k])));
+  for (int64_t k = 0; k < size; ++k) sum += std::exp(static_cast<Score>(ToCompute(x[k])) - max);
+  const Score log_sum = std::log(sum);
+  for (int64_t k = 0; k < size; ++k) {
+    out[k] = (static_cast<Score>(ToCompute(x[k])) - max) - log_sum;
+  }
 }
 
 // The scores of a cell from its logits x.
@@ -34,6 +50,11 @@ void ScoreCell(const LatticeBatch& batch, const Cell& cell, int64_t row, const T
     const bool in_vocab = target >= 0 && target < vocab_size;
     out.label[row] = in_vocab ? Pick(x, target, max, log_sum) : kNaN;
   }
+  Score* extra = out.extra + row * options.NumExtra();
+  for (int64_t i = 0; i < options.num_big_blanks; ++i) {
+    extra[i] = Pick(x, options.blank - 1 - i, max, log_sum);
+  }
+  LogSoftmax(x + vocab_size, options.num_durations, extra + options.num_big_blanks);
 }
 
 }  // namespace
@@ -47,8 +68,7 @@ void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRo
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = tile.Row(i);
       if (!cursor.Find(row, &cell)) continue;
-      ScoreCell(batch, cell, row, logits.data + i * logits.vocab_size, logits.vocab_size, options,
-                out);
+      ScoreCell(batch, cell, row, logits.data + i * logits.pitch, logits.vocab_size, options, out);
     }
   });
 }
@@ -63,8 +83,8 @@ void QuantizedCellScoresCpu(const LatticeBatch& batch, const RowTile& tile,
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = tile.Row(i);
       if (!cursor.Find(row, &cell)) continue;
-      int32_t* data = logits.data + i * logits.vocab_size;
-      dequantize(data, logits.vocab_size, logits.row_scales[i], logits.column_scales, logits.bias);
+      int32_t* data = logits.data + i * logits.pitch;
+      dequantize(data, logits.pitch, logits.row_scales[i], logits.column_scales, logits.bias);
       ScoreCell(batch, cell, row, reinterpret_cast<const float*>(data), logits.vocab_size, options,
                 out);
     }

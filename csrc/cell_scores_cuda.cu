@@ -81,33 +81,62 @@ __device__ Score Pick(const T* x, int64_t index, Score max, Score log_sum) {
   return score == -kLogZero ? kNaN : score;
 }
 
+// Options that are the same for every row of a call.
+struct RowOptions {
+  int size;
+  int64_t pitch;
+  int64_t blank;
+  int num_big_blanks, num_durations;
+};
+
+// out[k] = log_softmax(x)[k] (cell_scores_cpu.cpp).
 template <typename T>
-__device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
-                            int size, int64_t blank, Score max, Score log_sum,
-                            const CellScoresOut& out) {
-  out.normalizer[row] = max + log_sum;
-  out.blank[row] = Pick(x, blank, max, log_sum);
-  Score label = kLogZero;
-  if (cell.u != batch.num_targets[cell.b]) {
-    const int64_t target = batch.Target(cell.b, cell.u);
-    label = target >= 0 && target < size ? Pick(x, target, max, log_sum) : kNaN;
+__device__ void LogSoftmax(const T* x, int size, Score* out) {
+  Score max = kLogZero, sum = 0;
+  for (int k = 0; k < size; ++k) {
+    const Score value = static_cast<Score>(ToCompute(x[k]));
+    max = value > max ? value : max;
   }
-  out.label[row] = label;
+  for (int k = 0; k < size; ++k) sum += exp(static_cast<Score>(ToCompute(x[k])) - max);
+  const Score log_sum = log(sum);
+  for (int k = 0; k < size; ++k) out[k] = (static_cast<Score>(ToCompute(x[k])) - max) - log_sum;
 }
 
 template <typename T>
 __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
-                            int size, int64_t blank, MaxAndSum<T> total, const CellScoresOut& out) {
+                            const RowOptions& options, Score max, Score log_sum,
+                            const CellScoresOut& out) {
+  out.normalizer[row] = max + log_sum;
+  out.blank[row] = Pick(x, options.blank, max, log_sum);
+  Score label = kLogZero;
+  if (cell.u != batch.num_targets[cell.b]) {
+    const int64_t target = batch.Target(cell.b, cell.u);
+    label = target >= 0 && target < options.size ? Pick(x, target, max, log_sum) : kNaN;
+  }
+  out.label[row] = label;
+  Score* extra = out.extra + row * (options.num_big_blanks + options.num_durations);
+  for (int i = 0; i < options.num_big_blanks; ++i) {
+    extra[i] = Pick(x, options.blank - 1 - i, max, log_sum);
+  }
+  if (options.num_durations > 0) {
+    LogSoftmax(x + options.size, options.num_durations, extra + options.num_big_blanks);
+  }
+}
+
+template <typename T>
+__device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
+                            const RowOptions& options, MaxAndSum<T> total,
+                            const CellScoresOut& out) {
   using C = Compute<T>;
   constexpr C kInfinity = kInfinityOf<C>;
   const bool has_sum = total.max > -kInfinity && total.max < kInfinity && total.sum == total.sum;
   const Score log_sum = has_sum ? LogOfSum(total.sum) : kNaN;
-  WriteScores(batch, cell, row, x, size, blank, static_cast<Score>(total.max), log_sum, out);
+  WriteScores(batch, cell, row, x, options, static_cast<Score>(total.max), log_sum, out);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
-    WarpRowKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
+    WarpRowKernel(LatticeBatch batch, RowTile tile, const T* logits, RowOptions options,
                   CellScoresOut out) {
   CellCursor cursor(batch);
   Cell cell, my_cell;
@@ -117,7 +146,8 @@ __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
 #pragma unroll 1
   for (int64_t i = begin; i < begin + kRowsPerWarp && i < tile.size; ++i) {
     if (!cursor.Find(tile.Row(i), &cell)) continue;
-    const auto total = WarpMaxAndSum(LaneMaxAndSum(logits + i * size, size, Lane(), kWarp));
+    const auto total =
+        WarpMaxAndSum(LaneMaxAndSum(logits + i * options.pitch, options.size, Lane(), kWarp));
     if (i - begin == Lane()) {
       mine = total;
       my_cell = cell;
@@ -127,21 +157,21 @@ __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
   // Each lane finishes one row, so the warp waits for memory once.
   const int64_t i = begin + Lane();
   if (!has_cell) return;
-  WriteScores(batch, my_cell, tile.Row(i), logits + i * size, size, blank, mine, out);
+  WriteScores(batch, my_cell, tile.Row(i), logits + i * options.pitch, options, mine, out);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
-    BlockRowKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
+    BlockRowKernel(LatticeBatch batch, RowTile tile, const T* logits, RowOptions options,
                    CellScoresOut out) {
   using C = Compute<T>;
   __shared__ C max_of_warp[kBlockThreads / kWarp], sum_of_warp[kBlockThreads / kWarp];
   const int64_t row = tile.Row(blockIdx.x);
   Cell cell;
   if (!batch.CellOf(row, &cell)) return;  // the whole block
-  const T* x = logits + static_cast<int64_t>(blockIdx.x) * size;
+  const T* x = logits + static_cast<int64_t>(blockIdx.x) * options.pitch;
   const auto part =
-      WarpMaxAndSum(LaneMaxAndSum(x, size, static_cast<int>(threadIdx.x), kBlockThreads));
+      WarpMaxAndSum(LaneMaxAndSum(x, options.size, static_cast<int>(threadIdx.x), kBlockThreads));
   if (Lane() == 0) {
     max_of_warp[threadIdx.x / kWarp] = part.max;
     sum_of_warp[threadIdx.x / kWarp] = part.sum;
@@ -153,20 +183,20 @@ __global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
   MaxAndSum<T> total{max_of_warp[warp], sum_of_warp[warp]};
   total.RaiseTo(max);
   total.sum = WarpSum(Lane() < kBlockThreads / kWarp ? total.sum : C(0));
-  if (Lane() == 0) WriteScores(batch, cell, row, x, size, blank, total, out);
+  if (Lane() == 0) WriteScores(batch, cell, row, x, options, total, out);
 }
 
 // from_log_softmax: two logits per row and no sum.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
-    PickKernel(LatticeBatch batch, RowTile tile, const T* logits, int size, int64_t blank,
+    PickKernel(LatticeBatch batch, RowTile tile, const T* logits, RowOptions options,
                CellScoresOut out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   if (i >= tile.size) return;
   const int64_t row = tile.Row(i);
   Cell cell;
   if (!batch.CellOf(row, &cell)) return;
-  WriteScores(batch, cell, row, logits + i * size, size, blank, Score(0), Score(0), out);
+  WriteScores(batch, cell, row, logits + i * options.pitch, options, Score(0), Score(0), out);
 }
 
 }  // namespace
@@ -175,16 +205,18 @@ template <typename T>
 void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
                     const LogitsOptions& options, void* stream, const CellScoresOut& out) {
   TRANSDUCER_CHECK(logits.vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
-  const int size = static_cast<int>(logits.vocab_size);
+  const RowOptions of_rows{static_cast<int>(logits.vocab_size), logits.pitch, options.blank,
+                           static_cast<int>(options.num_big_blanks),
+                           static_cast<int>(options.num_durations)};
   if (options.from_log_softmax) {
     TRANSDUCER_LAUNCH(PickKernel<T>, CeilDivide(tile.size, kRowThreads), kRowThreads, stream, batch,
-                      tile, logits.data, size, options.blank, out);
-  } else if (size <= kWarpRow) {
+                      tile, logits.data, of_rows, out);
+  } else if (logits.vocab_size <= kWarpRow) {
     TRANSDUCER_LAUNCH(WarpRowKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile,
-                      logits.data, size, options.blank, out);
+                      logits.data, of_rows, out);
   } else {
     TRANSDUCER_LAUNCH(BlockRowKernel<T>, tile.size, kBlockThreads, stream, batch, tile, logits.data,
-                      size, options.blank, out);
+                      of_rows, out);
   }
 }
 

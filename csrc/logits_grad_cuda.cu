@@ -10,9 +10,18 @@ namespace {
 // Options that are the same for every row of a call.
 struct GradOptions {
   int size;
+  int64_t pitch;
   int blank;
+  int num_big_blanks, num_durations;
   bool from_log_softmax;
   Score limit;  // of the magnitude of d loss / d logit
+};
+
+// The expected uses of the scores of one cell.
+struct CellUses {
+  Score blank, label;
+  const Score* extra;  // of big blanks or durations
+  Score occupancy;     // the sum of all
 };
 
 // One cell's gradient, entry by entry; target < 0 where there is no label arc.
@@ -21,18 +30,17 @@ class CellGradient {
  public:
   using C = Compute<T>;
 
-  __device__ CellGradient(const GradOptions& options, Score normalizer, Score use_blank,
-                          Score use_label, int target, Score loss_grad)
+  __device__ CellGradient(const GradOptions& options, Score normalizer, const CellUses& uses,
+                          int target, Score loss_grad)
       : options_(options),
         normalizer_(normalizer),
-        use_blank_(use_blank),
-        use_label_(use_label),
+        uses_(uses),
         loss_grad_(loss_grad),
         target_(target),
         // normalizer = high + low: x - high is exact where the softmax matters (x close to it).
         high_(static_cast<C>(normalizer)),
         low_(static_cast<C>(normalizer - static_cast<Score>(high_))),
-        weight_(static_cast<C>(use_blank + use_label)),
+        weight_(static_cast<C>(uses.occupancy)),
         limit_(static_cast<C>(options.limit)),
         scale_(static_cast<C>(loss_grad)) {}
 
@@ -43,26 +51,44 @@ class CellGradient {
     return g < kFlushBelow<T> && g > -kFlushBelow<T> ? C(0) : g;
   }
 
-  // The two entries where posteriors are subtracted, in float64. The exponential is float32 unless
+  // The entries where posteriors are subtracted, in float64. The exponential is float32 unless
   // the logits are float64: on a GPU with few float64 units, one float64 exponential per row would
   // take longer than the rest of the row.
   __device__ T WithSubtraction(int v, T x) const {
-    const Score occupancy = use_blank_ + use_label_;
     Score g = 0;
-    if (!options_.from_log_softmax && occupancy > 0) {
+    if (!options_.from_log_softmax && uses_.occupancy > 0) {
       const C log_prob = static_cast<C>(static_cast<Score>(ToCompute(x)) - normalizer_);
-      g = occupancy * static_cast<Score>(Exp(log_prob));
+      g = uses_.occupancy * static_cast<Score>(Exp(log_prob));
     }
-    if (v == options_.blank) g -= use_blank_;
-    if (v == target_) g -= use_label_;
+    if (v == options_.blank) g -= uses_.blank;
+    if (v == target_) g -= uses_.label;
+    const int i = options_.blank - 1 - v;
+    if (i >= 0 && i < options_.num_big_blanks) g -= uses_.extra[i];
+    return Scaled(g);
+  }
+
+  // The entry of this lane's duration, whose logit is x. All lanes of the warp call it.
+  __device__ T OfDuration(bool has_duration, T x) const {
+    const Score value = has_duration ? static_cast<Score>(ToCompute(x)) : kLogZero;
+    const Score max = WarpMax(value);
+    const Score part = has_duration ? exp(value - max) : 0;
+    const Score probability = part / WarpSum(part);
+    // The softmax of a cell without occupancy may be NaN.
+    if (!has_duration || !(uses_.occupancy > 0)) return T{};
+    return Scaled(uses_.occupancy * probability - uses_.extra[Lane()]);
+  }
+
+ private:
+  __device__ T Scaled(Score g) const {
     g = g < -options_.limit ? -options_.limit : g;
     g = loss_grad_ * (g > options_.limit ? options_.limit : g);
     return g < kFlushBelow<T> && g > -kFlushBelow<T> ? T{} : FromCompute<T>(static_cast<C>(g));
   }
 
- private:
   const GradOptions& options_;
-  const Score normalizer_, use_blank_, use_label_, loss_grad_;
+  const Score normalizer_;
+  const CellUses uses_;
+  const Score loss_grad_;
   const int target_;
   const C high_, low_, weight_, limit_, scale_;
 };
@@ -109,34 +135,45 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
                      Posteriors posteriors, T* grad) {
   CellCursor cursor(batch);
   Cell cell;
-  const int size = options.size;
+  const int size = options.size, columns = size + options.num_durations;
   const int64_t begin = GlobalWarp() * kRowsPerWarp;
   for (int64_t i = begin; i < begin + kRowsPerWarp && i < tile.size; ++i) {
     const int64_t row = tile.Row(i);
-    T* out = grad + i * size;
+    T* out = grad + i * options.pitch;
     const bool is_cell = cursor.Find(row, &cell);
     const Score scale = posteriors.loss_grad[cell.b];
-    const Score blank_uses = is_cell ? posteriors.use_blank[row] : 0;
-    const Score label_uses = is_cell ? posteriors.use_label[row] : 0;
-    const Score occupancy = blank_uses + label_uses;
+    CellUses uses{is_cell ? posteriors.use_blank[row] : 0, is_cell ? posteriors.use_label[row] : 0,
+                  posteriors.use_extra + row * (options.num_big_blanks + options.num_durations), 0};
+    uses.occupancy = uses.blank + uses.label;
+    for (int k = 0; is_cell && k < options.num_big_blanks; ++k) uses.occupancy += uses.extra[k];
+    const Score occupancy = uses.occupancy;
     if (scale == 0 || (!is_cell && batch.IsValid(cell.b))) {
-      FillRow(out, size, T{});
+      FillRow(out, columns, T{});
       continue;
     }
     const bool has_label = is_cell && cell.u < batch.num_targets[cell.b];
     const int64_t target = has_label ? batch.Target(cell.b, cell.u) : int64_t{-1};
     // Stage 1 makes the scores of such a target NaN, unless the caller changed the targets since.
     if (!is_cell || occupancy != occupancy || target >= size) {
-      FillRow(out, size, FromCompute<T>(kNaNOf<Compute<T>>));
+      FillRow(out, columns, FromCompute<T>(kNaNOf<Compute<T>>));
       continue;
     }
-    const CellGradient<T> gradient(options, posteriors.normalizer[row], blank_uses, label_uses,
+    const CellGradient<T> gradient(options, posteriors.normalizer[row], uses,
                                    target < 0 ? -1 : static_cast<int>(target), scale);
-    const T* x = logits + tile.LogitsRow(i) * size;
-    // Two lanes compute the two entries with a subtraction before the packs overwrite them.
-    const int mine = Lane() == 0 ? options.blank : Lane() == 1 ? static_cast<int>(target) : -1;
+    const T* x = logits + tile.LogitsRow(i) * options.pitch;
+    // Some lanes compute the entries with a subtraction before the packs overwrite them: blank,
+    // label, big blanks.
+    const int mine = Lane() == 0                           ? options.blank
+                     : Lane() == 1                         ? static_cast<int>(target)
+                     : Lane() - 2 < options.num_big_blanks ? options.blank + 1 - Lane()
+                                                           : -1;
     const T subtracted = mine >= 0 ? gradient.WithSubtraction(mine, x[mine]) : T{};
-    __syncwarp();  // out may be x: both lanes have read their logits
+    const bool has_duration = Lane() < options.num_durations;
+    T of_duration{};
+    if (options.num_durations > 0) {
+      of_duration = gradient.OfDuration(has_duration, has_duration ? x[size + Lane()] : T{});
+    }
+    __syncwarp();  // out may be x: these lanes have read their logits
     // No entry can exceed the occupancy times the upstream gradient: rows that round to zero are
     // not read.
     const Score bound = occupancy * (scale < 0 ? -scale : scale);
@@ -147,6 +184,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     }
     __syncwarp();  // the row has been written
     if (mine >= 0) out[mine] = subtracted;
+    if (has_duration) out[size + Lane()] = of_duration;
   }
 }
 
@@ -157,7 +195,13 @@ void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const LogitR
                     const LogitsOptions& options, const Posteriors& posteriors, void* stream,
                     T* grad) {
   TRANSDUCER_CHECK(logits.vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
-  const GradOptions of_rows{static_cast<int>(logits.vocab_size), static_cast<int>(options.blank),
+  TRANSDUCER_CHECK(options.num_big_blanks <= kMaxBigBlanks, "too many big blanks");
+  TRANSDUCER_CHECK(options.num_durations <= kMaxDurations, "too many durations");
+  const GradOptions of_rows{static_cast<int>(logits.vocab_size),
+                            logits.pitch,
+                            static_cast<int>(options.blank),
+                            static_cast<int>(options.num_big_blanks),
+                            static_cast<int>(options.num_durations),
                             options.from_log_softmax,
                             options.clamp > 0 ? options.clamp
                                               : std::numeric_limits<Score>::infinity()};

@@ -61,6 +61,12 @@ def run_everything() -> list[torch.Tensor]:
                 fastemit_lambda=0.0,
                 with_uses=True,
             )
+    for frames, symbols in (((9, 40), (45, 33)), ((30,), (690,))):
+        batch = make_case("packed", frames, symbols).batch()
+        blank, label = (torch.randn(batch.num_rows, 3).double() - 2 for _ in range(2))
+        if len(frames) == 2:
+            blank[frames[0] * (symbols[0] + 1) + 3, 1] = torch.nan
+        results += stages.duration_lattice(blank, label, batch, durations=(1, 2, 4))
     case = make_case("packed", (90, 5, 60), (20, 3, 30))
     batch = case.batch()
     for dtype in (torch.float32, torch.bfloat16):

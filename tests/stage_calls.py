@@ -46,6 +46,22 @@ def cell_scores(
     stages.cell_scores(logits, batch, tile, options, out)
 
 
+def duration_lattice(
+    blank_arcs: Tensor,
+    label_arcs: Tensor,
+    batch: LatticeBatch,
+    *,
+    durations: tuple[int, ...],
+    with_uses: bool = True,
+    exact: bool = True,
+    **options: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage 2 for arcs of a TDT lattice."""
+    scores = stages.ArcScores(blank_arcs, label_arcs)
+    loss_options = LossOptions(blank=0, durations=durations, **options)  # type: ignore[arg-type]
+    return stages.duration_lattice(scores, batch, loss_options, with_uses=with_uses, exact=exact)
+
+
 def lattice(
     blank_score: Tensor,
     label_score: Tensor,

@@ -98,18 +98,19 @@ def test_the_custom_encoder_trains_and_decodes_from_the_command_line(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run(
+    trained = run(
         "train", "--config-dir", EXAMPLES / "custom_encoder" / "conf",
         "model/encoder=gru", "model.encoder.hidden_dim=8", "data=manifest", "name=gru",
         f"data.corpus.train={tones}/train.jsonl", f"data.corpus.val={tones}/val.jsonl",
-        f"+data.corpus.test.tones={tones}/test.jsonl", "data.num_workers=0",
+        f"data.corpus.test.tones={tones}/test.jsonl", "data.num_workers=0",
         "trainer.max_epochs=1", "trainer.accelerator=cpu", "num_threads=1",
     )  # fmt: skip
-    checkpoint = tmp_path / "outputs" / "gru" / "run" / "checkpoints" / "best.ckpt"
-    said = run(
-        "transcribe", "--checkpoint", checkpoint, "--trust-package", "gru_encoder",
-        tones / "test-0.wav",
-    )  # fmt: skip
+    (line,) = [line for line in trained.splitlines() if line.startswith("try it:")]
+    command, *options, wave = line.split()[2:]
+    checkpoint = "outputs/gru/run/checkpoints/best.ckpt"
+    assert options == ["--checkpoint", checkpoint, "--trust-package", "gru_encoder"]
+    assert (command, wave) == ("transducer-transcribe", "FILE.wav")
+    said = run("transcribe", *options, tones / "test-0.wav")
     assert said.startswith(f"{tones}/test-0.wav\t")
 
 

@@ -4,6 +4,7 @@
 `int` stands for sizes and for addresses. A test compares the names with those of the built module.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, TypedDict
 
 class Error(RuntimeError): ...
@@ -57,23 +58,38 @@ class RowTile:
 
 class LogitRows:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, dtype: DType, data: int, vocab_size: int) -> None: ...
+    def __init__(self, *, dtype: DType, data: int, vocab_size: int, pitch: int) -> None: ...
 
 class QuantizedLogits:
     fields: ClassVar[tuple[str, ...]]
     def __init__(
-        self, *, data: int, row_scales: int, column_scales: int, bias: int, vocab_size: int
+        self,
+        *,
+        data: int,
+        row_scales: int,
+        column_scales: int,
+        bias: int,
+        vocab_size: int,
+        pitch: int,
     ) -> None: ...
 
 MAX_QUANTIZED_WIDTH: int
 
 class LogitsOptions:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, blank: int, from_log_softmax: bool, clamp: float) -> None: ...
+    def __init__(
+        self,
+        *,
+        blank: int,
+        from_log_softmax: bool,
+        clamp: float,
+        num_big_blanks: int,
+        num_durations: int,
+    ) -> None: ...
 
 class CellScoresOut:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, normalizer: int, blank: int, label: int) -> None: ...
+    def __init__(self, *, normalizer: int, blank: int, label: int, extra: int) -> None: ...
 
 class LatticeOptions:
     fields: ClassVar[tuple[str, ...]]
@@ -89,6 +105,21 @@ class LatticeOut:
     fields: ClassVar[tuple[str, ...]]
     def __init__(self, *, loss: int, use_blank: int, use_label: int) -> None: ...
 
+class DurationArcs:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, blank_frames: Sequence[int], label_frames: Sequence[int]) -> None: ...
+
+class ArcScores:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, blank: int, label: int) -> None: ...
+
+class ArcOut:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, loss: int, use_blank: int, use_label: int) -> None: ...
+
+MAX_DURATIONS: int
+MAX_BIG_BLANKS: int
+
 class Uses:
     fields: ClassVar[tuple[str, ...]]
     def __init__(self, *, blank: int, label: int) -> None: ...
@@ -100,7 +131,7 @@ class KeptRowsOut:
 class Posteriors:
     fields: ClassVar[tuple[str, ...]]
     def __init__(
-        self, *, normalizer: int, use_blank: int, use_label: int, loss_grad: int
+        self, *, normalizer: int, use_blank: int, use_label: int, loss_grad: int, use_extra: int
     ) -> None: ...
 
 class JoinInputs:
@@ -195,6 +226,19 @@ class cpu:  # a module
     ) -> None: ...
     @staticmethod
     def lattice_scratch(batch: LatticeBatch, *, topology: Topology, with_uses: bool) -> int: ...
+    @staticmethod
+    def duration_lattice(
+        batch: LatticeBatch,
+        *,
+        options: LatticeOptions,
+        arcs: DurationArcs,
+        scores: ArcScores,
+        num_threads: int,
+        scratch: int,
+        out: ArcOut,
+    ) -> None: ...
+    @staticmethod
+    def duration_lattice_scratch(batch: LatticeBatch, *, with_uses: bool) -> int: ...
     @staticmethod
     def kept_rows(
         batch: LatticeBatch,
@@ -339,6 +383,19 @@ class cuda:  # a module; without CUDA in the build it has device_count alone
     ) -> None: ...
     @staticmethod
     def lattice_scratch(batch: LatticeBatch, *, topology: Topology, with_uses: bool) -> int: ...
+    @staticmethod
+    def duration_lattice(
+        batch: LatticeBatch,
+        *,
+        options: LatticeOptions,
+        arcs: DurationArcs,
+        scores: ArcScores,
+        stream: int,
+        scratch: int,
+        out: ArcOut,
+    ) -> None: ...
+    @staticmethod
+    def duration_lattice_scratch(batch: LatticeBatch, *, with_uses: bool) -> int: ...
     @staticmethod
     def kept_rows(
         batch: LatticeBatch,

@@ -14,6 +14,8 @@ from transducer_toolkit._version import __version__
 if TYPE_CHECKING:
     from transducer_toolkit.losses import (
         FusedJoinerLoss,
+        MultiBlankLoss,
+        TDTLoss,
         TransducerLoss,
         do_rnnt_pruning,
         fused_joiner_loss,
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
         get_rnnt_logprobs_smoothed,
         get_rnnt_prune_ranges,
         joint_mutual_information_recursion,
+        multi_blank_loss,
         mutual_information_recursion,
         rnnt_loss,
         rnnt_loss_pruned,
         rnnt_loss_simple,
         rnnt_loss_smoothed,
+        tdt_loss,
         transducer_loss,
     )
     from transducer_toolkit.modules.joiner import Joiner
@@ -39,6 +43,8 @@ __all__ = [
     "FusedJoinerLoss",
     "Joiner",
     "LatticeShape",
+    "MultiBlankLoss",
+    "TDTLoss",
     "TransducerLoss",
     "__version__",
     "build_info",
@@ -52,11 +58,13 @@ __all__ = [
     "join",
     "joiner_logits",
     "joint_mutual_information_recursion",
+    "multi_blank_loss",
     "mutual_information_recursion",
     "rnnt_loss",
     "rnnt_loss_pruned",
     "rnnt_loss_simple",
     "rnnt_loss_smoothed",
+    "tdt_loss",
     "transducer_loss",
 ]
 

@@ -21,6 +21,8 @@
 #include "../logits_grad.h"
 #include "../additive_scores.h"
 #include "../occupancy.h"
+#include "../parallel.h"
+#include "../row_kernels.h"
 
 namespace transducer {
 namespace {
@@ -172,8 +174,9 @@ Results Forward(const Problem& p, const std::vector<T>& logits, const RowTile& t
   r.normalizer.assign(rows, 0);
   r.blank.assign(rows, 0);
   r.label.assign(rows, 0);
-  CellScoresCpu<T>(p.batch, tile, {logits.data(), p.vocab_size}, {p.blank, p.from_log_softmax, 0},
-                   threads, {r.normalizer.data(), r.blank.data(), r.label.data()});
+  CellScoresCpu<T>(p.batch, tile, {logits.data(), p.vocab_size, p.vocab_size},
+                   {p.blank, p.from_log_softmax, 0}, threads,
+                   {r.normalizer.data(), r.blank.data(), r.label.data()});
   r.loss.assign(size, kUnwritten);
   r.use_blank.assign(rows, 0);
   r.use_label.assign(rows, 0);
@@ -299,14 +302,15 @@ template <typename T>
 void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, double clamp,
               const std::vector<Score>& loss_grad) {
   const T unwritten = FromCompute<T>(static_cast<Compute<T>>(kUnwritten));
-  const LogitsOptions options{p.blank, p.from_log_softmax, clamp};
+  const LogitsOptions options{p.blank, p.from_log_softmax, clamp, 0, 0};
   const Posteriors posteriors{r.normalizer.data(), r.use_blank.data(), r.use_label.data(),
                               loss_grad.data()};
   std::vector<T> first;
   for (const int threads : {1, 2}) {
     std::vector<T> grad(logits.size(), unwritten);
-    LogitsGradCpu<T>(p.batch, {nullptr, 0, p.batch.num_rows}, {logits.data(), p.vocab_size},
-                     options, posteriors, threads, grad.data());
+    LogitsGradCpu<T>(p.batch, {nullptr, 0, p.batch.num_rows},
+                     {logits.data(), p.vocab_size, p.vocab_size}, options, posteriors, threads,
+                     grad.data());
     for (const T g : grad) REQUIRE(std::memcmp(&g, &unwritten, sizeof(T)) != 0);
     if (threads == 1) first = grad;
     REQUIRE(SameBits(first, grad));
@@ -319,11 +323,12 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
                 vocab * sizeof(T));
   }
   LogitsGradCpu<T>(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept)},
-                   {some.data(), p.vocab_size}, options, posteriors, 1, some.data());
+                   {some.data(), p.vocab_size, p.vocab_size}, options, posteriors, 1, some.data());
   // And so do these rows of logits that stay where they are.
   std::vector<T> of_whole(some.size());
   LogitsGradCpu<T>(p.batch, {r.kept.data(), 0, static_cast<int64_t>(num_kept), true},
-                   {logits.data(), p.vocab_size}, options, posteriors, 1, of_whole.data());
+                   {logits.data(), p.vocab_size, p.vocab_size}, options, posteriors, 1,
+                   of_whole.data());
   REQUIRE(SameBits(some, of_whole));
   for (size_t i = 0; i < num_kept; ++i) {
     REQUIRE(std::memcmp(some.data() + i * vocab, first.data() + r.kept[i] * p.vocab_size,
@@ -372,6 +377,72 @@ void Run(const Problem& p, Bytes* bytes) {
   }
   Backward(p, logits, one, static_cast<double>(bytes->Below(3)) * 0.1, loss_grad);
   Join<T>(p, bytes);
+}
+
+// The stages of 8-bit products: any bits in enc, pred, scales and bias, any integers as logits.
+void Quantized(const Problem& p, Bytes* bytes) {
+  const LatticeBatch& batch = p.batch;
+  const int64_t width = 1 + bytes->Below(70), rows = batch.num_rows, vocab = p.vocab_size;
+  const auto activation = static_cast<Activation>(bytes->Below(5));
+  const auto values = [&](int64_t count) {
+    std::vector<double> result;
+    for (int64_t i = 0; i < count; ++i) result.push_back(bytes->Logit());
+    return Converted<float>(result);
+  };
+  const auto enc = values(batch.num_utterances * batch.max_frames * width);
+  const auto pred = values(batch.num_utterances * (batch.max_targets + 1) * width);
+  const JoinInputs<float> inputs{enc.data(), pred.data(), width, activation};
+  const RowTile tile{nullptr, 0, rows};
+  std::vector<float> exact(static_cast<size_t>(rows * width)), scales[2];
+  JoinForwardCpu(batch, tile, inputs, 1, exact.data());
+  std::vector<int8_t> hidden[2];
+  for (const int i : {0, 1}) {
+    hidden[i].assign(exact.size(), 99);
+    scales[i].assign(static_cast<size_t>(rows), -1.0f);
+    JoinQuantizedCpu(batch, tile, inputs, i + 1, hidden[i].data(), scales[i].data());
+  }
+  REQUIRE(SameBits(hidden[0], hidden[1]) && SameBits(scales[0], scales[1]));
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* x = exact.data() + row * width;
+    const float scale = scales[0][row];
+    REQUIRE(std::all_of(x, x + width, [](float y) { return std::isfinite(y); }) ==
+            !std::isnan(scale));
+    for (int64_t d = 0; d < width && scale >= 0; ++d) {
+      // Rows below 1e-30 are rounded to zero.
+      const double y = static_cast<double>(hidden[0][row * width + d]) * scale;
+      REQUIRE(std::abs(y - x[d]) <= 0.501 * scale + 1e-30);
+    }
+    REQUIRE(scale >= 0 || std::isnan(scale));
+  }
+
+  std::vector<int32_t> products;
+  for (int64_t i = 0; i < rows * vocab; ++i) {
+    products.push_back(bytes->Flip() ? bytes->Take<int16_t>() : bytes->Take<int32_t>());
+  }
+  const auto columns = values(vocab), bias = values(vocab);
+  const float* offset = bytes->Flip() ? bias.data() : nullptr;
+  const LogitsOptions options{p.blank, false, 0};
+  std::vector<Score> scores[3][3];
+  for (auto& of_one : scores) {
+    for (auto& part : of_one) part.assign(static_cast<size_t>(rows), kUnwritten);
+  }
+  for (const int i : {0, 1}) {
+    auto data = products;
+    QuantizedCellScoresCpu(batch, tile,
+                           {data.data(), scales[0].data(), columns.data(), offset, vocab, vocab}, options,
+                           i + 1, {scores[i][0].data(), scores[i][1].data(), scores[i][2].data()});
+  }
+  std::vector<float> logits(products.size());
+  ParallelFor(rows, 1, [&](int64_t row) {  // takes subnormals for zeros, as the stages do
+    float* x = logits.data() + row * vocab;
+    std::memcpy(x, products.data() + row * vocab, static_cast<size_t>(vocab) * sizeof(float));
+    GetRowKernelSet().dequantize(x, vocab, scales[0][row], columns.data(), offset);
+  });
+  CellScoresCpu<float>(batch, tile, {logits.data(), vocab, vocab}, options, 1,
+                       {scores[2][0].data(), scores[2][1].data(), scores[2][2].data()});
+  for (int k = 0; k < 3; ++k) {
+    REQUIRE(SameBits(scores[0][k], scores[1][k]) && SameBits(scores[0][k], scores[2][k]));
+  }
 }
 
 // An additive joiner: any bits in am and lm.
@@ -488,7 +559,7 @@ void Additive(Bytes* bytes) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace transducer;
   Bytes bytes(data, size);
-  switch (bytes.Below(8)) {
+  switch (bytes.Below(9)) {
     case 0: Repair<float>(&bytes); break;
     case 1: Repair<double>(&bytes); break;
     case 2: Run<float>(MakeProblem(&bytes), &bytes); break;
@@ -496,6 +567,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 4: Run<Half>(MakeProblem(&bytes), &bytes); break;
     case 5: Run<BFloat16>(MakeProblem(&bytes), &bytes); break;
     case 6: Additive<float>(&bytes); break;
+    case 7: Quantized(MakeProblem(&bytes), &bytes); break;
     default: Additive<double>(&bytes);
   }
   return 0;

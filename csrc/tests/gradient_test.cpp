@@ -34,7 +34,7 @@ struct Stages {
 
   template <typename T>
   void Forward(const std::vector<T>& logits) {
-    CellScoresCpu<T>(batch, {nullptr, 0, batch.num_rows}, {logits.data(), kVocab},
+    CellScoresCpu<T>(batch, {nullptr, 0, batch.num_rows}, {logits.data(), kVocab, kVocab},
                      {kBlank, from_log_softmax, 0}, 2,
                      {normalizer.data(), blank.data(), label.data()});
     LatticeCpu(batch, {topology, 0, 0}, {blank.data(), label.data()}, 2, nullptr,
@@ -44,7 +44,7 @@ struct Stages {
   template <typename T>
   void Backward(const std::vector<T>& logits, const std::vector<Score>& loss_grad, double clamp,
                 T* grad) {
-    LogitsGradCpu<T>(batch, {nullptr, 0, batch.num_rows}, {logits.data(), kVocab},
+    LogitsGradCpu<T>(batch, {nullptr, 0, batch.num_rows}, {logits.data(), kVocab, kVocab},
                      {kBlank, from_log_softmax, clamp},
                      {normalizer.data(), use_blank.data(), use_label.data(), loss_grad.data()}, 2,
                      grad);
@@ -77,8 +77,8 @@ void TestTiles(Layout layout) {
   constexpr int64_t kTile = 5;
   for (int64_t begin = (batch.num_rows - 1) / kTile * kTile; begin >= 0; begin -= kTile) {
     const int64_t size = std::min(kTile, batch.num_rows - begin);
-    CellScoresCpu<float>(batch, {nullptr, begin, size}, {logits.data() + begin * kVocab, kVocab},
-                         {kBlank, false, 0}, 1,
+    CellScoresCpu<float>(batch, {nullptr, begin, size},
+                         {logits.data() + begin * kVocab, kVocab, kVocab}, {kBlank, false, 0}, 1,
                          {tiled.normalizer.data(), tiled.blank.data(), tiled.label.data()});
   }
   EXPECT_TRUE(whole.normalizer == tiled.normalizer && whole.blank == tiled.blank);
@@ -91,7 +91,7 @@ void TestTiles(Layout layout) {
     expected.insert(expected.end(), grad.begin() + row * kVocab, grad.begin() + (row + 1) * kVocab);
   }
   const RowTile tile{every_third.data(), 1, static_cast<int64_t>(every_third.size()) - 1};
-  LogitsGradCpu<float>(batch, tile, {x.data() + kVocab, kVocab}, {kBlank, false, 0},
+  LogitsGradCpu<float>(batch, tile, {x.data() + kVocab, kVocab, kVocab}, {kBlank, false, 0},
                        {whole.normalizer.data(), whole.use_blank.data(), whole.use_label.data(),
                         loss_grad.data()},
                        1, x.data() + kVocab);

@@ -3,7 +3,9 @@
 #include "../row_kernels.h"
 
 #include <cfloat>
+#include <cstring>
 #include <limits>
+#include <random>
 #include <vector>
 
 #include "batch_fixture.h"
@@ -132,6 +134,105 @@ void TestPosteriors(const RowKernelSet& set) {
         set.posteriors(x.data(), size);
         for (int64_t i = 0; i < size; ++i) {
           EXPECT_TRUE(i != at ? x[i] == 1 : std::isnan(special) ? std::isnan(x[i]) : x[i] == 0);
+        }
+      }
+    }
+  }
+}
+
+// Rows of integers and their scale, against long double: outliers, zeros, special values.
+void TestQuantize(const RowKernelSet& set) {
+  constexpr int8_t kGuard = 99;
+  for (int64_t size = 1; size <= 70; ++size) {
+    std::vector<int8_t> out(size + 1);
+    float scale;
+    const auto quantize = [&](const std::vector<float>& x) {
+      std::fill(out.begin(), out.end(), kGuard);
+      set.quantize(x.data(), size, out.data(), &scale);
+      EXPECT_TRUE(out[size] == kGuard);
+    };
+    const auto expect_rounded = [&](const std::vector<float>& x) {
+      quantize(x);
+      float max = 0;
+      for (const float value : x) max = std::max(max, std::abs(value));
+      EXPECT_TRUE(scale == max / 127.0f);
+      for (int64_t i = 0; i < size; ++i) {
+        const long double exact = 127.0L * x[i] / max;
+        EXPECT_TRUE(std::abs(out[i] - exact) <= 0.5L + 1e-4L);
+        EXPECT_TRUE(std::abs(x[i]) < max || out[i] == (x[i] < 0 ? -127 : 127));
+      }
+    };
+    for (const double spread : {1e-20, 0.1, 100.0, 1e30}) {
+      auto x = RandomVector<float>(size, spread, static_cast<unsigned>(size));
+      expect_rounded(x);
+      for (int64_t at = 0; at < size; ++at) {  // an outlier in every lane, tail included
+        const float before = x[at];
+        x[at] = -1e4f * static_cast<float>(spread);
+        expect_rounded(x);
+        x[at] = before;
+      }
+    }
+    for (const float largest : {FLT_MAX, 2e-30f}) {  // the limits of the range that is scaled
+      std::vector<float> x(size, largest / 2);
+      x[size / 2] = largest;
+      expect_rounded(x);
+    }
+    for (const float small : {0.0f, -0.0f, 1e-31f, FLT_MIN}) {
+      quantize(std::vector<float>(size, small));
+      EXPECT_TRUE(scale == std::abs(small) / 127.0f);
+      for (int64_t i = 0; i < size; ++i) EXPECT_TRUE(out[i] == 0);
+    }
+    for (int64_t at = 0; at < size; ++at) {
+      for (const float special : {kInf, -kInf, std::nanf(""), -std::nanf("")}) {
+        std::vector<float> x(size, FLT_MAX);
+        x[at] = special;
+        quantize(x);
+        EXPECT_TRUE(std::isnan(scale));
+      }
+    }
+  }
+}
+
+// x * scale * scales + bias in place, against double.
+void TestDequantize(const RowKernelSet& set) {
+  constexpr int32_t kGuard = 12345;
+  for (int64_t size = 1; size <= 70; ++size) {
+    const auto seed = static_cast<unsigned>(size);
+    const auto column = RandomVector<float>(size, 1e-3, seed),
+               bias = RandomVector<float>(size, 1, 9);
+    std::vector<int32_t> x(size + 1, kGuard);
+    std::mt19937 random(seed);
+    for (int64_t i = 0; i < size; ++i) {  // up to the sum of 4096 products of 127 and 127
+      x[i] = static_cast<int32_t>(random() % (2 * 66'064'384 + 1)) - 66'064'384;
+    }
+    x[size / 2] = 0;
+    for (const float* offset : {bias.data(), static_cast<const float*>(nullptr)}) {
+      for (const float scale : {0.0f, 1e-3f, std::nanf("")}) {
+        auto data = x;
+        set.dequantize(data.data(), size, scale, column.data(), offset);
+        EXPECT_TRUE(data[size] == kGuard);
+        for (int64_t i = 0; i < size; ++i) {
+          float y;
+          std::memcpy(&y, &data[i], sizeof(y));
+          const double added = offset != nullptr ? offset[i] : 0;
+          const double product = static_cast<double>(x[i]) * scale * column[i];
+          const double room = 2 * kUlp<float> * (std::abs(product) + std::abs(added));
+          EXPECT_NEAR(y, product + added, room);
+        }
+      }
+    }
+    for (int64_t at = 0; at < size; ++at) {  // a special value stays in its lane
+      for (const float special : {kInf, -kInf, std::nanf("")}) {
+        for (const bool in_bias : {false, true}) {
+          std::vector<float> scales(size, 0.5f), offset(size, 1.0f);
+          (in_bias ? offset : scales)[at] = special;
+          std::vector<int32_t> data(size, 4);
+          set.dequantize(data.data(), size, 1.0f, scales.data(), offset.data());
+          for (int64_t i = 0; i < size; ++i) {
+            float y;
+            std::memcpy(&y, &data[i], sizeof(y));
+            EXPECT_NEAR(y, i == at ? special : 3.0f, 0);
+          }
         }
       }
     }
@@ -286,6 +387,8 @@ int main() {
     TestAll(set->float32);
     TestAll(set->float64);
     TestPosteriors(*set);
+    TestQuantize(*set);
+    TestDequantize(*set);
     TestSixteenBit(set->float16, set->float32);
     TestSixteenBit(set->bfloat16, set->float32);
   }

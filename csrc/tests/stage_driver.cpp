@@ -29,13 +29,24 @@ int main() {
   JoinBackwardCpu<float>(batch, tile, inputs, hidden.data(), hidden.data(), 1, nullptr,
                          {grad_enc.data(), grad_pred.data()});
 
+  std::vector<int8_t> quantized(rows * kWidth);
+  std::vector<float> row_scales(rows);
+  JoinQuantizedCpu(batch, tile, inputs, 1, quantized.data(), row_scales.data());
+
   const auto logits = RandomVector<float>(rows * kVocab, 1, 3);
   std::vector<float> grad(logits.size());
   std::vector<Score> normalizer(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
   std::vector<Score> loss(6);  // and room for dropped mass
   const std::vector<Score> loss_grad(3, 1);
-  const LogitRows<float> x{logits.data(), kVocab};
-  const LogitsOptions options{0, false, 0};
+  const LogitRows<float> x{logits.data(), kVocab, kVocab};
+  const LogitsOptions options{0, false, 0, 0, 0};
+  std::vector<int32_t> products(rows * kVocab);
+  for (size_t i = 0; i < products.size(); ++i) products[i] = static_cast<int32_t>(1000 * logits[i]);
+  const std::vector<float> column_scales(kVocab, 0.1F);
+  QuantizedCellScoresCpu(batch, tile,
+                         {products.data(), row_scales.data(), column_scales.data(),
+                          column_scales.data(), kVocab, kVocab},
+                         options, 1, {normalizer.data(), blank.data(), label.data()});
   CellScoresCpu(batch, tile, x, options, 1, {normalizer.data(), blank.data(), label.data()});
   LatticeCpu(batch, {}, {blank.data(), label.data()}, 1, nullptr,
              {loss.data(), use_blank.data(), use_label.data()});

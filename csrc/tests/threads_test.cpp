@@ -59,7 +59,7 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
   std::vector<char> scratch(LatticeScratchCpu(batch, topology, false));
   const std::vector<Score> loss_grad(size, 1);
   const LatticeOptions options{topology, 0.1, 0.2, true};
-  const LogitRows<float> x{logits.data(), kVocab};
+  const LogitRows<float> x{logits.data(), kVocab, kVocab};
   const LatticeScores scores{blank.data(), label.data()};
   CellScoresCpu(batch, tile, x, {0, false, 0}, num_threads,
                 {normalizer.data(), blank.data(), label.data()});

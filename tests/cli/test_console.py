@@ -154,6 +154,8 @@ def test_a_missing_plugin_of_hydra_is_named(options, distribution, extra, tmp_pa
         (["optimizer.lr=ä"], "write a text in quotes, optimizer.lr='ä'"),
         (["init_from=a=b.ckpt"], "no checkpoint at a=b.ckpt"),
         (["+x=${nothing}", "name=${x}"], "Interpolation key 'nothing' not found"),
+        (["name=a${b}"], "name=a${b}: Interpolation key 'b' not found; the name of a run can have"),
+        (["name=a${"], "name='a${': "),
     ],
 )
 def test_errors_are_one_sentence(options, message, console, train_overrides, tmp_path, capsys):
@@ -384,3 +386,33 @@ def test_an_alignment_of_a_name_that_is_not_utf8(checkpoint, tones, tmp_path):
     assert result.returncode == 0, result.stderr
     written = sorted(path.suffix for path in (tmp_path / "aligned").iterdir())
     assert written == [".ctm", ".json", ".png"]
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main", [train, evaluate])
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [([""], "argument 1 is empty"), (["seed=2", " "], "argument 2 after 'seed=2' is empty")],
+)
+def test_an_empty_argument_is_named(main, arguments, place, console, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        console(main, tmp_path, *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{place}; remove it, or set the variable of the shell" in line
+
+
+@pytest.mark.parametrize("key", ["name", "init_from", "ckpt_path", "data.corpus.train"])
+def test_an_empty_path_is_named(key, console, train_overrides, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        console(train, tmp_path, *train_overrides, f"{key}=")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"transducer-train: {key}= has no value: expected a path or a name;")
+
+
+def test_hydras_options_may_stand_anywhere(checkpoint, console, tmp_path, capsys):
+    console(train, tmp_path, "seed=2", "--cfg", "job", "name=x", "--package", "optimizer", "test=0")
+    assert capsys.readouterr().out.startswith("# @package optimizer\n")
+    console(evaluate, tmp_path, f"checkpoint={checkpoint}", "--cfg", "job")
+    assert "ManifestCorpus" in capsys.readouterr().out

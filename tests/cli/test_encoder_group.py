@@ -70,6 +70,13 @@ def test_an_encoder_of_your_own_replaces_all_keys(choice, mine):
     assert isinstance(model.encoder, EightfoldEncoder)
 
 
+@pytest.mark.parametrize("option", options("model"))
+def test_a_model_is_the_same_in_every_experiment(option):
+    expected = composed("~experiment", f"model={option}").model
+    for experiment in options("experiment"):
+        assert composed(f"experiment={experiment}", f"model={option}").model == expected
+
+
 @pytest.mark.parametrize("predictor", options("model/predictor"))
 @pytest.mark.parametrize("option", options("model/encoder"))
 def test_every_encoder_goes_with_every_predictor(option, predictor):

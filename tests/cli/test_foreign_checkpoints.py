@@ -165,6 +165,35 @@ def test_a_trusted_package_is_code(with_config, tones, tmp_path, monkeypatch, ca
     assert Path("exploded").exists()
 
 
+@pytest.mark.parametrize("command", ["transcribe", "align", "export", "evaluate"])
+def test_the_refusal_names_the_option_of_the_command(
+    command, with_config, tones, console, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path = str(with_config(CONFIGS["target"]))
+    main = importlib.import_module(f"transducer_toolkit.cli.{command}").main
+    wave, package = str(tones / "test-0.wav"), HERE.partition(".")[0]
+    arguments = {
+        "transcribe": ["--checkpoint", path, wave],
+        "align": ["--checkpoint", path, wave, "--text", "a"],
+        "export": [path, "--output", "exported"],
+        "evaluate": [f"checkpoint={path}", "data=manifest", f"data.corpus.test={tones}/test.jsonl"],
+    }[command]
+    if command == "evaluate":
+        for given, needed in (([], package), (["trusted_packages=[mine]"], f"mine,{package}")):
+            with pytest.raises(SystemExit):
+                console(main, tmp_path, *arguments, *given)
+            err = capsys.readouterr().err
+            assert err.endswith(f"class, add 'trusted_packages=[{needed}]'\n")
+            assert err.count("\n") == 1 and "--trust-package" not in err
+    else:
+        assert main(arguments) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"transducer-{command}: {path} wants to instantiate {HERE}")
+        assert err.endswith(f"class, add --trust-package {package}\n")
+    assert not Path("exploded").exists()
+
+
 def test_damaged_checkpoints_are_refused(trained, tmp_path):
     """Cut off, or with bytes changed: a ValueError that names the file, or the same weights."""
     path = tmp_path / "damaged.ckpt"

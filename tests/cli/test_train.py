@@ -116,6 +116,22 @@ def test_resume_continues_where_it_stopped(tmp_path, console, train_overrides, t
     assert len(history["train/loss"]) == 8 and len(history["val/wer"]) == 2
 
 
+def test_a_training_without_validation(tmp_path, console, train_overrides, capsys):
+    options = [text for text in train_overrides if not text.startswith("data.corpus.val=")]
+    with pytest.raises(SystemExit):
+        console(main, tmp_path, *options)
+    message = "data.corpus.val: no value given; add data.corpus.val=VALUE, or null for a training "
+    assert message in capsys.readouterr().err
+    console(main, tmp_path, *options, "data.corpus.val=null")
+    out = capsys.readouterr().out
+    assert "data.corpus.val is null: no validation" in out and "test set" in out
+    run = tmp_path / "outputs" / "transducer" / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    report = json.loads((run / "results.json").read_text())
+    assert report["optimizer_steps"] == 8 and report["best_validation_score"] is None
+    assert report["test_wer"]["tones"] >= 0
+
+
 def test_fast_dev_run(tmp_path, console, train_overrides, capsys):
     console(main, tmp_path, *train_overrides, "+trainer.fast_dev_run=true")
     out = capsys.readouterr().out

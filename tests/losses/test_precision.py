@@ -12,6 +12,7 @@ from tests.losses.coarse_case import BUDGET, Case
 from tests.pretend_cuda import CUDA, gradients, pretend_cuda, to_cuda, to_host
 from transducer_toolkit import FusedJoinerLoss, LatticeShape, fused_joiner_loss
 from transducer_toolkit.ops import coarse_to_fine, fused_joiner, native, stages
+from transducer_toolkit.ops.durations import PathSums, occupancies
 from transducer_toolkit.ops.fused_joiner import FusedInputs, FusedPlan, operator
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, Lengths
 from transducer_toolkit.ops.native import ACTIVATIONS
@@ -131,8 +132,8 @@ def test_selection_leaves_out_no_more_than_the_budget(scale, error):
     exact, *uses = stages.lattice(
         CellScores(blank, label, blank), batch, FusedOptions(0), with_uses=True
     )
-    torch.testing.assert_close(refined.losses, exact, rtol=1e-7, atol=1e-7)
-    left = torch.where(refined.is_fine, 0.0, refined.uses[0] + refined.uses[1])
+    torch.testing.assert_close(refined.sums.losses, exact, rtol=1e-7, atol=1e-7)
+    left = torch.where(refined.is_fine, 0.0, sum(occupancies(refined.sums, FusedOptions(0))))
     for b, begin in enumerate(shape.cell_offsets[:-1].tolist()):
         cells = slice(begin, int(shape.cell_offsets[b + 1]))
         found = noise[cells][refined.is_fine[cells]].abs().max()
@@ -140,7 +141,7 @@ def test_selection_leaves_out_no_more_than_the_budget(scale, error):
         length = int(shape.logit_lengths[b] + shape.target_lengths[b])
         budget = coarse_to_fine.CHECK_SLACK * coarse_to_fine.COARSE_BUDGET
         assert left[cells].sum() * found <= budget * 2 * length
-    for mine, wanted in zip(refined.uses, uses, strict=True):
+    for mine, wanted in zip(refined.sums[1:3], uses, strict=True):
         assert (mine - wanted).abs().sum() <= 1e-6 * wanted.sum()
 
 
@@ -154,8 +155,8 @@ def test_the_check_finds_what_the_coarse_scores_hid():
     exact, *uses = stages.lattice(
         CellScores(blank, label, blank), batch, FusedOptions(0), with_uses=True
     )
-    torch.testing.assert_close(refined.losses, exact, rtol=1e-6, atol=0)
-    for mine, wanted in zip(refined.uses, uses, strict=True):
+    torch.testing.assert_close(refined.sums.losses, exact, rtol=1e-6, atol=0)
+    for mine, wanted in zip(refined.sums[1:3], uses, strict=True):
         assert (mine - wanted).abs().sum() <= 1e-5 * wanted.sum()
     of_first, of_second = (
         refined.is_fine[: shape.cell_offsets[1]],
@@ -175,9 +176,9 @@ def test_backward_is_divided_within_the_budget():
     for rows in (full, low):
         assert torch.equal(rows, rows.sort().values)
     assert set(full.tolist()).isdisjoint(low.tolist())
-    occupancy = refined.uses[0] + refined.uses[1]
+    occupancy = sum(occupancies(refined.sums, FusedOptions(0)))
     gradient, sensitivity = coarse_to_fine._logits_gradient(
-        scores, refined.uses, FusedOptions(0), is_sensitive=True
+        scores, refined.sums, FusedOptions(0), is_sensitive=True
     )
     is_full = torch.zeros(shape.num_cells, dtype=torch.bool).index_fill(0, full, True)
     is_kept = is_full.index_fill(0, low, True)
@@ -195,19 +196,20 @@ def test_size_of_the_gradient_of_the_logits():
     logits = 2 * torch.randn(50, 6, dtype=torch.float64)
     probs = logits.softmax(1)
     uses = torch.rand(2, 50, dtype=torch.float64)
+    sums = PathSums(uses[0], *uses, uses.new_empty(50, 0))
     grad = uses.sum(0)[:, None] * probs
     grad[:, 0] -= uses[0]
     grad[:, 1] -= uses[1]
     scores = CellScores(probs[:, 0].log(), probs[:, 1].log(), probs[:, 0])
     size, sensitivity = coarse_to_fine._logits_gradient(
-        scores, uses, FusedOptions(0), is_sensitive=True
+        scores, sums, FusedOptions(0), is_sensitive=True
     )
     torch.testing.assert_close(size, grad.abs().sum(1))
     # d softmax . error, with the largest error of 1 in any direction
     variance = uses.sum(0) * (probs * (1 - probs)).sum(1)
     assert (2 * sensitivity >= variance).all()
     clamped, _ = coarse_to_fine._logits_gradient(
-        scores, uses, FusedOptions(0, clamp=0.1), is_sensitive=False
+        scores, sums, FusedOptions(0, clamp=0.1), is_sensitive=False
     )
     assert (clamped <= grad.abs().clamp(max=0.1).sum(1) + 1e-12).all()
 

@@ -434,3 +434,23 @@ def test_one_graph_serves_batches_of_every_shape(dynamic, with_boundary):
         grads = (torch.autograd.grad(loss, batch.inputs) for loss in (actual, expected))
         for grad, expected_grad in zip(*grads, strict=True):
             torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("loss", [rnnt_loss_simple, rnnt_loss_smoothed, get_rnnt_logprobs])
+@pytest.mark.parametrize("narrow", ["am", "lm"])
+def test_autocast_allows_two_dtypes(loss, narrow):
+    """Under autocast, a linear layer gives bfloat16 and an embedding float32."""
+    torch.manual_seed(0)
+    given = {"lm": torch.randn(2, 4, 5), "am": torch.randn(2, 6, 5)}
+    given[narrow] = given[narrow].bfloat16()
+    rest = {"symbols": torch.randint(1, 5, (2, 3)), "termination_symbol": 0}
+    expected = loss(**{name: value.float() for name, value in given.items()}, **rest)
+    leaves = {name: value.requires_grad_() for name, value in given.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(**leaves, **rest)
+    torch.testing.assert_close(found, expected)
+    first = found if isinstance(found, torch.Tensor) else found[0]
+    first.sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
+    with pytest.raises(TypeError, match=r"am: expected dtype .* that of lm"):
+        loss(**leaves, **rest)

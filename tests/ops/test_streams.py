@@ -57,6 +57,8 @@ def call_every_stage():
     options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
     _, *uses = stages.lattice(scores.blank, scores.label, batch, with_uses=True, **options)
     stages.kept_rows(*uses, batch, dropped_mass=0.1)
+    arcs = (to_cuda(torch.zeros(batch.num_rows, 2, dtype=torch.float64)) for _ in range(2))
+    stages.duration_lattice(*arcs, batch, durations=(1, 2))
     stages.logits_grad(
         logits, batch, tile, scores.normalizer, *uses, loss_grad, blank=0, out=logits
     )

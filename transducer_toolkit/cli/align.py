@@ -44,19 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    try:
-        utterances = _utterances(args)
-        names = file_names([utterance.id for utterance in utterances])
-        recognizer = Recognizer.from_checkpoint(
-            args.checkpoint,
-            device=args.device,
-            trusted_packages=args.trust_package,
-        )
-        if args.output_dir is not None:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        print(f"transducer-align: {error}", file=sys.stderr)
-        return 1
+    utterances = _utterances(args)
+    names = file_names([utterance.id for utterance in utterances])
+    recognizer = Recognizer.from_checkpoint(
+        args.checkpoint,
+        device=args.device,
+        trusted_packages=args.trust_package,
+    )
+    if args.output_dir is not None:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
 
     from transducer_toolkit.data.audio import read_audio
     from transducer_toolkit.inference.aligner import align_text

@@ -107,7 +107,7 @@ def errors(name: str, arguments: Sequence[str], *, survives_pipe: bool = False) 
     except Exception as error:
         if shows_traces:
             raise
-        say(name, sentence(error))
+        say(name, sentence(error, name))
         raise Failure(1) from None
     finally:
         set_debugging(former)
@@ -131,11 +131,12 @@ def say(name: str, text: str) -> None:
     print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
-def sentence(error: BaseException) -> str:
+def sentence(error: BaseException, command: str = "") -> str:
     """Return the message of an error on one line, with the option or the extra that it is about.
 
     Args:
         error: any error.
+        command: name of the command.
 
     Example:
         >>> sentence(ValueError("beam:\\n  expected at least 1, got 0"))
@@ -157,8 +158,12 @@ def sentence(error: BaseException) -> str:
         extra = next((PLUGINS[name] for name in PLUGINS if str(missing).startswith(name)), None)
     if extra is not None:
         return f"{extra[1]} is not installed: pip install 'transducer_toolkit[{extra[0]}]'"
+    if type(error).__name__ == "UntrustedClassError":
+        return f"{error.text}, add {trust_option(command, error.packages)}"  # type: ignore[attr-defined]
     if type(error).__name__ == "MissingMandatoryValue" and key:
-        return f"{key[1]}: no value given; add {key[1]}=VALUE"
+        is_optional = key[1] == "data.corpus.val"
+        more = ", or null for a training without validation" if is_optional else ""
+        return f"{key[1]}: no value given; add {key[1]}=VALUE{more}"
     if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
         text = f"{os.fsdecode(cause.filename)}: {cause.strerror}"
     else:
@@ -172,6 +177,24 @@ def sentence(error: BaseException) -> str:
     if not is_plain and "HydraException" not in kinds and "OmegaConfBaseException" not in kinds:
         text = f"{type(cause).__name__}: {text} (--debug shows where)"
     return text
+
+
+def trust_option(command: str, packages: Sequence[str]) -> str:
+    """Return the option of a command that trusts packages, as a shell takes it.
+
+    Args:
+        command: name of the command.
+        packages: names of the packages.
+
+    Example:
+        >>> trust_option("transducer-evaluate", ["my_models", "more"])
+        "'trusted_packages=[my_models,more]'"
+        >>> trust_option("transducer-align", ["my_models"])
+        '--trust-package my_models'
+    """
+    if command == "transducer-evaluate":
+        return f"'trusted_packages=[{','.join(packages)}]'"
+    return " ".join(f"--trust-package {name}" for name in packages)
 
 
 class _LossyOutput(io.TextIOWrapper):

@@ -154,7 +154,7 @@ def _data(cfg: DictConfig, tokenizer: Tokenizer) -> TransducerDataModule:
     if not tests:
         raise ValueError(
             "data.corpus has no test set: give data.corpus.test=PATH, or several as "
-            "'+data.corpus.test.NAME=PATH'"
+            "data.corpus.test.NAME=PATH"
         )
     for name, path in tests.items():
         print(f"testing {name}: {path}")

@@ -36,20 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transducer_toolkit.export import export_for_sherpa
     from transducer_toolkit.inference.recognizer import Recognizer
 
-    try:
-        recognizer = Recognizer.from_checkpoint(
-            args.checkpoint, trusted_packages=args.trust_package
-        )
-        files = export_for_sherpa(
-            recognizer,
-            args.output,
-            streaming=args.streaming,
-            int8=args.int8,
-            **({} if args.chunk_frames is None else {"chunk_frames": args.chunk_frames}),
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"transducer-export: {error}", file=sys.stderr)
-        return 1
+    recognizer = Recognizer.from_checkpoint(args.checkpoint, trusted_packages=args.trust_package)
+    files = export_for_sherpa(
+        recognizer,
+        args.output,
+        streaming=args.streaming,
+        int8=args.int8,
+        **({} if args.chunk_frames is None else {"chunk_frames": args.chunk_frames}),
+    )
     for path in files:
         print(f"{path.stat().st_size:12,d}  {path}")
     if recognizer.max_symbols_per_frame > 1:

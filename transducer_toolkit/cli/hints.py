@@ -16,9 +16,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from transducer_toolkit.cli.component_arguments import (
+    CONFIG_MODULE,
+    argument_names,
+    groups,
+    target_of,
+)
 from transducer_toolkit.cli.removed_keys import REMOVED_KEYS
-
-CONFIG_MODULE = "transducer_toolkit.conf"
 
 
 def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
@@ -50,20 +54,20 @@ def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
 
 def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
     loader = GlobalHydra.instance().config_loader()
-    groups = {group: _options(loader, group) for group in _groups(loader)}
+    options = {group: _options(loader, group) for group in groups(loader)}
     hints, chosen, others = [], [], []
     for override in overrides:
         name, values = override.key_or_group, _values(override)
-        if name not in groups:
+        if name not in options:
             others.append(override)
             continue
         for value in values:
-            if value in groups[name]:
+            if value in options[name]:
                 chosen.append(f"{name}={value}")
-            elif near := _most_like(value, {option: option for option in groups[name]}):
+            elif near := _most_like(value, {option: option for option in options[name]}):
                 hints.append(_hint(f"{name}={value}", [f"{name}={option}" for option in near]))
     cfg = compose(config_name, overrides=chosen, return_hydra_config=True)
-    keys = [key for key in dict.fromkeys([*_keys(cfg), *groups]) if not key.endswith("_")]
+    keys = [key for key in dict.fromkeys([*_keys(cfg), *options]) if not key.endswith("_")]
     for override in others:
         name = override.key_or_group
         if name in REMOVED_KEYS:
@@ -71,10 +75,35 @@ def _compare(config_name: str, overrides: Sequence[Override]) -> list[str]:
             continue
         # An added key (+, ++) need not exist.
         if name not in keys and not override.is_add() and not override.is_force_add():
-            near = _nearest(name, keys)
-            if near:
+            if homes := _options_with(config_name, chosen, name, options):
+                hints.append(f"{name} is a key of {', '.join(homes)}")
+            elif near := _nearest(name, [*keys, *_arguments_beside(cfg, name)]):
                 hints.append(_hint(name, near))
     return hints
+
+
+def _options_with(
+    config_name: str, chosen: Sequence[str], key: str, options: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return the choices ``GROUP=OPTION`` of other options whose configs have a key."""
+    group = key.partition(".")[0]
+    others = [text for text in chosen if text.partition("=")[0] != group]
+    found = []
+    for option in options.get(group, []):
+        try:
+            cfg = compose(config_name, overrides=[*others, f"{group}={option}"])
+        except (HydraException, OmegaConfBaseException):
+            continue
+        if key in _keys(cfg):
+            found.append(f"{group}={option}")
+    return found
+
+
+def _arguments_beside(cfg: DictConfig, key: str) -> list[str]:
+    """Return the keys of all arguments of the component that a key belongs to."""
+    target = target_of(cfg, key)
+    parent = key.rpartition(".")[0]
+    return [f"{parent}.{name}" for name in argument_names(target)] if target else []
 
 
 def _nearest(name: str, keys: Sequence[str]) -> list[str]:
@@ -97,13 +126,6 @@ def _most_like(name: str, key_of: Mapping[str, str]) -> list[str]:
 
 def _hint(what: str, near: Sequence[str]) -> str:
     return f"{what}: did you mean {' or '.join(near)}?"
-
-
-def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
-    for name in loader.list_groups(parent):
-        group = f"{parent}/{name}" if parent else name
-        yield group
-        yield from _groups(loader, group)
 
 
 def _options(loader: ConfigLoader, group: str) -> list[str]:

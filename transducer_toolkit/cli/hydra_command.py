@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,12 @@ from transducer_toolkit.cli import console
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+# Hydra's options whose value may be the next argument.
+OPTIONS_WITH_VALUES = (
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp"),
+    *("--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun"),
+)
 
 
 def run(
@@ -44,14 +51,13 @@ def run(
         # Imported here, because a missing Hydra is an error of one sentence, too.
         import hydra
 
-        from transducer_toolkit.cli import path_overrides, run_folder
+        from transducer_toolkit.cli import component_arguments, path_overrides, run_folder
 
         run_folder.register()
 
         arguments = [argument for argument in arguments if argument != "--debug"]
-        # Hydra's parser takes no overrides after --multirun if there are some before it.
-        arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))
-        sys.argv[1:] = prepare(path_overrides.quoted(arguments))
+        arguments = prepare(path_overrides.quoted(_filled(arguments)))
+        sys.argv[1:] = _overrides_first(component_arguments.with_signs(config_name, arguments))
         job = _Job(name, config_name, function)
         main = hydra.main(
             version_base="1.3",
@@ -64,12 +70,58 @@ def run(
         except Exception as error:
             if job.shows_traces or job.has_started:
                 raise
-            console.say(name, console.sentence(error))
             from transducer_toolkit.cli.hints import find_hints
 
-            for hint in find_hints(config_name, sys.argv[1:]):
+            hints = find_hints(config_name, sys.argv[1:])
+            text = console.sentence(error, name)
+            if text.startswith("hydra.") and (value := _interpolated_name(sys.argv[1:])):
+                text = (
+                    f"{value}: {text.partition(': ')[2]}; the name of a run can have no ${{ but "
+                    "that of an interpolation of Hydra, such as ${seed}"
+                )
+            # Hydra advises to add the key, also where no component would take it.
+            if hints and not re.search(r"'(callbacks|logger)\.", text):
+                text = text.partition(" To append to your config")[0]
+            console.say(name, text)
+            for hint in hints:
                 print(hint, file=sys.stderr)
             raise console.Failure(1) from None
+
+
+def _interpolated_name(arguments: list[str]) -> str | None:
+    """Return the argument that sets the name of the run, if it has an interpolation."""
+    given = [text for text in arguments if text.startswith("name=") and "${" in text]
+    return given[-1] if given else None
+
+
+def _filled(arguments: list[str]) -> list[str]:
+    """Return arguments; raise a ValueError if one is empty."""
+    for position, argument in enumerate(arguments):
+        if not argument.strip():
+            before = f"after {arguments[position - 1]!r} " if position else ""
+            raise ValueError(
+                f"argument {position + 1} {before}is empty; remove it, or set the variable of the "
+                "shell that it comes from"
+            )
+    return arguments
+
+
+def _overrides_first(arguments: list[str]) -> list[str]:
+    """Return arguments with Hydra's options at the end: its parser takes one block of overrides.
+
+    Example:
+        >>> _overrides_first(["a=1", "--cfg", "job", "-m", "b=2"])
+        ['a=1', 'b=2', '--cfg', 'job', '-m']
+    """
+    overrides: list[str] = []
+    options: list[str] = []
+    for argument in arguments:
+        is_value = bool(options) and options[-1] in OPTIONS_WITH_VALUES
+        if argument.startswith("-") or (is_value and "=" not in argument):
+            options.append(argument)
+        else:
+            overrides.append(argument)
+    return [*overrides, *options]
 
 
 class _Job:
@@ -88,7 +140,7 @@ class _Job:
             except Exception as error:
                 if self.shows_traces or isinstance(error, BrokenPipeError):
                     raise
-                _fail(name, console.sentence(error))
+                _fail(name, console.sentence(error, name))
 
         # Hydra names the job and its log after this module, which is __main__ with python -m.
         task.__module__ = f"transducer_toolkit.cli.{config_name}"

@@ -19,7 +19,8 @@ transducer-train: train a transducer, validate it, and test the best checkpoint.
 
   transducer-train [GROUP=OPTION ...] [KEY=VALUE ...]
 
-Groups, with one option each (~experiment for none)
+Groups, with one option each. The default experiment is digits for data=digits, none for other data;
+~experiment removes it.
 
 {groups}
 
@@ -29,9 +30,9 @@ Frequent keys
   data.max_utterances=64        maximum utterances of a batch
   data.num_workers=4            processes that read and augment data
   optimizer.lr=1e-3             peak learning rate
-  trainer.max_epochs=10         or +trainer.max_steps=100_000
+  trainer.max_epochs=10         or trainer.max_steps=100_000, of any number of epochs
   trainer.devices=8             GPUs, with trainer=ddp; trainer.num_nodes=N
-  +trainer.precision=bf16-mixed or 16-mixed
+  trainer.precision=bf16-mixed  or 16-mixed; any argument of lightning.Trainer
   ckpt_path=auto                resume in this run's folder; last: from the newest run; or a path
   init_from=PATH                start with the weights of a checkpoint trained with any loss
   data/tokenizer=checkpoint     with init_from: keep the symbols of the checkpoint
@@ -41,7 +42,7 @@ Frequent keys
 Examples
 
   transducer-train
-  transducer-train ~experiment data=manifest data.corpus.train=train.jsonl data.corpus.val=dev.jsonl
+  transducer-train data=manifest data.corpus.train=train.jsonl data.corpus.val=dev.jsonl
   transducer-train loss=pruned trainer.max_epochs=3 name=pruned
   transducer-train ckpt_path=last
   transducer-train --multirun seed=1,2,3
@@ -53,7 +54,7 @@ Check before a run
 
   transducer-train ... --cfg job        print the whole config
   transducer-train ... --info defaults  print the files that it comes from
-  transducer-train ... +trainer.fast_dev_run=true   run one batch of each stage
+  transducer-train ... trainer.fast_dev_run=true    run one batch of each stage
   transducer-train --hydra-help         print Hydra's own options
 """,
     "evaluate": """\
@@ -114,7 +115,7 @@ def text(config_name: str, arguments: Sequence[str]) -> str:
         >>> "\\nsearch: greedy, modified_beam\\n" in text("evaluate", [])
         True
     """
-    groups = _groups(config_name, [Path(str(files(CONFIGS))), *_config_dirs(arguments)])
+    groups = _groups(config_name, [Path(str(files(CONFIGS))), *config_dirs(arguments)])
     listing = "\n".join(f"{group}: {', '.join(options)}" for group, options in groups.items())
     return TEXTS[config_name].format(groups=listing) + COMMON
 
@@ -149,7 +150,7 @@ def _options(folder: Path, group: str = "") -> Iterator[tuple[str, str]]:
             yield group, entry.name.removesuffix(".yaml")
 
 
-def _config_dirs(arguments: Sequence[str]) -> Iterator[Path]:
+def config_dirs(arguments: Sequence[str]) -> Iterator[Path]:
     for name in ("--config-dir", "-cd"):
         for index, argument in enumerate(arguments):
             if argument == name and index + 1 < len(arguments):

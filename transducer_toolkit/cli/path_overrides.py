@@ -32,7 +32,8 @@ def quoted(arguments: Sequence[str]) -> list[str]:
         The arguments, with values in quotes.
 
     Raises:
-        ValueError: an override is not of Hydra's grammar and its key is not one of a path.
+        ValueError: an override is not of Hydra's grammar and its key is not one of a path; or
+            a path is empty.
 
     Example:
         >>> quoted(["checkpoint=step=8.ckpt", "name=2024", "seed=3", "ckpt_path=null"])
@@ -50,23 +51,28 @@ def _quoted(argument: str, is_sweep: bool) -> str:
     if not equals or key.startswith("~") or value == "null":
         return argument
     override = _parse(argument)
+    is_path = PATH_KEYS.fullmatch(key.lstrip("+").partition("@")[0]) is not None
+    if is_path and not value:
+        raise ValueError(
+            f"{argument} has no value: expected a path or a name; remove the argument, or set the "
+            "variable of the shell that it comes from"
+        )
     is_same = override is not None and override.value() == value
     if is_same and not ("${" in value and os.path.exists(value)):
         return argument
-    is_path = PATH_KEYS.fullmatch(key.lstrip("+").partition("@")[0]) is not None
     is_number = override is not None and isinstance(override.value(), (bool, int, float))
     if os.path.exists(value) and (is_path or not is_number):
-        return f"{key}={_literal(value)}"
+        return f"{key}={literal(value)}"
     if is_path and is_sweep and (override is None or override.is_sweep_override()):
         parts = value.split(",")
         if override is None and all(map(os.path.exists, parts)):
-            return f"{key}={','.join(map(_literal, parts))}"
+            return f"{key}={','.join(map(literal, parts))}"
     elif is_path and (override is None or is_number or override.is_sweep_override()):
-        return f"{key}={_literal(value)}"
+        return f"{key}={literal(value)}"
     if override is None:
         raise ValueError(
             f"{argument}: {value!r} is no value of Hydra's grammar; write a text in quotes, "
-            f"{key}={_literal(value)} (and all of it in quotes for the shell)"
+            f"{key}={literal(value)} (and all of it in quotes for the shell)"
         )
     return argument
 
@@ -78,7 +84,7 @@ def _parse(argument: str) -> Override | None:
         return None
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Return a text in quotes, without interpolations."""
     escaped = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
     return QuotedString(text=escaped, quote=Quote.single).with_quotes()

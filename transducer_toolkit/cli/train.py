@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transducer_toolkit.cli import hydra_command, last_line
+from transducer_toolkit.cli.console import trust_option
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -28,7 +29,34 @@ VALIDATION_METRICS = ("val/wer", "val/cer", "val/loss")
 @last_line.printed_at_the_end
 def main() -> None:
     """Entry point."""
-    hydra_command.run("train", train)
+    hydra_command.run("train", train, prepare=_fit_defaults)
+
+
+def _fit_defaults(arguments: list[str]) -> list[str]:
+    """Remove defaults that contradict the arguments of the command line.
+
+    The default experiment is the recipe of the digits, so other data run without it. A number of
+    steps replaces the default number of epochs.
+
+    Raises:
+        ValueError: a sweep has the digits and other data, but names no experiment.
+    """
+    from transducer_toolkit.cli.component_arguments import has_own_config
+
+    given = {text.lstrip("+~").partition("=")[0]: text.partition("=")[2] for text in arguments}
+    more = []
+    if "data" in given and "experiment" not in given and not has_own_config(arguments):
+        options = set(given["data"].split(","))
+        if "digits" in options and len(options) > 1:
+            raise ValueError(
+                f"data={given['data']}: the default experiment is for data=digits alone; name one "
+                "(experiment=digits) or none (~experiment)"
+            )
+        if options != {"digits"}:
+            more.append("~experiment")
+    if given.get("trainer.max_steps", "-1") not in ("-1", "null", ""):
+        more += ["trainer.max_epochs=-1"] if "trainer.max_epochs" not in given else []
+    return [*arguments, *more]
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -45,6 +73,7 @@ def train(cfg: DictConfig) -> float | None:
     import torch
     from hydra.utils import instantiate
     from lightning import seed_everything
+    from omegaconf import OmegaConf
 
     from transducer_toolkit.cli import changes, resume
     from transducer_toolkit.cli.output import quiet_lightning
@@ -92,6 +121,12 @@ def train(cfg: DictConfig) -> float | None:
     if cfg.init_from is not None and ckpt_path is None:
         start_from(module, cfg.init_from)
 
+    if not datamodule.validates:
+        logger.info(
+            "data.corpus.val is null: no validation, so there is no best checkpoint and the last "
+            "weights are tested"
+        )
+        OmegaConf.update(cfg, "trainer.limit_val_batches", 0, force_add=True)
     clock = StepClock()
     averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
     trainer = instantiate(
@@ -102,6 +137,14 @@ def train(cfg: DictConfig) -> float | None:
     )
     _refuse_processes_in_sweep(trainer)
     _log_options(trainer, config)
+    epochs, steps = cfg.trainer.get("max_epochs"), cfg.trainer.get("max_steps")
+    if epochs not in (None, -1) and steps not in (None, -1):
+        logger.info(
+            "the training ends after %d epochs (trainer.max_epochs) or %d steps "
+            "(trainer.max_steps), whichever come first",
+            epochs,
+            steps,
+        )
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
@@ -124,8 +167,8 @@ def train(cfg: DictConfig) -> float | None:
             "best_validation_score": best,
             "optimizer_steps": trainer.global_step,
             "optimizer_steps_of_this_run": clock.num_steps,
-            "seconds_per_step": round(clock.seconds_per_step, 4),
-            "loss_part_of_step": round(clock.loss_part, 4),
+            "seconds_per_step": _rounded(clock.seconds_per_step),
+            "loss_part_of_step": _rounded(clock.loss_part),
             "peak_memory_mib": round(clock.peak_memory_mib, 1),
             "training_s": round(clock.total_s, 1),
             "training_s_of_this_run": round(clock.training_s, 1),
@@ -303,6 +346,7 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
         print_word_errors,
         write_transcripts,
     )
+    from transducer_toolkit.inference.trust import needed_packages
 
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -321,7 +365,9 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
         )
         print_unwritable(module.test_transcripts, module.tokenizer, module.normalize)
     steps, seconds = report["optimizer_steps_of_this_run"], report["training_s_of_this_run"]
-    line = f"{steps} steps in {seconds:.0f} s, {1000 * report['seconds_per_step']:.0f} ms a step"
+    line = f"{steps} steps in {seconds:.0f} s"
+    if report["seconds_per_step"] is not None:  # else there were too few steps to measure one
+        line += f", {1000 * report['seconds_per_step']:.0f} ms a step"
     if steps != report["optimizer_steps"]:
         line += f"; {report['optimizer_steps']} steps in {report['training_s']:.0f} s in all"
     print(line)
@@ -340,7 +386,14 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
     checkpoint = found.get("best") or found.get("last")
     if checkpoint is not None:
         shown = shlex.quote(str(_relative(checkpoint)))
-        print(f"\ntry it:  transducer-transcribe --checkpoint {shown} FILE.wav")
+        options = ["--checkpoint", shown]
+        if packages := needed_packages((module.recipe or {}).get("model")):
+            options.append(trust_option("transducer-transcribe", packages))
+        print(f"\ntry it:  transducer-transcribe {' '.join(options)} FILE.wav")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _how_to_go_on(trainer: Trainer, ckpt_path: str | None) -> str | None:

@@ -54,19 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.num_threads)
     duration_s = 0.0
     with ExitStack() as stack:
-        try:
-            files = find_audio(args.files)
-            write = _open_output(args, files, stack)
-            recognizer = Recognizer.from_checkpoint(
-                args.checkpoint,
-                device=args.device,
-                trusted_packages=args.trust_package,
-                search=_search(args),
-            )
-        except (OSError, ValueError) as error:
-            print(f"transducer-transcribe: {error}", file=sys.stderr)
-            return 1
-
+        files = find_audio(args.files)
+        write = _open_output(args, files, stack)
+        recognizer = Recognizer.from_checkpoint(
+            args.checkpoint,
+            device=args.device,
+            trusted_packages=args.trust_package,
+            search=_search(args),
+        )
         started_s = time.perf_counter()
         progress = stack.enter_context(_progress_bar(list(files)))
         try:

@@ -186,7 +186,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.made_tokenizer()
         if stage in (None, "fit"):
             self._read_feasible("train", manifests.path("train"))
-        if stage in (None, "fit", "validate"):
+        if stage in (None, "fit", "validate") and self.validates:
             self._read_feasible("val", manifests.path("val"))
         if stage in (None, "test"):
             for name, path in manifests.test.items():
@@ -194,6 +194,11 @@ class TransducerDataModule(lightning.LightningDataModule):
                     utterances = self._read(path)
                     _check_not_empty(name, path, utterances)
                     self._utterances[f"test/{name}"] = utterances
+
+    @property
+    def validates(self) -> bool:
+        """Whether the corpus has a manifest for validation."""
+        return self.corpus.manifests().val is not None
 
     @property
     def test_names(self) -> list[str]:

@@ -13,6 +13,7 @@ from transducer_toolkit.decoding.beam_search import (
     ModifiedBeamSearch,
 )
 from transducer_toolkit.decoding.greedy import GreedySearch, GreedyState, greedy_search
+from transducer_toolkit.decoding.narrow import NarrowLattice, narrow_lattice
 from transducer_toolkit.decoding.posteriors import (
     LatticePosteriors,
     lattice_occupancy,
@@ -31,6 +32,7 @@ __all__ = [
     "LanguageModel",
     "LatticePosteriors",
     "ModifiedBeamSearch",
+    "NarrowLattice",
     "NonFiniteScoresError",
     "Search",
     "align",
@@ -39,4 +41,5 @@ __all__ = [
     "lattice_occupancy",
     "lattice_posteriors",
     "lattice_scores",
+    "narrow_lattice",
 ]

@@ -58,7 +58,7 @@ def check_lattice(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: i
     for name, tensor in (("logits", logits), ("targets", targets)):
         if tensor.device.type == "meta":
             raise ValueError(f"{name}: expected a tensor with data, got one on device meta")
-    checks.check_labels(targets, shape.target_lengths, blank=None, vocab_size=logits.size(1))
+    checks.check_labels(targets, shape.target_lengths, blanks=range(0), vocab_size=logits.size(1))
 
 
 def best_path(

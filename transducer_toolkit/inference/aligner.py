@@ -15,10 +15,10 @@ from transducer_toolkit.decoding import (
     NonFiniteScoresError,
     align,
     lattice_posteriors,
+    narrow_lattice,
 )
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.words import encoder_frame_s, word_spans
-from transducer_toolkit.ops.lattice import LatticeShape
 from transducer_toolkit.ops.topology import get_topology, is_feasible
 
 
@@ -133,12 +133,13 @@ def align_text(
             f"the audio is too short for its text: {num_frames} encoder frames cannot emit "
             f"{len(tokens)} symbols in the topology {topology!r}"
         )
-    shape = LatticeShape.from_lengths(encoder_lengths, [len(tokens)])
-    logits = model.joiner(encoder_out, predictor_out, shape).float()
-    if not bool(logits.amax(-1).isfinite().all()):
+    lattice = narrow_lattice(
+        model.joiner, encoder_out, predictor_out, targets, model.blank, vocab_size=model.vocab_size
+    )
+    if not bool(lattice.logits.isfinite().all()):
         raise NonFiniteScoresError([0], names=[repr(text)])
-    path = align(logits, targets, shape, model.blank, topology=topology)[0]
-    posteriors = lattice_posteriors(logits, targets, shape, model.blank, topology=topology)
+    path = align(*lattice.arguments(), topology=topology)[0]
+    posteriors = lattice_posteriors(*lattice.arguments(), topology=topology)
     of_labels = posteriors.labels[0].cpu()  # (T, U)
     expected = posteriors.expected_frames()[0].tolist()
 

@@ -6,12 +6,36 @@ from __future__ import annotations
 import os
 import pkgutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-__all__ = ["TRUSTED_PACKAGES", "all_trusted", "check_archive", "check_model_config"]
+__all__ = [
+    "TRUSTED_PACKAGES",
+    "UntrustedClassError",
+    "all_trusted",
+    "check_archive",
+    "check_model_config",
+    "needed_packages",
+]
 
 TRUSTED_PACKAGES = ("transducer_toolkit.modules",)
+
+
+class UntrustedClassError(ValueError):
+    """A checkpoint names a class of a package that is not trusted.
+
+    Args:
+        text: what the checkpoint names.
+        packages: the packages to trust, besides :data:`TRUSTED_PACKAGES`, if the class is trusted.
+
+    Attributes:
+        text: as given.
+        packages: as given.
+    """
+
+    def __init__(self, text: str, packages: Sequence[str]) -> None:
+        self.text, self.packages = text, list(packages)
+        super().__init__(f"{text}, pass trusted_packages={self.packages}")
 
 
 def all_trusted(more: Sequence[str]) -> tuple[str, ...]:
@@ -76,8 +100,8 @@ def check_model_config(
         path: path of the checkpoint, for the message.
 
     Raises:
-        ValueError: the config has an untrusted target, an interpolation or a value that is not
-            plain.
+        UntrustedClassError: the config has an untrusted target.
+        ValueError: the config has an interpolation or a value that is not plain.
 
     Example:
         >>> target = "transducer_toolkit.modules.encoder.ConvLstmEncoder"
@@ -85,7 +109,7 @@ def check_model_config(
         >>> check_model_config({"_target_": "os.system"}, TRUSTED_PACKAGES, "a.ckpt")
         Traceback (most recent call last):
         ...
-        ValueError: a.ckpt wants to instantiate os.system, which is not of the trusted packages ...
+        transducer_toolkit.inference.trust.UntrustedClassError: a.ckpt wants to instantiate ...
     """
     # Exact types: a subclass could behave in any way.
     if type(config) is dict:
@@ -116,6 +140,7 @@ def _check_target(
             name == package or name.startswith(package + ".") for package in trusted_packages
         )
 
+    defined_in = None
     # Check the name first, because looking a target up imports it. Then check where it is defined,
     # because a trusted module may import untrusted functions (trusted.module.os.system).
     if is_trusted(target):
@@ -123,9 +148,36 @@ def _check_target(
             defined_in = getattr(pkgutil.resolve_name(target), "__module__", None)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} wants to instantiate {target}: {error}") from error
+    if not isinstance(target, str):
+        raise ValueError(f"{path} wants to instantiate {target}: expected the name of a class")
     if not is_trusted(target) or not is_trusted(defined_in):
-        raise ValueError(
+        own = [name for name in trusted_packages if not name.startswith("transducer_toolkit.")]
+        source = defined_in if is_trusted(target) else target
+        package = str(source).partition(".")[0]
+        raise UntrustedClassError(
             f"{path} wants to instantiate {target}, which is not of the trusted packages "
-            f"{list(trusted_packages)}; if you trust the file and the class, pass its package in "
-            "trusted_packages (--trust-package on the command line)"
+            f"{list(trusted_packages)}; if you trust the file and the class",
+            [*own, package],
         )
+
+
+def needed_packages(config: Any) -> list[str]:
+    """Return the packages that must be trusted, besides this one's, to restore a model.
+
+    Args:
+        config: model config in plain values.
+
+    Example:
+        >>> needed_packages({"_target_": "my_models.Model", "encoder": {"_target_": "my_models.E"}})
+        ['my_models']
+    """
+    if isinstance(config, Mapping):
+        target = config.get("_target_")
+        is_own = str(target).startswith(tuple(f"{name}." for name in TRUSTED_PACKAGES))
+        own = [] if target is None or is_own else [str(target).partition(".")[0]]
+        found = [*own, *(name for value in config.values() for name in needed_packages(value))]
+    elif isinstance(config, list | tuple):
+        found = [name for value in config for name in needed_packages(value)]
+    else:
+        found = []
+    return list(dict.fromkeys(found))

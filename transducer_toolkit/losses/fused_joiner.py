@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -45,6 +46,9 @@ def fused_joiner_loss(
     activation: str = "tanh",
     ranges: Tensor | None = None,
     topology: str = "regular",
+    durations: Sequence[int] = (),
+    big_blank_durations: Sequence[int] = (),
+    sigma: float = 0.0,
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -73,6 +77,9 @@ def fused_joiner_loss(
     activation: str = "tanh",
     ranges: Tensor | None = None,
     topology: str = "regular",
+    durations: Sequence[int] = (),
+    big_blank_durations: Sequence[int] = (),
+    sigma: float = 0.0,
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -101,6 +108,9 @@ def fused_joiner_loss(
     activation: str = "tanh",
     ranges: Tensor | None = None,
     topology: str = "regular",
+    durations: Sequence[int] = (),
+    big_blank_durations: Sequence[int] = (),
+    sigma: float = 0.0,
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -128,6 +138,9 @@ def fused_joiner_loss(
     activation: str = "tanh",
     ranges: Tensor | None = None,
     topology: str = "regular",
+    durations: Sequence[int] = (),
+    big_blank_durations: Sequence[int] = (),
+    sigma: float = 0.0,
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -168,8 +181,9 @@ def fused_joiner_loss(
             bias, as it casts the inputs of a matrix product.
         pred: (B, U + 1, D) predictor outputs in joiner width, dtype (after autocast) and device of
             enc.
-        weight: (V, D) of the output layer, dtype of enc, or float32 with 16-bit enc.
-        bias: (V,) of the output layer, dtype as weight, or None.
+        weight: (V, D) of the output layer, dtype of enc, or float32 with 16-bit enc. With
+            `durations`, (V + K, D): the last K rows give the logits of the durations.
+        bias: (V,) or (V + K,) of the output layer, dtype as weight, or None.
         targets: (B, U) int32 or int64 labels in [0, V) other than blank. Padding may hold any
             value.
         logit_lengths: (B,) int32 or int64, the number of frames T_b >= 1 of each utterance,
@@ -183,6 +197,11 @@ def fused_joiner_loss(
             cells exist.
         topology: "regular", "modified", "constrained" or "one_sym_per_frame", as in
             :func:`~transducer_toolkit.transducer_loss`.
+        durations: of a token-and-duration transducer, as in :func:`~transducer_toolkit.tdt_loss`;
+            empty for another one.
+        big_blank_durations: of a multi-blank transducer, as in
+            :func:`~transducer_toolkit.multi_blank_loss`; empty for another one.
+        sigma: as in these two; without them it must be 0.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`.
         delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
@@ -240,6 +259,9 @@ def fused_joiner_loss(
     options = FusedOptions(
         blank=blank,
         topology=topology,
+        durations=durations,  # type: ignore[arg-type]
+        big_blank_durations=big_blank_durations,  # type: ignore[arg-type]
+        sigma=sigma,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
         clamp=clamp,
@@ -259,7 +281,7 @@ def fused_joiner_loss(
             "the compiled function"
         )
     joint = *_autocast(enc, pred, weight, bias), targets
-    _check_inputs(FusedInputs(*joint, logit_lengths, target_lengths, ranges), blank)
+    _check_inputs(FusedInputs(*joint, logit_lengths, target_lengths, ranges), options)
     check_shape(shape, targets.size(0))
     if shape is None:
         checks.check_lengths_fit(  # before they decide any size
@@ -297,6 +319,9 @@ class FusedJoinerLoss(nn.Module):
         *,
         activation: str = "tanh",
         topology: str = "regular",
+        durations: Sequence[int] = (),
+        big_blank_durations: Sequence[int] = (),
+        sigma: float = 0.0,
         reduction: str = "mean",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
@@ -313,6 +338,9 @@ class FusedJoinerLoss(nn.Module):
         FusedOptions(
             blank=blank,
             topology=topology,
+            durations=durations,  # type: ignore[arg-type]
+            big_blank_durations=big_blank_durations,  # type: ignore[arg-type]
+            sigma=sigma,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
             clamp=clamp,
@@ -325,6 +353,9 @@ class FusedJoinerLoss(nn.Module):
             "blank": blank,
             "activation": activation,
             "topology": topology,
+            "durations": durations,
+            "big_blank_durations": big_blank_durations,
+            "sigma": sigma,
             "reduction": reduction,
             "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty,
@@ -387,7 +418,7 @@ def _autocast(
     )
 
 
-def _check_inputs(inputs: FusedInputs, blank: int) -> None:
+def _check_inputs(inputs: FusedInputs, options: FusedOptions) -> None:
     enc, pred, weight, bias, targets, logit_lengths, target_lengths, ranges, _ = inputs
     checks.check_joint(enc, pred)
     checks.check_output_layer(weight, bias, enc)
@@ -401,7 +432,7 @@ def _check_inputs(inputs: FusedInputs, blank: int) -> None:
             f"pred: expected shape ({targets.size(0)}, {targets.size(1) + 1}, D), B and U + 1 from "
             f"targets {tuple(targets.shape)}, got {tuple(pred.shape)}"
         )
-    checks.check_blank(blank, weight.size(0))
+    checks.check_blank(options.blank, options.vocab_size(weight.size(0)))
     checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
     native.require_supported_device(enc.device)
     checks.refuse_forward_mode(enc, pred, weight, bias)

@@ -116,7 +116,6 @@ def transducer_loss(
         J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019.
     """
     checks.check_reduction(reduction)
-    _check_arguments(logits, targets, logit_lengths, target_lengths, blank)
     options = LossOptions(
         blank=blank,
         topology=_topology(topology, one_sym_per_frame),
@@ -126,6 +125,7 @@ def transducer_loss(
         clamp=clamp,
         validate=validate,
     )
+    check_logits(logits, targets, logit_lengths, target_lengths, options)
     checks.check_flag(inplace, "inplace")
     check_shape(shape, targets.size(0))
     lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
@@ -207,9 +207,14 @@ def _topology(topology: str, one_sym_per_frame: bool) -> str:
     return "one_sym_per_frame"
 
 
-def _check_arguments(
-    logits: Tensor, targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor, blank: int
+def check_logits(
+    logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    options: LossOptions,
 ) -> None:
+    """Checks types, dtypes, devices and shapes of a loss's tensors, and blank."""
     checks.check_tensor(logits, "logits")
     checks.check_dtype(logits, "logits", native.SUPPORTED_DTYPES)
     if logits.dim() not in (2, 4):
@@ -225,4 +230,4 @@ def _check_arguments(
                 f"logits: expected shape ({targets.size(0)}, T, {targets.size(1) + 1}, V), B and "
                 f"U + 1 from targets {tuple(targets.shape)}, got {tuple(logits.shape)}"
             )
-    checks.check_blank(blank, logits.size(-1))
+    checks.check_blank(options.blank, options.vocab_size(logits.size(-1)))

@@ -9,13 +9,18 @@ differentiable by autograd. It is practical for a few hundred frames. Use float6
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from transducer_toolkit.ops.checks import reduce_losses
-from transducer_toolkit.ops.topology import TOPOLOGIES
+from transducer_toolkit.ops.topology import (
+    TOPOLOGIES,
+    Topology,
+    multi_blank_topology,
+    tdt_topology,
+)
 
 # An arc of the lattice: the kind of score it uses, and the cell it leaves.
 Arc = tuple[str, int, int]
@@ -226,4 +231,159 @@ def reference_loss(
         cells = logits[b, :num_frames, : num_targets + 1]
         log_probs = cells if from_log_softmax else cells.log_softmax(-1)
         losses.append(one(log_probs, targets[b, :num_targets], blank, topology, delay_penalty))
+    return reduce_losses(torch.stack(losses), reduction)
+
+
+# --- arcs that advance several frames -------------------------------------------------------------
+
+# An arc: the kind of score it uses, the cell it leaves, and the index of its duration.
+DurationArc = tuple[str, int, int, int]
+
+
+def _next_cells(
+    topology: Topology, cell: tuple[int, int], size: tuple[int, int]
+) -> Iterator[tuple[DurationArc, tuple[int, int]]]:
+    """Yields the arcs that leave a cell (t, u), each with the cell to which it leads.
+
+    The end of a path is cell (T, U); size = (T, U).
+    """
+    (t, u), (num_frames, num_targets) = cell, size
+    for k, frames in enumerate(topology.blank_durations):
+        if t + frames < num_frames or (t + frames, u) == size:
+            yield ("blank", t, u, k), (t + frames, u)
+    if u < num_targets:
+        for k, frames in enumerate(topology.label_durations):
+            if t + frames < num_frames:
+                yield ("label", t, u, k), (t + frames, u + 1)
+
+
+def duration_paths(
+    num_frames: int, num_targets: int, topology: Topology
+) -> Iterator[list[DurationArc]]:
+    """Yields every path through a lattice as a list of ("blank" | "label", t, u, k).
+
+    Args:
+        num_frames: T >= 1.
+        num_targets: U >= 0.
+        topology: of a TDT or multi-blank transducer; k counts its durations.
+
+    Example:
+        >>> from transducer_toolkit.ops.topology import tdt_topology
+        >>> len(list(duration_paths(3, 1, tdt_topology((0, 1, 2)))))
+        11
+    """
+    size = num_frames, num_targets
+
+    def extend(cell: tuple[int, int]) -> Iterator[list[DurationArc]]:
+        if cell == size:
+            yield []
+            return
+        for arc, after in _next_cells(topology, cell, size):
+            for rest in extend(after):
+                yield [arc, *rest]
+
+    return extend((0, 0))
+
+
+def duration_loss(
+    blank_scores: Tensor, label_scores: Tensor, topology: Topology, *, enumerate_paths: bool
+) -> Tensor:
+    """Computes -log of the sum over all paths of one utterance. It is differentiable.
+
+    Args:
+        blank_scores: (T, U + 1, number of blank durations).
+        label_scores: (T, U + 1, number of label durations); the last column is not used.
+        topology: as in :func:`duration_paths`.
+        enumerate_paths: sum over :func:`duration_paths` instead of the forward recursion.
+
+    Returns:
+        A scalar in nats; +inf if there is no path.
+    """
+    scores = {"blank": blank_scores, "label": label_scores}
+    size = blank_scores.size(0), blank_scores.size(1) - 1
+    if enumerate_paths:
+        terms = [
+            torch.stack([scores[kind][t, u, k] for kind, t, u, k in path]).sum()
+            for path in duration_paths(*size, topology)
+        ]
+        return -_log_sum_exp(terms, blank_scores)
+    arriving: dict[tuple[int, int], list[Tensor]] = {(0, 0): [blank_scores.new_zeros(())]}
+    for t in range(size[0]):
+        for u in range(size[1] + 1):
+            if (t, u) in arriving:
+                alpha = _log_sum_exp(arriving[t, u], blank_scores)
+                for (kind, *_, k), after in _next_cells(topology, (t, u), size):
+                    arriving.setdefault(after, []).append(alpha + scores[kind][t, u, k])
+    return -_log_sum_exp(arriving.get(size, []), blank_scores)
+
+
+def _log_sum_exp(terms: list[Tensor], like: Tensor) -> Tensor:
+    # Without terms of -inf, because the gradient of logsumexp is NaN if all terms are -inf.
+    terms = [term for term in terms if term != float("-inf")]
+    if not terms:
+        return like.new_full((), float("-inf"))
+    return torch.logsumexp(torch.stack(terms), 0)
+
+
+def reference_duration_loss(
+    logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    *,
+    durations: Sequence[int] = (),
+    big_blank_durations: Sequence[int] = (),
+    sigma: float = 0.0,
+    delay_penalty: float = 0.0,
+    reduction: str = "mean",
+    enumerate_paths: bool = False,
+) -> Tensor:
+    """Computes the TDT loss or the multi-blank loss of padded logits in plain torch.
+
+    Args:
+        logits: (B, T, U + 1, V + K), or (B, T, U + 1, V) with big blanks; use float64.
+        targets: (B, U) integer labels.
+        logit_lengths: (B,) integer, number of frames of each utterance.
+        target_lengths: (B,) integer, number of labels of each utterance.
+        blank: index of blank.
+        durations: as in :func:`~transducer_toolkit.tdt_loss`.
+        big_blank_durations: as in :func:`~transducer_toolkit.multi_blank_loss`; one of the two.
+        sigma: as there.
+        delay_penalty: as there.
+        reduction: "none", "mean" or "sum".
+        enumerate_paths: enumerate all paths instead of the recursion.
+
+    Returns:
+        The loss in nats, (B,) for "none" and a scalar otherwise.
+
+    Example:
+        >>> one = torch.tensor([1])
+        >>> reference_duration_loss(
+        ...     torch.zeros(1, 3, 2, 7), torch.tensor([[0]]), 3 * one, one, 3, durations=(0, 1, 2)
+        ... )
+        tensor(4.0452)
+    """
+    losses = []
+    for b in range(targets.size(0)):
+        num_frames, num_targets = int(logit_lengths[b]), int(target_lengths[b])
+        cells = logits[b, :num_frames, : num_targets + 1]
+        num_symbols = cells.size(-1) - len(durations)
+        log_probs = cells[..., :num_symbols].log_softmax(-1) - sigma
+        index = targets[b, :num_targets].long().expand(num_frames, -1).unsqueeze(-1)
+        label = log_probs[:, :num_targets].gather(2, index)
+        label = torch.cat([label, label.new_zeros(num_frames, 1, 1)], 1)
+        frames = torch.arange(num_frames, dtype=cells.dtype, device=cells.device)
+        label = label + delay_penalty * ((num_frames - 1) / 2 - frames)[:, None, None]
+        if durations:
+            topology = tdt_topology(tuple(durations))
+            of_duration = cells[..., num_symbols:].log_softmax(-1)
+            num_zero = len(durations) - len(topology.blank_durations)
+            blank_scores = log_probs[..., blank, None] + of_duration[..., num_zero:]
+            label = label + of_duration
+        else:
+            topology = multi_blank_topology(tuple(big_blank_durations))
+            blanks = [blank, *(blank - 1 - i for i in range(len(big_blank_durations)))]
+            blank_scores = log_probs[..., blanks]
+        losses.append(duration_loss(blank_scores, label, topology, enumerate_paths=enumerate_paths))
     return reduce_losses(torch.stack(losses), reduction)

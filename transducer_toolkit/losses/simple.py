@@ -58,7 +58,8 @@ def rnnt_loss_simple(
         lm: (B, S + 1, V), predictor (language model) part of the unnormalized log-probabilities;
             float16, bfloat16, float32 or float64. 16-bit inputs are computed in float32. -inf means
             probability zero.
-        am: (B, T, V), encoder (acoustic model) part; same dtype and device.
+        am: (B, T, V), encoder (acoustic model) part; same dtype and device. Under autocast, the
+            dtypes may differ; the wider one is used.
         symbols: (B, S) int32 or int64 in [0, V), on the device of am.
         termination_symbol: the blank, in [0, V).
         boundary: (B, 4) int32 or int64 rows ``[s_begin, t_begin, s_end, t_end]``, on the CPU or
@@ -104,7 +105,7 @@ def rnnt_loss_simple(
         penalty: W. Kang et al., "Delay-penalized transducer for low-latency streaming ASR", 2022.
     """
     options = SimpleOptions(termination_symbol, rnnt_type, delay_penalty=delay_penalty)
-    inputs = SimpleInputs(lm, am, symbols, boundary)
+    inputs = _inputs(lm, am, symbols, boundary)
     return _loss(inputs, options, reduction=reduction, return_grad=return_grad)
 
 
@@ -169,7 +170,7 @@ def rnnt_loss_smoothed(
     options = SimpleOptions(
         termination_symbol, rnnt_type, lm_only_scale, am_only_scale, delay_penalty
     )
-    inputs = SimpleInputs(lm, am, symbols, boundary)
+    inputs = _inputs(lm, am, symbols, boundary)
     return _loss(inputs, options, reduction=reduction, return_grad=return_grad)
 
 
@@ -206,7 +207,7 @@ def get_rnnt_logprobs(
         >>> px.shape, py.shape
         (torch.Size([1, 2, 5]), torch.Size([1, 3, 4]))
     """
-    inputs = SimpleInputs(lm, am, symbols, boundary)
+    inputs = _inputs(lm, am, symbols, boundary)
     return _logprobs(inputs, SimpleOptions(termination_symbol, rnnt_type))
 
 
@@ -247,7 +248,16 @@ def get_rnnt_logprobs_smoothed(
         (torch.Size([1, 2, 5]), torch.Size([1, 3, 4]))
     """
     options = SimpleOptions(termination_symbol, rnnt_type, lm_only_scale, am_only_scale)
-    return _logprobs(SimpleInputs(lm, am, symbols, boundary), options)
+    return _logprobs(_inputs(lm, am, symbols, boundary), options)
+
+
+def _inputs(lm: Tensor, am: Tensor, symbols: Tensor, boundary: Tensor | None) -> SimpleInputs:
+    """Return the inputs; under autocast, lm and am are cast to the wider of their dtypes."""
+    are_tensors = isinstance(lm, Tensor) and isinstance(am, Tensor)
+    if are_tensors and lm.dtype != am.dtype and torch.is_autocast_enabled(am.device.type):
+        dtype = torch.promote_types(lm.dtype, am.dtype)
+        lm, am = lm.to(dtype), am.to(dtype)
+    return SimpleInputs(lm, am, symbols, boundary)
 
 
 def _loss(

@@ -7,14 +7,16 @@ the losses run them only for tensors on the CPU, or if ``validate=True`` request
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from transducer_toolkit.ops import native
-from transducer_toolkit.ops.topology import TOPOLOGIES
+from transducer_toolkit.ops.topology import TOPOLOGIES, Topology
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 REDUCTIONS = ("none", "mean", "sum")
@@ -273,17 +275,17 @@ def check_labels(
     targets: Tensor,
     target_lengths: Tensor,
     *,
-    blank: int | None,
+    blanks: range,
     vocab_size: int,
     first: Tensor | None = None,
     name: str = "targets",
 ) -> None:
-    """Raises a ValueError that names the first label which is not in [0, V) or equals `blank`.
+    """Raises a ValueError that names the first label which is not in [0, V) or is in `blanks`.
 
     Args:
         targets: (B, U).
         target_lengths: (B,) number of labels of each utterance.
-        blank: id of blank, or None if labels may be blank.
+        blanks: the symbols that are no labels, an increasing range.
         vocab_size: V.
         first: (B,) index of the first label of each utterance in its row; None for 0.
         name: name of `targets` in the message.
@@ -293,17 +295,16 @@ def check_labels(
         places = places - first.to(targets.device)[:, None]
     real = (places >= 0) & (places < target_lengths.to(targets.device)[:, None])  # (B, U)
     bad = (targets < 0) | (targets >= vocab_size)
-    if blank is not None:
-        bad |= targets == blank
+    if blanks:
+        bad |= (targets >= blanks[0]) & (targets <= blanks[-1])
     bad &= real
     if bool(bad.any()):
         b, u = (int(i) for i in bad.nonzero()[0])
         label = int(targets[b, u])
-        reason = (
-            f"a label other than blank ({blank})"
-            if label == blank
-            else f"a label in [0, {vocab_size})"
-        )
+        reason = f"a label in [0, {vocab_size})"
+        if label in blanks:
+            others = f"blank ({label})" if len(blanks) == 1 else f"the blanks {tuple(blanks)}"
+            reason = f"a label other than {others}"
         raise ValueError(f"{name}[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
 
 
@@ -379,6 +380,47 @@ def check_ranges_values(
         )
 
 
+def check_durations(durations: Sequence[int]) -> None:
+    """Raises a TypeError or ValueError unless these are durations of arcs, or none.
+
+    Durations are distinct integers of at least 0 in ascending order, one of them at least 1.
+    """
+    check_ints(durations, "durations")
+    if not durations:
+        return
+    ascending = all(left < right for left, right in itertools.pairwise(durations))
+    if not ascending or durations[0] < 0 or durations[-1] < 1:
+        raise ValueError(
+            "durations: expected distinct integers of at least 0 in ascending order, one of them "
+            f"at least 1, got {tuple(durations)}"
+        )
+    _check_count(durations, "durations", native.extension.MAX_DURATIONS)
+
+
+def check_big_blank_durations(durations: Sequence[int]) -> None:
+    """Raises a TypeError or ValueError unless these are distinct integers of at least 2."""
+    name = "big_blank_durations"
+    check_ints(durations, name)
+    if any(frames < 2 for frames in durations) or len(set(durations)) < len(durations):
+        raise ValueError(
+            f"{name}: expected distinct integers of at least 2, got {tuple(durations)}"
+        )
+    _check_count(durations, name, native.extension.MAX_BIG_BLANKS)
+
+
+def check_ints(values: Sequence[int], name: str) -> None:
+    """Raises a TypeError unless `values` is a list or a tuple of ints."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or a tuple of ints, got {type(values).__name__}")
+    for index, value in enumerate(values):
+        check_int(value, f"{name}[{index}]")
+
+
+def _check_count(values: Sequence[int], name: str, highest: int) -> None:
+    if len(values) > highest:
+        raise ValueError(f"{name}: expected at most {highest}, got {len(values)}")
+
+
 def check_not_negative(name: str, value: object) -> None:
     """Raises a TypeError or ValueError unless `value` is a finite number >= 0."""
     check_number(value, name)
@@ -386,14 +428,20 @@ def check_not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 
-def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str) -> None:
+def check_feasible(logit_lengths: Tensor, target_lengths: Tensor, topology: str | Topology) -> None:
     """Raises a ValueError that names the first utterance without a path in `topology`."""
-    row = TOPOLOGIES[topology]
+    row = TOPOLOGIES[topology] if isinstance(topology, str) else topology
     lengths = zip(logit_lengths.tolist(), target_lengths.tolist(), strict=True)
     for b, (num_frames, num_targets) in enumerate(lengths):
         needed = row.min_frames(num_targets)
         if num_frames < needed:
             raise ValueError(
-                f"utterance {b}: topology {topology!r} needs at least {needed} frames for "
+                f"utterance {b}: topology {row.name!r} needs at least {needed} frames for "
                 f"{num_targets} symbols, got {num_frames}"
+            )
+        if not row.is_feasible(num_frames, num_targets):
+            raise ValueError(
+                f"utterance {b}: no durations of {num_targets} symbols and of blanks add up to "
+                f"{num_frames} frames; blanks have {row.blank_durations}, symbols "
+                f"{row.label_durations}"
             )

@@ -11,13 +11,14 @@ for a device.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import stages
+from transducer_toolkit.ops.durations import PathSums, occupancies, path_sums
 from transducer_toolkit.ops.joint_tiles import are_logits_few, within_share_of_device
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
 from transducer_toolkit.ops.options import FusedOptions
@@ -99,14 +100,12 @@ class Refined(NamedTuple):
     """Result of :func:`refine`.
 
     Attributes:
-        losses: (B,) float64.
-        uses: of the blank and of the label, (rows,) float64 each.
+        sums: losses and uses of all rows.
         is_fine: (rows,) bool, whether the scores of a row are fine.
         error: (B,) float64, the largest error that was found among the coarse scores.
     """
 
-    losses: Tensor
-    uses: tuple[Tensor, Tensor]
+    sums: PathSums
     is_fine: Tensor
     error: Tensor
 
@@ -137,7 +136,9 @@ def refine(
 
     def make_fine(rows: Tensor) -> Tensor:
         """Refines rows; returns the largest deviation of each utterance."""
-        parts = scores.blank, scores.label
+        parts = [scores.blank, scores.label]
+        if scores.extra is not None:
+            parts.append(scores.extra)
         before = [part[rows] for part in parts]
         score_rows(rows)
         is_fine.index_fill_(0, rows, True)
@@ -146,7 +147,10 @@ def refine(
             (now - then).abs_().masked_fill_(now == then, 0.0)  # both may be -inf
             for now, then in zip(after, before, strict=True)
         ]
-        deviation.index_copy_(0, rows, torch.maximum(*found).nan_to_num_(nan=torch.inf))
+        largest = torch.maximum(*found[:2])
+        for of_extra in found[2:]:  # an arc has the errors of its symbol and of its duration
+            largest += of_extra.amax(1)
+        deviation.index_copy_(0, rows, largest.nan_to_num_(nan=torch.inf))
         return batch.per_utterance(deviation, "max")
 
     step = max(MIN_SAMPLE_STEP, batch.num_rows // NUM_SAMPLES)
@@ -154,19 +158,20 @@ def refine(
     error = error.mul_(SAMPLE_MARGIN).masked_fill_(error == 0, EXPECTED_ERROR)
     budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
     for index in itertools.count():
-        losses, *uses = stages.lattice(scores, batch, options, with_uses=True, exact=False)
+        sums = path_sums(scores, batch, options, with_uses=True, exact=False)
         # exp: the probability of a path through several coarse rows has the errors of all of them.
-        strictness = error * (10 * error).exp() / _gradient_size(batch, scores, uses, options)
+        strictness = error * (10 * error).exp() / _gradient_size(batch, scores, sums, options)
         strictness *= 1000.0 ** max(0, index - LAST_PLAIN_ROUND)
-        strictness.masked_fill_(~losses.isfinite(), torch.nan)
-        weight = (uses[0] + uses[1]).mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
+        strictness.masked_fill_(~sums.losses.isfinite(), torch.nan)
+        blank, label = occupancies(sums, options)
+        weight = (blank + label).mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
         slack = CHECK_SLACK if index else 1.0
         rows, num_rows = _heaviest_rows(weight, batch, slack * budget)
         count = int(num_rows)
         if count == 0:
             break
         error = make_fine(rows[:count])
-    return Refined(losses, (uses[0], uses[1]), is_fine, error)
+    return Refined(sums, is_fine, error)
 
 
 def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[Tensor, Tensor]:
@@ -181,7 +186,7 @@ def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[
 
 
 def _logits_gradient(
-    scores: CellScores, uses: Sequence[Tensor], options: FusedOptions, *, is_sensitive: bool
+    scores: CellScores, sums: PathSums, options: FusedOptions, *, is_sensitive: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the L1 norm of the gradient of each row's logits, and how sensitive it is.
 
@@ -194,27 +199,41 @@ def _logits_gradient(
     rows_at_once = ROWS_AT_ONCE.get(sizes.device.type, sizes.numel())
     for begin in range(0, sizes.numel(), rows_at_once):
         rows = slice(begin, begin + rows_at_once)
-        use_blank, use_label = (use[rows] for use in uses)
+        use_blank, use_label = sums.use_blank[rows], sums.use_label[rows]
         occupancy = use_blank + use_label
         blank, label = scores.blank[rows].exp(), scores.label[rows].exp()
+        others = (1 - blank).sub_(label)
         if is_sensitive:
             spread = torch.maximum(blank, label, out=sensitivities[rows])
+        if scores.extra is not None:
+            extra, use_extra = scores.extra[rows].exp(), sums.use_extra[rows]
+            if options.big_blank_durations:
+                occupancy += use_extra.sum(1)
+                others -= extra.sum(1)
+                if is_sensitive:
+                    torch.maximum(spread, extra.amax(1), out=spread)
+            elif is_sensitive:  # of the durations, which are another softmax
+                spread += extra.amax(1).sub_(1.0)
+        if is_sensitive:
             spread.neg_().add_(1.0).mul_(occupancy)
-        others = (1 - blank).sub_(label).clamp_(min=0.0).mul_(occupancy)
+        others = others.clamp_(min=0.0).mul_(occupancy)
         size = torch.mul(blank, occupancy, out=sizes[rows])
         size.sub_(use_blank).abs_().clamp_(max=limit)
         size += label.mul_(occupancy).sub_(use_label).abs_().clamp_(max=limit)
         size += others.clamp_(max=limit)
+        if scores.extra is not None:
+            of_extra = extra.mul_(occupancy[:, None]).sub_(use_extra).abs_().clamp_(max=limit)
+            size += of_extra.sum(1)
     if is_sensitive:
         sensitivities += sizes
     return sizes, sensitivities
 
 
 def _gradient_size(
-    batch: LatticeBatch, scores: CellScores, uses: Sequence[Tensor], options: FusedOptions
+    batch: LatticeBatch, scores: CellScores, sums: PathSums, options: FusedOptions
 ) -> Tensor:
     """Returns the L1 norm of the gradient of each utterance's logits, over T_b + U_b."""
-    size, _ = _logits_gradient(scores, uses, options, is_sensitive=False)
+    size, _ = _logits_gradient(scores, sums, options, is_sensitive=False)
     return batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
 
 
@@ -245,7 +264,7 @@ def plan_backward(
         options: of the loss.
         refined: result of :func:`refine`.
     """
-    size, sensitivity = _logits_gradient(scores, refined.uses, options, is_sensitive=True)
+    size, sensitivity = _logits_gradient(scores, refined.sums, options, is_sensitive=True)
     total = batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
     error = refined.error.clamp(min=PRODUCT_ERROR)
     strictness = error * (2 * error).exp() / total
@@ -256,7 +275,9 @@ def plan_backward(
     is_full = torch.zeros(batch.num_rows + 1, dtype=torch.bool, device=full_rows.device)
     is_full.scatter_(0, full_rows.masked_fill(places >= num_full, batch.num_rows), True)
     is_full = is_full[:-1]
-    use_blank, use_label = (use.masked_fill(is_full, 0.0) for use in refined.uses)
+    use_blank, use_label = (
+        use.masked_fill(is_full, 0.0) for use in occupancies(refined.sums, options)
+    )
     low_rows, counts = stages.kept_rows(
         use_blank, use_label, batch, dropped_mass=options.dropped_mass
     )

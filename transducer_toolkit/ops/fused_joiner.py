@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import checks, coarse_to_fine, native, quantized, stages
+from transducer_toolkit.ops import checks, coarse_to_fine, durations, native, quantized, stages
 from transducer_toolkit.ops.joint_tiles import (
     JointTiles,
     JointWeights,
@@ -27,8 +27,8 @@ class FusedInputs(NamedTuple):
     Attributes:
         enc: (B, T, D).
         pred: (B, U + 1, D).
-        weight: (V, D).
-        bias: (V,), or None.
+        weight: (V, D), or (V + K, D) with K durations.
+        bias: (V,) or (V + K,), or None.
         targets: (B, U) integers.
         logit_lengths: (B,) integers.
         target_lengths: (B,) integers.
@@ -72,6 +72,7 @@ class FusedLoss(NamedTuple):
         normalizer: (num_rows,) float64.
         use_blank: (num_rows,) float64, expected uses of the blank score.
         use_label: (num_rows,) float64, expected uses of the label score.
+        use_extra: (num_rows, K) float64, expected uses of durations or big blanks.
         rows: (num_rows,) int64: the rows that backward visits in full precision, then those in low
             precision, then anything.
         counts: (4,) int64: rows that forward computed in full precision, the two numbers of `rows`,
@@ -88,6 +89,7 @@ class FusedLoss(NamedTuple):
     normalizer: Tensor
     use_blank: Tensor
     use_label: Tensor
+    use_extra: Tensor
     rows: Tensor
     counts: Tensor
     logits: Tensor
@@ -179,6 +181,7 @@ def _joint_tiles(
         tile_cells=options.tile_cells,
         beside_kept=beside_kept,
         pads_vocab=True,
+        num_durations=len(options.durations),
     )
 
 
@@ -187,7 +190,7 @@ def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
     max_targets = inputs.targets.size(1)
     checks.check_lengths_fit(*lengths, max_frames=inputs.enc.size(1), max_targets=max_targets)
     if options.validate is not False:
-        checks.check_feasible(*lengths, options.topology)
+        checks.check_feasible(*lengths, options.arcs)
     if not checks.may_read(options.validate, inputs.targets, inputs.ranges):
         return
     if inputs.ranges is not None:
@@ -195,22 +198,22 @@ def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
     checks.check_labels(
         inputs.targets,
         inputs.target_lengths,
-        blank=options.forbidden_label,
-        vocab_size=inputs.weight.size(0),
+        blanks=options.blanks,
+        vocab_size=options.vocab_size(inputs.weight.size(0)),
     )
 
 
 def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedLoss:
-    enc, vocab_size = inputs.enc, inputs.weight.size(0)
+    enc, num_columns = inputs.enc, inputs.weight.size(0)
     _validate(inputs, options)
-    targets = inputs.targets
-    if padded_vocab_size(enc, vocab_size) > vocab_size or plan.is_coarse:
+    targets, vocab_size = inputs.targets, options.vocab_size(num_columns)
+    if padded_vocab_size(enc, num_columns) > num_columns or plan.is_coarse:
         # A label in the padding must give a NaN loss, as any other label out of range does.
         inputs = inputs._replace(targets=targets.masked_fill(targets >= vocab_size, -1))
     batch = _lattice_batch(inputs, plan)
-    scores = CellScores.zeros(batch, enc.device)
+    scores = CellScores.zeros(batch, enc.device, options.num_extra)
     logits = native.empty(
-        _num_kept_logits(inputs, plan), padded_vocab_size(enc, vocab_size), like=enc
+        _num_kept_logits(inputs, plan), padded_vocab_size(enc, num_columns), like=enc
     )
     # A refinement has to wait for the device, which graph capture forbids.
     is_coarse = plan.is_coarse and not native.is_capturing(enc.device)
@@ -223,23 +226,22 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
             out = logits[tile.begin : tile.begin + tile.size] if keeps_all else None
             stages.cell_scores(joint.logits(joint.hidden(tile), out), batch, tile, options, scores)
     del joint  # frees its buffers before the lattice takes memory
-    losses, use_blank, use_label = stages.lattice(
+    sums = durations.path_sums(
         scores, batch, options, with_uses=plan.with_uses, exact=enc.dtype == torch.float64
     )
-    losses = losses.to(native.compute_dtype(enc.dtype))
+    losses = sums.losses.to(native.compute_dtype(enc.dtype))
     # Each from its own call: an operator may not return one tensor twice.
     index = functools.partial(targets.new_empty, dtype=torch.int64)
     places = index(plan.num_rows if plan.is_coarse and plan.keep_logits else 0)
     if not plan.with_uses:
-        per_row = use_blank.new_empty
-        return FusedLoss(
-            losses, per_row(0), per_row(0), per_row(0), index(0), index(0), logits, places
-        )
-    rows, num_kept = stages.kept_rows(
-        use_blank, use_label, batch, dropped_mass=options.dropped_mass
-    )
+        per_row = scores.normalizer.new_empty
+        nothing = per_row(0), per_row(0), per_row(0), per_row(0)
+        return FusedLoss(losses, *nothing, index(0), index(0), logits, places)
+    occupancies = durations.occupancies(sums, options)
+    rows, num_kept = stages.kept_rows(*occupancies, batch, dropped_mass=options.dropped_mass)
     counts = _counts(plan.num_rows, num_kept.sum(), 0, 0)
-    return FusedLoss(losses, scores.normalizer, use_blank, use_label, rows, counts, logits, places)
+    uses = sums.use_blank, sums.use_label, sums.use_extra
+    return FusedLoss(losses, scores.normalizer, *uses, rows, counts, logits, places)
 
 
 def _counts(num_fine: int, num_full: Tensor, num_low: Tensor | int, num_logits: int) -> Tensor:
@@ -265,6 +267,7 @@ def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatc
         tile_cells=options.tile_cells,
         beside_kept=True,
         pads_vocab=True,
+        num_durations=len(options.durations),
         product_dtype=coarse_to_fine.COARSE_DTYPE,
     )
 
@@ -306,9 +309,9 @@ def _forward_coarse_to_fine(
     refined = coarse_to_fine.refine(batch, scores, options, score_rows)
     visit = coarse_to_fine.plan_backward(batch, scores, options, refined)
     return FusedLoss(
-        refined.losses.to(enc.dtype),
+        refined.sums.losses.to(enc.dtype),
         scores.normalizer,
-        *refined.uses,
+        *refined.sums[1:],
         visit.rows,
         _counts(num_fine, visit.num_full, visit.num_low, num_kept),
         logits,
@@ -319,13 +322,14 @@ def _forward_coarse_to_fine(
 def _fake(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedLoss:
     enc, targets = inputs.enc, inputs.targets
     rows = plan.num_rows if plan.with_uses else 0
-    per_row = functools.partial(enc.new_empty, rows, dtype=native.SCORE_DTYPE)
+    per_row = functools.partial(enc.new_empty, dtype=native.SCORE_DTYPE)
     index = functools.partial(targets.new_empty, dtype=torch.int64)
     return FusedLoss(
         enc.new_empty(targets.size(0), dtype=native.compute_dtype(enc.dtype)),
-        per_row(),
-        per_row(),
-        per_row(),
+        per_row(rows),
+        per_row(rows),
+        per_row(rows),
+        per_row(rows, options.num_extra) if plan.with_uses else per_row(0),
         index(rows),
         index(4 if plan.with_uses else 0),
         enc.new_empty(
@@ -348,12 +352,14 @@ def _backward(call: Backward) -> dict[str, Tensor]:
         scale = largest.masked_fill(~((largest > 0) & largest.isfinite()), 1.0)
         loss_grad = loss_grad / scale
         scale = scale.to(torch.float32)
-    posteriors = stages.Posteriors(saved.normalizer, saved.use_blank, saved.use_label, loss_grad)
+    posteriors = stages.Posteriors(
+        saved.normalizer, saved.use_blank, saved.use_label, loss_grad, saved.use_extra
+    )
 
     def visit_low(joint: JointTiles, rows: Tensor) -> None:
         """Adds the gradients of rows in low precision."""
         # The normalizer has to fit to the logits, and that of forward comes from other ones.
-        scores = CellScores(*(torch.empty_like(saved.normalizer) for _ in range(3)))
+        scores = CellScores.zeros(batch, enc.device, options.num_extra)
         own = posteriors._replace(normalizer=scores.normalizer)
         for tile in joint.tiles(rows):
             hidden = joint.hidden(tile)

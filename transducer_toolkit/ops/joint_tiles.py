@@ -144,7 +144,8 @@ class JointTiles:
         tile_cells: number of rows of a tile; None for an automatic size.
         beside_kept: whether other large buffers exist, such as all logits: a tile is smaller then.
         pads_vocab: whether the logits have :func:`padded_vocab_size` columns. The additional
-            columns are -inf.
+            columns are -inf, behind those of the symbols.
+        num_durations: the last rows of the weight that are no symbols, but durations.
         product_dtype: dtype of the matrix products and of the logits; None for that of the joint.
     """
 
@@ -157,6 +158,7 @@ class JointTiles:
         tile_cells: int | None = None,
         beside_kept: bool = False,
         pads_vocab: bool = False,
+        num_durations: int = 0,
         product_dtype: torch.dtype | None = None,
     ) -> None:
         self.joint, self.batch = joint, batch
@@ -165,9 +167,10 @@ class JointTiles:
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.vocab_size, self.width = weight.shape  # vocab_size: columns of the logits
-        self._num_symbols = self.vocab_size
+        self._num_columns = self.vocab_size  # without padding
+        self._num_durations = num_durations
         if pads_vocab:
-            self.vocab_size = padded_vocab_size(self.weight, self._num_symbols)
+            self.vocab_size = padded_vocab_size(self.weight, self._num_columns)
             self._pad_vocab()
         # The hidden layer and its gradient in the dtype of the join, if that is another one.
         self._joins_apart = dtype != joint.enc.dtype
@@ -191,13 +194,25 @@ class JointTiles:
 
     def _pad_vocab(self) -> None:
         """Appends columns to the logits. They are -inf, which does not change the softmax."""
-        padding = self.vocab_size - self._num_symbols
+        padding = self.vocab_size - self._num_columns
         if padding == 0:
             return
         if self.bias is None:
-            self.bias = self.weight.new_zeros(self._num_symbols)
-        self.weight = torch.cat([self.weight, self.weight.new_zeros(padding, self.width)])
-        self.bias = torch.cat([self.bias, self.bias.new_full((padding,), -torch.inf)])
+            self.bias = self.weight.new_zeros(self._num_columns)
+        sizes = [self._num_columns - self._num_durations, self._num_durations]
+        symbols, durations = self.weight.split(sizes)
+        self.weight = torch.cat([symbols, symbols.new_zeros(padding, self.width), durations])
+        symbols, durations = self.bias.split(sizes)
+        self.bias = torch.cat([symbols, symbols.new_full((padding,), -torch.inf), durations])
+
+    def _without_padding(self, total: Tensor) -> Tensor:
+        """Returns the sum (columns, ...) of a gradient without the padding of the vocabulary."""
+        if total.size(0) == self._num_columns:
+            return total
+        num_symbols = self._num_columns - self._num_durations
+        if self._num_durations == 0:
+            return total[:num_symbols]
+        return torch.cat([total[:num_symbols], total[-self._num_durations :]])
 
     def tiles(self, rows: Tensor | None = None, *, whole_logits: bool = False) -> Iterator[RowTile]:
         """Yields tiles of all rows of the batch, or of `rows`. The arguments are as in RowTile."""
@@ -264,13 +279,13 @@ class JointTiles:
 
         Args:
             wanted: names of the gradients.
-            sums_of: the tiles of the same joiner in another precision, with at least as many
-                columns of logits; their sums are used instead.
+            sums_of: the tiles of the same joiner in another precision, whose sums are used
+                instead. Only they may have padding.
         """
         if sums_of is not None:
             self._wanted, self._sums = wanted, dict(sums_of._sums)
             for name in self._sums.keys() & {"weight", "bias"}:
-                self._sums[name] = self._sums[name][: self.vocab_size]
+                self._sums[name] = self._without_padding(self._sums[name])
             return
         dtype = native.compute_dtype(self.joint.enc.dtype)
         enc, pred = self.joint.enc, self.joint.pred
@@ -312,8 +327,8 @@ class JointTiles:
         grads = {}
         for name in self._wanted:
             total = self._sums[name]
-            if name in ("weight", "bias"):  # drop the padding of the vocabulary
-                total = total[: self._num_symbols]
+            if name in ("weight", "bias"):
+                total = self._without_padding(total)
             scaled = total if scale is None else total * scale
             grads[name] = scaled.to(self._dtypes[name])
         return grads

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -481,18 +482,19 @@ class CellScores:
         blank: (rows,) float64, log-probability of blank.
         label: (rows,) float64, log-probability of the next label.
         normalizer: (rows,) float64, logsumexp of the row's logits.
+        extra: (rows, K) float64, log-probabilities of K durations or of K big blanks; None for
+            other topologies.
     """
 
     blank: Tensor
     label: Tensor
     normalizer: Tensor
+    extra: Tensor | None = None
 
     @classmethod
-    def zeros(cls, batch: LatticeBatch, device: torch.device) -> CellScores:
+    def zeros(cls, batch: LatticeBatch, device: torch.device, num_extra: int = 0) -> CellScores:
         """Returns zeros, into which stage 1 writes. Stage 1 does not write padding."""
-        return cls(
-            *(
-                torch.zeros(batch.num_rows, dtype=native.SCORE_DTYPE, device=device)
-                for _ in range(3)
-            )
-        )
+        size = batch.num_rows
+        zeros = functools.partial(torch.zeros, dtype=native.SCORE_DTYPE, device=device)
+        extra = zeros(size, num_extra) if num_extra else None
+        return cls(zeros(size), zeros(size), zeros(size), extra)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import checks, native, stages
+from transducer_toolkit.ops import checks, durations, native, stages
 from transducer_toolkit.ops.lattice import Band, CellScores, LatticeBatch, Lengths
 from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.registration import Backward, Derivative, Operator
@@ -46,6 +47,8 @@ class LogitsLoss(NamedTuple):
         normalizer: (rows,) float64, logsumexp of each row of logits; for stage 3.
         use_blank: (rows,) float64, expected uses of each cell's blank score; rows as in the logits.
         use_label: (rows,) float64, expected uses of each cell's label score.
+        use_extra: (rows, K) float64, expected uses of each cell's durations or big blanks; K = 0
+            for other topologies.
 
     All but the losses have no elements if neither the caller nor backward needs them.
     """
@@ -54,6 +57,7 @@ class LogitsLoss(NamedTuple):
     normalizer: Tensor
     use_blank: Tensor
     use_label: Tensor
+    use_extra: Tensor
 
 
 class LogitsPlan(NamedTuple):
@@ -94,7 +98,7 @@ def logits_loss(
         _check_inplace(logits)
         losses = _InplaceLogitsLoss.apply(options, *contiguous)
         nothing = losses.new_empty(0)
-        return LogitsLoss(losses, nothing, nothing, nothing)
+        return LogitsLoss(losses, nothing, nothing, nothing, nothing)
     return operator(contiguous, options, LogitsPlan(with_grad or with_uses))
 
 
@@ -145,7 +149,7 @@ def _validate(inputs: LogitsInputs, options: LossOptions) -> None:
         boundary = torch.cat([begins, begins + lengths], 1)
         checks.check_boundary_values(boundary, **sizes, min_frames=1)
         first_symbol, first_frame = begins.unbind(1)
-    checks.check_feasible(logit_lengths, target_lengths, options.topology)
+    checks.check_feasible(logit_lengths, target_lengths, options.arcs)
     if not checks.may_read(options.validate, targets, ranges):
         return
     if ranges is not None:
@@ -153,8 +157,8 @@ def _validate(inputs: LogitsInputs, options: LossOptions) -> None:
     checks.check_labels(
         targets,
         target_lengths,
-        blank=options.forbidden_label,
-        vocab_size=logits.size(-1),
+        blanks=options.blanks,
+        vocab_size=options.vocab_size(logits.size(-1)),
         first=first_symbol,
         name="symbols" if options.blank_may_be_target else "targets",  # as k2 names them
     )
@@ -167,14 +171,14 @@ def _forward(inputs: LogitsInputs, options: LossOptions, plan: LogitsPlan) -> Lo
     if logits.dim() == 2 and all(tensor.device.type == "cpu" for tensor in lengths):
         checks.check_packed_rows(*lengths, logits.size(0))
     batch = _lattice_batch(inputs)
-    scores = CellScores.zeros(batch, logits.device)
+    scores = CellScores.zeros(batch, logits.device, options.num_extra)
     stages.cell_scores(logits, batch, batch.all_rows(), options, scores)
-    losses, use_blank, use_label = stages.lattice(
+    sums = durations.path_sums(
         scores, batch, options, with_uses=plan.with_uses, exact=logits.dtype == torch.float64
     )
     normalizer = scores.normalizer if plan.with_uses else scores.normalizer.new_empty(0)
     dtype = native.compute_dtype(logits.dtype)
-    return LogitsLoss(losses.to(dtype), normalizer, use_blank, use_label)
+    return LogitsLoss(sums.losses.to(dtype), normalizer, *sums[1:])
 
 
 def _fake(inputs: LogitsInputs, options: LossOptions, plan: LogitsPlan) -> LogitsLoss:
@@ -182,9 +186,9 @@ def _fake(inputs: LogitsInputs, options: LossOptions, plan: LogitsPlan) -> Logit
     # Not Size.numel(): it would turn symbolic sizes into numbers, and each shape into a recompile.
     num_rows = math.prod(logits.shape[:-1]) if plan.with_uses else 0
     losses = logits.new_empty(inputs.targets.size(0), dtype=native.compute_dtype(logits.dtype))
-    return LogitsLoss(
-        losses, *(logits.new_empty(num_rows, dtype=native.SCORE_DTYPE) for _ in range(3))
-    )
+    per_row = functools.partial(logits.new_empty, dtype=native.SCORE_DTYPE)
+    use_extra = per_row(num_rows, options.num_extra) if plan.with_uses else per_row(0)
+    return LogitsLoss(losses, per_row(num_rows), per_row(num_rows), per_row(num_rows), use_extra)
 
 
 def _write_gradient(
@@ -193,7 +197,9 @@ def _write_gradient(
     """Stage 3."""
     batch = _lattice_batch(inputs)
     loss_grad = loss_grad.to(native.SCORE_DTYPE).contiguous()
-    posteriors = stages.Posteriors(uses.normalizer, uses.use_blank, uses.use_label, loss_grad)
+    posteriors = stages.Posteriors(
+        uses.normalizer, uses.use_blank, uses.use_label, loss_grad, uses.use_extra
+    )
     stages.logits_grad(inputs.logits, batch, batch.all_rows(), options, posteriors, out)
 
 

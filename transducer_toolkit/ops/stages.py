@@ -38,19 +38,33 @@ class Posteriors(NamedTuple):
         use_blank: (rows,) float64.
         use_label: (rows,) float64.
         loss_grad: (B,) float64, the upstream gradient.
+        use_extra: (rows, K) float64, uses of the durations or big blanks, if there are any.
     """
 
     normalizer: Tensor
     use_blank: Tensor
     use_label: Tensor
     loss_grad: Tensor
+    use_extra: Tensor | None = None
+
+
+class ArcScores(NamedTuple):
+    """Log-probabilities of the arcs that leave each cell, in the order of their durations.
+
+    Attributes:
+        blank: (rows, number of blank durations) float64, contiguous.
+        label: (rows, number of label durations) float64, contiguous.
+    """
+
+    blank: Tensor
+    label: Tensor
 
 
 class QuantizedLogits(NamedTuple):
     """Logits ``data * row_scales[:, None] * column_scales + bias``.
 
     Attributes:
-        data: (rows, V) int32; the stage overwrites it.
+        data: (rows, V) int32; the stage overwrites it. Columns of durations are behind the symbols.
         row_scales: (rows,) float32.
         column_scales: (V,) float32.
         bias: (V,) float32, or None.
@@ -67,17 +81,27 @@ def _scratch(num_bytes: int, like: Tensor) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
 
 
-def _logit_rows(logits: Tensor) -> native.extension.LogitRows:
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else native.address(tensor)
+
+
+def _logit_rows(logits: Tensor, options: LossOptions) -> native.extension.LogitRows:
+    pitch = logits.size(-1)
     return native.extension.LogitRows(
         dtype=native.DTYPES[logits.dtype],
         data=native.address(logits),
-        vocab_size=logits.size(-1),
+        vocab_size=options.vocab_size(pitch),
+        pitch=pitch,
     )
 
 
 def _logits_options(options: LossOptions) -> native.extension.LogitsOptions:
     return native.extension.LogitsOptions(
-        blank=options.blank, from_log_softmax=options.from_log_softmax, clamp=options.clamp
+        blank=options.blank,
+        from_log_softmax=options.from_log_softmax,
+        clamp=options.clamp,
+        num_big_blanks=len(options.big_blank_durations),
+        num_durations=len(options.durations),
     )
 
 
@@ -86,6 +110,7 @@ def _cell_scores_out(out: CellScores) -> native.extension.CellScoresOut:
         normalizer=native.address(out.normalizer),
         blank=native.address(out.blank),
         label=native.address(out.label),
+        extra=_address(out.extra),
     )
 
 
@@ -115,7 +140,7 @@ def cell_scores(
         backend.stages.cell_scores(
             batch.native,
             tile.native,
-            logits=_logit_rows(logits),
+            logits=_logit_rows(logits, options),
             options=_logits_options(options),
             **backend.queue,
             out=_cell_scores_out(out),
@@ -130,7 +155,6 @@ def quantized_cell_scores(
     out: CellScores,
 ) -> None:
     """Stage 1 from quantized logits of the tile's rows, on the CPU."""
-    bias = logits.bias
     native.extension.cpu.quantized_cell_scores(
         batch.native,
         tile.native,
@@ -138,12 +162,22 @@ def quantized_cell_scores(
             data=native.address(logits.data),
             row_scales=native.address(logits.row_scales),
             column_scales=native.address(logits.column_scales),
-            bias=0 if bias is None else native.address(bias),
-            vocab_size=logits.data.size(-1),
+            bias=_address(logits.bias),
+            vocab_size=options.vocab_size(logits.data.size(-1)),
+            pitch=logits.data.size(-1),
         ),
         options=_logits_options(options),
         num_threads=torch.get_num_threads(),
         out=_cell_scores_out(out),
+    )
+
+
+def _lattice_options(options: LossOptions, exact: bool) -> native.extension.LatticeOptions:
+    return native.extension.LatticeOptions(
+        topology=native.extension.Topology.__members__[options.topology],
+        delay_penalty=options.delay_penalty,
+        fastemit_lambda=options.fastemit_lambda,
+        exact=exact,
     )
 
 
@@ -180,18 +214,63 @@ def lattice(
         scratch = _scratch(num_bytes, like=blank)
         backend.stages.lattice(
             batch.native,
-            options=native.extension.LatticeOptions(
-                topology=topology,
-                delay_penalty=options.delay_penalty,
-                fastemit_lambda=options.fastemit_lambda,
-                exact=exact,
-            ),
+            options=_lattice_options(options, exact),
             scores=native.extension.LatticeScores(
                 blank=native.address(blank), label=native.address(label)
             ),
             **backend.queue,
             scratch=native.address(scratch),
             out=native.extension.LatticeOut(
+                loss=native.address(loss),
+                use_blank=native.address(use_blank) if with_uses else 0,
+                use_label=native.address(use_label) if with_uses else 0,
+            ),
+        )
+    return loss, use_blank, use_label
+
+
+def duration_lattice(
+    scores: ArcScores,
+    batch: LatticeBatch,
+    options: LossOptions,
+    *,
+    with_uses: bool,
+    exact: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage 2 for arcs that advance several frames: sums up all paths.
+
+    Args:
+        scores: of all rows.
+        batch: the lattices.
+        options: arcs, delay_penalty and fastemit_lambda are used.
+        with_uses: compute the posteriors too.
+        exact: as in :func:`lattice`.
+
+    Returns:
+        Loss (B,), and the expected uses of each blank arc and of each label arc, shaped like their
+        scores; float64. The uses have no elements without `with_uses`.
+    """
+    blank, label = scores
+    loss = blank.new_empty(batch.num_utterances)
+    use_blank, use_label = (
+        torch.zeros_like(part) if with_uses else part.new_empty(0) for part in scores
+    )
+    with native.backend_of(blank) as backend:
+        num_bytes = backend.stages.duration_lattice_scratch(batch.native, with_uses=with_uses)
+        scratch = _scratch(num_bytes, like=blank)
+        backend.stages.duration_lattice(
+            batch.native,
+            options=_lattice_options(options, exact),
+            arcs=native.extension.DurationArcs(
+                blank_frames=options.arcs.blank_durations,
+                label_frames=options.arcs.label_durations,
+            ),
+            scores=native.extension.ArcScores(
+                blank=native.address(blank), label=native.address(label)
+            ),
+            **backend.queue,
+            scratch=native.address(scratch),
+            out=native.extension.ArcOut(
                 loss=native.address(loss),
                 use_blank=native.address(use_blank) if with_uses else 0,
                 use_label=native.address(use_label) if with_uses else 0,
@@ -253,13 +332,14 @@ def logits_grad(
         backend.stages.logits_grad(
             batch.native,
             tile.native,
-            logits=_logit_rows(logits),
+            logits=_logit_rows(logits, options),
             options=_logits_options(options),
             posteriors=native.extension.Posteriors(
                 normalizer=native.address(posteriors.normalizer),
                 use_blank=native.address(posteriors.use_blank),
                 use_label=native.address(posteriors.use_label),
                 loss_grad=native.address(posteriors.loss_grad),
+                use_extra=_address(posteriors.use_extra),
             ),
             **backend.queue,
             grad=native.address(out),

@@ -8,6 +8,7 @@ batching and the choices of the command line. The compiled stages hold the same 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 
@@ -21,7 +22,7 @@ class Topology:
 
     Attributes:
         name: the name that users write.
-        blank_durations: frames that a blank arc may advance, ascending, each at least 1.
+        blank_durations: frames that a blank arc may advance, each at least 1, the smallest first.
         label_durations: frames that a label arc may advance, ascending, each at least 0.
         label_takes_blank: a label arc from (t, u) also takes the blank of cell (t, u + 1), so that
             a blank follows every label.
@@ -57,6 +58,68 @@ class Topology:
         """
         last = 0 if self.ends_with_label else self.blank_durations[0]
         return max(1, num_targets * self.label_durations[0] + last)
+
+    def is_feasible(self, num_frames: int, num_targets: int) -> bool:
+        """Return whether any path emits `num_targets` labels on `num_frames` frames."""
+        if num_frames < self.min_frames(num_targets):
+            return False
+        if self.blank_durations[0] == 1:  # blanks can fill any number of frames
+            return True
+        return _durations_fill(self, num_frames, num_targets)
+
+
+@functools.lru_cache(maxsize=4096)
+def _durations_fill(topology: Topology, num_frames: int, num_targets: int) -> bool:
+    """Whether some durations of that many labels and of at least one blank add up to the frames."""
+    # Bit t: the frames that can be reached. Labels may come first: blanks do not need an order.
+    frames = (1 << (num_frames + 1)) - 1
+    reached = 1
+    for _ in range(num_targets):
+        reached = _advanced(reached, topology.label_durations) & frames
+    end = 0
+    while reached:
+        reached = _advanced(reached, topology.blank_durations) & frames & ~end
+        end |= reached
+    return bool(end >> num_frames)
+
+
+def _advanced(reached: int, durations: tuple[int, ...]) -> int:
+    return functools.reduce(int.__or__, (reached << frames for frames in durations))
+
+
+def tdt_topology(durations: tuple[int, ...]) -> Topology:
+    """Return the topology of a token-and-duration transducer (TDT).
+
+    Args:
+        durations: frames that an arc may advance, ascending; those of 0 are for labels only.
+
+    Example:
+        >>> tdt_topology((0, 1, 2)).blank_durations
+        (1, 2)
+    """
+    blanks = tuple(frames for frames in durations if frames > 0)
+    return Topology(
+        "tdt",
+        blank_durations=blanks,
+        label_durations=durations,
+        ends_with_label=False,
+        is_k2=False,
+    )
+
+
+def multi_blank_topology(big_blank_durations: tuple[int, ...]) -> Topology:
+    """Return the topology of a multi-blank transducer.
+
+    Args:
+        big_blank_durations: frames that the big blanks advance, each at least 2, in any order.
+    """
+    return Topology(
+        "multi_blank",
+        blank_durations=(1, *big_blank_durations),
+        label_durations=(0,),
+        ends_with_label=False,
+        is_k2=False,
+    )
 
 
 TOPOLOGIES = {
@@ -110,4 +173,4 @@ def is_feasible(num_frames: int, num_targets: int, *, topology: str = "regular")
         >>> is_feasible(3, 5), is_feasible(3, 5, topology="modified")
         (True, False)
     """
-    return num_frames >= get_topology(topology).min_frames(num_targets)
+    return get_topology(topology).is_feasible(num_frames, num_targets)

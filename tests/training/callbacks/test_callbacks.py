@@ -66,11 +66,11 @@ def test_no_picture_of_a_lattice_that_is_too_large(tmp_path, monkeypatch, caplog
     )
     trainer, module = SimpleNamespace(is_global_zero=True, loggers=[]), make_module("regular")
     picture = UtterancePicture(str(tmp_path / "picture.png"))
-    for limit, drawn in ((10 * 3 * 3 - 1, False), (10 * 3 * 3, True)):
-        monkeypatch.setattr(pictures, "MAX_LOGITS", limit)
+    for limit, drawn in ((10 * 3 - 1, False), (10 * 3, True)):
+        monkeypatch.setattr(pictures, "MAX_CELLS", limit)
         with torch.inference_mode():
             picture.on_test_start(trainer, module)
             picture.on_test_batch_end(trainer, module, None, batch, 0)
             picture.on_test_end(trainer, module)
         assert (tmp_path / "picture.png").exists() == drawn
-    assert "the lattice of long has 30 cells of 3 logits" in caplog.text
+    assert "the lattice of long has 30 cells, more than 29" in caplog.text

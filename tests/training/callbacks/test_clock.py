@@ -23,6 +23,8 @@ def test_a_step_is_all_of_its_batches(monkeypatch, accumulate):
     step_clock.on_train_start(trainer, module)
     step_clock.on_train_epoch_start(trainer, module)
     for batch in range(12):
+        if batch <= StepClock.NUM_IGNORED_BATCHES:  # nothing is measured yet, which is not 0 s
+            assert step_clock.seconds_per_step is None and step_clock.loss_part is None
         now.s += 7.0 if batch < StepClock.NUM_IGNORED_BATCHES else 0.5
         trainer.global_step = 30 + (batch + 1) // accumulate
         step_clock.on_train_batch_end(trainer, module, None, None, batch)

@@ -21,13 +21,14 @@ class StepClock(Callback):
 
     Attributes:
         seconds_per_step: mean wall time of an optimizer step so far, including data loading and all
-            accumulated batches; 0 before the first batches were measured.
+            accumulated batches; None before a batch after the first NUM_IGNORED_BATCHES.
         training_s: wall time of this run from the start of the training to its end, including
             validation.
         total_s: ``training_s`` plus that of the earlier runs, if the training was resumed.
         num_steps: optimizer steps of this run.
         loss_part: fraction of the steps' time that the joiner and the loss take, forward and
-            backward. It is valid on the CPU only, because CUDA kernels run asynchronously.
+            backward; None as for ``seconds_per_step``. It is valid on the CPU only, because CUDA
+            kernels run asynchronously.
         peak_memory_mib: peak memory during the training, minus the memory in use at its start. On
             the CPU it is the resident memory of this process, on CUDA the memory of torch's
             allocator. 0 if the system does not report it.
@@ -57,8 +58,10 @@ class StepClock(Callback):
         self._hooks: list[Any] = []
 
     @property
-    def seconds_per_step(self) -> float:
-        return self._batches_per_step * self._sum_s / max(1, self._num_batches)
+    def seconds_per_step(self) -> float | None:
+        if self._num_batches == 0:
+            return None
+        return self._batches_per_step * self._sum_s / self._num_batches
 
     @property
     def total_s(self) -> float:
@@ -74,8 +77,8 @@ class StepClock(Callback):
             self._earlier_s = float(state_dict["training_s"])
 
     @property
-    def loss_part(self) -> float:
-        return self._loss_s / self._sum_s if self._sum_s else 0.0
+    def loss_part(self) -> float | None:
+        return self._loss_s / self._sum_s if self._sum_s else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = getattr(pl_module, "loss", None)

@@ -15,14 +15,13 @@ from matplotlib.figure import Figure
 from transducer_toolkit.data.byte_pieces import shown_symbols
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
-from transducer_toolkit.decoding import align, lattice_occupancy
-from transducer_toolkit.ops.lattice import LatticeShape
+from transducer_toolkit.decoding import align, lattice_occupancy, narrow_lattice
 from transducer_toolkit.ops.topology import is_feasible
 from transducer_toolkit.training.lightning_module import TransducerModule
 from transducer_toolkit.training.plots import History, draw_learning_curves, draw_utterance
 
 logger = logging.getLogger(__name__)
-MAX_LOGITS = 500_000_000  # of one picture: 2 GB in float32
+MAX_CELLS = 20_000_000  # of one picture
 
 
 class LearningCurves(Callback):
@@ -130,19 +129,25 @@ class UtterancePicture(Callback):
         encoder_out, encoder_lengths, predictor_out = model(
             batch.features, batch.feature_lengths, batch.targets
         )
-        shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
-        if shape.num_cells * tokenizer.vocab_size > MAX_LOGITS:
+        num_cells = int(encoder_lengths[0]) * (batch.targets.size(1) + 1)
+        if num_cells > MAX_CELLS:
             logger.warning(
-                "no picture %s: the lattice of %s has %d cells of %d logits, which take too much "
-                "memory; transducer-align draws parts of a recording",
+                "no picture %s: the lattice of %s has %d cells, more than %d; transducer-align "
+                "draws parts of a recording",
                 self.path,
                 batch.utterance_ids[0],
-                shape.num_cells,
-                tokenizer.vocab_size,
+                num_cells,
+                MAX_CELLS,
             )
             return
-        logits = model.joiner(encoder_out, predictor_out, shape).float()
-        lattice = (logits, batch.targets, shape, model.blank)
+        lattice = narrow_lattice(
+            model.joiner,
+            encoder_out,
+            predictor_out,
+            batch.targets,
+            model.blank,
+            vocab_size=tokenizer.vocab_size,
+        ).arguments()
         occupancy = lattice_occupancy(*lattice, topology=pl_module.topology)[0]
         alignment = align(*lattice, topology=pl_module.topology)[0]
         figure = draw_utterance(

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overrides of arguments that a component takes and its config does not list."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from transducer_toolkit.cli import hydra_help, path_overrides
+
+CONFIG_MODULE = "transducer_toolkit.conf"
+FREE_NAMES = ("data.corpus.test",)  # mappings whose keys are names of the user's choice
+
+
+def with_signs(config_name: str, arguments: Sequence[str]) -> list[str]:
+    """Let ``KEY=VALUE`` set every argument of a component, with or without ``+``.
+
+    Hydra wants ``+KEY=VALUE`` for a key that the config does not list, and refuses ``+`` for one
+    that it lists. ``++KEY=VALUE`` is right for both.
+
+    Args:
+        config_name: the primary config.
+        arguments: arguments of the command line.
+
+    Returns:
+        The arguments, with ``++`` before those that set an argument of a component.
+
+    Example:
+        >>> with_signs("train", ["trainer.max_steps=5", "+trainer.max_epochs=2", "seed=3"])
+        ['++trainer.max_steps=5', '++trainer.max_epochs=2', 'seed=3']
+    """
+    found = {text: override for text in arguments if (override := _dotted(text)) is not None}
+    if not found:
+        return list(arguments)
+    cfg = composed(config_name, arguments)
+    if cfg is None:  # Hydra reports why
+        return list(arguments)
+    return [
+        "++" + text.lstrip("+") if text in found and _needs_sign(cfg, found[text]) else text
+        for text in arguments
+    ]
+
+
+def composed(config_name: str, arguments: Sequence[str]) -> DictConfig | None:
+    """Return the config with the groups that arguments choose; None if they choose unknown ones.
+
+    Args:
+        config_name: the primary config.
+        arguments: arguments of the command line. Of several options of a sweep, the first counts.
+    """
+    if has_own_config(arguments):
+        return None
+    folders = [path_overrides.literal(f"file://{folder.absolute()}")
+               for folder in hydra_help.config_dirs(arguments)]  # fmt: skip
+    search = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            known = set(groups(GlobalHydra.instance().config_loader()))
+            chosen = [text for text in arguments if text.lstrip("+~").partition("=")[0] in known]
+            return compose(config_name, [*search, *map(_first, chosen)])
+    except (HydraException, OmegaConfBaseException):
+        return None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
+    """Yield the names of all config groups below a group."""
+    for name in loader.list_groups(parent):
+        group = f"{parent}/{name}" if parent else name
+        yield group
+        yield from groups(loader, group)
+
+
+def argument_names(target: str) -> list[str]:
+    """Return the names of the arguments of a class or a function; none if it cannot be imported.
+
+    A class whose ``__init__`` takes ``**options`` passes them on to its base class.
+
+    Args:
+        target: its full name, as in ``_target_``.
+
+    Example:
+        >>> "eps" in argument_names("torch.optim.AdamW")
+        True
+    """
+    try:
+        made = get_object(target)
+    except Exception:  # importing a module of the user may raise any error
+        return []
+    names: list[str] = []
+    for function in made.__mro__ if inspect.isclass(made) else [made]:
+        if inspect.isclass(function) and "__init__" not in vars(function):
+            continue
+        parameters = inspect.signature(function).parameters.values()
+        names += [
+            it.name for it in parameters if it.kind in (it.POSITIONAL_OR_KEYWORD, it.KEYWORD_ONLY)
+        ]
+        if not any(it.kind == it.VAR_KEYWORD for it in parameters):
+            break
+    return names
+
+
+def target_of(cfg: DictConfig, key: str) -> str | None:
+    """Return ``_target_`` of the component that a key belongs to, or None."""
+    parent = OmegaConf.select(cfg, key.rpartition(".")[0])
+    target = parent.get("_target_") if isinstance(parent, DictConfig) else None
+    return target if isinstance(target, str) else None
+
+
+def has_own_config(arguments: Sequence[str]) -> bool:
+    """Return whether arguments of the command line choose another primary config."""
+    names = ("--config-name", "-cn", "--config-path", "-cp")
+    return any(text.partition("=")[0] in names for text in arguments)
+
+
+def _first(choice: str) -> str:
+    """Return a choice of the first option that an override of a group lists."""
+    return choice if "[" in choice else choice.partition(",")[0]
+
+
+def _dotted(text: str) -> Override | None:
+    """Return the override that sets a key below another one, or None."""
+    key = text.partition("=")[0]
+    if text.startswith(("-", "~", "++")) or "." not in key or "@" in key:
+        return None
+    try:
+        return OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError):
+        return None
+
+
+def _needs_sign(cfg: DictConfig, override: Override) -> bool:
+    parent, _, name = override.key_or_group.rpartition(".")
+    node: Any = OmegaConf.select(cfg, parent)
+    if parent in FREE_NAMES:
+        return isinstance(node, DictConfig)
+    target = target_of(cfg, override.key_or_group)
+    if target is None:
+        return False
+    if isinstance(node, Mapping) and name in node:
+        return override.is_add()
+    return not override.is_add() and name in argument_names(target)
