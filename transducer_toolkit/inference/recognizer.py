@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
@@ -368,7 +369,7 @@ def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
     """Return the tokenizer of a checkpoint, for a training that starts with its weights.
 
     Args:
-        path: a checkpoint of ``transducer-train``.
+        path: a checkpoint of ``transducer-train``, or a folder as in :func:`load_checkpoint`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -383,6 +384,8 @@ def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
             "data/tokenizer=checkpoint: expected a checkpoint, got null; set "
             "init_from=CHECKPOINT, or data.tokenizer.path=CHECKPOINT"
         )
+    if os.path.isdir(path):  # without its weights
+        return HuggingFaceTokenizer.load(path)
     return recipe_tokenizer(load_checkpoint(path)[CHECKPOINT_KEY])
 
 
