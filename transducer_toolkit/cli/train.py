@@ -251,6 +251,15 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     elif loss.num_extra:
         model_config["joiner"]["num_extra"] = loss.num_extra
     shares = get_topology(loss.topology).labels_share_frames
+    model = instantiate(model_config, _convert_="all")
+    # A checkpoint does not need the folder that the model, or its encoder, was made from.
+    if hasattr(model, "plain_config"):
+        model_config = model.plain_config
+    elif hasattr(model.encoder, "plain_config"):
+        model_config["encoder"] = model.encoder.plain_config
+    features = model.encoder.make_features()
+    if features is not None:
+        datamodule.use_features(features)
     recipe = recognizer_recipe(
         model_config,
         tokenizer,
@@ -258,7 +267,6 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         max_symbols_per_frame=cfg.max_symbols_per_frame if shares else 1,
         topology=loss.topology,
     )
-    model = instantiate(model_config, _convert_="all")
     ctc = None
     if cfg.ctc.weight != 0:
         ctc = CtcLoss(
