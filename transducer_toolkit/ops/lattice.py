@@ -492,7 +492,9 @@ class CellScores:
         """Returns zeros, into which stage 1 writes. Stage 1 does not write padding."""
         return cls(
             *(
-                torch.zeros(batch.num_rows, dtype=native.SCORE_DTYPE, device=device)
+                native.mapped(
+                    batch.num_rows, like=torch.empty(0, dtype=native.SCORE_DTYPE, device=device)
+                ).zero_()
                 for _ in range(3)
             )
         )
