@@ -9,7 +9,6 @@ the budget. All functions here work on whole batches.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -158,7 +157,8 @@ def refine(
     error = make_fine(torch.arange(0, batch.num_rows, step, device=is_fine.device))
     error = error.mul_(SAMPLE_MARGIN).masked_fill_(error == 0, EXPECTED_ERROR)
     budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
-    for index in itertools.count():
+    index = 0
+    while True:
         sums = path_sums(scores, batch, options, with_uses=True, exact=False)
         # exp: the probability of a path through several coarse rows has the errors of all of them.
         strictness = error * (10 * error).exp() / _gradient_size(batch, scores, sums, options)
@@ -172,10 +172,10 @@ def refine(
         rows, num_rows = _heaviest_rows(weight, batch, slack * budget)
         count = int(num_rows)
         if count == 0:
-            break
+            return Refined(sums, is_fine, error)
         del sums  # frees its memory before the next ones
         error = make_fine(rows[:count])
-    return Refined(sums, is_fine, error)
+        index += 1
 
 
 def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[Tensor, Tensor]:
