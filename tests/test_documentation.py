@@ -19,7 +19,9 @@ from hydra.utils import instantiate
 
 from tests.pretend_cuda import CUDA, pretend_cuda, to_cuda
 from transducer_toolkit.cli import run_folder
+from transducer_toolkit.cli.component_arguments import with_signs
 from transducer_toolkit.cli.hints import _keys
+from transducer_toolkit.cli.train import _fit_defaults
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.inference.recognizer import Recognizer, recognizer_recipe
@@ -275,6 +277,9 @@ def compose_like_hydra(config_name, words):
         words[at : at + 2] = [f"hydra.searchpath=[file://{ROOT / folder}]"]
     # "data=OPTION": any of them.
     texts = [w for w in words if w not in FLAGS and not re.fullmatch(r"[a-z_/]+=[A-Z]+", w)]
+    if config_name == "train":
+        texts = _fit_defaults(texts)
+    texts = with_signs(config_name, texts)
     overrides = OverridesParser.create().parse_overrides(texts)
     with initialize_config_module("transducer_toolkit.conf", version_base="1.3"):
         firsts = [

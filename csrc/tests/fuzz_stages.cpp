@@ -429,8 +429,9 @@ void Quantized(const Problem& p, Bytes* bytes) {
   for (const int i : {0, 1}) {
     auto data = products;
     QuantizedCellScoresCpu(batch, tile,
-                           {data.data(), scales[0].data(), columns.data(), offset, vocab, vocab}, options,
-                           i + 1, {scores[i][0].data(), scores[i][1].data(), scores[i][2].data()});
+                           {data.data(), scales[0].data(), columns.data(), offset, vocab, vocab},
+                           options, i + 1,
+                           {scores[i][0].data(), scores[i][1].data(), scores[i][2].data()});
   }
   std::vector<float> logits(products.size());
   ParallelFor(rows, 1, [&](int64_t row) {  // takes subnormals for zeros, as the stages do

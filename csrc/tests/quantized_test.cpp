@@ -147,7 +147,8 @@ void TestScores(Layout layout, int64_t vocab, bool has_bias) {
   const float* offset = has_bias ? bias.data() : nullptr;
   auto overwritten = data;
   QuantizedCellScoresCpu(batch, fixture.AllRows(),
-                         {overwritten.data(), row_scales.data(), columns.data(), offset, vocab, vocab},
+                         {overwritten.data(), row_scales.data(), columns.data(), offset, vocab,
+                          vocab},
                          options, 2, {normalizer.data(), by_blank.data(), by_label.data()});
 
   std::vector<bool> is_cell(rows);
@@ -195,8 +196,8 @@ void TestScores(Layout layout, int64_t vocab, bool has_bias) {
       part.insert(part.end(), data.begin() + row * vocab, data.begin() + (row + 1) * vocab);
     }
     QuantizedCellScoresCpu(batch, {list.data(), 0, size},
-                           {part.data(), scales.data(), columns.data(), offset, vocab, vocab}, options, 1,
-                           {again[0].data(), again[1].data(), again[2].data()});
+                           {part.data(), scales.data(), columns.data(), offset, vocab, vocab},
+                           options, 1, {again[0].data(), again[1].data(), again[2].data()});
   }
   const size_t bytes = static_cast<size_t>(rows) * sizeof(Score);
   EXPECT_TRUE(std::memcmp(again[0].data(), normalizer.data(), bytes) == 0);

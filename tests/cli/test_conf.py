@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from transducer_toolkit.cli import run_folder
+from transducer_toolkit.cli.component_arguments import with_signs
 from transducer_toolkit.cli.hints import _keys, find_hints
 from transducer_toolkit.cli.train import train
 
@@ -260,7 +261,7 @@ def test_help_names_what_there_is(command, expected, capsys, monkeypatch):
         if "[" not in example and "..." not in example and "\\" not in example:
             words = re.split(r"\s{2,}", example)[0].split()
             overrides = (word.split(",")[0] for word in words if not word.startswith("--"))
-            composed(command, *overrides)
+            composed(command, *with_signs(command, list(overrides)))
     assert len(examples) >= 2
 
 

@@ -55,7 +55,7 @@ def composed(*overrides):
 
 
 @pytest.mark.parametrize("choice", [
-    *(["~experiment", f"model={option}"] for option in options("model")),
+    *(["~experiment", f"model={option}"] for option in options("model") if option != "checkpoint"),
     *([f"experiment={option}"] for option in options("experiment")),
 ], ids=" ".join)  # fmt: skip
 def test_an_encoder_of_your_own_replaces_all_keys(choice, mine):

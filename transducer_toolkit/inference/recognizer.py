@@ -316,6 +316,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if it is not such a checkpoint, or damaged.
     """
     path = local_checkpoint(path, show_progress=True)
+    if path.is_dir() and not (path / "config.json").exists():
+        found = [*sorted(path.glob("*.ckpt")), *sorted(path.glob("checkpoints/*.ckpt"))]
+        advice = f"give a file, such as {found[0]}" if found else "and it contains no checkpoint"
+        raise FileNotFoundError(f"no checkpoint at {path}: it is a folder, {advice}")
     checkpoint = _checkpoint_of_folder(path) if path.is_dir() else _checkpoint_of_file(path)
     for name, value in checkpoint["state_dict"].items():
         _check_weight(value, f"{path}: its weight {name}")
@@ -363,6 +367,27 @@ def _checkpoint_of_file(path: Path) -> dict[str, Any]:
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: its state_dict is no dict of tensors")
     return checkpoint
+
+
+def model_config_from_checkpoint(
+    path: str | os.PathLike[str] | None, trusted_packages: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the config of the model of a checkpoint, for a training that starts with its weights.
+
+    Args:
+        path: a checkpoint of ``transducer-train``.
+        trusted_packages: as in :meth:`Recognizer.from_checkpoint`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a checkpoint, names a class of another package, or ``path``
+            is None.
+    """
+    if path is None:
+        raise ValueError("model=checkpoint: expected a checkpoint, got null; set init_from=PATH")
+    config = load_checkpoint(path)[CHECKPOINT_KEY]["model"]
+    check_model_config(config, all_trusted(trusted_packages), path)
+    return dict(config)
 
 
 def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:

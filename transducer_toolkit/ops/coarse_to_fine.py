@@ -207,7 +207,7 @@ def _logits_gradient(
             spread = torch.maximum(blank, label, out=sensitivities[rows])
         if scores.extra is not None:
             extra, use_extra = scores.extra[rows].exp(), sums.use_extra[rows]
-            if options.big_blank_durations:
+            if options.arcs.num_big_blanks:
                 occupancy += use_extra.sum(1)
                 others -= extra.sum(1)
                 if is_sensitive:

@@ -181,7 +181,7 @@ def _joint_tiles(
         tile_cells=options.tile_cells,
         beside_kept=beside_kept,
         pads_vocab=True,
-        num_durations=len(options.durations),
+        num_durations=options.arcs.num_durations,
     )
 
 
@@ -198,7 +198,8 @@ def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
     checks.check_labels(
         inputs.targets,
         inputs.target_lengths,
-        blanks=options.blanks,
+        blank=options.blank,
+        num_big_blanks=options.arcs.num_big_blanks,
         vocab_size=options.vocab_size(inputs.weight.size(0)),
     )
 
@@ -267,7 +268,7 @@ def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatc
         tile_cells=options.tile_cells,
         beside_kept=True,
         pads_vocab=True,
-        num_durations=len(options.durations),
+        num_durations=options.arcs.num_durations,
         product_dtype=coarse_to_fine.COARSE_DTYPE,
     )
 
