@@ -252,10 +252,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         model_config["joiner"]["num_extra"] = loss.num_extra
     shares = get_topology(loss.topology).labels_share_frames
     model = instantiate(model_config, _convert_="all")
-    # A checkpoint does not need the folder that the model, or its encoder, was made from.
-    if hasattr(model, "plain_config"):
-        model_config = model.plain_config
-    elif hasattr(model.encoder, "plain_config"):
+    if hasattr(model.encoder, "plain_config"):  # a checkpoint does not need its folder
         model_config["encoder"] = model.encoder.plain_config
     features = model.encoder.make_features()
     if features is not None:
