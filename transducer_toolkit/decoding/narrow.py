@@ -24,7 +24,8 @@ class NarrowLattice:
     Alignments and posteriors depend on no other logits.
 
     Attributes:
-        logits: (num_cells, 3 + K) float32 log-probabilities, packed; those of durations are unnormalized.
+        logits: (num_cells, 3 + K) float32 log-probabilities, packed; those of durations are not
+            normalized.
         targets: (1, U) ones.
         shape: the lattice.
         blank: 0.

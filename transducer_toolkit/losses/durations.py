@@ -128,9 +128,9 @@ def multi_blank_loss(
     """Computes the loss of a multi-blank transducer.
 
     Beside the blank, which advances one frame, there are big blanks, which advance several. Big
-    blank i is symbol ``blank - 1 - i`` (from the end of the vocabulary if that is negative) and leads from cell (t, u) to (t + d, u), where d is
-    ``big_blank_durations[i]``. A label stays on its frame. A path ends with any blank that leads
-    from (T_b - d, U_b) to T_b.
+    blank i is symbol ``blank - 1 - i``, from the end of the vocabulary if that is negative. It
+    leads from cell (t, u) to (t + d, u), where d is ``big_blank_durations[i]``. A label stays on
+    its frame. A path ends with any blank that leads from (T_b - d, U_b) to T_b.
 
     Args:
         logits: joiner outputs, float16, bfloat16, float32 or float64; packed

@@ -7,7 +7,6 @@ the losses run them only for tensors on the CPU, or if ``validate=True`` request
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 

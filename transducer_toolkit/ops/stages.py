@@ -211,7 +211,9 @@ def lattice(
     """
     blank, label = scores.blank, scores.label
     loss = blank.new_empty(batch.num_utterances)
-    use_blank, use_label = (blank.new_zeros(batch.num_rows if with_uses else 0) for _ in range(2))
+    use_blank, use_label = (
+        native.mapped(batch.num_rows if with_uses else 0, like=blank).zero_() for _ in range(2)
+    )
     with native.backend_of(blank) as backend:
         topology = _native_topology(options)
         num_bytes = backend.stages.lattice_scratch(
@@ -294,7 +296,7 @@ def kept_rows(
         Rows (rows,) and their number in each utterance (B,), int64. Elements of the first behind
         ``numbers.sum()`` are undefined.
     """
-    rows = torch.empty(batch.num_rows, dtype=torch.int64, device=use_blank.device)
+    rows = native.mapped(batch.num_rows, like=use_blank).view(torch.int64)
     counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
     dropped = use_blank.new_empty(batch.num_utterances)
     with native.backend_of(use_blank) as backend:

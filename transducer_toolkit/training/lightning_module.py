@@ -160,7 +160,8 @@ class TransducerModule(LightningModule):
         function = getattr(self.make_optimizer, "func", self.make_optimizer)  # of a partial
         takes_module = getattr(function, "takes_module", False)
         try:
-            optimizer = self.make_optimizer(self if takes_module else self.parameters())
+            source: Any = self if takes_module else self.parameters()
+            optimizer = self.make_optimizer(source)
         except BAD_OPTION as error:
             raise _named(error)(f"optimizer {self.make_optimizer}: {error}") from error
         self._optimizer_options = [
