@@ -249,15 +249,14 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
     if loss.joiner_target is not None:
         model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
-    elif loss.joiner_options and "joiner" in model_config:
+    elif "joiner" in model_config:
+        for name in ("num_extra", "normalization", "blank"):  # of the loss of a checkpoint
+            model_config["joiner"].pop(name, None)
         model_config["joiner"] |= loss.joiner_options
     shares = get_topology(loss.topology).labels_share_frames
     model = instantiate(model_config, _convert_="all")
     check_extra(model.joiner, get_topology(loss.topology))
-    # A checkpoint does not need the folder that the model, or its encoder, was made from.
-    if hasattr(model, "plain_config"):
-        model_config = model.plain_config
-    elif hasattr(model.encoder, "plain_config"):
+    if hasattr(model.encoder, "plain_config"):  # a checkpoint does not need its folder
         model_config["encoder"] = model.encoder.plain_config
     features = model.encoder.make_features()
     if features is not None:
