@@ -49,6 +49,12 @@ def test_plans_repeat_and_extend():
     assert plan_set("train", 70, seed=1) != short
 
 
+def test_only_voices_of_the_training_are_varied():
+    assert 350 < sum(plan.varied for plan in plan_set("train", 500, seed=0)) < 450
+    for name in ("val", "test", "excluded"):
+        assert not any(plan.varied for plan in plan_set(name, 50, seed=0))
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_plans_are_broad(name):
     plans = plan_set(name, 500, seed=0)

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +89,9 @@ class EspeakSynthesizer:
         import espeakng_loader  # optional: the extra `demo`
 
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        self._variants = Path(espeakng_loader.get_data_path(), "voices", "!v")
-        data_path = espeakng_loader.get_data_path().encode()
+        self._folder = tempfile.TemporaryDirectory(prefix="espeak-ng-")
+        data_path = Path(self._folder.name)
+        self._variants = _copy_data(Path(espeakng_loader.get_data_path()), data_path)
         self._library.espeak_Initialize.argtypes = (
             ctypes.c_int,
             ctypes.c_int,
@@ -95,7 +99,7 @@ class EspeakSynthesizer:
             ctypes.c_int,
         )
         rate = self._library.espeak_Initialize(
-            _AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, _INITIALIZE_DONT_EXIT
+            _AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(data_path), _INITIALIZE_DONT_EXIT
         )
         if rate <= 0:
             raise RuntimeError(f"espeak_Initialize failed with {rate}")
@@ -108,6 +112,15 @@ class EspeakSynthesizer:
         self._callback = _Callback(self._receive)  # must outlive the engine's use of it
         self._library.espeak_SetSynthCallback(self._callback)
         self._voice: str | None = None
+
+    def definition(self, variant: str) -> str:
+        """Return the definition of a variant, such as "f1"."""
+        return (self._variants / variant).read_text(encoding="utf-8", errors="replace")
+
+    def define(self, variant: str, definition: str) -> None:
+        """Add a variant for this engine alone."""
+        (self._variants / variant).write_text(definition, encoding="utf-8")
+        self._voice = None  # the name may have had another definition
 
     def synthesize(
         self,
@@ -191,3 +204,17 @@ class EspeakSynthesizer:
     def _check(code: int, action: str) -> None:
         if code != 0:
             raise RuntimeError(f"espeak-ng returned {code} when {action}")
+
+
+def _copy_data(source: Path, target: Path) -> Path:
+    """Make a data folder with links to all files of ``source`` but the variants, which are copied.
+
+    Returns:
+        The folder of the variants.
+    """
+    for path in source.iterdir():
+        if path.name != "voices":
+            (target / path.name).symlink_to(path)
+    variants = target / "voices" / "!v"
+    shutil.copytree(source / "voices" / "!v", variants)
+    return variants

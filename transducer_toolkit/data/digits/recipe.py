@@ -36,6 +36,7 @@ PITCH = (25, 75)
 PITCH_RANGE = (10, 90)
 MAX_WORD_GAP_10MS = 12
 MAX_EDGE_SILENCE_S = 0.2
+VARIED_PROBABILITY = 0.8
 
 
 def perturbation() -> WaveformPerturbation:
@@ -101,6 +102,7 @@ class UtterancePlan:
     pitch_range: int
     word_gap_10ms: int
     silence_s: tuple[float, float]
+    varied: bool
     seed: int
 
     @property
@@ -154,5 +156,6 @@ def _plan_utterance(id_: str, variant: str, accents: list[str], seed: int) -> Ut
             float(rng.uniform(0, MAX_EDGE_SILENCE_S)),
             float(rng.uniform(0, MAX_EDGE_SILENCE_S)),
         ),
+        varied=id_.startswith("train-") and rng.random() < VARIED_PROBABILITY,
         seed=seed,
     )
