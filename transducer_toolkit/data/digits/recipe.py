@@ -36,7 +36,7 @@ PITCH = (25, 75)
 PITCH_RANGE = (10, 90)
 MAX_WORD_GAP_10MS = 12
 MAX_EDGE_SILENCE_S = 0.2
-VARIED_PROBABILITY = 0.8
+VARIED_PROBABILITY = 0.8  # of a voice that no other utterance has, in the training set
 
 
 def perturbation() -> WaveformPerturbation:
@@ -89,7 +89,8 @@ class UtterancePlan:
         pitch_range: 0 to 100.
         word_gap_10ms: extra pause between words, 10 ms each.
         silence_s: silence before and after the speech, seconds.
-        seed: seed of the distortions.
+        varied: whether the variant is changed at random, see ``vary_voice``.
+        seed: seed of the distortions and of the changes of the voice.
     """
 
     id: str

@@ -7,15 +7,14 @@ import numpy as np
 
 __all__ = ["vary_voice"]
 
-# Formants 1 to 3 carry the vowels, the others the speaker; the length of a vocal tract moves all of
-# them together, which max_freq_warp of the training does.
 NUM_FORMANTS = 9  # 0 to 8
+# Greatest relative changes. Each formant moves by itself; SpecAugment's max_freq_warp moves them all.
 FREQUENCY = 0.12
 STRENGTH = 0.25
 WIDTH = 0.35
 PITCH = 0.15
 ROUGHNESS_PROBABILITY = 0.3
-CONSONANTS = (50, 160)  # per cent: loudness of unvoiced and of voiced consonants
+CONSONANTS = (50, 160)  # loudness in percent, of unvoiced and of voiced ones
 
 
 def vary_voice(definition: str, rng: np.random.Generator) -> str:
@@ -37,7 +36,7 @@ def vary_voice(definition: str, rng: np.random.Generator) -> str:
     pitch = [82.0, 118.0]  # of a voice that names none
     kept = []
     for line in definition.splitlines():
-        key, *values = line.split("//")[0].split() or [""]
+        key, *values = line.partition("//")[0].split() or [""]
         if key == "formant":
             formants[int(values[0])][: len(values) - 1] = map(float, values[1:5])
         elif key == "pitch":
@@ -48,8 +47,8 @@ def vary_voice(definition: str, rng: np.random.Generator) -> str:
         frequency *= 1 + rng.uniform(-FREQUENCY, FREQUENCY)
         strength *= 1 + rng.uniform(-STRENGTH, STRENGTH)
         width *= 1 + rng.uniform(-WIDTH, WIDTH)
-        values = (frequency, strength, width, shift_hz)
-        kept.append(" ".join(["formant", str(number), *(str(round(value)) for value in values)]))
+        varied = (frequency, strength, width, shift_hz)
+        kept.append(" ".join(["formant", str(number), *(str(round(value)) for value in varied)]))
     scale = 1 + rng.uniform(-PITCH, PITCH)
     kept.append("pitch " + " ".join(str(round(value * scale)) for value in pitch))
     if rng.random() < ROUGHNESS_PROBABILITY:
