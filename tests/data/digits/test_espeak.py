@@ -26,6 +26,15 @@ def test_speech_with_word_starts(engine):
     assert 0 <= first < second < third < duration_s
 
 
+def test_phonemes(engine):
+    phonemes, word = (
+        engine.synthesize(text, voice="en-us+f1", **STYLE) for text in ("[[tj'u:]] one", "two one")
+    )
+    assert len(phonemes.word_starts_s) == len(word.word_starts_s) == 2
+    # One more sound in front of the vowel, and not the names of the brackets.
+    assert 0 < phonemes.word_starts_s[1] - word.word_starts_s[1] < 0.15
+
+
 def test_every_voice_of_the_list_speaks(engine):
     voices = load_voices()
     for name in ("train", "val", "test", "excluded"):

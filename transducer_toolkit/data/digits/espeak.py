@@ -18,6 +18,7 @@ __all__ = ["EspeakSynthesizer", "Speech"]
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _INITIALIZE_DONT_EXIT = 0x8000
 _CHARS_UTF8 = 1
+_PHONEMES = 0x100
 _NOISE_SEED = 1
 _POS_CHARACTER = 1
 _EVENT_LIST_TERMINATED = 0
@@ -135,7 +136,7 @@ class EspeakSynthesizer:
         """Speak ``text``.
 
         Args:
-            text: what to say; a comma makes a pause.
+            text: what to say; a comma makes a pause, and ``[[tj'u:]]`` are phonemes.
             voice: accent and variant, e.g. "en-us+f1".
             rate_wpm: words per minute, 80 to 450.
             pitch: 0 to 99, 50 being the voice's own.
@@ -180,7 +181,7 @@ class EspeakSynthesizer:
                 ctypes.c_uint(0),
                 _POS_CHARACTER,
                 ctypes.c_uint(0),
-                ctypes.c_uint(_CHARS_UTF8),
+                ctypes.c_uint(_CHARS_UTF8 | _PHONEMES),
                 None,
                 None,
             ),

@@ -8,7 +8,7 @@ import numpy as np
 __all__ = ["vary_voice"]
 
 NUM_FORMANTS = 9  # 0 to 8
-# Greatest relative changes. Each formant moves by itself; SpecAugment's max_freq_warp moves them all.
+# Greatest relative changes. Each formant moves by itself; max_freq_warp of SpecAugment moves all.
 FREQUENCY = 0.12
 STRENGTH = 0.25
 WIDTH = 0.35
