@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.jobs import Job
-from benchmarks.workloads import Workload
+from benchmarks.workloads import BLANK_BIAS, LABEL_GAIN, NOISE, Workload
 
 if TYPE_CHECKING:
     from transducer_toolkit.modules import Joiner, StatelessPredictor
 
 MAX_SYMBOLS_PER_FRAME = 10
-NOISE = 0.5  # standard deviation; that of d(y) is 1
-LABEL_GAIN, BLANK_BIAS = 60.0, 12.0  # a spoken label's logit is about 25, other labels' about 3
 
 
 class SearchInputs(NamedTuple):

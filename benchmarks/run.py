@@ -27,10 +27,11 @@ from benchmarks import report, results
 from benchmarks.peers import implementations
 from benchmarks.session import Session
 from benchmarks.workloads import (
-    LATTICE_SCALES,
+    LATTICES,
     MEMORY_FACTORS,
     SCALING_FACTORS,
     SERIES,
+    TRAINED,
     Workload,
     choose_batch,
     memory_workloads,
@@ -75,8 +76,9 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", choices=("sorted", "unsorted"), default="sorted", help="corpus order")
     add("--vocab-size", type=int, help="500; accuracy: 16; parakeet: 1025")
     add("--joiner-dim", type=int, default=512)
-    add("--lattice", choices=LATTICE_SCALES,
-        help="weights or logits of an untrained model, or times 12: few paths count")  # fmt: skip
+    add("--lattice", choices=LATTICES,
+        help="weights or logits of an untrained model, times 3 or 12, so that few paths count, "
+        "or a joiner that knows the alignment (not with logits given)")  # fmt: skip
     add("--factors", type=float, nargs="+", metavar="X",
         help="scaling: of frames, vocab-size, joiner-dim; memory: of vocab-size")  # fmt: skip
     add("--series", nargs="+", choices=SERIES, default=SERIES, help="scaling: what grows")
@@ -121,6 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         options_parser.error("--device cuda: torch sees no CUDA device here")
+    if options.lattice == TRAINED and options.suite in ("loss", "accuracy", "decode"):
+        options_parser.error(
+            f"--lattice trained: suite {options.suite} has no joiner; choose another"
+        )
     if options.append and options.json and options.json.exists():
         there = results.read(options.json)[0]["suite"]
         if there != options.suite:

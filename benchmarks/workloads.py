@@ -19,8 +19,13 @@ FRAME_QUANTILES = (31, 105, 160, 214, 256, 284, 302, 315, 326, 335, 343, 350, 35
                    391, 402, 416, 432, 680)  # fmt: skip
 TOKENS_PER_FRAME, TOKENS_PER_FRAME_SPREAD = 0.215, 0.04
 # The output layer's weights, and logits that are given, are multiplied by this: an untrained
-# model's lattice, where every path counts, or one like a trained model's, where few do.
-LATTICE_SCALES = {"initial": 1.0, "peaky": 12.0}
+# model's lattice, where every path counts, or lattices on which few do.
+LATTICE_SCALES = {"initial": 1.0, "x3": 3.0, "peaky": 12.0}
+# The joiner of a model that knows where each symbol is spoken (known_alignment).
+TRAINED = "trained"
+LATTICES = (*LATTICE_SCALES, TRAINED)
+NOISE = 0.5  # standard deviation of the encoder's output; that of the predictor's is 1
+LABEL_GAIN, BLANK_BIAS = 60.0, 12.0  # a spoken label's logit is about 25, other labels' about 3
 SCALING_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 MEMORY_FACTORS = (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 SCALING_UTTERANCES = 4
@@ -58,7 +63,7 @@ class Workload:
         return torch.randint(1, self.vocab_size, size, generator=generator).to(self.device)
 
     def logits(self) -> Tensor:
-        """Packed (cells, V)."""
+        """Packed (cells, V). There is no trained lattice without a joiner."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         logits = torch.randn(self.shape.num_cells, self.vocab_size, generator=generator)
         return (LATTICE_SCALES[self.lattice] * self.logits_scale * logits).to(self.device)
@@ -68,6 +73,9 @@ class Workload:
         generator = torch.Generator().manual_seed(self.seed + 2)
         shape, width = self.shape, self.joiner_dim
         batch = shape.num_utterances
+        if self.lattice == TRAINED:
+            inputs = known_alignment(self, generator)
+            return tuple(tensor.to(self.device) for tensor in inputs)  # type: ignore[return-value]
         scale = LATTICE_SCALES[self.lattice] / width**0.5
         inputs = (
             torch.randn(batch, shape.max_frames, width, generator=generator),
@@ -81,9 +89,39 @@ class Workload:
         """(V, D) each: from enc and from pred to the addends of the simple joiner's logits."""
         generator = torch.Generator().manual_seed(self.seed + 3)
         size = (2, self.vocab_size, self.joiner_dim)
+        if self.lattice == TRAINED:  # the same weight finds the same alignment
+            weight = self.joiner_inputs()[2]
+            return weight, weight.clone()
         scale = LATTICE_SCALES[self.lattice] / self.joiner_dim**0.5
         am, lm = (torch.randn(size, generator=generator) * scale).to(self.device)
         return am, lm
+
+
+def known_alignment(
+    workload: Workload, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inputs of a joiner that knows where each symbol is spoken.
+
+    The predictor's output d(y) after symbol y is random. Where y is spoken, the encoder's output is
+    -d(y) and noise, elsewhere only noise. The output layer's row of y is a multiple of -d(y), and
+    blank has a bias. So y leads where it is spoken, and blank leads everywhere else, also on that
+    frame after y, when the two cancel.
+    """
+    width, vocab_size, targets = workload.joiner_dim, workload.vocab_size, workload.targets().cpu()
+    after = torch.randn(vocab_size, width, generator=generator)  # d(y)
+    after -= after.mean(0)
+    size = len(workload.frames), max(workload.frames), width
+    enc = NOISE * torch.randn(size, generator=generator)
+    for b, (frames, symbols) in enumerate(zip(workload.frames, workload.symbols, strict=True)):
+        order = torch.randperm(frames, generator=generator)
+        spoken = order.repeat(-(-symbols // frames))[:symbols].sort().values
+        enc[b].index_add_(0, spoken, after[targets[b, :symbols]], alpha=-1)
+    pred = torch.cat([torch.zeros(size[0], 1, width), after[targets]], 1)
+    weight = -LABEL_GAIN / width * after
+    weight[0] = 0
+    bias = torch.zeros(vocab_size)
+    bias[0] = BLANK_BIAS
+    return enc, pred, weight, bias
 
 
 def utterance_shapes(path: Path | None, count: int = 20_000, seed: int = 0) -> np.ndarray:

@@ -19,7 +19,7 @@ struct CellScoresOut {
 //   normalizer = logsumexp(x)                       (0 if from_log_softmax)
 //   blank      = x[blank] - normalizer
 //   label      = x[target of (b, u)] - normalizer   (-inf in the last column, u = U_b)
-//   extra[i]   = x[blank - 1 - i] - normalizer      of big blanks
+//   extra[i]   = x[column of i] - normalizer        of big blanks
 //   extra[k]   = log_softmax(x[V ... V + K - 1])[k] of durations
 // Scores are NaN if the row contains NaN or +inf, if all of it is -inf, or if the target is outside
 // [0, V); stage 2 then makes the loss of that utterance NaN. With from_log_softmax, the stage reads

@@ -52,7 +52,7 @@ void ScoreCell(const LatticeBatch& batch, const Cell& cell, int64_t row, const T
   }
   Score* extra = out.extra + row * options.NumExtra();
   for (int64_t i = 0; i < options.num_big_blanks; ++i) {
-    extra[i] = Pick(x, options.blank - 1 - i, max, log_sum);
+    extra[i] = Pick(x, options.BigBlank(options.blank, i, vocab_size), max, log_sum);
   }
   LogSoftmax(x + vocab_size, options.num_durations, extra + options.num_big_blanks);
 }

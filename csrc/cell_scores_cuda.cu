@@ -116,7 +116,7 @@ __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t
   out.label[row] = label;
   Score* extra = out.extra + row * (options.num_big_blanks + options.num_durations);
   for (int i = 0; i < options.num_big_blanks; ++i) {
-    extra[i] = Pick(x, options.blank - 1 - i, max, log_sum);
+    extra[i] = Pick(x, LogitsOptions::BigBlank(options.blank, i, options.size), max, log_sum);
   }
   if (options.num_durations > 0) {
     LogSoftmax(x + options.size, options.num_durations, extra + options.num_big_blanks);

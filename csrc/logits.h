@@ -21,11 +21,15 @@ struct LogitsOptions {
   int64_t blank;          // in [0, V)
   bool from_log_softmax;  // the rows are log-probabilities already
   double clamp;           // stage 3: limits the magnitude of the gradient; 0: no limit
-  // Multi-blank: big blank i is column blank - 1 - i, which is in [0, V). Otherwise 0.
+  // Multi-blank: big blank i is column blank - 1 - i, counted from the end if negative. Otherwise 0.
   int64_t num_big_blanks;
   // Token-and-duration: the K columns from V on are logits of durations. Otherwise 0.
   int64_t num_durations;
 
+  TRANSDUCER_HD static int64_t BigBlank(int64_t blank, int64_t i, int64_t vocab_size) {
+    const int64_t column = blank - 1 - i;
+    return column >= 0 ? column : column + vocab_size;
+  }
   TRANSDUCER_HD int64_t NumExtra() const { return num_big_blanks + num_durations; }
 };
 

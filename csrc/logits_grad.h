@@ -25,7 +25,7 @@ struct Posteriors {
 // with occupancy = use_blank + use_label, the softmax taken from the saved normalizer; without the
 // softmax term if from_log_softmax. Both subtractions happen when target == blank.
 //
-// Big blanks: minus use_extra[row, i] at v == blank - 1 - i; occupancy includes the sum of use_extra.
+// Big blanks: minus use_extra[row, i] at the column of i; occupancy includes the sum of use_extra.
 // Durations:
 //
 // grad[row, V + k] = loss_grad[b] * clamp(occupancy * softmax(logits[row, V ...])[k]

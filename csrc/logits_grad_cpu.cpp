@@ -78,15 +78,15 @@ void CellGrad(const Context& context, const T* x, Score normalizer, const CellUs
     }
     if (v == context.blank) g -= uses.blank;
     if (v == target) g -= uses.label;
-    const int64_t i = context.blank - 1 - v;
-    if (i >= 0 && i < context.num_big_blanks) g -= uses.extra[i];
+    const int64_t i = LogitsOptions::BigBlank(context.blank, v, size);  // its own inverse
+    if (i < context.num_big_blanks) g -= uses.extra[i];
     return Scaled<T>(context, g, loss_grad);
   };
   const T at_blank = entry(context.blank);
   const T at_target = target >= 0 ? entry(target) : T{};
   T at_big_blank[kMaxBigBlanks];
   for (int64_t i = 0; i < context.num_big_blanks; ++i) {
-    at_big_blank[i] = entry(context.blank - 1 - i);
+    at_big_blank[i] = entry(LogitsOptions::BigBlank(context.blank, i, size));
   }
   // No entry can exceed the occupancy times the upstream gradient: fill rows that round to zero.
   const bool negligible = occupancy * std::abs(loss_grad) < kFlushBelow<T>;
@@ -100,7 +100,7 @@ void CellGrad(const Context& context, const T* x, Score normalizer, const CellUs
   }
   grad[context.blank] = at_blank;
   for (int64_t i = 0; i < context.num_big_blanks; ++i) {
-    grad[context.blank - 1 - i] = at_big_blank[i];
+    grad[LogitsOptions::BigBlank(context.blank, i, size)] = at_big_blank[i];
   }
   if (target >= 0) grad[target] = at_target;
 }

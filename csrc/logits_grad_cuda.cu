@@ -62,8 +62,9 @@ class CellGradient {
     }
     if (v == options_.blank) g -= uses_.blank;
     if (v == target_) g -= uses_.label;
-    const int i = options_.blank - 1 - v;
-    if (i >= 0 && i < options_.num_big_blanks) g -= uses_.extra[i];
+    // The big blank of a symbol, and the symbol of a big blank: the function is its own inverse.
+    const int64_t i = LogitsOptions::BigBlank(options_.blank, v, options_.size);
+    if (i < options_.num_big_blanks) g -= uses_.extra[i];
     return Scaled(g);
   }
 
@@ -163,10 +164,12 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
     const T* x = logits + tile.LogitsRow(i) * options.pitch;
     // Some lanes compute the entries with a subtraction before the packs overwrite them: blank,
     // label, big blanks.
-    const int mine = Lane() == 0                           ? options.blank
-                     : Lane() == 1                         ? static_cast<int>(target)
-                     : Lane() - 2 < options.num_big_blanks ? options.blank + 1 - Lane()
-                                                           : -1;
+    const int mine =
+        Lane() == 0   ? options.blank
+        : Lane() == 1 ? static_cast<int>(target)
+        : Lane() - 2 < options.num_big_blanks
+            ? static_cast<int>(LogitsOptions::BigBlank(options.blank, Lane() - 2, options.size))
+            : -1;
     const T subtracted = mine >= 0 ? gradient.WithSubtraction(mine, x[mine]) : T{};
     const bool has_duration = Lane() < options.num_durations;
     T of_duration{};

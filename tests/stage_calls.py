@@ -11,6 +11,7 @@ from torch import Tensor
 from transducer_toolkit.ops import stages
 from transducer_toolkit.ops.lattice import Band, CellScores, LatticeBatch, Lengths, RowTile
 from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import tdt_topology
 
 kept_rows = stages.kept_rows
 
@@ -58,7 +59,8 @@ def duration_lattice(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 2 for arcs of a TDT lattice."""
     scores = stages.ArcScores(blank_arcs, label_arcs)
-    loss_options = LossOptions(blank=0, durations=durations, **options)  # type: ignore[arg-type]
+    topology = tdt_topology(durations).name
+    loss_options = LossOptions(blank=0, topology=topology, **options)  # type: ignore[arg-type]
     return stages.duration_lattice(scores, batch, loss_options, with_uses=with_uses, exact=exact)
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def ask(suite, implementation, workload=TINY, **changes):
 # --- the truth ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lattice", ["initial", "peaky"])
+@pytest.mark.parametrize("lattice", ["initial", "peaky", "trained"])
 def test_truth_is_the_reference_recursion_with_autograd(lattice):
     workload = Workload(**{**TINY.__dict__, "lattice": lattice})
     shape = workload.shape
@@ -127,8 +128,10 @@ def test_memory_is_the_peak_above_what_was_there():
     assert len(kept["all_seconds"]) == 2 and kept["seconds"] > 0
 
 
-@pytest.mark.parametrize("suite", ["loss", "step"])
-@pytest.mark.parametrize("lattice", ["initial", "peaky"])
+@pytest.mark.parametrize(
+    ("suite", "lattice"),
+    [*itertools.product(("loss", "step"), ("initial", "peaky")), ("step", "trained")],
+)
 def test_ours_agrees_with_the_truth(suite, lattice):
     workload = Workload(**{**TINY.__dict__, "lattice": lattice})
     truth = ask(suite, "truth", workload)
@@ -400,6 +403,20 @@ def test_scaling_changes_one_thing_at_a_time():
 
 
 # --- installing peers ---------------------------------------------------------------------------
+
+
+def test_a_trained_lattice_knows_its_alignment():
+    workload = Workload((90, 60), (20, 11), 50, 128, lattice="trained")
+    losses, _ = step_truth(workload)
+    untrained, _ = step_truth(replace(workload, lattice="peaky"))
+    frames = torch.tensor(workload.frames)
+    assert (losses / frames < 0.3).all() and (untrained / frames > 3).all()
+
+
+def test_a_trained_lattice_needs_a_joiner(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--suite", "loss", "--lattice", "trained"])
+    assert "--lattice trained: suite loss has no joiner" in capsys.readouterr().err
 
 
 def test_patch_makes_a_peer_build_without_cuda(tmp_path):

@@ -30,7 +30,10 @@ def test_a_dry_run_measures_every_row(monkeypatch, capsys, tmp_path):
             key = row["batch"], row["suite"], row["mode"]
             losses.setdefault(key, {})[row["name"]] = row["loss_sum"]
     for mode in benchmark.MODES:
-        assert losses["peaky", "step", mode].keys() == {"ours: fused", "ours: fused, full"}
+        assert losses["peaky", "step", mode].keys() == {
+            "ours: fused",
+            "ours: fused, full precision",
+        }
     for row in rows:
         if row["suite"] == "step":
             limit = {"float32": 5e-3, "tf32": 5e-3, "bfloat16": 5e-2}[row["mode"]]

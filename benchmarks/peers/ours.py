@@ -130,7 +130,7 @@ IMPLEMENTATIONS = [
     _entry("tiled logits, inplace", ("transducer_loss", "joiner_logits"), step=tiled_step),
     _entry("fused", ("fused_joiner_loss",), step=fused_step),
     _entry(
-        "fused, full",
+        "fused, full precision",
         ("fused_joiner_loss",),
         step=lambda workload: fused_step(workload, precision="full"),
     ),

@@ -143,6 +143,7 @@ def test_a_number_of_steps_is_trained(console, tones, tmp_path, capsys):
     console(main, tmp_path, *options, "trainer.max_steps=45", "trainer.check_val_every_n_epoch=99")
     run = tmp_path / "outputs" / "transducer" / "run"
     assert json.loads((run / "results.json").read_text())["optimizer_steps"] == 45
+    assert "Epoch 11 " in (out := capsys.readouterr().out) and "/-2" not in out
     console(main, tmp_path, *options, "trainer.max_steps=45", "trainer.max_epochs=1", "name=both")
     out = capsys.readouterr().out
     assert "ends after 1 epochs (trainer.max_epochs) or 45 steps (trainer.max_steps)" in out

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from transducer_toolkit.cli import run_folder
+from transducer_toolkit.cli.component_arguments import with_signs
 from transducer_toolkit.cli.hints import _keys, find_hints
 from transducer_toolkit.cli.train import train
 
@@ -57,8 +58,14 @@ def test_the_groups_are_those_of_the_documentation():
     assert [path.name for path in CONF.iterdir() if path.name.endswith(".yaml")]
 
 
+def skip_without_transformers(option):
+    if option.startswith(("fastconformer", "huggingface")):
+        pytest.importorskip("transformers")
+
+
 @pytest.mark.parametrize(("group", "option"), CHOICES)
 def test_every_option_instantiates(group, option, tmp_path):
+    skip_without_transformers(option)
     overrides = [f"{group}={option}", f"run_dir={tmp_path}"]
     if group == "search":
         cfg = composed("evaluate", *overrides, "checkpoint=best.ckpt")
@@ -80,6 +87,7 @@ def test_every_option_instantiates(group, option, tmp_path):
     ],
 )
 def test_what_should_be_a_number_is_named(group, option, tmp_path):
+    skip_without_transformers(option)
     needed = [f"{group}={option}", f"run_dir={tmp_path}", *NEEDED.get(group, {}).get(option, [])]
     config = OmegaConf.to_container(composed("train", "~experiment", *needed)[group], resolve=True)
     for parent, name in _numbers(config or {}):
@@ -155,18 +163,18 @@ def test_all_data_follow_seed_and_loss(option):
         assert all(data._get_node(key)._value() == common._get_node(key)._value() for key in left)
 
 
+@pytest.mark.parametrize("kind", ["conformer", "fastconformer"])
 @pytest.mark.parametrize("size", ["s", "m", "l"])
 @pytest.mark.parametrize("predictor", ["stateless", "lstm"])
-def test_sizes_of_the_conformers_are_those_of_the_documentation(size, predictor):
-    cfg = composed(
-        "train", f"model=conformer_{size}", f"model/predictor={predictor}", "~experiment"
-    )
+def test_sizes_of_the_conformers_are_those_of_the_documentation(kind, size, predictor):
+    skip_without_transformers(kind)
+    cfg = composed("train", f"model={kind}_{size}", f"model/predictor={predictor}", "~experiment")
     with torch.device("meta"):
         model = instantiate(cfg.model, vocab_size=1024, blank=0, _convert_="all")
     assert type(model.predictor).__name__ == f"{predictor.title()}Predictor"
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model)]
     rows = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
-    (row,) = [row for row in rows if row.startswith(f"| `conformer_{size}` |")]
+    (row,) = [row for row in rows if row.startswith(f"| `{kind}_{size}` |")]
     cells = [cell.strip() for cell in row.split("|")]
     assert f"{millions[0]:.1f}" in cells
     assert f"{millions[1]:.1f}" == cells[-4 if predictor == "stateless" else -3]
@@ -253,7 +261,7 @@ def test_help_names_what_there_is(command, expected, capsys, monkeypatch):
         if "[" not in example and "..." not in example and "\\" not in example:
             words = re.split(r"\s{2,}", example)[0].split()
             overrides = (word.split(",")[0] for word in words if not word.startswith("--"))
-            composed(command, *overrides)
+            composed(command, *with_signs(command, list(overrides)))
     assert len(examples) >= 2
 
 

@@ -155,7 +155,7 @@ def test_a_missing_plugin_of_hydra_is_named(options, distribution, extra, tmp_pa
         (["init_from=a=b.ckpt"], "no checkpoint at a=b.ckpt"),
         (["+x=${nothing}", "name=${x}"], "Interpolation key 'nothing' not found"),
         (["name=a${b}"], "name=a${b}: Interpolation key 'b' not found; the name of a run can have"),
-        (["name=a${"], "name='a${': "),
+        (["name=a${"], "the name of a run can have no ${ but that of an interpolation of Hydra"),
     ],
 )
 def test_errors_are_one_sentence(options, message, console, train_overrides, tmp_path, capsys):
@@ -409,6 +409,31 @@ def test_an_empty_path_is_named(key, console, train_overrides, tmp_path, capsys)
         console(train, tmp_path, *train_overrides, f"{key}=")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"transducer-train: {key}= has no value: expected a path or a name;")
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "outputs/a b/best.ckpt", "max_steps"])
+def test_an_argument_without_a_key_is_named(name, console, tmp_path, capsys):
+    for main in (train, evaluate):
+        with pytest.raises(SystemExit):
+            console(main, tmp_path, "seed=2", name)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"'{name}' is no option: expected KEY=VALUE, such as checkpoint=PATH" in line
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_audio_is_named_also_by_a_worker(
+    num_workers, tones, train_overrides, console, tmp_path, capsys
+):
+    rows = [json.loads(line) for line in (tones / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["audio"] = str(tones / Path(row["audio"]).name.replace("train-3.wav", "gone.wav"))
+    (tmp_path / "gone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"data.corpus.train={tmp_path}/gone.jsonl", f"data.num_workers={num_workers}"]
+    with pytest.raises(SystemExit):
+        console(train, tmp_path, *train_overrides, *options)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("transducer-")]
+    path = tones / "gone.wav"
+    assert line == f"transducer-train: utterance 'train-3': no audio file at {path}"
 
 
 def test_hydras_options_may_stand_anywhere(checkpoint, console, tmp_path, capsys):

@@ -157,3 +157,17 @@ def test_a_killed_process_ends_the_group_within_a_minute(tmp_path, train_overrid
     assert process.returncode != 0, out
     # Ours, or Lightning's, whose launcher may be the first to notice and ends the others.
     assert re.search(r"process of this training has ended|Child process .* terminated", out), out
+
+
+def test_processes_of_torchrun_without_devices_are_refused(tmp_path, train_overrides, tones):
+    """Each would train by itself, in the same run folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--standalone", "-m", "transducer_toolkit.cli.train"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *train_overrides], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    message = "transducer-train: torchrun started 2 processes, but trainer.devices and "
+    assert message in done.stderr and "add trainer=ddp trainer.devices=N" in done.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))

@@ -14,6 +14,16 @@ def checkpoint(trained):
     return trained / "checkpoints" / "best.ckpt"
 
 
+def test_the_checkpoint_may_be_an_option(checkpoint, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    assert main(["--checkpoint", str(checkpoint), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "encoder.onnx").is_file()
+    for given in ([], [str(checkpoint), "--checkpoint", str(checkpoint)]):
+        with pytest.raises(SystemExit):
+            main([*given, "--output", str(tmp_path)])
+        assert "give one CHECKPOINT" in capsys.readouterr().err
+
+
 def test_writes_what_sherpa_reads(checkpoint, tones, tmp_path, capsys):
     sherpa_onnx = pytest.importorskip("sherpa_onnx")
     assert main([str(checkpoint), "--output", str(tmp_path), "--int8"]) == 0

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -164,6 +165,43 @@ def test_channels(transcribe, tones, tmp_path):
     soundfile.write(stereo, np.stack([left, -left], axis=1), 16000)
     status, _, err = transcribe(stereo)
     assert status == 1 and "channels cancel each other" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("a.srt", r"1\n00:"),
+        ("a.json", r'\{"audio": '),
+        ("a.CTM", r"/\S+ 1 \d"),
+        ("a.txt", r"/\S+\t"),
+    ],
+)
+def test_the_suffix_of_the_output_chooses_the_format(checkpoint, tones, tmp_path, name, start):
+    wave = str(tones / "test-1.wav")
+    arguments = ["--checkpoint", str(checkpoint), wave, "--output", str(tmp_path / name)]
+    assert main(arguments) == 0
+    written = (tmp_path / name).read_text()
+    assert re.match(start, written)
+    assert main([*arguments, "--format", "json"]) == 0
+    assert json.loads((tmp_path / name).read_text())["audio"] == wave
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_an_empty_argument_is_named(place, checkpoint, capsys):
+    arguments = ["--checkpoint", str(checkpoint), "a.wav"]
+    arguments[place] = ""
+    assert main(arguments) == 1
+    message = f"argument {place + 1} after {arguments[place - 1]!r} is empty; remove it, or set the"
+    assert f"transducer-transcribe: {message}" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(trained, tmp_path, capsys):
+    assert main(["--checkpoint", str(trained), "a.wav"]) == 1
+    best = trained / "checkpoints" / "best.ckpt"
+    message = f"no checkpoint at {trained}: it is a folder, give a file, such as {best}"
+    assert message in capsys.readouterr().err
+    assert main(["--checkpoint", str(tmp_path), "a.wav"]) == 1
+    assert "it is a folder, and it contains no checkpoint" in capsys.readouterr().err
 
 
 def test_a_folder_is_transcribed_in_batches(checkpoint, tones, capsys, monkeypatch):

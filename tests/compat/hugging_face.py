@@ -27,6 +27,7 @@ KINDS = {
     "Nemotron3_5AsrForRNNT": "Nemotron3_5AsrConfig",
 }
 PAD = 2
+BLANK_BIAS = 3.0
 
 
 def small_model(kind="ParakeetForRNNT", vocab_size=33, seed=0, **options):
@@ -66,3 +67,54 @@ def batch(vocab_size=33, num_frames=(120, 90), num_labels=(3, 2), padding=None, 
         "labels": labels.masked_fill(is_padding, blank if padding is None else padding),
         "decoder_input_ids": torch.cat((start, labels.masked_fill(is_padding, blank)), 1),
     }
+
+
+def save_folder(folder, kind="ParakeetForRNNT", **options):
+    """A folder as `save_pretrained` writes it: a random model, its features and a tokenizer."""
+    import sentencepiece
+    from tokenizers import AddedToken
+    from transformers.convert_slow_tokenizer import ParakeetConverter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = ["one two three four five six seven eight nine zero", "it is twelve, seven of nine"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20),
+        model_prefix=str(folder / "pieces"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
+    converted = ParakeetConverter(str(folder / "pieces.model")).converted()
+    tokenizer = transformers.ParakeetTokenizer(tokenizer_object=converted)
+    blank = AddedToken("<blank>", normalized=False, special=True)
+    unknown = AddedToken("<unk>", normalized=False, special=True)
+    tokenizer.add_tokens([blank])
+    tokenizer.add_special_tokens({"pad_token": blank, "unk_token": unknown})
+    extractor = transformers.ParakeetFeatureExtractor()
+    if kind.startswith("Nemotron"):
+        extractor = transformers.NemotronAsrStreamingFeatureExtractor()
+    decoder_type = "tdt" if kind == "ParakeetForTDT" else "rnnt"
+    transformers.ParakeetProcessor(extractor, tokenizer, decoder_type=decoder_type).save_pretrained(
+        folder
+    )
+    model = small_model(kind, vocab_size=len(tokenizer), **options).eval()
+    _spread_outputs(model, extractor, tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def _spread_outputs(model, extractor, blank):
+    """Make a random model emit many different labels, with blanks between them."""
+    inputs = extractor(torch.randn(32000).numpy(), sampling_rate=16000, return_tensors="pt")
+    frames = model.get_audio_features(**inputs).pooler_output[0]
+    model.encoder_projector.weight /= frames.std(0)[:, None]
+    model.encoder_projector.bias.copy_(
+        (model.encoder_projector.bias - frames.mean(0)) / frames.std(0)
+    )
+    model.decoder.embedding.weight.normal_()
+    model.decoder.decoder_projector.weight.normal_()
+    head = model.joint.head
+    head.weight.normal_(std=0.5)
+    head.bias[blank] += BLANK_BIAS

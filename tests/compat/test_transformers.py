@@ -8,9 +8,11 @@ import torch
 
 from tests.compat.hugging_face import KINDS, PAD, batch, small_model, transformers
 from transducer_toolkit.compat.transformers import REDUCTION_NAMES, use_fused_loss
-from transducer_toolkit.losses.reference import reference_loss
+from transducer_toolkit.losses.reference import reference_duration_loss, reference_loss
 
 RNNT = [kind for kind in KINDS if kind != "ParakeetForTDT"]
+# Classes that have a loss in transformers, and what pads their labels; None is blank.
+THEIRS = {"ParakeetForRNNT": None, "ParakeetForTDT": PAD}
 
 
 def gradients(model, loss):
@@ -35,17 +37,23 @@ def true_loss(model, inputs, num_labels):
     pred = model.decoder(inputs["decoder_input_ids"])
     logits = model.joint(pred[:, None], outputs.pooler_output[:, :, None])
     lengths = outputs.attention_mask.sum(1), torch.tensor(num_labels)
+    if hasattr(model.config, "durations"):
+        indices = inputs["labels"], *lengths, model.config.blank_token_id
+        durations = {"durations": model.config.durations}
+        return reference_duration_loss(logits, *indices, **durations, reduction="none")
     return reference_loss(
         logits, inputs["labels"], *lengths, model.config.blank_token_id, reduction="none"
     )
 
 
+@pytest.mark.parametrize("kind", THEIRS)
 @pytest.mark.parametrize("vocab_size", [1025, 8193])
-def test_loss_and_gradients_are_those_of_transformers(vocab_size):
+def test_loss_and_gradients_are_those_of_transformers(vocab_size, kind):
     pytest.importorskip("torchaudio", exc_type=ImportError)  # theirs needs it
     num_labels = (8, 5, 0)
-    inputs = batch(vocab_size, num_frames=(400, 360, 90), num_labels=num_labels)
-    model = small_model(vocab_size=vocab_size)
+    sizes = {"num_frames": (400, 360, 90), "num_labels": num_labels}
+    inputs = batch(vocab_size, **sizes, padding=THEIRS[kind])
+    model = small_model(kind, vocab_size=vocab_size)
     double = copy.deepcopy(model).double()
     doubled = {**inputs, "input_features": inputs["input_features"].double()}
     truth = gradients(double, true_loss(double, doubled, num_labels))
@@ -64,10 +72,11 @@ def test_loss_and_gradients_are_those_of_transformers(vocab_size):
             assert mine <= max(other, 1e-5), (precision, name, mine, other)
 
 
+@pytest.mark.parametrize("kind", THEIRS)
 @pytest.mark.parametrize("reduction", REDUCTION_NAMES)
-def test_reductions(reduction):
+def test_reductions(reduction, kind):
     pytest.importorskip("torchaudio", exc_type=ImportError)
-    model, inputs = small_model(), batch()
+    model, inputs = small_model(kind), batch(padding=THEIRS[kind])
     theirs = model(**inputs, reduction=reduction).loss
     with use_fused_loss(model, reduction=reduction):
         torch.testing.assert_close(model(**inputs).loss, theirs, rtol=1e-5, atol=0)
@@ -75,12 +84,32 @@ def test_reductions(reduction):
     assert (reduction == "sum") == torch.equal(other, theirs) or other.isclose(theirs.sum())
 
 
-def test_default_reduction_is_theirs():
+@pytest.mark.parametrize("kind", THEIRS)
+def test_default_reduction_is_theirs(kind):
     pytest.importorskip("torchaudio", exc_type=ImportError)
-    model, inputs = small_model(), batch()
+    model, inputs = small_model(kind), batch(padding=THEIRS[kind])
     theirs = model(**inputs).loss
     with use_fused_loss(model):
         torch.testing.assert_close(model(**inputs).loss, theirs, rtol=1e-5, atol=0)
+
+
+def test_sigma_of_tdt():
+    model, inputs = small_model("ParakeetForTDT"), batch(padding=PAD)
+    plain, theirs = model(**inputs).loss, model(**inputs, sigma=0.05).loss
+    with use_fused_loss(model, sigma=0.05):
+        torch.testing.assert_close(model(**inputs).loss, theirs, rtol=1e-5, atol=0)
+        torch.testing.assert_close(model(**inputs, sigma=0.0).loss, plain, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("durations", [(0, 1), (1, 2, 4), (0, 2, 3, 7)])
+def test_durations_of_tdt(durations):
+    model = small_model("ParakeetForTDT", durations=durations)
+    inputs = batch(padding=PAD, num_frames=(200, 160), num_labels=(3, 2))
+    theirs = model(**inputs, reduction="none").loss
+    with use_fused_loss(model):
+        torch.testing.assert_close(
+            model(**inputs, reduction="none").loss, theirs, rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("kind", RNNT)

@@ -45,7 +45,9 @@ def test_whether_there_is_an_unknown_symbol_is_a_bool():
 
 def test_state(tokenizer):
     assert tokenizer_from_state(tokenizer.state()).symbols == tokenizer.symbols
-    with pytest.raises(ValueError, match="kind must be 'characters' or 'sentencepiece', got 'x'"):
+    with pytest.raises(
+        ValueError, match="kind must be one of characters, sentencepiece, huggingface, got 'x'"
+    ):
         tokenizer_from_state({"kind": "x"})
 
 

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from tests.losses.test_durations import TDT, grad_of
+from tests.losses.test_durations import TDT, grad_of, topology_of
 from tests.losses.test_fused_joiner import Case, check_same
 from transducer_toolkit import FusedJoinerLoss, fused_joiner_loss, tdt_loss
 from transducer_toolkit.losses.reference import reference_duration_loss
@@ -31,7 +31,7 @@ class DurationCase(Case):
         self.targets.clamp_(max=3)
 
     def unfused(self, **options):
-        return super().unfused(**self.kind, **options)
+        return super().unfused(topology=topology_of(self.kind).name, **options)
 
     def fused(self, **options):
         return super().fused(**self.kind, **options)
@@ -61,7 +61,7 @@ def test_a_band_leaves_out_the_paths_outside(kind):
     indices = case.targets, *case.lengths
     actual = logits_loss(
         LogitsInputs(banded, *indices, ranges=case.ranges),
-        LossOptions(case.blank, validate=False, **kind),
+        LossOptions(case.blank, topology_of(kind).name, validate=False),
     ).losses
     exists = torch.zeros(3, num_frames, columns, dtype=torch.bool)
     exists.scatter_(2, case.ranges, True)
@@ -170,7 +170,7 @@ def test_opcheck(kind, is_coarse):
     case = DurationCase(kind, dtype=torch.float32)
     inputs = FusedInputs(*case.parameters, case.targets, *case.lengths)
     plan = FusedPlan(case.shape.num_cells, keep_logits=True, with_uses=True, is_coarse=is_coarse)
-    options = FusedOptions(case.blank, **kind)
+    options = FusedOptions(case.blank, topology_of(kind).name)
     arguments = operator.flat(inputs, options, plan)
     torch.library.opcheck(
         torch.ops.transducer_toolkit.fused_joiner_loss,
@@ -182,7 +182,10 @@ def test_opcheck(kind, is_coarse):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"durations": (0, 1), "big_blank_durations": (2,)}, "expected none beside durations"),
+        (
+            {"durations": (0, 1), "big_blank_durations": (2,)},
+            "topology: expected 'regular' with big",
+        ),
         ({"durations": (0, 1), "topology": "modified"}, "topology: expected 'regular'"),
         ({"sigma": 0.1}, "sigma: expected 0 without durations"),
         ({"durations": tuple(range(9))}, "blank: expected 0 <= blank < 3"),

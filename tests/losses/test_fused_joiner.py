@@ -476,14 +476,17 @@ MEMORY_SCRIPT = """
 import gc, sys, torch
 from transducer_toolkit.training import memory
 from transducer_toolkit import fused_joiner_loss
-V = int(sys.argv[1])
+B, T, U, V, D = map(int, sys.argv[1:6])
 torch.set_num_threads(1)
 def step():
-    enc, pred = torch.randn(2, 200, 128, requires_grad=True), torch.randn(2, 41, 128)
-    weight = torch.randn(V, 128, requires_grad=True)
-    lengths = torch.tensor([200, 200]), torch.tensor([40, 40])
-    targets = torch.randint(1, V, (2, 40))
-    fused_joiner_loss(enc, pred, weight, None, targets, *lengths, blank=0).backward()
+    enc, pred = torch.randn(B, T, D, requires_grad=True), torch.randn(B, U + 1, D)
+    weight = (torch.randn(V, D) / D**0.5).requires_grad_()
+    lengths = torch.full((B,), T), torch.full((B,), U)
+    targets = torch.randint(1, V, (B, U))
+    loss = fused_joiner_loss(
+        enc, pred, weight, None, targets, *lengths, blank=0, precision=sys.argv[6]
+    )
+    loss.backward()
 step()
 gc.collect()
 cpu = torch.device("cpu")
@@ -493,14 +496,29 @@ print(memory.peak(cpu) - before)
 """
 
 
+def peak_bytes(batch, frames, symbols, vocab_size, width, precision="auto"):
+    """Bytes that a second step of a fresh process adds, with its inputs and gradients."""
+    sizes = map(str, (batch, frames, symbols, vocab_size, width))
+    command = [sys.executable, "-c", MEMORY_SCRIPT, *sizes, precision]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.not_emulated
+@pytest.mark.parametrize(("vocab_size", "more_mib"), [(500, 4), (5000, 4)])
+def test_a_coarse_pass_needs_hardly_more_memory(vocab_size, more_mib):
+    """It has 8-bit weights in forward, before there are gradients, and more numbers of a cell."""
+    full, coarse = (
+        peak_bytes(2, 300, 60, vocab_size, 256, precision) for precision in ("full", "auto")
+    )
+    assert coarse < full + more_mib * 2**20
+
+
 @pytest.mark.not_emulated
 def test_memory_does_not_depend_on_the_number_of_logits():
     def peak(vocab_size):
-        command = [sys.executable, "-c", MEMORY_SCRIPT, str(vocab_size)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return peak_bytes(2, 200, 40, vocab_size, 128)
 
-    # Logits of 16,400 cells would be 31 and 625 MiB. The weight, its gradients and its copies in
-    # low precision take 20 to 35 MiB more.
+    # Logits of 16,400 cells would be 31 and 625 MiB. The weight and its gradients take 15 MiB more.
     small, large = peak(500), peak(10_000)
-    assert small < 40 * 2**20
-    assert large < small + 45 * 2**20
+    assert small < 20 * 2**20
+    assert large < small + 30 * 2**20

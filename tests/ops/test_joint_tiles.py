@@ -9,6 +9,7 @@ from transducer_toolkit import LatticeShape, fused_joiner_loss
 from transducer_toolkit.ops import fused_joiner, joint_tiles
 from transducer_toolkit.ops.fused_joiner import FusedInputs, FusedPlan
 from transducer_toolkit.ops.joint_tiles import JointTiles, JointWeights, _mm_to_float32
+from transducer_toolkit.ops.lattice import LatticeBatch, Lengths
 from transducer_toolkit.ops.options import FusedOptions
 from transducer_toolkit.ops.stages import Joint
 
@@ -179,3 +180,45 @@ def test_a_tile_takes_a_small_share_of_a_gpu(monkeypatch, memory_gib, budget_mib
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     cells = joint_tiles.automatic_tile_cells(Encoder(), 500, beside_kept)
     assert cells == budget_mib * 2**20 // (4 * (2 * 512 + 500))
+
+
+@pytest.mark.parametrize("pads_vocab", [False, True])
+def test_a_large_weight_is_cast_in_panels(monkeypatch, pads_vocab):
+    """Without a copy of all of it; the products are those of a weight that was cast as a whole."""
+    shape, (enc, pred, weight, bias), targets = inputs_of(37, torch.float32, True)
+    batch = LatticeBatch(
+        Lengths(*shape.lengths),
+        targets,
+        num_rows=shape.num_cells,
+        max_frames=enc.size(1),
+        padded=False,
+    )
+
+    def run():
+        tiles = JointTiles(
+            Joint(enc, pred, "tanh"),
+            JointWeights(weight, bias),
+            batch,
+            pads_vocab=pads_vocab,
+            product_dtype=torch.bfloat16,
+        )
+        tiles.start_backward(frozenset(("enc", "pred", "weight", "bias")))
+        for tile in tiles.tiles():
+            hidden = tiles.hidden(tile)
+            logits = tiles.logits(hidden).clone()
+            tiles.backward(tile, hidden, logits.softmax(1))
+        return tiles, logits, tiles.gradients()
+
+    if pads_vocab:
+        monkeypatch.setattr(joint_tiles, "VOCAB_MULTIPLE", {"cpu": 8})
+    whole, logits, expected = run()
+    assert whole.weight.dtype == torch.bfloat16
+    monkeypatch.setattr(joint_tiles, "MIN_PANEL_ROWS", 8)
+    monkeypatch.setitem(joint_tiles.PANEL_BYTES, "cpu", 1)
+    monkeypatch.setitem(joint_tiles.SUM_PANEL_BYTES, "cpu", 1)
+    in_panels, same_logits, grads = run()
+    assert in_panels.weight.dtype == torch.float32 and in_panels.weight[:37].equal(weight)
+    assert joint_tiles._narrowed(torch.tensor([3.4e38, -3.4e38]), torch.bfloat16).isfinite().all()
+    torch.testing.assert_close(same_logits, logits)
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= 1e-2 * expected[name].norm()

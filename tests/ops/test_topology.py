@@ -5,14 +5,23 @@ import pytest
 import torch
 
 import transducer_toolkit as tt
-from transducer_toolkit.losses.reference import lattice_paths
+from transducer_toolkit.losses.reference import duration_paths, lattice_paths
 from transducer_toolkit.ops import native
 from transducer_toolkit.ops.topology import (
     K2_TOPOLOGIES,
+    MAX_BIG_BLANKS,
+    MAX_DURATIONS,
     TOPOLOGIES,
     get_topology,
     is_feasible,
+    multi_blank_topology,
+    tdt_topology,
 )
+
+
+def test_the_compiled_stages_have_the_same_limits():
+    assert native.extension.MAX_DURATIONS == MAX_DURATIONS
+    assert native.extension.MAX_BIG_BLANKS == MAX_BIG_BLANKS
 
 
 def test_the_compiled_stages_have_the_same_table():
@@ -36,6 +45,32 @@ def test_a_lattice_is_feasible_if_it_has_a_path(topology):
             has_path = next(lattice_paths(num_frames, num_targets, topology), None) is not None
             assert is_feasible(num_frames, num_targets, topology=topology) == has_path
     assert not is_feasible(0, 0, topology=topology)
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [
+        tdt_topology((0, 1, 2)),
+        tdt_topology((2, 3)),
+        tdt_topology((0, 2)),
+        tdt_topology((3,)),
+        multi_blank_topology((4, 2)),
+    ],
+)
+def test_durations_are_feasible_if_there_is_a_path(topology):
+    assert get_topology(topology.name) == topology
+    for num_frames in range(1, 12):
+        for num_targets in range(4):
+            has_path = next(duration_paths(num_frames, num_targets, topology), None) is not None
+            assert is_feasible(num_frames, num_targets, topology=topology.name) == has_path
+
+
+@pytest.mark.parametrize(
+    "name", ["tdt", "tdt-", "tdt-0", "tdt-1-0", "tdt-a", "multi_blank-1", "multi_blank--2", "x-1"]
+)
+def test_wrong_names_with_durations(name):
+    with pytest.raises(ValueError, match="expected"):
+        get_topology(name)
 
 
 @pytest.mark.parametrize("name", ["linear", None, 3, "one_sym_per_frame"])

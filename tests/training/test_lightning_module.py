@@ -12,12 +12,19 @@ from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.decoding import NonFiniteScoresError, align
 from transducer_toolkit.modules import ConvLstmEncoder, Joiner, StatelessPredictor, Transducer
+from transducer_toolkit.training import lightning_module
 from transducer_toolkit.training.lightning_module import TransducerModule
 from transducer_toolkit.training.schedules import warmup_cosine
 from transducer_toolkit.training.stages import PackedLoss
 from transducer_toolkit.training.utterance_names import naming_utterances
 
 TOKENIZER = CharTokenizer.from_texts(["ab c"])
+
+
+def test_long_texts_are_cut_in_the_log():
+    """An untrained model emits several symbols on every frame."""
+    assert lightning_module._shown("a" * 300) == "a" * 300
+    assert lightning_module._shown("ab" * 5000) == "ab" * 150 + "... (10000 characters)"
 
 
 def make_batch(rows):

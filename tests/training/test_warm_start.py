@@ -126,19 +126,29 @@ def test_a_layer_as_wide_as_the_vocabulary_is_no_layer_of_symbols(tmp_path):
 
 def test_what_does_not_fit_keeps_its_own_weights_and_is_named(tmp_path, caplog):
     before, now = characters("abc"), characters("bcd")
-    old, new = module_of(before, joiner_dim=4), module_of(now)
-    drawn = new.state_dict()["model.joiner.output.weight"].clone()
+    old, new = module_of(before), module_of(now, ctc=True)
+    drawn = new.state_dict()["ctc.output.weight"].clone()
     caplog.set_level("INFO")
     start_from(new, saved(old, tmp_path / "old.ckpt"))
-    assert torch.equal(new.state_dict()["model.joiner.output.weight"], drawn)
+    assert torch.equal(new.state_dict()["ctc.output.weight"], drawn)
     log = caplog.text
-    assert "of another size: " in log and "model.joiner.output.weight" in log
+    assert "not in the checkpoint: ctc.output.bias, ctc.output.weight" in log
     assert "new symbols, which start with random weights: d" in log
     assert "texts lack them: a; data/tokenizer=checkpoint keeps them" in log
     with pytest.raises(ValueError, match=r"init_from: no weight of .*old\.ckpt has the name"):
         other = module_of(now)
         other.state_dict = partial(dict, {})
         start_from(other, str(tmp_path / "old.ckpt"))
+
+
+@pytest.mark.parametrize("texts", ["abc", "bcd"])
+def test_a_weight_of_another_size_is_named(tmp_path, texts):
+    old, new = module_of(characters("abc"), joiner_dim=4), module_of(characters(texts))
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    message = r"init_from: \d weights .* as model\.joiner.*model=checkpoint takes"
+    with pytest.raises(ValueError, match=message):
+        start_from(new, saved(old, tmp_path / "old.ckpt"))
+    assert all(torch.equal(value, before[name]) for name, value in new.state_dict().items())
 
 
 def test_the_tokenizer_of_a_checkpoint(tmp_path):

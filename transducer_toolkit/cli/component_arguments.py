@@ -147,6 +147,8 @@ def _needs_sign(cfg: DictConfig, override: Override) -> bool:
     node: Any = OmegaConf.select(cfg, parent)
     if parent in FREE_NAMES:
         return isinstance(node, DictConfig)
+    if parent.partition(".")[0] == "model" and "checkpoint" in (cfg.get("model") or {}):
+        return True  # model=checkpoint: the keys are in the checkpoint
     target = target_of(cfg, override.key_or_group)
     if target is None:
         return False

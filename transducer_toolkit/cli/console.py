@@ -62,7 +62,9 @@ def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         @functools.wraps(main)
         def wrapper(argv: Sequence[str] | None = None) -> int:
             try:
-                with errors(name, sys.argv[1:] if argv is None else argv):
+                arguments = sys.argv[1:] if argv is None else argv
+                with errors(name, arguments):
+                    check_filled(arguments)
                     return main(argv)
             except Failure:
                 return 1
@@ -70,6 +72,21 @@ def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         return wrapper
 
     return decorate
+
+
+def check_filled(arguments: Sequence[str]) -> None:
+    """Raise a ValueError if an argument of the command line is empty.
+
+    Args:
+        arguments: the arguments; only that of ``--text`` may be empty.
+    """
+    for position, argument in enumerate(arguments):
+        before = arguments[position - 1] if position else None
+        if not argument.strip() and before != "--text":
+            place = f"argument {position + 1}" + ("" if before is None else f" after {before!r}")
+            raise ValueError(
+                f"{place} is empty; remove it, or set the variable of the shell that it comes from"
+            )
 
 
 class Failure(SystemExit):
@@ -166,6 +183,10 @@ def sentence(error: BaseException, command: str = "") -> str:
         return f"{key[1]}: no value given; add {key[1]}=VALUE{more}"
     if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
         text = f"{os.fsdecode(cause.filename)}: {cause.strerror}"
+    elif "in DataLoader worker process" in str(cause):
+        # The message is the trace of the worker's error, which ends with its type and message.
+        text = re.split(r"\n(?:\w+\.)*\w+: ", str(cause))[-1]
+        text = " ".join(text.split())
     else:
         # Hydra's and OmegaConf's messages end in lines "    full_key: ...", "    object_type=..."
         text = re.split(r"\n\s*(?:full_key: |object_type=|Config search path:)", str(cause))[0]
@@ -192,7 +213,7 @@ def trust_option(command: str, packages: Sequence[str]) -> str:
         >>> trust_option("transducer-align", ["my_models"])
         '--trust-package my_models'
     """
-    if command == "transducer-evaluate":
+    if command in ("transducer-evaluate", "transducer-train"):
         return f"'trusted_packages=[{','.join(packages)}]'"
     return " ".join(f"--trust-package {name}" for name in packages)
 

@@ -74,6 +74,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     recognizer = Recognizer.from_checkpoint(cfg.checkpoint, trusted_packages=cfg.trusted_packages)
     datamodule = _data(cfg, recognizer.tokenizer)
     normalize = instantiate(cfg.scoring, _convert_="all")
+    datamodule.fbank = recognizer.fbank
     datamodule.num_output_frames = recognizer.model.encoder.num_output_frames
     module = TransducerModule(
         recognizer.model,

@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    given = [path for path in (args.checkpoint, args.checkpoint_option) if path is not None]
+    if len(given) != 1:
+        parser.error("give one CHECKPOINT")
     if args.chunk_frames is not None and not args.streaming:
         parser.error("--chunk-frames needs --streaming")
     missing = [name for name in NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transducer_toolkit.export import export_for_sherpa
     from transducer_toolkit.inference.recognizer import Recognizer
 
-    recognizer = Recognizer.from_checkpoint(args.checkpoint, trusted_packages=args.trust_package)
+    recognizer = Recognizer.from_checkpoint(given[0], trusted_packages=args.trust_package)
     files = export_for_sherpa(
         recognizer,
         args.output,
@@ -63,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         "predictor), joiner.onnx and tokens.txt for sherpa-onnx. onnxruntime runs each file, and "
         "its result is compared with the model's.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of transducer-train")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="of transducer-train")
+    parser.add_argument(
+        "--checkpoint", dest="checkpoint_option", metavar="PATH", help="the same as CHECKPOINT"
+    )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for the files"
     )

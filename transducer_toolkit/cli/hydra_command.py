@@ -56,7 +56,8 @@ def run(
         run_folder.register()
 
         arguments = [argument for argument in arguments if argument != "--debug"]
-        arguments = prepare(path_overrides.quoted(_filled(arguments)))
+        console.check_filled(arguments)
+        arguments = prepare(path_overrides.quoted(_overrides_first(arguments)))
         sys.argv[1:] = _overrides_first(component_arguments.with_signs(config_name, arguments))
         job = _Job(name, config_name, function)
         main = hydra.main(
@@ -94,20 +95,11 @@ def _interpolated_name(arguments: list[str]) -> str | None:
     return given[-1] if given else None
 
 
-def _filled(arguments: list[str]) -> list[str]:
-    """Return arguments; raise a ValueError if one is empty."""
-    for position, argument in enumerate(arguments):
-        if not argument.strip():
-            before = f"after {arguments[position - 1]!r} " if position else ""
-            raise ValueError(
-                f"argument {position + 1} {before}is empty; remove it, or set the variable of the "
-                "shell that it comes from"
-            )
-    return arguments
-
-
 def _overrides_first(arguments: list[str]) -> list[str]:
     """Return arguments with Hydra's options at the end: its parser takes one block of overrides.
+
+    Raises:
+        ValueError: an argument is neither an override nor an option.
 
     Example:
         >>> _overrides_first(["a=1", "--cfg", "job", "-m", "b=2"])
@@ -119,6 +111,10 @@ def _overrides_first(arguments: list[str]) -> list[str]:
         is_value = bool(options) and options[-1] in OPTIONS_WITH_VALUES
         if argument.startswith("-") or (is_value and "=" not in argument):
             options.append(argument)
+        elif "=" not in argument and not argument.startswith("~"):
+            raise ValueError(
+                f"{argument!r} is no option: expected KEY=VALUE, such as checkpoint=PATH or seed=1"
+            )
         else:
             overrides.append(argument)
     return [*overrides, *options]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -138,6 +139,7 @@ def train(cfg: DictConfig) -> float | None:
         _convert_="all",
     )
     _refuse_processes_in_sweep(trainer)
+    _check_torchrun(trainer)
     _log_options(trainer, config)
     epochs, steps = cfg.trainer.get("max_epochs"), cfg.trainer.get("max_steps")
     if epochs not in (None, -1) and steps not in (None, -1):
@@ -158,7 +160,7 @@ def train(cfg: DictConfig) -> float | None:
     checkpoints = _best_checkpoints(trainer)
     score = checkpoints.best_model_score if checkpoints is not None else None
     best = None if score is None else float(score)
-    if cfg.test:
+    if cfg.test and datamodule.test_names:
         best_path = checkpoints.best_model_path if checkpoints is not None else ""
         trainer.test(module, datamodule=datamodule, ckpt_path=best_path or None, verbose=False)
 
@@ -230,18 +232,36 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from transducer_toolkit.inference.recognizer import recognizer_recipe
-    from transducer_toolkit.ops.topology import TOPOLOGIES
+    from transducer_toolkit.inference.recognizer import (
+        model_config_from_checkpoint,
+        recognizer_recipe,
+    )
+    from transducer_toolkit.ops.topology import get_topology
     from transducer_toolkit.training.ctc import CtcLoss
     from transducer_toolkit.training.lightning_module import TransducerModule
 
     tokenizer = datamodule.made_tokenizer()
     model_config: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    if "checkpoint" in model_config:  # model=checkpoint; the other keys are changes
+        path = model_config.pop("checkpoint")
+        base = model_config_from_checkpoint(path, list(cfg.get("trusted_packages", [])))
+        model_config = OmegaConf.to_container(OmegaConf.merge(base, model_config))
     model_config |= {"vocab_size": tokenizer.vocab_size, "blank": tokenizer.blank}
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
     if loss.joiner_target is not None:
         model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
-    shares = TOPOLOGIES[loss.topology].labels_share_frames
+    elif loss.num_extra:
+        model_config["joiner"]["num_extra"] = loss.num_extra
+    shares = get_topology(loss.topology).labels_share_frames
+    model = instantiate(model_config, _convert_="all")
+    # A checkpoint does not need the folder that the model, or its encoder, was made from.
+    if hasattr(model, "plain_config"):
+        model_config = model.plain_config
+    elif hasattr(model.encoder, "plain_config"):
+        model_config["encoder"] = model.encoder.plain_config
+    features = model.encoder.make_features()
+    if features is not None:
+        datamodule.use_features(features)
     recipe = recognizer_recipe(
         model_config,
         tokenizer,
@@ -249,7 +269,6 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         max_symbols_per_frame=cfg.max_symbols_per_frame if shares else 1,
         topology=loss.topology,
     )
-    model = instantiate(model_config, _convert_="all")
     ctc = None
     if cfg.ctc.weight != 0:
         ctc = CtcLoss(
@@ -301,6 +320,16 @@ def _refuse_processes_in_sweep(trainer: Trainer) -> None:
             "--multirun cannot start the processes of trainer=ddp: use one device a job "
             "(trainer=default), or a Hydra launcher that starts the processes itself, such as "
             "hydra-submitit-launcher"
+        )
+
+
+def _check_torchrun(trainer: Trainer) -> None:
+    """Raise an error if each process of torchrun would train by itself, in the same run folder."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" in os.environ and started != trainer.world_size:
+        raise ValueError(
+            f"torchrun started {started} processes, but trainer.devices and trainer.num_nodes are "
+            f"for {trainer.world_size}: add trainer=ddp trainer.devices=N, the processes of a node"
         )
 
 

@@ -231,7 +231,12 @@ def _search(args: argparse.Namespace) -> Callable[..., Search] | None:
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage message if the arguments do not fit each other."""
+    """Choose the format; end with a usage message if the arguments do not fit each other."""
+    if args.format is None:
+        suffix = Path(args.output or "").suffix.lower()
+        args.format = {".json": "json", ".jsonl": "json", ".srt": "srt", ".ctm": "ctm"}.get(
+            suffix, "text"
+        )
     if args.beam is not None and args.search != "modified_beam":
         parser.error("--beam is an option of --search modified_beam")
     if args.max_symbols_per_frame is not None and args.search != "greedy":
@@ -267,8 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=tuple(FORMATS),
-        default="text",
-        help="text, JSON lines with word times and confidences, SRT subtitles, or CTM",
+        help="text, JSON lines with word times and confidences, SRT subtitles, or CTM; by default "
+        "that of the suffix of --output (.json, .jsonl, .srt, .ctm), otherwise text",
     )
     parser.add_argument(
         "--output",

@@ -256,6 +256,22 @@ class TransducerDataModule(lightning.LightningDataModule):
         targets = self._targets.get(name)
         return self._speech(self._utterances[name], targets, training=training)
 
+    def use_features(self, features: Any) -> None:
+        """Compute the features of an encoder that has its own, instead of ``fbank``.
+
+        Args:
+            features: an object with the interface of ``Fbank``.
+
+        Raises:
+            ValueError: frames of samples would be augmented as if they were spectra.
+        """
+        if getattr(features, "is_waveform", False) and self.spec_augment is not None:
+            raise ValueError(
+                "data.spec_augment: expected null, because the encoder reads waveforms; set "
+                "data.spec_augment=null and data.waveform_perturbation"
+            )
+        self.fbank = features
+
     def _speech(
         self, utterances: list[Utterance], targets: TargetIds | None = None, *, training: bool
     ) -> SpeechDataset:

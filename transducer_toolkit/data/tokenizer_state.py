@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.data.tokenizer import CharTokenizer, Tokenizer
 
@@ -27,7 +28,8 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> Tokenizer:
         return CharTokenizer(state["symbols"])
     if state["kind"] == SentencePieceTokenizer.kind:
         return SentencePieceTokenizer(state["model"])
-    raise ValueError(
-        f"kind must be {CharTokenizer.kind!r} or {SentencePieceTokenizer.kind!r}, "
-        f"got {state['kind']!r}"
-    )
+    if state["kind"] == HuggingFaceTokenizer.kind:
+        sizes = {"vocab_size": state["vocab_size"], "blank": state["blank"]}
+        return HuggingFaceTokenizer(state["json"], **sizes)
+    kinds = CharTokenizer.kind, SentencePieceTokenizer.kind, HuggingFaceTokenizer.kind
+    raise ValueError(f"kind must be one of {', '.join(kinds)}, got {state['kind']!r}")

@@ -7,14 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from transducer_toolkit.ops import checks, native, stages
+from transducer_toolkit.ops import checks, durations, native, stages
 from transducer_toolkit.ops.checks import check_tensor
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, LatticeShape, Lengths
 from transducer_toolkit.ops.options import LossOptions
-from transducer_toolkit.ops.topology import get_topology
+from transducer_toolkit.ops.topology import Topology, get_topology
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Alignment:
     log_prob: float
 
 
-def check_lattice(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int) -> None:
+def check_lattice(
+    logits: Tensor, targets: Tensor, shape: LatticeShape, blank: int, topology: Topology
+) -> None:
     """Checks the packed logits and the targets of a batch.
 
     Raises:
@@ -46,7 +50,9 @@ def check_lattice(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: i
             f"logits: expected shape ({shape.num_cells}, V), one row for each cell of the "
             f"lattices, got {tuple(logits.shape)}"
         )
-    checks.check_blank(blank, logits.size(1))
+    vocab_size = logits.size(1) - topology.num_durations
+    checks.check_blank(blank, vocab_size)
+    checks.check_big_blanks(topology.num_big_blanks, vocab_size)
     check_tensor(targets, "targets")
     checks.check_dtype(targets, "targets", checks.INDEX_DTYPES)
     fits = targets.dim() == 2 and targets.size(0) == shape.num_utterances
@@ -58,7 +64,7 @@ def check_lattice(logits: Tensor, targets: Tensor, shape: LatticeShape, blank: i
     for name, tensor in (("logits", logits), ("targets", targets)):
         if tensor.device.type == "meta":
             raise ValueError(f"{name}: expected a tensor with data, got one on device meta")
-    checks.check_labels(targets, shape.target_lengths, blanks=range(0), vocab_size=logits.size(1))
+    checks.check_labels(targets, shape.target_lengths, blank=None, vocab_size=vocab_size)
 
 
 def best_path(
@@ -218,7 +224,19 @@ def lattice_scores(
         >>> [tuple(score.shape) for score in scores]
         [(1, 3, 3), (1, 3, 2)]
     """
-    check_lattice(logits, targets, shape, blank)
+    scores = _cell_scores(logits, targets, shape, LossOptions(blank))
+    blank_log_probs, label_log_probs = (
+        shape.unpack(score, fill=-torch.inf).to(logits.dtype)
+        for score in (scores.blank, scores.label)
+    )  # (B, T, U + 1)
+    return blank_log_probs, label_log_probs[:, :, :-1]
+
+
+def _cell_scores(
+    logits: Tensor, targets: Tensor, shape: LatticeShape, options: LossOptions
+) -> CellScores:
+    """Runs stage 1 on packed logits, which it checks."""
+    check_lattice(logits, targets, shape, options.blank, options.arcs)
     native.require_supported_device(logits.device)
     logits = logits.detach().contiguous()
     batch = LatticeBatch(
@@ -228,13 +246,9 @@ def lattice_scores(
         padded=False,
         num_rows=shape.num_cells,
     )
-    scores = CellScores.zeros(batch, logits.device)
-    stages.cell_scores(logits, batch, batch.all_rows(), LossOptions(blank), scores)
-    blank_log_probs, label_log_probs = (
-        shape.unpack(score, fill=-torch.inf).to(logits.dtype)
-        for score in (scores.blank, scores.label)
-    )  # (B, T, U + 1)
-    return blank_log_probs, label_log_probs[:, :, :-1]
+    scores = CellScores.zeros(batch, logits.device, options.num_extra)
+    stages.cell_scores(logits, batch, batch.all_rows(), options, scores)
+    return scores
 
 
 def align(
@@ -268,7 +282,9 @@ def align(
         >>> [len(a.frames) for a in align(torch.randn(13, 5), targets, shape, blank=0)]
         [2, 1]
     """
-    get_topology(topology)
+    row = get_topology(topology)
+    if row.num_extra:
+        return _align_with_durations(logits, targets, shape, LossOptions(blank, topology))
     blank_log_probs, label_log_probs = lattice_scores(logits, targets, shape, blank)
     lengths = zip(shape.logit_lengths.tolist(), shape.target_lengths.tolist(), strict=True)
     found = []
@@ -279,3 +295,90 @@ def align(
         except ValueError as error:
             raise ValueError(f"utterance {b}: {error}") from error
     return found
+
+
+def _align_with_durations(
+    logits: Tensor, targets: Tensor, shape: LatticeShape, options: LossOptions
+) -> list[Alignment]:
+    """Does what :func:`align` does for arcs that advance several frames."""
+    cells = _cell_scores(logits, targets, shape, options)
+    arcs = durations.arc_scores(cells, options)
+    found = []
+    lengths = zip(shape.logit_lengths.tolist(), shape.target_lengths.tolist(), strict=True)
+    for b, (num_frames, num_targets) in enumerate(lengths):
+        rows = slice(int(shape.cell_offsets[b]), int(shape.cell_offsets[b + 1]))
+        blank, label = (
+            part[rows].cpu().view(num_frames, num_targets + 1, -1).numpy() for part in arcs
+        )
+        if np.isnan(blank).any() or np.isnan(label[:, :-1]).any():
+            raise ValueError(f"utterance {b}: expected log-probabilities, got NaN")
+        frames, log_prob = _best_of_durations(blank, label, options.arcs)
+        if not math.isfinite(log_prob):
+            raise ValueError(
+                f"utterance {b}: expected a path with a finite log-probability, got {log_prob} for "
+                "the best path"
+            )
+        found.append(Alignment(frames, log_prob))
+    return found
+
+
+def _best_of_durations(
+    blank: NDArray[np.float64], label: NDArray[np.float64], arcs: Topology
+) -> tuple[list[int], float]:
+    """Finds the best path by its arcs backward from the end; returns label frames, log-probability.
+
+    Args:
+        blank: (T, U + 1, number of blank durations).
+        label: (T, U + 1, number of label durations); the last column has no label.
+        arcs: the topology.
+    """
+    num_frames, columns, _ = blank.shape
+    lowest = np.full(columns, -np.inf)
+    end = lowest.copy()
+    end[-1] = 0.0
+    best: list[NDArray[np.float64]] = [lowest] * num_frames  # of the rest of the path, from a cell
+
+    def after(t: int) -> NDArray[np.float64]:
+        return best[t] if t < num_frames else lowest
+
+    for t in range(num_frames - 1, -1, -1):
+        row = lowest.copy()
+        for k, frames in enumerate(arcs.blank_durations):
+            rest = end if t + frames == num_frames else after(t + frames)
+            np.maximum(row, blank[t, :, k] + rest, out=row)
+        stays = None
+        for k, frames in enumerate(arcs.label_durations):
+            if frames == 0:
+                stays = label[t, :, k]
+            else:
+                moved = label[t, :-1, k] + after(t + frames)[1:]
+                np.maximum(row[:-1], moved, out=row[:-1])
+        if stays is not None:
+            for u in range(columns - 2, -1, -1):
+                row[u] = max(row[u], stays[u] + row[u + 1])
+        best[t] = row
+    log_prob = float(best[0][0])
+    if not math.isfinite(log_prob):
+        return [], log_prob
+    label_frames = []
+    t = u = 0
+    while t < num_frames:
+        # Blanks first, so that of several best paths the one with the later labels is taken.
+        steps = [
+            (
+                blank[t, u, k] + (end if t + frames == num_frames else after(t + frames))[u],
+                frames,
+                0,
+            )
+            for k, frames in enumerate(arcs.blank_durations)
+        ]
+        if u + 1 < columns:
+            steps += [
+                (label[t, u, k] + after(t + frames)[u + 1], frames, 1)
+                for k, frames in enumerate(arcs.label_durations)
+            ]
+        _, frames, is_label = max(steps, key=lambda step: step[0])
+        if is_label:
+            label_frames.append(t)
+        t, u = t + frames, u + is_label
+    return label_frames, log_prob

@@ -165,6 +165,11 @@ class ModifiedBeamSearch:
         self.joiner = joiner
         self.beam = beam
         self.topology = get_topology(topology)
+        if self.topology.num_extra:
+            raise ValueError(
+                f"topology: expected one without durations, got {topology!r}; search=greedy "
+                "decodes it"
+            )
         self.length_normalized = length_normalized
         self.lm = lm if lm_weight != 0 else None
         self.lm_weight = float(lm_weight)

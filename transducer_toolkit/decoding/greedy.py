@@ -12,6 +12,7 @@ from transducer_toolkit.decoding.search import (
     Hypothesis,
     check_encoder_lengths,
     check_encoder_out,
+    check_extra,
     check_model,
     collect_hypotheses,
     refuse_non_finite,
@@ -38,11 +39,13 @@ class GreedyState:
         predictor_out: (B, P) output of the predictor after the last label.
         num_frames: (B,) int64, number of frames decoded so far, which is the index of the first
             frame of the next chunk.
+        frames_to_skip: (B,) int64, frames at the beginning of the next chunk that a duration skips.
     """
 
     predictor_state: Tensor
     predictor_out: Tensor
     num_frames: Tensor
+    frames_to_skip: Tensor
 
 
 class GreedySearch:
@@ -52,6 +55,10 @@ class GreedySearch:
     leads to cell (t, u + 1). After ``max_symbols_per_frame`` labels on frame t, the search moves to
     frame t + 1 as if it had found a blank.
 
+    With durations, a token-and-duration transducer (TDT) takes the most probable duration of the
+    cell, too, and moves on by it: after a blank by at least 1. A multi-blank transducer moves on by
+    the duration of its blank.
+
     Each call of the joiner scores several frames of every utterance, so the number of calls is
     about ``max_b (U_b + T_b / 8)``. The result does not depend on the batch that contains the
     utterance, nor on the chunks that it is divided into.
@@ -60,8 +67,8 @@ class GreedySearch:
         predictor: predictor of the model, in eval mode.
         joiner: joiner of the model, in eval mode.
         max_symbols_per_frame: maximum number of labels on one frame, at least 1.
-        topology: topology of the loss that trained the model. In all topologies except
-            ``regular``, a label leads to the next frame, so ``max_symbols_per_frame`` is 1.
+        topology: topology of the loss that trained the model. Where a label leads to the next
+            frame, ``max_symbols_per_frame`` is 1.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -90,8 +97,9 @@ class GreedySearch:
         max_symbols_per_frame: int = 10,
         topology: str = "regular",
     ) -> None:
-        row = get_topology(topology)
+        self.topology = row = get_topology(topology)
         check_model(predictor, joiner)
+        check_extra(joiner, row)
         check_int(max_symbols_per_frame, "max_symbols_per_frame")
         if max_symbols_per_frame < 1:
             raise ValueError(
@@ -117,7 +125,7 @@ class GreedySearch:
         start = torch.full((batch_size,), self.predictor.blank, dtype=torch.int64, device=device)
         state = self.predictor.initial_state(batch_size, device)
         predictor_out, state = self.predictor.step(start, state)
-        return GreedyState(state, predictor_out, torch.zeros_like(start))
+        return GreedyState(state, predictor_out, torch.zeros_like(start), torch.zeros_like(start))
 
     def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
         """Decodes whole utterances.
@@ -176,12 +184,13 @@ class GreedySearch:
         lengths = encoder_lengths.to(device)
         rows = torch.arange(batch_size, device=device)
         ahead = torch.arange(FRAMES_AHEAD, device=device)
-        # Decreasing, so that the maximum over a row of flags gives the first frame with a flag.
-        sooner = FRAMES_AHEAD - ahead
+        table = self._table_of_durations(device)
+        num_durations = self.topology.num_durations
         projected = self.joiner.project_encoder(encoder_out)  # once, because windows overlap
 
         predictor_out, predictor_state = state.predictor_out, state.predictor_state
-        frame = torch.zeros_like(lengths)  # current frame of each utterance, within the chunk
+        # Current frame of each utterance, within the chunk.
+        frame = state.frames_to_skip.to(device)
         labels_here = torch.zeros_like(lengths)  # labels emitted so far on that frame
         # Tokens, frames and log-probabilities, each (B,). The token is blank if none is emitted.
         emissions = []
@@ -191,13 +200,30 @@ class GreedySearch:
             frames = frame.unsqueeze(1) + ahead  # (B, FRAMES_AHEAD)
             window = projected[rows.unsqueeze(1), frames.clamp(max=max_frames - 1)]
             logits = self.joiner.step_projected(window, predictor_out.unsqueeze(1))
+            logits, of_durations = logits.tensor_split([logits.size(-1) - num_durations], -1)
             best_logits, best = logits.max(-1)
             exists = frames < lengths.unsqueeze(1)
-            is_label = (best != blank) & exists
-            left, skipped = (is_label * sooner).max(1)
-            emits = left > 0
-            visited = exists & (~emits.unsqueeze(1) | (ahead <= skipped.unsqueeze(1)))
-            is_bad |= (visited & ~best_logits.isfinite()).any(1)  # max returns NaN if there is one
+            is_label = (best != blank) & (best < self.predictor.vocab_size) & exists
+            is_bad_here = ~best_logits.isfinite()  # max returns NaN if there is one
+            if table is None:
+                moves = None
+                left, skipped = (is_label * (FRAMES_AHEAD - ahead)).max(1)  # the first label
+                emits = left > 0
+                visited = ~emits.unsqueeze(1) | (ahead <= skipped.unsqueeze(1))
+                after_blanks = frame + FRAMES_AHEAD
+            else:
+                if num_durations:
+                    of_best, best_duration = of_durations.max(-1)
+                    is_bad_here |= ~of_best.isfinite()
+                    moves = table[best_duration]
+                else:
+                    moves = table[best]
+                skipped, visited = _follow(is_label | ~exists, moves.clamp(min=1))
+                after_blanks = frame + skipped
+                is_inside = skipped < FRAMES_AHEAD
+                skipped = torch.where(is_inside, skipped, 0)
+                emits = is_inside & is_label[rows, skipped]
+            is_bad |= (visited & exists & is_bad_here).any(1)
             tokens = torch.where(emits, best[rows, skipped], blank)
             emitted_at = frame + skipped
             # The log-probability of the largest logit is the logit minus the normalizer.
@@ -207,8 +233,12 @@ class GreedySearch:
 
             labels_here = torch.where(skipped == 0, labels_here, 0) + 1
             exhausted = labels_here >= self.max_symbols_per_frame
-            frame = torch.where(emits, emitted_at + exhausted, frame + FRAMES_AHEAD)
-            labels_here = torch.where(emits & ~exhausted, labels_here, 0)
+            move = exhausted.to(torch.int64)
+            if num_durations and moves is not None:
+                duration = moves[rows, skipped]
+                move = torch.where(duration > 0, duration, move)
+            frame = torch.where(emits, emitted_at + move, after_blanks)
+            labels_here = torch.where(emits & (move == 0), labels_here, 0)
 
             predictor_out, predictor_state = step_where(
                 emits, self.predictor.step, tokens, predictor_out, predictor_state
@@ -216,7 +246,53 @@ class GreedySearch:
 
         refuse_non_finite(is_bad)
         found = collect_hypotheses(emissions, batch_size, blank)
-        return found, GreedyState(predictor_state, predictor_out, state.num_frames + lengths)
+        return found, GreedyState(
+            predictor_state,
+            predictor_out,
+            state.num_frames + lengths,
+            (frame - lengths).clamp(min=0) if table is not None else torch.zeros_like(lengths),
+        )
+
+    def _table_of_durations(self, device: torch.device) -> Tensor | None:
+        """Returns the frames that each duration advances, or each symbol of a multi-blank model.
+
+        None if every blank advances one frame, and labels do not choose.
+        """
+        durations = self.topology.label_durations
+        if self.topology.predicts_durations:
+            return torch.tensor(durations, device=device)
+        num_big_blanks = self.topology.num_big_blanks
+        if num_big_blanks == 0:
+            return None
+        table = torch.ones(
+            self.predictor.vocab_size + num_big_blanks, dtype=torch.int64, device=device
+        )
+        big = self.topology.blank_durations[1:]
+        table[-num_big_blanks:] = torch.tensor(big[::-1], device=device)
+        return table
+
+
+def _follow(stops: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
+    """Follows the blanks of a window.
+
+    Args:
+        stops: (B, N) bool, places where it ends: those of labels, and behind the last frame.
+        moves: (B, N) int64, frames that the blank of each place advances, at least 1.
+
+    Returns:
+        The place where it ends (B,), which is N or more behind the window; and the visited places
+        (B, N) bool.
+    """
+    num_places = stops.size(1)
+    place = torch.zeros_like(moves[:, 0])
+    visited = torch.zeros_like(stops)
+    for _ in range(num_places):
+        inside = place < num_places
+        here = place.clamp(max=num_places - 1).unsqueeze(1)
+        visited |= torch.zeros_like(stops).scatter_(1, here, inside.unsqueeze(1))
+        goes_on = inside & ~stops.gather(1, here).squeeze(1)
+        place = place + torch.where(goes_on, moves.gather(1, here).squeeze(1), 0)
+    return place, visited
 
 
 def greedy_search(

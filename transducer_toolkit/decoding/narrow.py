@@ -19,10 +19,13 @@ LOWEST = -1e30  # of a symbol without probability
 class NarrowLattice:
     """Logits of blank, of the next target symbol, and of all other symbols together.
 
+    Behind them are those of big blanks or durations, as behind the joiner's symbols.
+
     Alignments and posteriors depend on no other logits.
 
     Attributes:
-        logits: (num_cells, 3) float32 log-probabilities, packed.
+        logits: (num_cells, 3 + K) float32 log-probabilities, packed; those of durations are not
+            normalized.
         targets: (1, U) ones.
         shape: the lattice.
         blank: 0.
@@ -46,6 +49,7 @@ def narrow_lattice(
     blank: int,
     *,
     vocab_size: int,
+    num_durations: int = 0,
 ) -> NarrowLattice:
     """Compute the log-probabilities that alignments need, a few frames at a time.
 
@@ -56,6 +60,7 @@ def narrow_lattice(
         targets: (1, U) integer.
         blank: id of blank.
         vocab_size: V.
+        num_durations: the last columns of the joiner's logits that are those of durations.
 
     Returns:
         The lattice; its logits are NaN where those of the joiner are not finite.
@@ -68,12 +73,18 @@ def narrow_lattice(
     parts = []
     for frames in encoder_out.split(step, dim=1):
         shape = LatticeShape.from_lengths([frames.size(1)], [num_columns - 1])
-        logits = joiner(frames, predictor_out, shape).float().log_softmax(-1)
+        logits = joiner(frames, predictor_out, shape).float()
+        num_symbols = logits.size(1) - num_durations  # with big blanks, which are behind the others
+        durations = logits[:, num_symbols:].clamp(min=LOWEST)
+        logits = logits[:, :num_symbols].log_softmax(-1)
+        big_blanks = logits[:, vocab_size:].clamp(min=LOWEST)
+        logits[:, vocab_size:] = -torch.inf
         symbols = next_symbols[0].repeat(frames.size(1)).unsqueeze(1).to(torch.int64)
         of_two = torch.cat([logits[:, blank : blank + 1], logits.gather(1, symbols)], 1)
         logits[:, blank] = -torch.inf
         logits.scatter_(1, symbols, -torch.inf)
         rest = logits.logsumexp(-1, keepdim=True)
-        parts.append(torch.cat([of_two, rest], 1).clamp(min=LOWEST))
+        of_three = torch.cat([of_two, rest], 1).clamp(min=LOWEST)
+        parts.append(torch.cat([of_three, big_blanks, durations], 1))
     shape = LatticeShape.from_lengths([num_frames], [num_columns - 1])
     return NarrowLattice(torch.cat(parts), torch.ones_like(targets), shape)

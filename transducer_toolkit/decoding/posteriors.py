@@ -23,7 +23,8 @@ class LatticePosteriors:
         occupancy: (B, T, U + 1) expected number of scores that a path uses in each cell; 0 in
             padding. It is the probability that a path visits the cell, except that
             ``constrained`` also counts the blank that follows each label. The sum over the cells of
-            an utterance is T + U in ``regular`` and ``constrained``, and T in the other topologies.
+            an utterance is T + U in ``regular`` and ``constrained``, and T in the others without
+            durations. With durations it is the expected number of symbols, blanks included.
         labels: (B, T, U) probability that frame t emits symbol u; 0 in padding. The sum over the
             frames is 1 for each symbol.
     """
@@ -71,15 +72,19 @@ def lattice_posteriors(
         >>> posteriors.labels.shape, round(float(posteriors.labels.sum()), 4)
         (torch.Size([1, 3, 2]), 2.0)
     """
-    check_lattice(logits, targets, shape, blank)
+    options = LossOptions(blank, topology)
+    check_lattice(logits, targets, shape, blank, options.arcs)
     inputs = LogitsInputs(logits.detach(), targets, *shape.lengths)
-    result = logits_loss(inputs, LossOptions(blank, topology), with_uses=True)
+    result = logits_loss(inputs, options, with_uses=True)
     use_blank, use_label = (
         shape.unpack(uses.to(logits.dtype)) for uses in (result.use_blank, result.use_label)
     )  # (B, T, U + 1)
+    occupancy = use_blank + use_label
+    if options.arcs.num_big_blanks:
+        occupancy += shape.unpack(result.use_extra.sum(1).to(logits.dtype))
     return LatticePosteriors(
         log_likelihood=-result.losses,
-        occupancy=use_blank + use_label,
+        occupancy=occupancy,
         labels=use_label[:, :, :-1],
     )
 

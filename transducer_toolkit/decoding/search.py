@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transducer_toolkit.ops.checks import INDEX_DTYPES, check_dtype, check_tensor
 from transducer_toolkit.ops.native import SUPPORTED_DTYPES
+from transducer_toolkit.ops.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,16 @@ def check_model(predictor: object, joiner: object) -> None:
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(
             f"predictor, joiner: expected the same vocab_size, got {sizes[0]} and {sizes[1]}"
+        )
+
+
+def check_extra(joiner: object, topology: Topology) -> None:
+    """Raises a ValueError unless the joiner has the logits of durations that a topology needs."""
+    found = getattr(joiner, "num_extra", 0)
+    if found != topology.num_extra:
+        raise ValueError(
+            f"topology: {topology.name!r} needs a joiner with {topology.num_extra} logits of "
+            f"durations or big blanks, got one with {found}"
         )
 
 

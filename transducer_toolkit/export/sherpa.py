@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.export.graphs import (
     EncoderGraph,
     JoinerGraph,
@@ -50,8 +51,9 @@ def export_for_sherpa(
         The files written.
 
     Raises:
-        ValueError: if sherpa-onnx does not support the model: a predictor with state, a blank that
-            is not 0, a subsampling factor other than 4, or an encoder that does not stream.
+        ValueError: if sherpa-onnx does not support the model: other features, a predictor with
+            state, a blank that is not 0, a subsampling factor other than 4, or an encoder that
+            does not stream.
         RuntimeError: if the results of an exported graph differ from the model's.
 
     Example:
@@ -59,6 +61,11 @@ def export_for_sherpa(
         >>> export_for_sherpa(recognizer, "exported", int8=True)  # doctest: +SKIP
     """
     model, folder = recognizer.model, Path(folder)
+    if not isinstance(recognizer.fbank, Fbank):
+        raise ValueError(
+            f"the encoder reads features of {recognizer.fbank.kind}, and sherpa-onnx computes "
+            "those of the toolkit; use the model with transducer-transcribe"
+        )
     predictor = stateless_predictor(model.predictor)
     if model.blank != 0:
         raise ValueError(f"blank must be 0, as sherpa-onnx has it, got {model.blank}")

@@ -17,6 +17,7 @@ from transducer_toolkit.decoding import (
     lattice_posteriors,
     narrow_lattice,
 )
+from transducer_toolkit.decoding.search import check_extra
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.words import encoder_frame_s, word_spans
 from transducer_toolkit.ops.topology import get_topology, is_feasible
@@ -115,7 +116,7 @@ def align_text(
         [AlignedWord(word='three', start_s=0.2, end_s=0.48)]
     """
     topology = recognizer.topology if topology is None else topology
-    get_topology(topology)
+    check_extra(recognizer.model.joiner, get_topology(topology))
     model, tokenizer = recognizer.model, recognizer.tokenizer
     tokens = tokenizer.encode(text)
     check_known(tokenizer, text, tokens)
@@ -134,7 +135,13 @@ def align_text(
             f"{len(tokens)} symbols in the topology {topology!r}"
         )
     lattice = narrow_lattice(
-        model.joiner, encoder_out, predictor_out, targets, model.blank, vocab_size=model.vocab_size
+        model.joiner,
+        encoder_out,
+        predictor_out,
+        targets,
+        model.blank,
+        vocab_size=model.vocab_size,
+        num_durations=get_topology(topology).num_durations,
     )
     if not bool(lattice.logits.isfinite().all()):
         raise NonFiniteScoresError([0], names=[repr(text)])

@@ -7,6 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
 from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
@@ -131,7 +133,7 @@ class Recognizer:
         unknown checkpoint cannot run code.
 
         Args:
-            path: the file, or an address as in :meth:`from_pretrained`.
+            path: the file, or a folder or an address as in :meth:`from_pretrained`.
             device: device of the model.
             trusted_packages: more packages whose classes may be instantiated, such as yours.
             search: as for the class.
@@ -162,10 +164,11 @@ class Recognizer:
     def from_pretrained(
         cls, name: str | os.PathLike[str], *, sha256: str | None = None, **options: Any
     ) -> Recognizer:
-        """Restore a recognizer from a file or from an address, which is downloaded once.
+        """Restore a recognizer from a file, a folder, or an address, which is downloaded once.
 
         Args:
-            name: a path, or an address ``https://host/file.ckpt#sha256=...``.
+            name: a path, or an address ``https://host/file.ckpt#sha256=...``. A folder is that of a
+                Parakeet or Nemotron RNN-T model of Hugging Face's transformers with its processor.
             sha256: the file's SHA-256, for an address without one.
             options: as in :meth:`from_checkpoint`.
 
@@ -202,10 +205,11 @@ class Recognizer:
                 f"the tokenizer has {tokenizer.vocab_size} symbols and blank {tokenizer.blank}, "
                 f"the model {model.vocab_size} and {model.blank}"
             )
+        features = model.encoder.make_features()
         return cls(
             model,
             tokenizer,
-            Fbank(num_mel_bins=recipe["num_mel_bins"]),
+            Fbank(num_mel_bins=recipe["num_mel_bins"]) if features is None else features,
             max_symbols_per_frame=recipe["max_symbols_per_frame"],
             topology=recipe.get("topology", "regular"),  # absent in the first checkpoints
             search=search,
@@ -296,20 +300,42 @@ class Recognizer:
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of ``transducer-train`` without running code from it.
+    """Read a checkpoint of ``transducer-train``, or a model folder, without running its code.
 
     Args:
-        path: the file, or an address as in :meth:`Recognizer.from_pretrained`.
+        path: the file, an address as in :meth:`Recognizer.from_pretrained`, or a folder of a
+            Parakeet or Nemotron RNN-T model of Hugging Face's transformers.
 
     Returns:
         Its content, on the CPU.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, or a file of the folder is missing.
         ConnectionError: if it cannot be downloaded.
+        ImportError: if it is a folder, and transformers is not installed.
         ValueError: if it is not such a checkpoint, or damaged.
     """
     path = local_checkpoint(path, show_progress=True)
+    if path.is_dir() and not (path / "config.json").exists():
+        found = [*sorted(path.glob("*.ckpt")), *sorted(path.glob("checkpoints/*.ckpt"))]
+        advice = f"give a file, such as {found[0]}" if found else "and it contains no checkpoint"
+        raise FileNotFoundError(f"no checkpoint at {path}: it is a folder, {advice}")
+    checkpoint = _checkpoint_of_folder(path) if path.is_dir() else _checkpoint_of_file(path)
+    for name, value in checkpoint["state_dict"].items():
+        _check_weight(value, f"{path}: its weight {name}")
+    return checkpoint
+
+
+def _checkpoint_of_folder(path: Path) -> dict[str, Any]:
+    from transducer_toolkit.inference.huggingface import recipe_and_weights
+
+    recipe, weights = recipe_and_weights(path)
+    recipe["format_version"] = FORMAT_VERSION
+    weights = {f"model.{name}": value for name, value in weights.items()}
+    return {CHECKPOINT_KEY: recipe, "state_dict": weights}
+
+
+def _checkpoint_of_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not zipfile.is_zipfile(path):
@@ -340,16 +366,35 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     weights = checkpoint.get("state_dict")
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: its state_dict is no dict of tensors")
-    for name, value in weights.items():
-        _check_weight(value, f"{path}: its weight {name}")
     return checkpoint
+
+
+def model_config_from_checkpoint(
+    path: str | os.PathLike[str] | None, trusted_packages: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the config of the model of a checkpoint, for a training that starts with its weights.
+
+    Args:
+        path: a checkpoint of ``transducer-train``.
+        trusted_packages: as in :meth:`Recognizer.from_checkpoint`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a checkpoint, names a class of another package, or ``path``
+            is None.
+    """
+    if path is None:
+        raise ValueError("model=checkpoint: expected a checkpoint, got null; set init_from=PATH")
+    config = load_checkpoint(path)[CHECKPOINT_KEY]["model"]
+    check_model_config(config, all_trusted(trusted_packages), path)
+    return dict(config)
 
 
 def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
     """Return the tokenizer of a checkpoint, for a training that starts with its weights.
 
     Args:
-        path: a checkpoint of ``transducer-train``.
+        path: a checkpoint of ``transducer-train``, or a folder as in :func:`load_checkpoint`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -364,6 +409,8 @@ def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
             "data/tokenizer=checkpoint: expected a checkpoint, got null; set "
             "init_from=CHECKPOINT, or data.tokenizer.path=CHECKPOINT"
         )
+    if os.path.isdir(path):  # without its weights
+        return HuggingFaceTokenizer.load(path)
     return recipe_tokenizer(load_checkpoint(path)[CHECKPOINT_KEY])
 
 
@@ -383,9 +430,10 @@ def _check_weight(value: Tensor, what: str) -> None:
 def _check_depth(config: Any, num_weights: int) -> None:
     """Raise an error for more layers than weights: making a million layers takes hours."""
     if isinstance(config, Mapping):
-        num_layers = config.get("num_layers")
-        if isinstance(num_layers, int) and num_layers > num_weights:
-            raise ValueError(f"num_layers={num_layers}, and {num_weights} weights")
+        for name in ("num_layers", "num_hidden_layers"):
+            num_layers = config.get(name)
+            if isinstance(num_layers, int) and num_layers > num_weights:
+                raise ValueError(f"{name}={num_layers}, and {num_weights} weights")
         for value in config.values():
             _check_depth(value, num_weights)
     elif isinstance(config, (list, tuple)):

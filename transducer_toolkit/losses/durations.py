@@ -13,6 +13,7 @@ from transducer_toolkit.ops import checks
 from transducer_toolkit.ops.lattice import LatticeShape, check_shape
 from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
 from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import multi_blank_topology, tdt_topology
 
 
 def tdt_loss(
@@ -96,7 +97,7 @@ def tdt_loss(
     """
     options = LossOptions(
         blank=blank,
-        durations=_not_empty(durations, "durations"),
+        topology=_tdt(durations),
         sigma=sigma,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
@@ -127,9 +128,9 @@ def multi_blank_loss(
     """Computes the loss of a multi-blank transducer.
 
     Beside the blank, which advances one frame, there are big blanks, which advance several. Big
-    blank i is symbol ``blank - 1 - i`` and leads from cell (t, u) to (t + d, u), where d is
-    ``big_blank_durations[i]``. A label stays on its frame. A path ends with any blank that leads
-    from (T_b - d, U_b) to T_b.
+    blank i is symbol ``blank - 1 - i``, from the end of the vocabulary if that is negative. It
+    leads from cell (t, u) to (t + d, u), where d is ``big_blank_durations[i]``. A label stays on
+    its frame. A path ends with any blank that leads from (T_b - d, U_b) to T_b.
 
     Args:
         logits: joiner outputs, float16, bfloat16, float32 or float64; packed
@@ -139,7 +140,7 @@ def multi_blank_loss(
             value.
         logit_lengths: (B,) int32 or int64, the number of frames T_b >= 1 of each utterance.
         target_lengths: (B,) int32 or int64, the number of labels U_b >= 0 of each utterance.
-        blank: index of the blank, at least the number of big blanks.
+        blank: index of the blank in [0, V).
         big_blank_durations: the frames that each big blank advances, distinct integers of at least
             2; for example ``(2, 4, 8)``.
         sigma: >= 0; is subtracted from the log-probability of every symbol, so that longer blanks
@@ -175,7 +176,7 @@ def multi_blank_loss(
     """
     options = LossOptions(
         blank=blank,
-        big_blank_durations=_not_empty(big_blank_durations, "big_blank_durations"),
+        topology=_multi_blank(big_blank_durations),
         sigma=sigma,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
@@ -239,7 +240,7 @@ class TDTLoss(_DurationLoss):
         checks.check_reduction(reduction)
         LossOptions(
             blank=blank,
-            durations=_not_empty(durations, "durations"),
+            topology=_tdt(durations),
             sigma=sigma,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
@@ -284,7 +285,7 @@ class MultiBlankLoss(_DurationLoss):
         checks.check_reduction(reduction)
         LossOptions(
             blank=blank,
-            big_blank_durations=_not_empty(big_blank_durations, "big_blank_durations"),
+            topology=_multi_blank(big_blank_durations),
             sigma=sigma,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
@@ -302,11 +303,14 @@ class MultiBlankLoss(_DurationLoss):
         super().__init__(multi_blank_loss, blank, big_blank_durations, options)
 
 
-def _not_empty(durations: Sequence[int], name: str) -> tuple[int, ...]:
-    checks.check_ints(durations, name)
-    if len(durations) == 0:
-        raise ValueError(f"{name}: expected at least one, got none")
-    return tuple(durations)
+def _tdt(durations: Sequence[int]) -> str:
+    checks.check_ints(durations, "durations")
+    return tdt_topology(durations).name
+
+
+def _multi_blank(big_blank_durations: Sequence[int]) -> str:
+    checks.check_ints(big_blank_durations, "big_blank_durations")
+    return multi_blank_topology(big_blank_durations).name
 
 
 def _loss(

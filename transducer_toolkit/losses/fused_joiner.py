@@ -14,6 +14,7 @@ from transducer_toolkit.ops.fused_joiner import FusedInputs, fused_loss
 from transducer_toolkit.ops.joint_tiles import autocast
 from transducer_toolkit.ops.lattice import LatticeShape, check_shape, refuse_tracing
 from transducer_toolkit.ops.options import FusedOptions
+from transducer_toolkit.ops.topology import multi_blank_topology, tdt_topology
 
 
 class CellParts(NamedTuple):
@@ -46,8 +47,8 @@ def fused_joiner_loss(
     activation: str = "tanh",
     ranges: Tensor | None = None,
     topology: str = "regular",
-    durations: Sequence[int] = (),
-    big_blank_durations: Sequence[int] = (),
+    durations: Sequence[int] | None = None,
+    big_blank_durations: Sequence[int] | None = None,
     sigma: float = 0.0,
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
@@ -77,8 +78,8 @@ def fused_joiner_loss(
     activation: str = "tanh",
     ranges: Tensor | None = None,
     topology: str = "regular",
-    durations: Sequence[int] = (),
-    big_blank_durations: Sequence[int] = (),
+    durations: Sequence[int] | None = None,
+    big_blank_durations: Sequence[int] | None = None,
     sigma: float = 0.0,
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
@@ -108,8 +109,8 @@ def fused_joiner_loss(
     activation: str = "tanh",
     ranges: Tensor | None = None,
     topology: str = "regular",
-    durations: Sequence[int] = (),
-    big_blank_durations: Sequence[int] = (),
+    durations: Sequence[int] | None = None,
+    big_blank_durations: Sequence[int] | None = None,
     sigma: float = 0.0,
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
@@ -138,8 +139,8 @@ def fused_joiner_loss(
     activation: str = "tanh",
     ranges: Tensor | None = None,
     topology: str = "regular",
-    durations: Sequence[int] = (),
-    big_blank_durations: Sequence[int] = (),
+    durations: Sequence[int] | None = None,
+    big_blank_durations: Sequence[int] | None = None,
     sigma: float = 0.0,
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
@@ -198,10 +199,11 @@ def fused_joiner_loss(
         topology: "regular", "modified", "constrained" or "one_sym_per_frame", as in
             :func:`~transducer_toolkit.transducer_loss`.
         durations: of a token-and-duration transducer, as in :func:`~transducer_toolkit.tdt_loss`;
-            empty for another one.
+            (0, 1, 2) is the same as ``topology="tdt-0-1-2"``.
         big_blank_durations: of a multi-blank transducer, as in
-            :func:`~transducer_toolkit.multi_blank_loss`; empty for another one.
-        sigma: as in these two; without them it must be 0.
+            :func:`~transducer_toolkit.multi_blank_loss`; (2, 4) is the same as
+            ``topology="multi_blank-2-4"``.
+        sigma: as in these two losses; with another topology it must be 0.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`.
         delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
@@ -258,9 +260,7 @@ def fused_joiner_loss(
     checks.check_reduction(reduction)
     options = FusedOptions(
         blank=blank,
-        topology=topology,
-        durations=durations,  # type: ignore[arg-type]
-        big_blank_durations=big_blank_durations,  # type: ignore[arg-type]
+        topology=_topology(topology, durations, big_blank_durations),
         sigma=sigma,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
@@ -319,8 +319,8 @@ class FusedJoinerLoss(nn.Module):
         *,
         activation: str = "tanh",
         topology: str = "regular",
-        durations: Sequence[int] = (),
-        big_blank_durations: Sequence[int] = (),
+        durations: Sequence[int] | None = None,
+        big_blank_durations: Sequence[int] | None = None,
         sigma: float = 0.0,
         reduction: str = "mean",
         fastemit_lambda: float = 0.0,
@@ -337,9 +337,7 @@ class FusedJoinerLoss(nn.Module):
         checks.check_reduction(reduction)
         FusedOptions(
             blank=blank,
-            topology=topology,
-            durations=durations,  # type: ignore[arg-type]
-            big_blank_durations=big_blank_durations,  # type: ignore[arg-type]
+            topology=_topology(topology, durations, big_blank_durations),
             sigma=sigma,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
@@ -397,6 +395,21 @@ class FusedJoinerLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def _topology(
+    topology: str, durations: Sequence[int] | None, big_blank_durations: Sequence[int] | None
+) -> str:
+    """Returns the name of the topology; `durations` and `big_blank_durations` name one, too."""
+    given = {"durations": durations, "big_blank_durations": big_blank_durations}
+    for name, values in given.items():
+        if values is None:
+            continue
+        checks.check_ints(values, name)
+        if topology != "regular":
+            raise ValueError(f"topology: expected 'regular' with {name}, got {topology!r}")
+        topology = (tdt_topology if name == "durations" else multi_blank_topology)(values).name
+    return topology
+
+
 def _autocast(
     enc: Tensor, pred: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -432,7 +445,9 @@ def _check_inputs(inputs: FusedInputs, options: FusedOptions) -> None:
             f"pred: expected shape ({targets.size(0)}, {targets.size(1) + 1}, D), B and U + 1 from "
             f"targets {tuple(targets.shape)}, got {tuple(pred.shape)}"
         )
-    checks.check_blank(options.blank, options.vocab_size(weight.size(0)))
+    vocab_size = options.vocab_size(weight.size(0))
+    checks.check_blank(options.blank, vocab_size)
+    checks.check_big_blanks(options.arcs.num_big_blanks, vocab_size)
     checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
     native.require_supported_device(enc.device)
     checks.refuse_forward_mode(enc, pred, weight, bias)

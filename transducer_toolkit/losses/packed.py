@@ -230,4 +230,6 @@ def check_logits(
                 f"logits: expected shape ({targets.size(0)}, T, {targets.size(1) + 1}, V), B and "
                 f"U + 1 from targets {tuple(targets.shape)}, got {tuple(logits.shape)}"
             )
-    checks.check_blank(options.blank, options.vocab_size(logits.size(-1)))
+    vocab_size = options.vocab_size(logits.size(-1))
+    checks.check_blank(options.blank, vocab_size)
+    checks.check_big_blanks(options.arcs.num_big_blanks, vocab_size)

@@ -54,6 +54,14 @@ class Encoder(nn.Module, ABC):
     def num_output_frames(self, num_frames: NumFrames) -> NumFrames:
         """Return the number of encoder frames of ``num_frames`` feature frames, int or tensor."""
 
+    def make_features(self) -> Any:
+        """Return what computes the features of this encoder; None for those of the toolkit.
+
+        An encoder with features of its own returns an object with the interface of
+        :class:`~transducer_toolkit.data.features.Fbank`.
+        """
+        return None
+
     @property
     def subsampling_factor(self) -> int:
         """Feature frames per encoder frame: frame t begins at feature frame t times this factor.

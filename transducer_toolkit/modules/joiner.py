@@ -35,6 +35,8 @@ class Joiner(nn.Module):
         vocab_size: V, including blank.
         activation: "tanh", "relu", "gelu", "silu" or "identity".
         bias: whether the output layer has a bias.
+        num_extra: logits behind those of the V symbols: of the durations of a token-and-duration
+            transducer, or of the big blanks of a multi-blank transducer whose blank is 0.
 
     Raises:
         TypeError: if a size is not an int.
@@ -56,20 +58,23 @@ class Joiner(nn.Module):
         *,
         activation: str = "tanh",
         bias: bool = True,
+        num_extra: int = 0,
     ) -> None:
         super().__init__()
         check_activation(activation)
+        check_at_least(0, num_extra=num_extra)
         sizes = {"encoder_dim": encoder_dim, "predictor_dim": predictor_dim}
         check_at_least(1, **sizes, joiner_dim=joiner_dim, vocab_size=vocab_size)
         self.activation = activation
         self.encoder_projection = nn.Linear(encoder_dim, joiner_dim)
         # Without bias, because the two projections are added and one bias suffices.
         self.predictor_projection = nn.Linear(predictor_dim, joiner_dim, bias=False)
-        self.output = nn.Linear(joiner_dim, vocab_size, bias=bias)
+        self.num_extra = num_extra
+        self.output = nn.Linear(joiner_dim, vocab_size + num_extra, bias=bias)
 
     @property
     def vocab_size(self) -> int:
-        return self.output.out_features
+        return self.output.out_features - self.num_extra
 
     @property
     def encoder_dim(self) -> int:
@@ -84,7 +89,7 @@ class Joiner(nn.Module):
             shape: the lattices of the batch.
 
         Returns:
-            (shape.num_cells, V).
+            (shape.num_cells, V + num_extra).
         """
         enc = self.encoder_projection(encoder_out)
         pred = self.predictor_projection(predictor_out)
@@ -111,7 +116,8 @@ class Joiner(nn.Module):
         return self.output(apply_activation(hidden, self.activation))
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        extra = f", num_extra={self.num_extra}" if self.num_extra else ""
+        return f"activation={self.activation!r}{extra}"
 
 
 class AdditiveJoiner(nn.Module):

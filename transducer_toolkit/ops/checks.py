@@ -7,7 +7,6 @@ the losses run them only for tensors on the CPU, or if ``validate=True`` request
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -236,6 +235,14 @@ def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
         raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V of logits), got {blank}")
 
 
+def check_big_blanks(num_big_blanks: int, vocab_size: int) -> None:
+    """Raises a ValueError unless there are fewer big blanks than symbols beside blank."""
+    if num_big_blanks >= vocab_size:
+        raise ValueError(
+            f"big blanks: expected fewer than {vocab_size} (V of logits), got {num_big_blanks}"
+        )
+
+
 def check_lengths_fit(
     logit_lengths: Tensor, target_lengths: Tensor, *, max_frames: int, max_targets: int
 ) -> None:
@@ -275,18 +282,20 @@ def check_labels(
     targets: Tensor,
     target_lengths: Tensor,
     *,
-    blanks: range,
+    blank: int | None,
     vocab_size: int,
+    num_big_blanks: int = 0,
     first: Tensor | None = None,
     name: str = "targets",
 ) -> None:
-    """Raises a ValueError that names the first label which is not in [0, V) or is in `blanks`.
+    """Raises a ValueError that names the first label which is not in [0, V), or is a blank.
 
     Args:
         targets: (B, U).
         target_lengths: (B,) number of labels of each utterance.
-        blanks: the symbols that are no labels, an increasing range.
+        blank: id of blank, or None if labels may be blank.
         vocab_size: V.
+        num_big_blanks: the symbols before blank that are blanks, too; behind 0 comes V - 1.
         first: (B,) index of the first label of each utterance in its row; None for 0.
         name: name of `targets` in the message.
     """
@@ -295,16 +304,17 @@ def check_labels(
         places = places - first.to(targets.device)[:, None]
     real = (places >= 0) & (places < target_lengths.to(targets.device)[:, None])  # (B, U)
     bad = (targets < 0) | (targets >= vocab_size)
-    if blanks:
-        bad |= (targets >= blanks[0]) & (targets <= blanks[-1])
+    if blank is not None:
+        bad |= (blank - targets) % vocab_size <= num_big_blanks
     bad &= real
     if bool(bad.any()):
         b, u = (int(i) for i in bad.nonzero()[0])
         label = int(targets[b, u])
         reason = f"a label in [0, {vocab_size})"
-        if label in blanks:
-            others = f"blank ({label})" if len(blanks) == 1 else f"the blanks {tuple(blanks)}"
-            reason = f"a label other than {others}"
+        if blank is not None and 0 <= label < vocab_size:
+            reason = f"a label other than blank ({blank})"
+            if num_big_blanks:
+                reason += f" and the {num_big_blanks} big blanks before it"
         raise ValueError(f"{name}[{b}, {u}] (utterance {b}): expected {reason}, got {label}")
 
 
@@ -380,45 +390,12 @@ def check_ranges_values(
         )
 
 
-def check_durations(durations: Sequence[int]) -> None:
-    """Raises a TypeError or ValueError unless these are durations of arcs, or none.
-
-    Durations are distinct integers of at least 0 in ascending order, one of them at least 1.
-    """
-    check_ints(durations, "durations")
-    if not durations:
-        return
-    ascending = all(left < right for left, right in itertools.pairwise(durations))
-    if not ascending or durations[0] < 0 or durations[-1] < 1:
-        raise ValueError(
-            "durations: expected distinct integers of at least 0 in ascending order, one of them "
-            f"at least 1, got {tuple(durations)}"
-        )
-    _check_count(durations, "durations", native.extension.MAX_DURATIONS)
-
-
-def check_big_blank_durations(durations: Sequence[int]) -> None:
-    """Raises a TypeError or ValueError unless these are distinct integers of at least 2."""
-    name = "big_blank_durations"
-    check_ints(durations, name)
-    if any(frames < 2 for frames in durations) or len(set(durations)) < len(durations):
-        raise ValueError(
-            f"{name}: expected distinct integers of at least 2, got {tuple(durations)}"
-        )
-    _check_count(durations, name, native.extension.MAX_BIG_BLANKS)
-
-
 def check_ints(values: Sequence[int], name: str) -> None:
     """Raises a TypeError unless `values` is a list or a tuple of ints."""
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{name}: expected a list or a tuple of ints, got {type(values).__name__}")
     for index, value in enumerate(values):
         check_int(value, f"{name}[{index}]")
-
-
-def _check_count(values: Sequence[int], name: str, highest: int) -> None:
-    if len(values) > highest:
-        raise ValueError(f"{name}: expected at most {highest}, got {len(values)}")
 
 
 def check_not_negative(name: str, value: object) -> None:

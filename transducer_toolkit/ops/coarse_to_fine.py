@@ -4,20 +4,18 @@
 The occupancy of a cell says how much an error of its scores and of its gradient matters. So a loss
 computes all cells in low precision first (coarse), computes those again in full precision that
 matter (fine), and uses low precision for the others in backward, too. docs/precision.md explains
-the budget. All functions here work on whole batches and, apart from :func:`refine`, do not wait
-for a device.
+the budget. All functions here work on whole batches.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import stages
+from transducer_toolkit.ops import native, stages
 from transducer_toolkit.ops.durations import PathSums, occupancies, path_sums
 from transducer_toolkit.ops.joint_tiles import are_logits_few, within_share_of_device
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
@@ -57,7 +55,7 @@ ROWS_AT_ONCE = {"cpu": 2**14}
 # of 11.4 ms, of which the device worked 5.0 instead of 10.6. With TF32 it was never worth it.
 MIN_GPU_OPERATIONS = 2**40
 # Memory for the logits of the fine pass, which backward reuses if all of them fit.
-FINE_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+FINE_LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 # Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
 _CPU_HAS_BFLOAT16 = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
@@ -132,7 +130,9 @@ def refine(
         score_rows: computes the fine scores of rows (N,) and writes them to `scores`.
     """
     is_fine = torch.zeros_like(scores.blank, dtype=torch.bool)
-    deviation = torch.zeros_like(scores.blank)  # of the coarse scores from the fine ones
+    deviation = native.mapped(
+        batch.num_rows, like=scores.blank
+    ).zero_()  # of the coarse scores from the fine ones
 
     def make_fine(rows: Tensor) -> Tensor:
         """Refines rows; returns the largest deviation of each utterance."""
@@ -157,21 +157,25 @@ def refine(
     error = make_fine(torch.arange(0, batch.num_rows, step, device=is_fine.device))
     error = error.mul_(SAMPLE_MARGIN).masked_fill_(error == 0, EXPECTED_ERROR)
     budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
-    for index in itertools.count():
+    index = 0
+    while True:
         sums = path_sums(scores, batch, options, with_uses=True, exact=False)
         # exp: the probability of a path through several coarse rows has the errors of all of them.
         strictness = error * (10 * error).exp() / _gradient_size(batch, scores, sums, options)
         strictness *= 1000.0 ** max(0, index - LAST_PLAIN_ROUND)
         strictness.masked_fill_(~sums.losses.isfinite(), torch.nan)
         blank, label = occupancies(sums, options)
-        weight = (blank + label).mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
+        weight = native.mapped(batch.num_rows, like=blank)
+        torch.add(blank, label, out=weight)
+        weight.mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
         slack = CHECK_SLACK if index else 1.0
         rows, num_rows = _heaviest_rows(weight, batch, slack * budget)
         count = int(num_rows)
         if count == 0:
-            break
+            return Refined(sums, is_fine, error)
+        del sums  # frees its memory before the next ones
         error = make_fine(rows[:count])
-    return Refined(sums, is_fine, error)
+        index += 1
 
 
 def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[Tensor, Tensor]:
@@ -194,8 +198,8 @@ def _logits_gradient(
     elements unless `is_sensitive`.
     """
     limit = options.clamp if options.clamp > 0 else torch.inf
-    sizes = torch.empty_like(scores.blank)
-    sensitivities = torch.empty_like(scores.blank) if is_sensitive else sizes.new_empty(0)
+    sizes = native.mapped(scores.blank.numel(), like=scores.blank)
+    sensitivities = native.mapped(sizes.numel() if is_sensitive else 0, like=sizes)
     rows_at_once = ROWS_AT_ONCE.get(sizes.device.type, sizes.numel())
     for begin in range(0, sizes.numel(), rows_at_once):
         rows = slice(begin, begin + rows_at_once)
@@ -207,7 +211,7 @@ def _logits_gradient(
             spread = torch.maximum(blank, label, out=sensitivities[rows])
         if scores.extra is not None:
             extra, use_extra = scores.extra[rows].exp(), sums.use_extra[rows]
-            if options.big_blank_durations:
+            if options.arcs.num_big_blanks:
                 occupancy += use_extra.sum(1)
                 others -= extra.sum(1)
                 if is_sensitive:
@@ -264,25 +268,31 @@ def plan_backward(
         options: of the loss.
         refined: result of :func:`refine`.
     """
-    size, sensitivity = _logits_gradient(scores, refined.sums, options, is_sensitive=True)
-    total = batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
-    error = refined.error.clamp(min=PRODUCT_ERROR)
-    strictness = error * (2 * error).exp() / total
-    weight = sensitivity.mul_(batch.per_row(strictness)).masked_fill_(~refined.is_fine, 0.0)
-    full_rows, num_full = _heaviest_rows(weight, batch, low_budget(weight.device))
-    places = torch.arange(batch.num_rows, device=full_rows.device)
-    # Without a wait for num_full: what lies behind it goes to an additional element.
-    is_full = torch.zeros(batch.num_rows + 1, dtype=torch.bool, device=full_rows.device)
-    is_full.scatter_(0, full_rows.masked_fill(places >= num_full, batch.num_rows), True)
-    is_full = is_full[:-1]
+    rows, num_full = _rows_of_full_precision(batch, scores, options, refined)
+    count = int(num_full)
     use_blank, use_label = (
-        use.masked_fill(is_full, 0.0) for use in occupancies(refined.sums, options)
+        use.index_fill(0, rows[:count], 0.0) for use in occupancies(refined.sums, options)
     )
     low_rows, counts = stages.kept_rows(
         use_blank, use_label, batch, dropped_mass=options.dropped_mass
     )
-    behind = (places - num_full).clamp_(min=0)
-    rows = torch.where(places < num_full, full_rows, low_rows[behind])
+    del use_blank, use_label  # temporary numbers of all rows would add up
     num_low = counts.sum()
+    rows[count:] = low_rows[: batch.num_rows - count]
+    del low_rows
+    places = torch.arange(batch.num_rows, device=rows.device)
     rows.masked_fill_(places >= num_full + num_low, 0)
     return Visit(rows, num_full, num_low)
+
+
+def _rows_of_full_precision(
+    batch: LatticeBatch, scores: CellScores, options: FusedOptions, refined: Refined
+) -> tuple[Tensor, Tensor]:
+    """Lists rows as :func:`_heaviest_rows` does: those to compute in full precision."""
+    size, weight = _logits_gradient(scores, refined.sums, options, is_sensitive=True)
+    total = batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
+    del size
+    error = refined.error.clamp(min=PRODUCT_ERROR)
+    strictness = error * (2 * error).exp() / total
+    weight.mul_(batch.per_row(strictness)).masked_fill_(~refined.is_fine, 0.0)
+    return _heaviest_rows(weight, batch, low_budget(weight.device))

@@ -52,7 +52,7 @@ def path_sums(
         )
         return PathSums(losses, use_blank, use_label, use_blank.new_empty(use_blank.numel(), 0))
     losses, blank, label = stages.duration_lattice(
-        _arc_scores(scores, scores.extra, options),
+        arc_scores(scores, options),
         batch,
         options,
         with_uses=with_uses,
@@ -60,7 +60,7 @@ def path_sums(
     )
     if not with_uses:
         return PathSums(losses, blank, label, blank.new_empty(0))
-    if options.big_blank_durations:
+    if options.arcs.num_big_blanks:
         # An operator may not return two views of one tensor.
         return PathSums(losses, blank[:, 0].clone(), label[:, 0].clone(), blank[:, 1:].clone())
     use_blank, use_label = blank.sum(1), label.sum(1)
@@ -68,16 +68,19 @@ def path_sums(
     return PathSums(losses, use_blank, use_label, label)
 
 
-def _arc_scores(scores: CellScores, extra: Tensor, options: LossOptions) -> stages.ArcScores:
+def arc_scores(scores: CellScores, options: LossOptions) -> stages.ArcScores:
+    """Returns the scores of the arcs that leave each cell, of TDT or multi-blank."""
+    extra = scores.extra
+    assert extra is not None
     blank, label = (part[:, None] - options.sigma for part in (scores.blank, scores.label))
-    if options.big_blank_durations:
+    if options.arcs.num_big_blanks:
         return stages.ArcScores(torch.cat([blank, extra - options.sigma], 1), label)
-    first = len(options.durations) - len(options.arcs.blank_durations)
+    first = len(options.arcs.label_durations) - len(options.arcs.blank_durations)
     return stages.ArcScores(blank + extra[:, first:], label + extra)
 
 
 def occupancies(sums: PathSums, options: LossOptions) -> tuple[Tensor, Tensor]:
     """Returns the uses of all blanks together and of the label, (rows,) each."""
-    if options.big_blank_durations:
+    if options.arcs.num_big_blanks:
         return sums.use_blank + sums.use_extra.sum(1), sums.use_label
     return sums.use_blank, sums.use_label

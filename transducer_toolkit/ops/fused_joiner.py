@@ -181,7 +181,7 @@ def _joint_tiles(
         tile_cells=options.tile_cells,
         beside_kept=beside_kept,
         pads_vocab=True,
-        num_durations=len(options.durations),
+        num_durations=options.arcs.num_durations,
     )
 
 
@@ -198,7 +198,8 @@ def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
     checks.check_labels(
         inputs.targets,
         inputs.target_lengths,
-        blanks=options.blanks,
+        blank=options.blank,
+        num_big_blanks=options.arcs.num_big_blanks,
         vocab_size=options.vocab_size(inputs.weight.size(0)),
     )
 
@@ -257,17 +258,14 @@ def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatc
     # sign of some sums near zero, and with it the derivative of relu.
     if enc.device.type == "cuda" and options.activation != "relu":
         enc, pred = (side.to(coarse_to_fine.COARSE_DTYPE) for side in (enc, pred))
-    # The largest numbers of float32 would become infinite.
-    largest = torch.finfo(coarse_to_fine.COARSE_DTYPE).max
-    weight = inputs.weight.to(coarse_to_fine.COARSE_DTYPE).clamp_(-largest, largest)
     return JointTiles(
         stages.Joint(enc, pred, options.activation),
-        JointWeights(weight, inputs.bias),
+        JointWeights(inputs.weight, inputs.bias),
         batch,
         tile_cells=options.tile_cells,
         beside_kept=True,
         pads_vocab=True,
-        num_durations=len(options.durations),
+        num_durations=options.arcs.num_durations,
         product_dtype=coarse_to_fine.COARSE_DTYPE,
     )
 
@@ -359,7 +357,12 @@ def _backward(call: Backward) -> dict[str, Tensor]:
     def visit_low(joint: JointTiles, rows: Tensor) -> None:
         """Adds the gradients of rows in low precision."""
         # The normalizer has to fit to the logits, and that of forward comes from other ones.
-        scores = CellScores.zeros(batch, enc.device, options.num_extra)
+        # The other scores are not used.
+        normalizer, unused = (native.mapped(plan.num_rows, like=saved.normalizer) for _ in range(2))
+        extra = None
+        if options.num_extra:
+            extra = native.mapped(plan.num_rows * options.num_extra, like=saved.normalizer)
+        scores = CellScores(unused, unused, normalizer, extra)
         own = posteriors._replace(normalizer=scores.normalizer)
         for tile in joint.tiles(rows):
             hidden = joint.hidden(tile)

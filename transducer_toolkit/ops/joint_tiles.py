@@ -27,13 +27,15 @@ from transducer_toolkit.ops.stages import Joint
 TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 512 * 2**20}
 # The same beside other large buffers, such as all logits that forward keeps. Smaller tiles are
 # faster on the CPU, because the hidden layer stays in the cache.
-TILE_BYTES_BESIDE_KEPT = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+TILE_BYTES_BESIDE_KEPT = {"cpu": 3 * 2**20, "cuda": 512 * 2**20}
 # A tile takes at most this fraction of a GPU's memory: 128 MiB of 8 GiB.
 TILE_SHARE_OF_DEVICE = 1 / 64
 # A matrix product on the CPU copies its right operand into another layout. The weight is therefore
 # multiplied in panels of at most this size; otherwise the copy would be as large as the weight. On
 # a GPU no copy is made.
 PANEL_BYTES = {"cpu": 2 * 2**20}
+# The same for the panels of the gradient of the weight in float32, if the products are narrower.
+SUM_PANEL_BYTES = {"cpu": 2**20}
 # If all logits together are at most this large, forward keeps them for backward.
 KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 # Narrower products are slow: at D = 8192, panels of 2 MiB took 40 % more time.
@@ -76,19 +78,27 @@ def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
     return True if num_rows * row_bytes <= budget else False  # noqa: SIM210
 
 
-def _panels(weight: Tensor) -> list[slice]:
-    """Divides the rows of a weight into equal panels.
+def _panels(
+    vocab_size: int, width: int, like: Tensor, bytes_of: dict[str, int] = PANEL_BYTES
+) -> list[slice]:
+    """Divides the rows of a weight (V, D) with the dtype and the device of `like` into panels.
 
-    A panel has about PANEL_BYTES, but at least MIN_PANEL_ROWS rows.
+    They are equal. A panel has about as many bytes as `bytes_of` says for the device, but at least
+    MIN_PANEL_ROWS rows.
     """
-    vocab_size, width = weight.shape
-    panel_bytes = PANEL_BYTES.get(weight.device.type)
+    panel_bytes = bytes_of.get(like.device.type)
     count = 1
     if panel_bytes is not None:
-        rows = max(MIN_PANEL_ROWS, panel_bytes // max(1, width * weight.element_size()))
+        rows = max(MIN_PANEL_ROWS, panel_bytes // max(1, width * like.element_size()))
         count = max(1, -(-vocab_size // rows))
     edges = [index * vocab_size // count for index in range(count + 1)]
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
+
+
+def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts a weight. Numbers beyond the range of `dtype` become its largest, and not infinite."""
+    largest = torch.finfo(dtype).max
+    return weight.to(dtype).clamp_(-largest, largest)
 
 
 # Since torch 2.8, a product of 16-bit matrices can be returned as float32, on CUDA only.
@@ -164,24 +174,36 @@ class JointTiles:
         self.joint, self.batch = joint, batch
         weight, bias = weights
         dtype = product_dtype or joint.enc.dtype
-        self.weight = weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
+        self._like = weight.new_empty(0, dtype=dtype)  # of the products
         self.vocab_size, self.width = weight.shape  # vocab_size: columns of the logits
         self._num_columns = self.vocab_size  # without padding
         self._num_durations = num_durations
         if pads_vocab:
-            self.vocab_size = padded_vocab_size(self.weight, self._num_columns)
-            self._pad_vocab()
+            self.vocab_size = padded_vocab_size(self._like, self._num_columns)
+        self._panels = self._sum_panels = _panels(self.vocab_size, self.width, self._like)
+        if dtype in native.SIXTEEN_BIT:
+            # Adding 16-bit numbers to a float32 sum, torch makes a float32 copy of them.
+            like = self._like.to(torch.float32)
+            self._sum_panels = _panels(self.vocab_size, self.width, like, SUM_PANEL_BYTES)
+        # A copy of a large weight in another dtype would need memory for the whole step.
+        self._casts_panels = product_dtype not in (None, weight.dtype) and len(self._panels) > 1
+        if self._casts_panels:
+            self.weight = weight
+        else:
+            is_same = product_dtype in (None, weight.dtype)
+            self.weight = weight.to(dtype) if is_same else _narrowed(weight, dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self._pad_vocab()
         # The hidden layer and its gradient in the dtype of the join, if that is another one.
         self._joins_apart = dtype != joint.enc.dtype
         self._joined: list[Tensor] = []
         if tile_cells is None:
             columns = self.vocab_size
             if self._joins_apart:
-                columns += 2 * self.width * joint.enc.element_size() // self.weight.element_size()
-            tile_cells = automatic_tile_cells(self.weight, columns, beside_kept)
+                columns += 2 * self.width * joint.enc.element_size() // self._like.element_size()
+            like = self._like.view(0, self.width)
+            tile_cells = automatic_tile_cells(like, columns, beside_kept)
         self.tile_cells = tile_cells
-        self._panels = _panels(self.weight)
         self._tile_rows = 0  # rows of the largest tile
         self._wanted: frozenset[str] = frozenset()
         # The gradient is last, because pages that forward does not touch take no memory.
@@ -231,7 +253,7 @@ class JointTiles:
         if self._workspace is None:
             # One mapping, and not from the heap: fragmentation of the heap could double the peak.
             size = self._tile_rows * sum(self._widths.values())
-            self._workspace = native.mapped(size, like=self.weight)
+            self._workspace = native.mapped(size, like=self._like)
         begin = 0
         for other, width in self._widths.items():
             if other == name:
@@ -256,6 +278,11 @@ class JointTiles:
             self._joined.append(native.mapped(size, like=self.joint.enc).view(-1, self.width))
         return self._joined[index][:num_rows]
 
+    def _weight(self, panel: slice) -> Tensor:
+        """Returns rows of the weight in the dtype of the products."""
+        weight = self.weight[panel]
+        return _narrowed(weight, self._like.dtype) if self._casts_panels else weight
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Computes hidden @ weight.T + bias, (tile rows, V).
 
@@ -264,7 +291,7 @@ class JointTiles:
         if out is None:
             out = self.buffer("logits", hidden.size(0))
         for panel in self._panels:
-            weight, columns = self.weight[panel].t(), out[:, panel]
+            weight, columns = self._weight(panel).t(), out[:, panel]
             if self.bias is None:
                 torch.mm(hidden, weight, out=columns)
             else:
@@ -300,22 +327,29 @@ class JointTiles:
 
     def backward(self, tile: RowTile, hidden: Tensor, grad_logits: Tensor) -> None:
         """Adds the gradients of a tile to the sums."""
-        if "weight" in self._sums:
-            for panel in self._panels:
-                grad_weight, columns = self._sums["weight"][panel], grad_logits[:, panel]
+        for panel in self._sum_panels:
+            columns = grad_logits[:, panel]
+            if "weight" in self._sums:
+                grad_weight = self._sums["weight"][panel]
                 if grad_weight.dtype == columns.dtype:
                     grad_weight.addmm_(columns.t(), hidden)
                 else:
                     grad_weight += _mm_to_float32(columns.t(), hidden)
-        if "bias" in self._sums:
-            self._sums["bias"] += grad_logits.sum(0, dtype=self._sums["bias"].dtype)
+            if "bias" in self._sums:
+                grad_bias = self._sums["bias"][panel]
+                grad_bias += columns.sum(0, dtype=grad_bias.dtype)
         if "enc" in self._sums:
             grad_hidden = self.buffer("grad_hidden", hidden.size(0))
-            torch.mm(grad_logits, self.weight, out=grad_hidden)
             grads = self._sums["enc"], self._sums["pred"]
             if self._joins_apart:
                 hidden = self._joined_buffer(0, hidden.size(0))
-                grad_hidden = self._joined_buffer(1, hidden.size(0)).copy_(grad_hidden)
+                total = self._joined_buffer(1, hidden.size(0)).zero_()
+                for panel in self._panels if self._casts_panels else [slice(None)]:
+                    torch.mm(grad_logits[:, panel], self._weight(panel), out=grad_hidden)
+                    total += grad_hidden
+                grad_hidden = total
+            else:
+                torch.mm(grad_logits, self.weight, out=grad_hidden)
             stages.join_backward(self.joint, self.batch, tile, hidden, grad_hidden, grads)
 
     def gradients(self, scale: Tensor | None = None) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -494,7 +493,11 @@ class CellScores:
     @classmethod
     def zeros(cls, batch: LatticeBatch, device: torch.device, num_extra: int = 0) -> CellScores:
         """Returns zeros, into which stage 1 writes. Stage 1 does not write padding."""
+        like = torch.empty(0, dtype=native.SCORE_DTYPE, device=device)
         size = batch.num_rows
-        zeros = functools.partial(torch.zeros, dtype=native.SCORE_DTYPE, device=device)
-        extra = zeros(size, num_extra) if num_extra else None
+
+        def zeros(count: int) -> Tensor:
+            return native.mapped(count, like=like).zero_()
+
+        extra = zeros(size * num_extra).view(size, num_extra) if num_extra else None
         return cls(zeros(size), zeros(size), zeros(size), extra)

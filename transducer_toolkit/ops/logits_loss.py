@@ -157,7 +157,8 @@ def _validate(inputs: LogitsInputs, options: LossOptions) -> None:
     checks.check_labels(
         targets,
         target_lengths,
-        blanks=options.blanks,
+        blank=None if options.blank_may_be_target else options.blank,
+        num_big_blanks=options.arcs.num_big_blanks,
         vocab_size=options.vocab_size(logits.size(-1)),
         first=first_symbol,
         name="symbols" if options.blank_may_be_target else "targets",  # as k2 names them

@@ -159,6 +159,7 @@ def address(tensor: Tensor) -> int:
 
 
 _HUGE_FROM_BYTES = 8 * 2**20
+_MAPPED_FROM_BYTES = 2**18
 
 
 def empty(*size: int, like: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def mapped(size: int, like: Tensor) -> Tensor:
         RuntimeError: if there is not enough memory.
     """
     num_bytes = size * like.element_size()
-    if like.device.type != "cpu" or num_bytes < _HUGE_FROM_BYTES:
+    if like.device.type != "cpu" or num_bytes < _MAPPED_FROM_BYTES:
         return like.new_empty(size)
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -6,12 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops.topology import (
-    Topology,
-    get_topology,
-    multi_blank_topology,
-    tdt_topology,
-)
+from transducer_toolkit.ops.topology import Topology, get_topology
 
 PRECISIONS = ("auto", "full")
 
@@ -22,18 +17,16 @@ class LossOptions:
 
     Attributes:
         blank: index of the blank.
-        topology: a name of :data:`~transducer_toolkit.ops.topology.TOPOLOGIES`.
+        topology: a name that :func:`~transducer_toolkit.ops.topology.get_topology` knows. That of a
+            token-and-duration transducer makes the last columns of the logits those of durations,
+            that of a multi-blank transducer makes some of the symbols big blanks.
         from_log_softmax: the logits are log-probabilities already.
         fastemit_lambda: label posteriors count ``1 + fastemit_lambda`` times in the gradient.
         delay_penalty: is added to label scores times ``(T - 1) / 2 - t``.
         clamp: bound of the magnitude of d loss_b / d logit; 0 or less is off.
         validate: read labels and lengths to check them; None does so where they are on the CPU.
         blank_may_be_target: accept labels equal to blank, as k2 does.
-        durations: of a token-and-duration transducer: the frames that an arc may advance. The
-            logits have one more column for each. Otherwise empty.
-        big_blank_durations: of a multi-blank transducer: the frames that the symbols blank - 1,
-            blank - 2, ... advance. Otherwise empty.
-        sigma: is subtracted from the log-probability of every symbol, in these two.
+        sigma: is subtracted from the log-probability of every symbol, in these two only.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -52,8 +45,6 @@ class LossOptions:
     clamp: float = 0.0
     validate: bool | None = None
     blank_may_be_target: bool = False
-    durations: tuple[int, ...] = ()
-    big_blank_durations: tuple[int, ...] = ()
     sigma: float = 0.0
 
     def __post_init__(self) -> None:
@@ -66,61 +57,33 @@ class LossOptions:
             raise ValueError("clamp: expected a number, got nan")
         if self.validate is not None:
             checks.check_flag(self.validate, "validate")
-        self._check_durations()
-        # An operator takes floats only, and gives lists.
-        for name in ("fastemit_lambda", "delay_penalty", "clamp", "sigma"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("durations", "big_blank_durations"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
-    def _check_durations(self) -> None:
         checks.check_int(self.blank, "blank")
         checks.check_not_negative("sigma", self.sigma)
-        checks.check_durations(self.durations)
-        checks.check_big_blank_durations(self.big_blank_durations)
-        if self.num_extra == 0:
-            if self.sigma != 0:
-                raise ValueError(
-                    f"sigma: expected 0 without durations or big_blank_durations, got {self.sigma}"
-                )
-            return
-        name = "durations" if self.durations else "big_blank_durations"
-        if self.durations and self.big_blank_durations:
-            raise ValueError("big_blank_durations: expected none beside durations")
-        if self.topology != "regular":
-            raise ValueError(f"topology: expected 'regular' with {name}, got {self.topology!r}")
-        if self.from_log_softmax:
-            raise ValueError(f"from_log_softmax: expected False with {name}, got True")
-        if len(self.big_blank_durations) > self.blank:
+        if self.num_extra and self.from_log_softmax:
             raise ValueError(
-                f"big_blank_durations: expected at most {self.blank}, since big blanks are the "
-                f"symbols before blank = {self.blank}, got {len(self.big_blank_durations)}"
+                f"from_log_softmax: expected False with topology {self.topology!r}, got True"
             )
-
-    @property
-    def num_extra(self) -> int:
-        """Scores of a cell beside those of blank and label: of durations, or of big blanks."""
-        return len(self.durations) + len(self.big_blank_durations)
+        if self.sigma != 0 and not self.num_extra:
+            raise ValueError(
+                "sigma: expected 0 without durations (TDT) or big blanks (multi-blank), got "
+                f"{self.sigma}"
+            )
+        for name in ("fastemit_lambda", "delay_penalty", "clamp", "sigma"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # operators want floats
 
     @property
     def arcs(self) -> Topology:
         """The arcs of the lattice."""
-        if self.durations:
-            return tdt_topology(self.durations)
-        if self.big_blank_durations:
-            return multi_blank_topology(self.big_blank_durations)
         return get_topology(self.topology)
 
-    def vocab_size(self, num_columns: int) -> int:
-        """Returns the number of symbols, blank included, of logits with so many columns."""
-        return num_columns - len(self.durations)
-
     @property
-    def blanks(self) -> range:
-        """The symbols that no target may be: blank and big blanks, or none."""
-        if self.blank_may_be_target:
-            return range(0)
-        return range(self.blank - len(self.big_blank_durations), self.blank + 1)
+    def num_extra(self) -> int:
+        """Scores of a cell beside those of blank and label: of durations, or of big blanks."""
+        return self.arcs.num_extra
+
+    def vocab_size(self, num_columns: int) -> int:
+        """Returns the number of symbols, blanks included, of logits with so many columns."""
+        return num_columns - self.arcs.num_durations
 
 
 @dataclass(frozen=True)

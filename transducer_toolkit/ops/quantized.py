@@ -19,7 +19,7 @@ from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.stages import Joint
 
 # Hidden layer and integer logits of a tile. Products of fewer rows are slower.
-TILE_BYTES = 4 * 2**20
+TILE_BYTES = 3 * 2**20
 MIN_TILE_ROWS = 256
 WEIGHT_ROWS_AT_ONCE = 256
 # Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
@@ -41,7 +41,7 @@ class _Weight(NamedTuple):
 
 def _quantize(weight: Tensor) -> _Weight:
     """Quantizes a weight (V, D). The scale of a row with a value that is not finite is NaN."""
-    rows = torch.empty_like(weight, dtype=torch.int8)
+    rows = native.mapped(weight.numel(), like=weight.new_empty(0, dtype=torch.int8)).view_as(weight)
     scales = weight.new_empty(weight.size(0))
     for begin in range(0, weight.size(0), WEIGHT_ROWS_AT_ONCE):  # small temporaries
         part = weight[begin : begin + WEIGHT_ROWS_AT_ONCE]

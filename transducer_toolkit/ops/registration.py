@@ -5,7 +5,7 @@ A torch.library operator takes tensors and plain values, each by position. Here 
 described by three classes whose fields are those arguments, in their order:
 
     Inputs   a NamedTuple of Tensor and Tensor | None
-    Options  a frozen dataclass of int, float, bool, str, bool | None and tuple[int, ...]
+    Options  a frozen dataclass of int, float, bool, str and bool | None
     Plan     a NamedTuple of int and bool: sizes, and which outputs are wanted
 
 and by one that names the outputs, a NamedTuple of Tensor. The schema is generated from the fields.
@@ -33,7 +33,6 @@ _SCHEMA_TYPES = {
     bool: "bool",
     bool | None: "bool?",
     str: "str",
-    tuple[int, ...]: "int[]",
 }
 InputsT = TypeVar("InputsT", bound=tuple[Any, ...])
 OptionsT = TypeVar("OptionsT")

@@ -100,8 +100,8 @@ def _logits_options(options: LossOptions) -> native.extension.LogitsOptions:
         blank=options.blank,
         from_log_softmax=options.from_log_softmax,
         clamp=options.clamp,
-        num_big_blanks=len(options.big_blank_durations),
-        num_durations=len(options.durations),
+        num_big_blanks=options.arcs.num_big_blanks,
+        num_durations=options.arcs.num_durations,
     )
 
 
@@ -172,9 +172,15 @@ def quantized_cell_scores(
     )
 
 
+def _native_topology(options: LossOptions) -> native.extension.Topology:
+    # The stage for durations does not read it.
+    name = "regular" if options.num_extra else options.topology
+    return native.extension.Topology.__members__[name]
+
+
 def _lattice_options(options: LossOptions, exact: bool) -> native.extension.LatticeOptions:
     return native.extension.LatticeOptions(
-        topology=native.extension.Topology.__members__[options.topology],
+        topology=_native_topology(options),
         delay_penalty=options.delay_penalty,
         fastemit_lambda=options.fastemit_lambda,
         exact=exact,
@@ -205,9 +211,11 @@ def lattice(
     """
     blank, label = scores.blank, scores.label
     loss = blank.new_empty(batch.num_utterances)
-    use_blank, use_label = (blank.new_zeros(batch.num_rows if with_uses else 0) for _ in range(2))
+    use_blank, use_label = (
+        native.mapped(batch.num_rows if with_uses else 0, like=blank).zero_() for _ in range(2)
+    )
     with native.backend_of(blank) as backend:
-        topology = native.extension.Topology.__members__[options.topology]
+        topology = _native_topology(options)
         num_bytes = backend.stages.lattice_scratch(
             batch.native, topology=topology, with_uses=with_uses
         )
@@ -288,7 +296,7 @@ def kept_rows(
         Rows (rows,) and their number in each utterance (B,), int64. Elements of the first behind
         ``numbers.sum()`` are undefined.
     """
-    rows = torch.empty(batch.num_rows, dtype=torch.int64, device=use_blank.device)
+    rows = native.mapped(batch.num_rows, like=use_blank).view(torch.int64)
     counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
     dropped = use_blank.new_empty(batch.num_utterances)
     with native.backend_of(use_blank) as backend:

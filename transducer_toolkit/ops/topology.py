@@ -9,7 +9,13 @@ batching and the choices of the command line. The compiled stages hold the same 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+# Limits of csrc/logits.h.
+MAX_DURATIONS = 32
+MAX_BIG_BLANKS = 30
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,9 @@ class Topology:
             a blank follows every label.
         ends_with_label: a label arc may leave the last frame; otherwise a path ends with a blank.
         is_k2: k2 has this topology, as an ``rnnt_type``.
+        predicts_durations: a cell has a score for each of `label_durations`, which is added to that
+            of the symbol. Otherwise an arc has the score of its symbol alone, and there is a blank
+            symbol for each of `blank_durations`.
     """
 
     name: str
@@ -36,6 +45,22 @@ class Topology:
     label_takes_blank: bool = False
     ends_with_label: bool = True
     is_k2: bool = True
+    predicts_durations: bool = False
+
+    @property
+    def num_durations(self) -> int:
+        """Durations that have a score in each cell, 0 if they are not predicted."""
+        return len(self.label_durations) if self.predicts_durations else 0
+
+    @property
+    def num_big_blanks(self) -> int:
+        """Blank symbols beside the blank of one frame."""
+        return 0 if self.predicts_durations else len(self.blank_durations) - 1
+
+    @property
+    def num_extra(self) -> int:
+        """Logits of a cell beside those of the symbols and blank: of durations or big blanks."""
+        return self.num_durations + self.num_big_blanks
 
     @property
     def labels_share_frames(self) -> bool:
@@ -87,40 +112,77 @@ def _advanced(reached: int, durations: tuple[int, ...]) -> int:
     return functools.reduce(int.__or__, (reached << frames for frames in durations))
 
 
-def tdt_topology(durations: tuple[int, ...]) -> Topology:
+def tdt_topology(durations: Sequence[int]) -> Topology:
     """Return the topology of a token-and-duration transducer (TDT).
 
     Args:
-        durations: frames that an arc may advance, ascending; those of 0 are for labels only.
+        durations: frames that an arc may advance, distinct and ascending, at least 0, the last at
+            least 1. Those of 0 are for labels only.
+
+    Raises:
+        ValueError: these are no such durations.
 
     Example:
-        >>> tdt_topology((0, 1, 2)).blank_durations
-        (1, 2)
+        >>> tdt_topology((0, 1, 2)).name, tdt_topology((0, 1, 2)).blank_durations
+        ('tdt-0-1-2', (1, 2))
     """
-    blanks = tuple(frames for frames in durations if frames > 0)
+    durations = tuple(durations)
+    ascending = all(left < right for left, right in itertools.pairwise(durations))
+    if not durations or not ascending or durations[0] < 0 or durations[-1] < 1:
+        raise ValueError(
+            "durations: expected distinct integers of at least 0 in ascending order, one of them "
+            f"at least 1, got {durations}"
+        )
+    if len(durations) > MAX_DURATIONS:
+        raise ValueError(f"durations: expected at most {MAX_DURATIONS}, got {len(durations)}")
     return Topology(
-        "tdt",
-        blank_durations=blanks,
+        _name_of("tdt", durations),
+        blank_durations=tuple(frames for frames in durations if frames > 0),
         label_durations=durations,
         ends_with_label=False,
         is_k2=False,
+        predicts_durations=True,
     )
 
 
-def multi_blank_topology(big_blank_durations: tuple[int, ...]) -> Topology:
+def multi_blank_topology(big_blank_durations: Sequence[int]) -> Topology:
     """Return the topology of a multi-blank transducer.
 
     Args:
-        big_blank_durations: frames that the big blanks advance, each at least 2, in any order.
+        big_blank_durations: frames that the big blanks advance, distinct, each at least 2.
+
+    Raises:
+        ValueError: these are no such durations.
+
+    Example:
+        >>> multi_blank_topology((2, 4)).name, multi_blank_topology((2, 4)).blank_durations
+        ('multi_blank-2-4', (1, 2, 4))
     """
+    durations = tuple(big_blank_durations)
+    too_short = any(frames < 2 for frames in durations)
+    if not durations or too_short or len(set(durations)) < len(durations):
+        raise ValueError(
+            f"big_blank_durations: expected distinct integers of at least 2, got {durations}"
+        )
+    if len(durations) > MAX_BIG_BLANKS:
+        raise ValueError(
+            f"big_blank_durations: expected at most {MAX_BIG_BLANKS}, got {len(durations)}"
+        )
     return Topology(
-        "multi_blank",
-        blank_durations=(1, *big_blank_durations),
+        _name_of("multi_blank", durations),
+        blank_durations=(1, *durations),
         label_durations=(0,),
         ends_with_label=False,
         is_k2=False,
     )
 
+
+def _name_of(kind: str, durations: tuple[int, ...]) -> str:
+    return "-".join([kind, *(str(frames) for frames in durations)])
+
+
+# Topologies that a name and durations make: "tdt-0-1-2-3-4", "multi_blank-2-4-8".
+_FAMILIES = {"tdt": tdt_topology, "multi_blank": multi_blank_topology}
 
 TOPOLOGIES = {
     topology.name: topology
@@ -138,23 +200,30 @@ def get_topology(name: object, argument: str = "topology", *, k2: bool = False) 
     """Return the topology of this name.
 
     Args:
-        name: one of :data:`TOPOLOGIES`.
+        name: one of :data:`TOPOLOGIES`, or that of :func:`tdt_topology` or
+            :func:`multi_blank_topology`, such as "tdt-0-1-2-3-4".
         argument: how the caller's argument is called, for the message.
         k2: accept :data:`K2_TOPOLOGIES` only.
 
     Raises:
-        ValueError: there is no such topology.
+        ValueError: there is no such topology, or its durations are wrong.
 
     Example:
         >>> get_topology("modified").label_durations
         (1,)
     """
     table = K2_TOPOLOGIES if k2 else TOPOLOGIES
+    if isinstance(name, str) and not k2 and "-" in name:
+        kind, *durations = name.split("-")
+        if kind in _FAMILIES and all(part.isdecimal() for part in durations):
+            return _FAMILIES[kind](tuple(int(part) for part in durations))
     if not isinstance(name, str) or name not in table:
         remedy = ""
         if k2 and isinstance(name, bool):  # "modified", of older k2 and fast_rnnt
             remedy = f"; pass {'modified' if name else 'regular'!r} for modified={name}"
-        raise ValueError(f"{argument}: expected one of {tuple(table)}, got {name!r}{remedy}")
+        families = "" if k2 else ', or with durations as in "tdt-0-1-2" and "multi_blank-2-4"'
+        expected = f"expected one of {tuple(table)}{families}"
+        raise ValueError(f"{argument}: {expected}, got {name!r}{remedy}")
     return table[name]
 
 
@@ -164,7 +233,7 @@ def is_feasible(num_frames: int, num_targets: int, *, topology: str = "regular")
     Args:
         num_frames: encoder frames, after subsampling.
         num_targets: labels.
-        topology: one of :data:`TOPOLOGIES`.
+        topology: a name that :func:`get_topology` knows.
 
     Raises:
         ValueError: there is no such topology.

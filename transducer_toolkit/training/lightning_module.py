@@ -52,6 +52,7 @@ from transducer_toolkit.training.stages import LossInput, LossStage, StageOutput
 from transducer_toolkit.training.utterance_names import naming_utterances
 
 logger = logging.getLogger(__name__)
+MAX_SHOWN = 300  # characters of a text in the log
 # Errors that torch raises for a bad option. Their messages name neither the option nor its value.
 BAD_OPTION = (ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -156,8 +157,11 @@ class TransducerModule(LightningModule):
                 "optimizer: expected a function, got None; pass "
                 "TransducerModule(..., optimizer=...) to train"
             )
+        function = getattr(self.make_optimizer, "func", self.make_optimizer)  # of a partial
+        takes_module = getattr(function, "takes_module", False)
         try:
-            optimizer = self.make_optimizer(self.parameters())
+            source: Any = self if takes_module else self.parameters()
+            optimizer = self.make_optimizer(source)
         except BAD_OPTION as error:
             raise _named(error)(f"optimizer {self.make_optimizer}: {error}") from error
         self._optimizer_options = [
@@ -414,12 +418,18 @@ class TransducerModule(LightningModule):
             return
         lines = [f"epoch {self.current_epoch}, step {self.global_step}: validation {results}"]
         for transcript in transcripts:
-            lines += [f"  ref {transcript.reference}", f"  hyp {transcript.hypothesis}"]
+            lines += [f"  ref {_shown(transcript.reference)}"]
+            lines += [f"  hyp {_shown(transcript.hypothesis)}"]
         logger.info("\n".join(lines))
         text = "\n".join(f"    {line}" for line in lines)  # indented: verbatim in Markdown
         for sink in self.loggers:
             if isinstance(sink, TensorBoardLogger):
                 sink.experiment.add_text("val/hypotheses", text, self.global_step)
+
+
+def _shown(text: str) -> str:
+    """Returns a text without its end if it is long: untrained models emit thousands of symbols."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def _named(error: Exception) -> type[Exception]:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def start_from(module: TransducerModule, path: str) -> None:
     """Loads weights from a checkpoint of another training, of any loss.
 
-    A weight is copied if a weight of the checkpoint has its name and its size. A weight with one
+    A weight is copied if the checkpoint has one of its name. A weight with one
     row for each symbol, such as the output layer or the embedding, is copied row by row: the row of
     a symbol comes from the row of the same symbol in the checkpoint. Rows of symbols that the
     checkpoint does not have keep their random values.
@@ -31,7 +31,7 @@ def start_from(module: TransducerModule, path: str) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a checkpoint, or no weight matches.
+        ValueError: if it is not such a checkpoint, no weight matches, or a weight has another size.
     """
     checkpoint = load_checkpoint(path)
     own, other = module.state_dict(), checkpoint["state_dict"]
@@ -39,16 +39,29 @@ def start_from(module: TransducerModule, path: str) -> None:
     now = list(module.tokenizer.symbols)
     axes = _symbol_axes(module)
     fitting: dict[str, Tensor] = {}
+    differing: list[str] = []
     for name, value in other.items():
         if name not in own:
             continue
         axis = axes.get(name)
-        if axis is not None and before != now:
+        if axis is not None and (before != now or own[name].shape != value.shape):
             rows = _copy_rows(own[name], value, axis, before, now)
             if rows is not None:
                 fitting[name] = rows
+            else:
+                differing.append(name)
         elif own[name].shape == value.shape:
             fitting[name] = value
+        else:
+            differing.append(name)
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"init_from: {len(differing)} weights of {path} have another size in this model, such "
+            f"as {name}: {tuple(other[name].shape)} there, {tuple(own[name].shape)} here; "
+            "model=checkpoint takes the model of the checkpoint, or give the options of model that "
+            "it was trained with"
+        )
     if not fitting:
         raise ValueError(
             f"init_from: no weight of {path} has the name and size of a weight of this model"
@@ -56,7 +69,7 @@ def start_from(module: TransducerModule, path: str) -> None:
     module.load_state_dict(fitting, strict=False)
     logger.info("%d of %d weights taken over from %s", len(fitting), len(own), path)
     for what, names in (
-        ("not in the checkpoint, or of another size", sorted(own.keys() - fitting.keys())),
+        ("not in the checkpoint", sorted(own.keys() - fitting.keys())),
         ("in the checkpoint, but not used", sorted(other.keys() - fitting.keys())),
     ):
         if names:
@@ -96,17 +109,22 @@ def _copy_rows(
 ) -> Tensor | None:
     """Returns ``own`` with the rows of common symbols from ``other``; None if it does not fit."""
     sizes = list(own.shape)
-    if other.ndim != own.ndim or sizes[axis] != len(now):
+    if other.ndim != own.ndim:
         return None
-    sizes[axis] = len(before)
-    if list(other.shape) != sizes:
+    # Rows behind those of the symbols: of durations or big blanks.
+    extra, other_extra = sizes[axis] - len(now), other.size(axis) - len(before)
+    sizes[axis] = other.size(axis)
+    if list(other.shape) != sizes or min(extra, other_extra) < 0:
         return None
     position = {symbol: index for index, symbol in enumerate(before)}
     common = [index for index, symbol in enumerate(now) if symbol in position]
     rows = other.index_select(axis, torch.tensor([position[now[index]] for index in common]))
-    return own.clone().index_copy_(
+    copied = own.clone().index_copy_(
         axis, torch.tensor(common, device=own.device), rows.to(own.device, own.dtype)
     )
+    if extra == other_extra:
+        copied.narrow(axis, len(now), extra).copy_(other.narrow(axis, len(before), extra))
+    return copied
 
 
 def _report_symbols(before: Sequence[str], now: Sequence[str], path: str) -> None:

@@ -8,6 +8,7 @@ from transducer_toolkit.training.callbacks.lost_process import NameLostProcess
 from transducer_toolkit.training.callbacks.non_finite import SkipNonFiniteSteps
 from transducer_toolkit.training.callbacks.pictures import LearningCurves, UtterancePicture
 from transducer_toolkit.training.callbacks.prescan import PreScan
+from transducer_toolkit.training.callbacks.progress_bar import ProgressBar
 from transducer_toolkit.training.callbacks.seeds import SeedEachBatch
 from transducer_toolkit.training.callbacks.unreadable import CountUnreadable
 
@@ -18,6 +19,7 @@ __all__ = [
     "LearningCurves",
     "NameLostProcess",
     "PreScan",
+    "ProgressBar",
     "SeedEachBatch",
     "SkipNonFiniteSteps",
     "StepClock",

@@ -16,7 +16,7 @@ from transducer_toolkit.data.byte_pieces import shown_symbols
 from transducer_toolkit.data.dataset import Batch
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
 from transducer_toolkit.decoding import align, lattice_occupancy, narrow_lattice
-from transducer_toolkit.ops.topology import is_feasible
+from transducer_toolkit.ops.topology import get_topology, is_feasible
 from transducer_toolkit.training.lightning_module import TransducerModule
 from transducer_toolkit.training.plots import History, draw_learning_curves, draw_utterance
 
@@ -147,6 +147,7 @@ class UtterancePicture(Callback):
             batch.targets,
             model.blank,
             vocab_size=tokenizer.vocab_size,
+            num_durations=get_topology(pl_module.topology).num_durations,
         ).arguments()
         occupancy = lattice_occupancy(*lattice, topology=pl_module.topology)[0]
         alignment = align(*lattice, topology=pl_module.topology)[0]

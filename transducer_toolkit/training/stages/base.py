@@ -13,6 +13,8 @@ from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner, is_plain_l
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.checks import check_probability
 from transducer_toolkit.ops.lattice import LatticeShape
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import get_topology
 
 # As in icefall. The warm-up exists because a band of symbols or a delay penalty is harmful before
 # the model has begun to align.
@@ -85,6 +87,11 @@ class LossStage(nn.Module, ABC):
     warmup_done: float = 1.0
 
     @property
+    def num_extra(self) -> int:
+        """Logits that the joiner needs beside those of the symbols: of durations, big blanks."""
+        return get_topology(self.topology).num_extra
+
+    @property
     def current_delay_penalty(self) -> float:
         """``delay_penalty`` after the warm-up, 0 during the warm-up."""
         return self.delay_penalty if self.warmup_done >= 1.0 else 0.0
@@ -147,6 +154,28 @@ def check_scales(lm_only_scale: float, am_only_scale: float) -> None:
     """
     check_probability(lm_only_scale, "lm_only_scale")
     check_probability(am_only_scale, "am_only_scale")
+
+
+def check_blank_of_big_blanks(options: LossOptions) -> None:
+    """Raises a ValueError unless the blank is 0 for a multi-blank transducer.
+
+    The joiner appends the logits of big blanks to those of the symbols, and they have to be the
+    symbols before blank. Behind 0 comes the last symbol.
+    """
+    if options.arcs.num_big_blanks and options.blank != 0:
+        raise ValueError(f"blank: expected 0 with {options.topology!r}, got {options.blank}")
+
+
+def check_omega(omega: float, options: LossOptions) -> None:
+    """Raises a TypeError or ValueError unless omega is a number in [0, 1], and 0 without TDT."""
+    check_probability(omega, "omega")
+    if omega > 0 and not options.arcs.predicts_durations:
+        raise ValueError(f"omega: expected 0 with topology {options.topology!r}, got {omega}")
+
+
+def takes_regular_loss(omega: float) -> bool:
+    """Returns True with probability omega, from torch's generator of the CPU."""
+    return omega > 0 and bool(torch.rand(()) < omega)
 
 
 def per_frame(losses: Tensor, shape: LatticeShape) -> Tensor:

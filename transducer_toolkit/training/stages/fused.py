@@ -11,7 +11,10 @@ from transducer_toolkit.training.stages.base import (
     LossInput,
     LossStage,
     StageOutput,
+    check_blank_of_big_blanks,
+    check_omega,
     require_plain_output,
+    takes_regular_loss,
 )
 
 
@@ -24,13 +27,18 @@ class FusedLoss(LossStage):
 
     Args:
         blank: id of blank.
-        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
+        topology: "regular", "modified", "constrained", "one_sym_per_frame", or with durations, such
+            as "tdt-0-1-2-3-4" (token-and-duration) and "multi_blank-2-4-8". The joiner needs
+            :attr:`num_extra` more logits then.
         fastemit_lambda: weight of FastEmit; 0 disables it.
         delay_penalty: penalty per frame of delay, applied after the warm-up; 0 disables it.
         clamp: bound on the gradient of each logit; 0 disables it.
         dropped_mass: occupancy that backward may leave out, as in
             :func:`~transducer_toolkit.fused_joiner_loss`; 0 for exact gradients.
         precision: "auto" or "full", as in :func:`~transducer_toolkit.fused_joiner_loss`.
+        sigma: as in :func:`~transducer_toolkit.tdt_loss`; with durations only.
+        omega: probability that a training batch takes the regular loss of the tokens, without
+            durations and sigma; token-and-duration only.
 
     Example:
         >>> import torch
@@ -53,6 +61,8 @@ class FusedLoss(LossStage):
         clamp: float = 0.0,
         dropped_mass: float = 1e-7,
         precision: str = "auto",
+        sigma: float = 0.0,
+        omega: float = 0.0,
     ) -> None:
         super().__init__()
         options = FusedOptions(
@@ -63,7 +73,12 @@ class FusedLoss(LossStage):
             clamp=clamp,
             dropped_mass=dropped_mass,
             precision=precision,
+            sigma=sigma,
         )
+        check_blank_of_big_blanks(options)
+        check_omega(omega, options)
+        self.omega = omega
+        self.sigma = sigma
         self.blank = options.blank
         self.topology = topology
         self.delay_penalty = delay_penalty
@@ -76,21 +91,26 @@ class FusedLoss(LossStage):
 
     def forward(self, batch: LossInput) -> StageOutput:
         joiner = require_plain_output(batch.joiner, self)
+        topology, sigma, num_columns = self.topology, self.sigma, joiner.output.out_features
+        if self.training and takes_regular_loss(self.omega):
+            topology, sigma, num_columns = "regular", 0.0, joiner.vocab_size
+        bias = joiner.output.bias
         losses, parts = fused_joiner_loss(
             joiner.encoder_projection(batch.encoder_out),
             joiner.predictor_projection(batch.predictor_out),
-            joiner.output.weight,
-            joiner.output.bias,
+            joiner.output.weight[:num_columns],
+            None if bias is None else bias[:num_columns],
             batch.targets,
             batch.shape.logit_lengths,
             batch.shape.target_lengths,
             self.blank,
             activation=joiner.activation,
-            topology=self.topology,
             reduction="none",
             shape=batch.shape,
             return_parts=True,
             delay_penalty=self.current_delay_penalty,
+            topology=topology,
+            sigma=sigma,
             **self.options,
         )
         return StageOutput(losses, parts._asdict())

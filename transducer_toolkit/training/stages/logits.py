@@ -13,7 +13,14 @@ from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
 from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.topology import get_topology
 from transducer_toolkit.optional import import_torchaudio
-from transducer_toolkit.training.stages.base import LossInput, LossStage, StageOutput
+from transducer_toolkit.training.stages.base import (
+    LossInput,
+    LossStage,
+    StageOutput,
+    check_blank_of_big_blanks,
+    check_omega,
+    takes_regular_loss,
+)
 
 
 class PackedLoss(LossStage):
@@ -21,10 +28,13 @@ class PackedLoss(LossStage):
 
     Args:
         blank: id of blank.
-        topology: "regular", "modified", "constrained" or "one_sym_per_frame".
+        topology: "regular", "modified", "constrained", "one_sym_per_frame", or with durations, as
+            in :class:`FusedLoss`.
         fastemit_lambda: weight of FastEmit; 0 disables it.
         delay_penalty: penalty per frame of delay, applied after the warm-up; 0 disables it.
         clamp: bound on the gradient of each logit; 0 disables it.
+        sigma: as in :class:`FusedLoss`.
+        omega: as in :class:`FusedLoss`.
 
     Example:
         >>> import torch
@@ -45,6 +55,8 @@ class PackedLoss(LossStage):
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
+        sigma: float = 0.0,
+        omega: float = 0.0,
     ) -> None:
         super().__init__()
         self.options = LossOptions(
@@ -53,17 +65,24 @@ class PackedLoss(LossStage):
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
             clamp=clamp,
+            sigma=sigma,
         )
+        check_blank_of_big_blanks(self.options)
+        check_omega(omega, self.options)
+        self.omega = omega
         self.topology = topology
         self.delay_penalty = delay_penalty
 
     def forward(self, batch: LossInput) -> StageOutput:
         shape = batch.shape
         logits = batch.joiner(batch.encoder_out, batch.predictor_out, shape)
+        options = replace(self.options, delay_penalty=self.current_delay_penalty)
+        if self.training and takes_regular_loss(self.omega):
+            logits = logits[:, : options.vocab_size(logits.size(1))]
+            options = replace(options, topology="regular", sigma=0.0)
         inputs = LogitsInputs(
             logits, batch.targets, *shape.lengths, shape_index=shape.index(logits.device)
         )
-        options = replace(self.options, delay_penalty=self.current_delay_penalty)
         return StageOutput(logits_loss(inputs, options).losses, {})
 
 

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of transformers' transducers as recognizers."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import soundfile
+import torch
+
+from tests.compat.hugging_face import save_folder, transformers
+from transducer_toolkit.cli import align, transcribe
+from transducer_toolkit.inference import Recognizer, align_text, load_checkpoint
+
+
+def sound(seed, num_samples=None):
+    """A gliding tone with noise: every utterance differs, and so do its frames."""
+    generator = torch.Generator().manual_seed(seed)
+    length = num_samples or int(torch.randint(8000, 40000, (1,), generator=generator))
+    time = torch.arange(length) / 16000
+    glide = (200 + 37 * (seed % 11)) * (1 + 0.3 * torch.sin(2 * math.pi * 3 * time))
+    tone = 0.3 * torch.sin(2 * math.pi * glide * time) * torch.sin(2 * math.pi * 2 * time) ** 2
+    return tone + 0.01 * torch.randn(length, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parakeet") / "folder"
+    save_folder(path)
+    return path
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kind", ["ParakeetForRNNT", "NemotronAsrStreamingForRNNT"])
+def test_tokens_and_texts_are_those_of_generate(kind, tmp_path):
+    model = save_folder(tmp_path, kind)
+    processor = transformers.ParakeetProcessor.from_pretrained(tmp_path)
+    recognizer = Recognizer.from_pretrained(tmp_path)
+    num_tokens, symbols = 0, set()
+    for seed in range(50):
+        waveform = sound(seed)
+        inputs = processor.feature_extractor(
+            waveform.numpy(), sampling_rate=16000, return_tensors="pt"
+        )
+        found = model.generate(**inputs, max_new_tokens=5000).sequences[0].tolist()
+        expected = [token for token in found if token != model.config.blank_token_id]
+        (hypothesis,) = recognizer.recognize([waveform])
+        assert hypothesis.tokens == expected, seed
+        text = processor.decode(expected, skip_special_tokens=True)
+        assert recognizer.transcribe([waveform]) == [" ".join(text.split())]
+        num_tokens += len(expected)
+        symbols |= set(expected)
+    assert num_tokens > 500 and len(symbols) > 4
+
+
+def test_batches_find_what_single_utterances_find(folder):
+    recognizer = Recognizer.from_pretrained(folder)
+    waveforms = [sound(seed) for seed in range(4)]
+    together = recognizer.recognize(waveforms)
+    assert together == [recognizer.recognize([waveform])[0] for waveform in waveforms]
+
+
+def test_words_and_alignments_have_the_times_of_the_encoder(folder):
+    recognizer = Recognizer.from_pretrained(folder)
+    assert recognizer.frame_s == 0.08
+    aligned = align_text(recognizer, sound(1, 32000), "seven of nine")
+    assert [word.word for word in aligned.words] == ["seven", "of", "nine"]
+    assert aligned.frame_s == 0.08 and aligned.words[-1].end_s <= 2.1
+    (words,) = recognizer.recognize_words([sound(2)])
+    assert words and all(0 <= word.start_s < word.end_s for word in words)
+
+
+def test_commands(folder, tmp_path, capfd):
+    for seed in range(2):
+        soundfile.write(tmp_path / f"{seed}.wav", sound(seed).numpy(), 16000, subtype="FLOAT")
+    files = [str(tmp_path / f"{seed}.wav") for seed in range(2)]
+    assert transcribe.main(["--checkpoint", str(folder), *files]) == 0
+    expected = Recognizer.from_pretrained(folder).transcribe([sound(0), sound(1)])
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("\t")[1] for line in lines] == expected
+    assert align.main(["--checkpoint", str(folder), files[0], "--text", "one two"]) == 0
+    assert [line.split()[4] for line in capfd.readouterr().out.splitlines()] == ["one", "two"]
+    manifest = tmp_path / "test.jsonl"
+    rows = [
+        {"audio_filepath": file, "text": text} for file, text in zip(files, expected, strict=True)
+    ]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "transducer_toolkit.cli.evaluate", f"checkpoint={folder}"]
+    options = ["data=manifest", f"data.corpus.test={manifest}", f"run_dir={tmp_path / 'run'}"]
+    process = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test_sets"]["test"]["words"]["rate"] == 0.0
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode != 0
+    assert "does not say which corpus it was trained on: give data=OPTION" in process.stderr
+
+
+def test_sharded_and_bfloat16_weights(folder, copied):
+    expected = load_checkpoint(folder)["state_dict"]
+    model = transformers.ParakeetForRNNT.from_pretrained(folder)
+    (copied / "model.safetensors").unlink()
+    model.save_pretrained(copied, max_shard_size="50KB")
+    assert len([*copied.glob("*.safetensors")]) > 1
+    found = load_checkpoint(copied)["state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for path in copied.glob("model*"):
+        path.unlink()
+    model.bfloat16().save_pretrained(copied)
+    found = load_checkpoint(copied)["state_dict"]
+    name = "model.joiner.output.weight"
+    assert torch.equal(found[name], expected[name].bfloat16().float())
+    Recognizer.from_pretrained(copied).recognize([sound(0)])
+
+
+def edit(path, **changes):
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        part = config
+        *parents, last = name.split("__")
+        for parent in parents:
+            part = part[parent]
+        if value is None:
+            part.pop(last)
+        else:
+            part[last] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "parakeet_ctc"}, "expected a model_type of parakeet_rnnt.*'parakeet_ctc'"),
+        ({"model_type": None}, "config.json: expected a model_type"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "code from its folder.*which is never run"),
+        ({"blank_token_id": None}, "config.json: blank_token_id: expected an int, got None"),
+        (
+            {"decoder_hidden_size": 25},
+            r"its weight \S+ has shape \(.*\), and its config.json asks for \(",
+        ),
+        ({"num_decoder_layers": 2}, "its weights lack decoder.lstm.weight_ih_l1"),
+        ({"encoder_config__num_hidden_layers": 1}, r"its weight encoder.layers.1\S+ is not of the"),
+        ({"encoder_config__model_type": "bert"}, "expected a model_type of parakeet_encoder"),
+        ({"hidden_act": "mish"}, "activation"),
+    ],
+)
+def test_configs_that_do_not_fit(copied, changes, message):
+    edit(copied / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        Recognizer.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "no config.json in the folder"),
+        ("model.safetensors", "no model.safetensors in the folder .*save_pretrained"),
+        ("tokenizer.json", "no tokenizer.json in the folder"),
+        ("processor_config.json", "no preprocessor_config.json with a feature extractor in"),
+    ],
+)
+def test_missing_files(copied, name, message):
+    (copied / name).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        Recognizer.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "config.json: expected JSON"),
+        ("model.safetensors", "model.safetensors is not a file of safetensors"),
+        ("tokenizer.json", "tokenizer.json is no tokenizer"),
+    ],
+)
+def test_damaged_files(copied, name, message):
+    (copied / name).write_bytes(b"\x00\x01 no such file")
+    with pytest.raises(ValueError, match=message):
+        Recognizer.from_pretrained(copied)
+
+
+def test_an_index_may_not_name_files_elsewhere(copied):
+    (copied / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../a.safetensors"}}'
+    )
+    with pytest.raises(ValueError, match=r"expected names of files, got '../a.safetensors'"):
+        Recognizer.from_pretrained(copied)
+
+
+def test_other_features_are_refused(copied):
+    path = copied / "processor_config.json"
+    edit(path, feature_extractor__sampling_rate=8000)
+    with pytest.raises(ValueError, match=r"expected 16000 Hz .* got 8000 Hz"):
+        Recognizer.from_pretrained(copied)
+    edit(path, feature_extractor__feature_extractor_type="ClapFeatureExtractor")
+    with pytest.raises(ValueError, match=r"features: expected one of .*'ClapFeatureExtractor'"):
+        Recognizer.from_pretrained(copied)
+
+
+def test_text_that_names_a_special_token_is_text(folder):
+    tokenizer = Recognizer.from_pretrained(folder).tokenizer
+    blank = tokenizer.blank
+    assert blank == tokenizer.vocab_size - 1 and tokenizer.symbols[blank] == "<blank>"
+    assert blank not in tokenizer.encode("one <blank> two")
+    assert tokenizer.decode(tokenizer.encode("  one   two ")) == "one two"
+    assert tokenizer.decode([blank, *tokenizer.encode("one"), blank]) == "one"
+    with pytest.raises(ValueError, match="ids must lie in"):
+        tokenizer.decode([blank + 1])
