@@ -23,6 +23,7 @@ def transducer_loss(
     reduction: str = "mean",
     *,
     topology: str = "regular",
+    normalization: str = "softmax",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
     clamp: float = 0.0,
@@ -64,7 +65,12 @@ def transducer_loss(
         topology: which arcs the lattice has. "regular": a label stays on its frame. The others
             advance one frame with every label: "modified" (a path may end with a label),
             "constrained" (a blank follows every label on its frame) and "one_sym_per_frame" (a path
-            ends with a blank).
+            ends with a blank). For "tdt-0-1-2" and "multi_blank-2-4" see
+            :func:`~transducer_toolkit.tdt_loss` and :func:`~transducer_toolkit.multi_blank_loss`.
+        normalization: "softmax" of all symbols, or "hat" (hybrid autoregressive transducer):
+            ``P(blank) = sigmoid(logit of blank)``, and the labels share the rest by the softmax of
+            their logits. The labels then are a language model of their own, which a decoder can
+            take out.
         fastemit_lambda: >= 0; multiplies the gradient through label arcs by 1 + lambda, which makes
             labels earlier (FastEmit). The value of the loss does not change.
         delay_penalty: >= 0; adds ``delay_penalty * ((T_b - 1) / 2 - t)`` to the log-probability of
@@ -113,12 +119,14 @@ def transducer_loss(
 
     Source:
         A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012, eq. 12-22; packing:
-        J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019.
+        J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019;
+        HAT: E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020, arXiv:2003.07705.
     """
     checks.check_reduction(reduction)
     options = LossOptions(
         blank=blank,
         topology=_topology(topology, one_sym_per_frame),
+        normalization=normalization,
         from_log_softmax=from_log_softmax,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
@@ -153,6 +161,7 @@ class TransducerLoss(nn.Module):
         reduction: str = "mean",
         *,
         topology: str = "regular",
+        normalization: str = "softmax",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
@@ -164,6 +173,8 @@ class TransducerLoss(nn.Module):
         LossOptions(
             blank=blank,
             topology=_topology(topology, one_sym_per_frame),
+            normalization=normalization,
+            from_log_softmax=from_log_softmax,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
             clamp=clamp,
@@ -174,6 +185,7 @@ class TransducerLoss(nn.Module):
             "one_sym_per_frame": one_sym_per_frame,
             "reduction": reduction,
             "topology": topology,
+            "normalization": normalization,
             "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty,
             "clamp": clamp,
@@ -232,4 +244,5 @@ def check_logits(
             )
     vocab_size = options.vocab_size(logits.size(-1))
     checks.check_blank(options.blank, vocab_size)
+    checks.check_labels_of_hat(options.is_hat, vocab_size)
     checks.check_big_blanks(options.arcs.num_big_blanks, vocab_size)

@@ -403,6 +403,8 @@ class TransducerModule(LightningModule):
         targets = batch.targets[rows]
         shape = LatticeShape.from_lengths(encoder_lengths[rows], batch.target_lengths[rows])
         logits = self.model.joiner(encoder_out[rows], self.model.predictor(targets), shape)
+        if hasattr(self.model.joiner, "normalized"):
+            logits = self.model.joiner.normalized(logits)
         paths = align(logits.float(), targets, shape, self.model.blank, topology=self.topology)
         frame_s = encoder_frame_s(self.model.encoder)
         for row, path in zip(rows, paths, strict=True):
