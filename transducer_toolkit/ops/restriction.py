@@ -17,7 +17,7 @@ MOST_FRAMES = 2**40
 
 
 class Restriction(NamedTuple):
-    """An alignment and the frames that a label may be away from it.
+    """An alignment and the frames that a label may be away from it, as :meth:`of` checks them.
 
     Attributes:
         alignment: (B, U) int32 or int64, the frame a_u of each label.
@@ -75,7 +75,8 @@ class Restriction(NamedTuple):
                 f"alignment: expected device {targets.device} while a CUDA graph is being "
                 "captured, got cpu: copy it before the capture"
             )
-        return cls(alignment.detach().to(torch.int64), left, right)
+        frames = alignment.detach().to(torch.int64).clamp(-MOST_FRAMES, MOST_FRAMES)
+        return cls(frames, min(left, MOST_FRAMES), min(right, MOST_FRAMES))
 
     def checked_windows(
         self, logit_lengths: Tensor, target_lengths: Tensor, options: LossOptions, num_frames: int
@@ -106,15 +107,13 @@ class Restriction(NamedTuple):
             >>> restriction.windows(torch.tensor([2]), num_frames=4).tolist()
             [[[0, 2], [0, 3], [1, 3], [2, 3]]]
         """
-        alignment = self.alignment.clamp(-MOST_FRAMES, MOST_FRAMES)
-        device = alignment.device
-        labels = torch.arange(alignment.size(1), device=device)
+        device = self.alignment.device
+        labels = torch.arange(self.alignment.size(1), device=device)
         is_padding = labels >= target_lengths.to(device)[:, None]
-        alignment = alignment.masked_fill(is_padding, 4 * MOST_FRAMES)
+        alignment = self.alignment.masked_fill(is_padding, 4 * MOST_FRAMES)
         frames = torch.arange(num_frames, device=device).expand(alignment.size(0), -1).contiguous()
-        left, right = min(self.left, MOST_FRAMES), min(self.right, MOST_FRAMES)
-        begin = torch.searchsorted(alignment + right, frames)
-        end = torch.searchsorted(alignment - left, frames, right=True) + 1
+        begin = torch.searchsorted(alignment + self.right, frames)
+        end = torch.searchsorted(alignment - self.left, frames, right=True) + 1
         return torch.stack([begin, end], 2)
 
     def validate(self, logit_lengths: Tensor, target_lengths: Tensor, topology: Topology) -> None:
