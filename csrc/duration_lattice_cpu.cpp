@@ -107,10 +107,10 @@ class Utterance {
         const Frame before = FrameAt(from);
         Score* term = NewTerm(size);
         for (int64_t u = here.begin; u < here.end; ++u) {
-          term[u - here.begin] = before.Has(u - 1) && u <= before.label_end
-                                     ? alpha[before.offset + u - 1] + Label(before, u - 1, k) +
-                                           Penalty(from)
-                                     : kLogZero;
+          term[u - here.begin] =
+              before.Has(u - 1) && u <= before.label_end
+                  ? alpha[before.offset + u - 1] + Label(before, u - 1, k) + Penalty(from)
+                  : kLogZero;
         }
       }
       LogSumExp(size, alpha + here.offset + here.begin);

@@ -119,7 +119,8 @@ class Cells {
     }
     for (int k = 0; k < arcs_.num_label; ++k) {
       const int64_t from = t - arcs_.label_frames[k], row = RowOf(from, u - 1);
-      if (row >= 0 && u <= batch_.LabelEnd(b_, from)) sum.Add(arrays_.alpha[row] + Label(row, from, k));
+      if (row >= 0 && u <= batch_.LabelEnd(b_, from))
+        sum.Add(arrays_.alpha[row] + Label(row, from, k));
     }
     return sum.Log();
   }
@@ -211,8 +212,8 @@ __global__ void __launch_bounds__(kUsesThreads, 4)
       Score value = otherwise;
       if (is_usual) {
         value = u < label_end ? label_gain * use(alpha + cells.Label(row, t, k) +
-                                                      cells.AfterLabel(t, u, k) - total)
-                                   : Score(0);
+                                                 cells.AfterLabel(t, u, k) - total)
+                              : Score(0);
       }
       arrays.out.use_label[row * arcs.num_label + k] = value;
     }

@@ -78,7 +78,8 @@ class Bytes {
 
 struct Problem {
   LatticeBatch batch{};
-  std::vector<int64_t> num_frames, num_targets, first_row, targets, band_start, windows, first_frame;
+  std::vector<int64_t> num_frames, num_targets, first_row, targets, band_start, windows,
+      first_frame;
   int64_t vocab_size = 0, blank = 0;
   bool from_log_softmax = false;
   LatticeOptions options;

@@ -42,9 +42,7 @@ def test_training_sums_over_fewer_paths(alignments, tmp_path, console, train_ove
     assert all(loss < 1e3 for loss in found["narrow"])
 
 
-def test_an_utterance_without_alignment(
-    alignments, tmp_path, console, train_overrides, capsys
-):
+def test_an_utterance_without_alignment(alignments, tmp_path, console, train_overrides, capsys):
     some = tmp_path / "some"
     shutil.copytree(alignments, some)
     (some / "train-3.json").unlink()

@@ -263,7 +263,7 @@ def test_modules_and_inplace_and_shape():
 
 @both_backends
 def test_numbers_outside_of_the_windows_do_not_count():
-    batch, alignment = restricted_batch("regular", (6, 6, 6), (3, 3, 3))
+    batch, _ = restricted_batch("regular", (6, 6, 6), (3, 3, 3))
     window = {"alignment": torch.tensor([[1, 2, 4]] * 3), "left": 0, "right": 1}
     options = {"reduction": "none", **window}
     clean = transducer_loss(batch.logits, *batch.index_arguments, **options)
@@ -282,7 +282,7 @@ def test_numbers_outside_of_the_windows_do_not_count():
 @both_backends
 @pytest.mark.parametrize("topology", ALL)
 def test_an_alignment_without_a_path_is_infinite_if_it_is_not_checked(topology):
-    batch, alignment = restricted_batch(topology, (9, 9, 9), (2, 2, 2))
+    batch, _ = restricted_batch(topology, (9, 9, 9), (2, 2, 2))
     alignment = torch.tensor([[2, 5], [11, 12], [-9, -8]])
     options = {"topology": topology, "reduction": "none"}
     window = {"alignment": alignment, "left": 1, "right": 1}
@@ -321,7 +321,7 @@ def test_validation_finds_exactly_the_alignments_without_a_path(
     if has_path:
         restriction.validate(*lengths, row)
     else:
-        with pytest.raises(ValueError, match="utterance 0.* leaves no path"):
+        with pytest.raises(ValueError, match=r"utterance 0.* leaves no path"):
             restriction.validate(*lengths, row)
 
 
@@ -380,5 +380,5 @@ def test_a_compiled_function_gets_an_error_that_says_what_to_do():
         targets = torch.tensor([[1, 2]])
         return fused_joiner_loss(*joint, targets, *LENGTHS, 0, alignment=ALIGNMENT, shape=shape)
 
-    with pytest.raises(Exception, match="alignment: torch.compile"):
+    with pytest.raises(Exception, match=r"alignment: torch\.compile"):
         loss(*joint)

@@ -214,8 +214,8 @@ class TransducerLoss(nn.Module):
         alignment: Tensor | None = None,
     ) -> Tensor:
         lengths = logit_lengths, target_lengths
-        given = {"shape": shape, "alignment": alignment}
-        return transducer_loss(logits, targets, *lengths, **self.options, **given)
+        options = {**self.options, "shape": shape, "alignment": alignment}
+        return transducer_loss(logits, targets, *lengths, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
