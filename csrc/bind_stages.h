@@ -265,7 +265,8 @@ inline void BindStageStructs(pybind11::module_& m) {
                             FieldOf("from_log_softmax", &LogitsOptions::from_log_softmax),
                             FieldOf("clamp", &LogitsOptions::clamp),
                             FieldOf("num_big_blanks", &LogitsOptions::num_big_blanks),
-                            FieldOf("num_durations", &LogitsOptions::num_durations));
+                            FieldOf("num_durations", &LogitsOptions::num_durations),
+                            FieldOf("is_hat", &LogitsOptions::is_hat));
   BindStruct<CellScoresOut>(m, "CellScoresOut", FieldOf("normalizer", &CellScoresOut::normalizer),
                             FieldOf("blank", &CellScoresOut::blank),
                             FieldOf("label", &CellScoresOut::label),

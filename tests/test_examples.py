@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,9 +110,11 @@ def test_the_custom_encoder_trains_and_decodes_from_the_command_line(tmp_path):
     command, *options, wave = line.split()[2:]
     checkpoint = "outputs/gru/run/checkpoints/best.ckpt"
     assert options == ["--checkpoint", checkpoint, "--trust-package", "gru_encoder"]
-    assert (command, wave) == ("transducer-transcribe", "FILE.wav")
-    said = run("transcribe", *options, tones / "test-0.wav")
-    assert said.startswith(f"{tones}/test-0.wav\t")
+    assert Path(command).name == "transducer-transcribe"
+    assert Path(command).is_file() or shutil.which(command)
+    assert wave == "tones/test-0.wav"
+    said = run("transcribe", *options, wave)
+    assert said.startswith(f"{wave}\t")
 
 
 def notebook_cells():

@@ -86,6 +86,7 @@ class LogitsOptions:
         clamp: float,
         num_big_blanks: int,
         num_durations: int,
+        is_hat: bool,
     ) -> None: ...
 
 class CellScoresOut:

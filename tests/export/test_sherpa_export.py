@@ -86,10 +86,11 @@ def conformer():
     ("make_encoder", "joiner", "context_size"),
     [
         (lambda: conv_lstm("utterance"), "tanh", 2),
+        (lambda: conv_lstm("speech"), "tanh", 2),
         (conv_lstm, "additive", 3),
         (conformer, "relu", 1),
     ],
-    ids=["utterance", "additive", "conformer"],
+    ids=["utterance", "speech", "additive", "conformer"],
 )
 def test_sherpa_recognizes_what_we_recognize(tmp_path, make_encoder, joiner, context_size):
     sherpa_onnx = pytest.importorskip("sherpa_onnx")

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from transducer_toolkit.modules.encoder_frontend import (
 LENGTHS = [1, 2, 3, 4, 5, 9, 33, 50]
 
 
-@pytest.fixture(params=[("utterance", 4), ("global", 4), ("global", 8)], ids=str)
+@pytest.fixture(params=[("utterance", 4), ("speech", 4), ("global", 4), ("global", 8)], ids=str)
 def encoder(request):
     torch.manual_seed(0)
     normalization, factor = request.param
@@ -60,6 +62,24 @@ def test_utterance_normalization_removes_a_constant_per_bin():
     out, _ = encoder(features, lengths)
     shifted, _ = encoder(features + torch.randn(20), lengths)
     torch.testing.assert_close(out[0], shifted[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pause", [-11.0, -16.0, -40.0])  # log energies, 43 dB being 9.9
+@pytest.mark.parametrize("num_pause_frames", [0, 1, 90])
+def test_speech_normalization_does_not_depend_on_pauses_or_level(pause, num_pause_frames):
+    speech = torch.randn(30, 20)
+    speech[4, 7] = 9.0  # the loudest value
+    padded = torch.cat([speech, speech.new_full((num_pause_frames, 20), 9 + pause)])
+    normalizer = FeatureNormalizer(20, "speech")
+    for level in (0.0, -5.0):
+        mask = torch.ones(1, len(padded), dtype=torch.bool)
+        centered = normalizer(padded[None] + level, mask)[0]
+        assert torch.allclose(centered[:30].mean(0), torch.zeros(20), atol=1e-5)
+        alone = normalizer(speech[None], mask[:, :30])[0]
+        torch.testing.assert_close(centered[:30], alone, rtol=1e-5, atol=1e-5)
+        floor = 9 - 4.3 * math.log(10)
+        expected = (floor - speech.clamp_min(floor).mean(0)).expand(num_pause_frames, 20)
+        torch.testing.assert_close(centered[30:], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8, 16])

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +177,7 @@ def train(cfg: DictConfig) -> float | None:
             "training_s": round(clock.total_s, 1),
             "training_s_of_this_run": round(clock.training_s, 1),
         }
-        _report(module, trainer, cfg, report)
+        _report(module, datamodule, trainer, cfg, report)
     return best
 
 
@@ -230,6 +232,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from transducer_toolkit.decoding.search import check_extra
     from transducer_toolkit.inference.recognizer import (
         model_config_from_checkpoint,
         recognizer_recipe,
@@ -248,14 +251,14 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
     if loss.joiner_target is not None:
         model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
-    elif loss.num_extra:
-        model_config["joiner"]["num_extra"] = loss.num_extra
+    elif "joiner" in model_config:
+        for name in ("num_extra", "normalization", "blank"):  # of the loss of a checkpoint
+            model_config["joiner"].pop(name, None)
+        model_config["joiner"] |= loss.joiner_options
     shares = get_topology(loss.topology).labels_share_frames
     model = instantiate(model_config, _convert_="all")
-    # A checkpoint does not need the folder that the model, or its encoder, was made from.
-    if hasattr(model, "plain_config"):
-        model_config = model.plain_config
-    elif hasattr(model.encoder, "plain_config"):
+    check_extra(model.joiner, get_topology(loss.topology))
+    if hasattr(model.encoder, "plain_config"):  # a checkpoint does not need its folder
         model_config["encoder"] = model.encoder.plain_config
     features = model.encoder.make_features()
     if features is not None:
@@ -360,7 +363,9 @@ def _best_checkpoints(trainer: Trainer) -> ModelCheckpoint | None:
     return next(found, None)
 
 
-def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) -> None:
+def _report(
+    module: Any, datamodule: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]
+) -> None:
     """Print results and paths; write the results to results.json."""
     from transducer_toolkit.cli.output import (
         print_unwritable,
@@ -410,7 +415,26 @@ def _report(module: Any, trainer: Any, cfg: DictConfig, report: dict[str, Any]) 
         options = ["--checkpoint", shown]
         if packages := needed_packages((module.recipe or {}).get("model")):
             options.append(trust_option("transducer-transcribe", packages))
-        print(f"\ntry it:  transducer-transcribe {' '.join(options)} FILE.wav")
+        file = (_test_file(datamodule) if module.test_errors else None) or "FILE.wav"
+        print(f"\ntry it:  {_transcribe()} {' '.join(options)} {shlex.quote(file)}")
+
+
+def _transcribe() -> str:
+    """Return transducer-transcribe, with its folder if the shell would not find it."""
+    name = "transducer-transcribe"
+    beside = Path(sys.executable).with_name(name)
+    is_found = shutil.which(name) is not None or not beside.is_file()
+    return name if is_found else shlex.quote(str(_relative(beside)))
+
+
+def _test_file(datamodule: Any) -> str | None:
+    """Return a file of the first test set that was read; None for data without such files."""
+    from transducer_toolkit.data.datamodule import TransducerDataModule
+
+    if not isinstance(datamodule, TransducerDataModule) or not datamodule.test_names:
+        return None
+    utterances = datamodule.dataset(f"test/{datamodule.test_names[0]}").utterances
+    return str(_relative(Path(utterances[0].audio)))
 
 
 def _rounded(value: float | None) -> float | None:

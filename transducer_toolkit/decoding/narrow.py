@@ -24,7 +24,8 @@ class NarrowLattice:
     Alignments and posteriors depend on no other logits.
 
     Attributes:
-        logits: (num_cells, 3 + K) float32 log-probabilities, packed; those of durations are unnormalized.
+        logits: (num_cells, 3 + K) float32 log-probabilities, packed; those of durations are not
+            normalized.
         targets: (1, U) ones.
         shape: the lattice.
         blank: 0.
@@ -73,6 +74,8 @@ def narrow_lattice(
     for frames in encoder_out.split(step, dim=1):
         shape = LatticeShape.from_lengths([frames.size(1)], [num_columns - 1])
         logits = joiner(frames, predictor_out, shape).float()
+        if hasattr(joiner, "normalized"):
+            logits = joiner.normalized(logits)
         num_symbols = logits.size(1) - num_durations  # with big blanks, which are behind the others
         durations = logits[:, num_symbols:].clamp(min=LOWEST)
         logits = logits[:, :num_symbols].log_softmax(-1)

@@ -17,9 +17,9 @@ from transducer_toolkit.decoding import (
     lattice_posteriors,
     narrow_lattice,
 )
+from transducer_toolkit.decoding.search import check_extra
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.words import encoder_frame_s, word_spans
-from transducer_toolkit.decoding.search import check_extra
 from transducer_toolkit.ops.topology import get_topology, is_feasible
 
 

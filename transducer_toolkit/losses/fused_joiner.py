@@ -54,6 +54,7 @@ def fused_joiner_loss(
     durations: Sequence[int] | None = None,
     big_blank_durations: Sequence[int] | None = None,
     sigma: float = 0.0,
+    normalization: str = "softmax",
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -88,6 +89,7 @@ def fused_joiner_loss(
     durations: Sequence[int] | None = None,
     big_blank_durations: Sequence[int] | None = None,
     sigma: float = 0.0,
+    normalization: str = "softmax",
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -122,6 +124,7 @@ def fused_joiner_loss(
     durations: Sequence[int] | None = None,
     big_blank_durations: Sequence[int] | None = None,
     sigma: float = 0.0,
+    normalization: str = "softmax",
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -155,6 +158,7 @@ def fused_joiner_loss(
     durations: Sequence[int] | None = None,
     big_blank_durations: Sequence[int] | None = None,
     sigma: float = 0.0,
+    normalization: str = "softmax",
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -224,6 +228,7 @@ def fused_joiner_loss(
             :func:`~transducer_toolkit.multi_blank_loss`; (2, 4) is the same as
             ``topology="multi_blank-2-4"``.
         sigma: as in these two losses; with another topology it must be 0.
+        normalization: "softmax" or "hat", as in :func:`~transducer_toolkit.transducer_loss`.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`.
         delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`.
@@ -284,6 +289,7 @@ def fused_joiner_loss(
         blank=blank,
         topology=_topology(topology, durations, big_blank_durations),
         sigma=sigma,
+        normalization=normalization,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
         clamp=clamp,
@@ -359,6 +365,7 @@ class FusedJoinerLoss(nn.Module):
         sigma: float = 0.0,
         left: int = 0,
         right: int = 0,
+        normalization: str = "softmax",
         reduction: str = "mean",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
@@ -376,6 +383,7 @@ class FusedJoinerLoss(nn.Module):
             blank=blank,
             topology=_topology(topology, durations, big_blank_durations),
             sigma=sigma,
+            normalization=normalization,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
             clamp=clamp,
@@ -393,6 +401,7 @@ class FusedJoinerLoss(nn.Module):
             "sigma": sigma,
             "left": left,
             "right": right,
+            "normalization": normalization,
             "reduction": reduction,
             "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty,
@@ -503,6 +512,7 @@ def _check_inputs(inputs: FusedInputs, options: FusedOptions) -> None:
         )
     vocab_size = options.vocab_size(weight.size(0))
     checks.check_blank(options.blank, vocab_size)
+    checks.check_labels_of_hat(options.is_hat, vocab_size)
     checks.check_big_blanks(options.arcs.num_big_blanks, vocab_size)
     checks.check_ranges(ranges, enc.size(0), enc.size(1), enc.device)
     native.require_supported_device(enc.device)

@@ -24,6 +24,7 @@ def transducer_loss(
     reduction: str = "mean",
     *,
     topology: str = "regular",
+    normalization: str = "softmax",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
     clamp: float = 0.0,
@@ -68,7 +69,12 @@ def transducer_loss(
         topology: which arcs the lattice has. "regular": a label stays on its frame. The others
             advance one frame with every label: "modified" (a path may end with a label),
             "constrained" (a blank follows every label on its frame) and "one_sym_per_frame" (a path
-            ends with a blank).
+            ends with a blank). For "tdt-0-1-2" and "multi_blank-2-4" see
+            :func:`~transducer_toolkit.tdt_loss` and :func:`~transducer_toolkit.multi_blank_loss`.
+        normalization: "softmax" of all symbols, or "hat" (hybrid autoregressive transducer):
+            ``P(blank) = sigmoid(logit of blank)``, and the labels share the rest by the softmax of
+            their logits. The labels then are a language model of their own, which a decoder can
+            take out.
         fastemit_lambda: >= 0; multiplies the gradient through label arcs by 1 + lambda, which makes
             labels earlier (FastEmit). The value of the loss does not change.
         delay_penalty: >= 0; adds ``delay_penalty * ((T_b - 1) / 2 - t)`` to the log-probability of
@@ -79,30 +85,31 @@ def transducer_loss(
             works in eager mode only. The logits must be neither a leaf nor a view (``nn.Linear``
             returns a view for padded input), and no other backward may need them. A second backward
             raises an error.
-        alignment: (B, U) int32 or int64, on the CPU or on the device of logits: the frame a_u of each
-            label, from any aligner; not decreasing. Label u may be emitted on the frames
-            ``a_u - left`` to ``a_u + right`` only (alignment-restricted transducer). Padding may
-            hold any value. None: no restriction. The cells that no such path uses are not read,
-            and their gradient is 0.
+        alignment: (B, U) int32 or int64, on the CPU or on the device of logits: the frame a_u of
+            each label, from any aligner; not decreasing. Label u may be emitted on the frames
+            ``a_u - left`` to ``a_u + right`` only (alignment-restricted transducer). The cells
+            outside of these windows are not read, and their gradient is 0. Padding may hold any
+            value. None: no restriction.
         left: >= 0, frames that a label may be emitted before its frame in the alignment.
         right: >= 0, frames that a label may be emitted behind its frame in the alignment.
         shape: the lattices, with the same lengths. After ``shape.to(device)`` the loss copies
             nothing to the device, so that it can be captured in a CUDA graph.
-        validate: whether to check lengths and labels. None checks those that can be read without
+        validate: whether to check lengths, labels and the alignment. None checks those that can be read without
             waiting for a device. Without a check, an invalid label or length gives its utterance a
             NaN loss and never reads outside of a tensor.
 
     Returns:
-        The loss in nats, float64 for float64 logits and float32 otherwise. If -inf logits (or an
-        alignment that is not checked) leave an utterance no path, its loss is +inf and its gradient zero. If its logits hold NaN, +inf or a
-        row of nothing but -inf, its loss and its gradient are NaN; other utterances are not
-        affected. An utterance whose upstream gradient is 0 gets a zero gradient, so that
+        The loss in nats, float64 for float64 logits and float32 otherwise. If -inf logits, or an
+        alignment that is not checked, leave an utterance no path, its loss is +inf and its gradient
+        zero. If its logits hold NaN, +inf or a row of nothing but -inf, its loss and its gradient
+        are NaN; other utterances are not affected. An utterance whose upstream gradient is 0 gets a zero gradient, so that
         ``torch.where`` can mask a non-finite loss.
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
         ValueError: sizes, devices, blank, reduction, options, lengths, labels or an alignment that
-            do not fit; an alignment that leaves an utterance no path; names the argument or utterance, what was expected and what came.
+            do not fit; an alignment that leaves an utterance no path; names the argument or
+            utterance, what was expected and what came.
         RuntimeError: no stage for this device in this build; a second derivative.
 
     Example:
@@ -126,12 +133,13 @@ def transducer_loss(
         A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012, eq. 12-22; packing:
         J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019;
         restriction: J. Mahadeokar et al., "Alignment Restricted Streaming Recurrent Neural Network
-        Transducer", 2020.
+        Transducer", 2020; HAT: E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020, arXiv:2003.07705.
     """
     checks.check_reduction(reduction)
     options = LossOptions(
         blank=blank,
         topology=_topology(topology, one_sym_per_frame),
+        normalization=normalization,
         from_log_softmax=from_log_softmax,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
@@ -172,6 +180,7 @@ class TransducerLoss(nn.Module):
         reduction: str = "mean",
         *,
         topology: str = "regular",
+        normalization: str = "softmax",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
@@ -185,6 +194,8 @@ class TransducerLoss(nn.Module):
         LossOptions(
             blank=blank,
             topology=_topology(topology, one_sym_per_frame),
+            normalization=normalization,
+            from_log_softmax=from_log_softmax,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
             clamp=clamp,
@@ -195,6 +206,7 @@ class TransducerLoss(nn.Module):
             "one_sym_per_frame": one_sym_per_frame,
             "reduction": reduction,
             "topology": topology,
+            "normalization": normalization,
             "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty,
             "clamp": clamp,
@@ -257,4 +269,5 @@ def check_logits(
             )
     vocab_size = options.vocab_size(logits.size(-1))
     checks.check_blank(options.blank, vocab_size)
+    checks.check_labels_of_hat(options.is_hat, vocab_size)
     checks.check_big_blanks(options.arcs.num_big_blanks, vocab_size)

@@ -34,7 +34,7 @@ class ConformerEncoder(FrontEndEncoder):
         feedforward_dim: width within the feed-forward modules; None is 4 times ``hidden_dim``.
         kernel_size: frames seen by each depthwise convolution, odd.
         dropout: probability of zeroing a unit before the layers and in each of their modules.
-        normalization: ``"utterance"`` or ``"global"``, see
+        normalization: ``"utterance"``, ``"speech"`` or ``"global"``, see
             :class:`~transducer_toolkit.modules.encoder_frontend.FeatureNormalizer`.
         subsampling_factor: feature frames per encoder frame, a power of 2.
 

@@ -172,7 +172,7 @@ class FrontEndEncoder(Encoder):
         conv_channels: channels of the convolutions.
         output_dim: width of the subsampled frames and of the encoder frames, E.
         dropout: probability of zeroing a unit.
-        normalization: ``"utterance"`` or ``"global"``, see
+        normalization: ``"utterance"``, ``"speech"`` or ``"global"``, see
             :class:`~transducer_toolkit.modules.encoder_frontend.FeatureNormalizer`.
         subsampling_factor: feature frames per encoder frame, a power of 2.
 
@@ -354,7 +354,7 @@ class ConvLstmEncoder(StreamingEncoder):
         hidden_dim: width of each LSTM layer, and of the encoder frames, E.
         num_layers: number of LSTM layers.
         dropout: probability of zeroing a unit before, between and after the LSTM layers.
-        normalization: ``"utterance"`` or ``"global"``, see
+        normalization: ``"utterance"``, ``"speech"`` or ``"global"``, see
             :class:`~transducer_toolkit.modules.encoder_frontend.FeatureNormalizer`.
         subsampling_factor: feature frames per encoder frame, a power of 2.
 

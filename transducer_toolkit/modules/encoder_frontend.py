@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,10 @@ from transducer_toolkit.ops.checks import check_int
 
 NumFrames = TypeVar("NumFrames", int, Tensor)
 
-NORMALIZATIONS = ("utterance", "global")
+NORMALIZATIONS = ("utterance", "speech", "global")
+# Recordings are silent in pauses, or full of noise. Below this, relative to the loudest bin of the
+# utterance, "speech" makes no difference between them.
+SPEECH_RANGE_DB = 43.0
 
 
 def subsampled_length(num_frames: NumFrames, factor: int = 4) -> NumFrames:
@@ -55,19 +59,22 @@ def frame_mask(lengths: Tensor, max_frames: int, device: torch.device) -> Tensor
 
 
 class FeatureNormalizer(nn.Module):
-    """Centre features, by the mean of their utterance or by statistics of the training set.
+    """Center log energies by the mean of their utterance or by statistics of the training set.
 
     ``"utterance"`` subtracts, per bin, the mean over the real frames of the utterance. That removes
-    the channel and the level and needs no statistics. ``"global"`` computes ``(x - mean) / std``
-    with buffers that :meth:`set_statistics` fills and the state dict contains. It depends on no
-    future frame, so encoders can stream. In both modes padded frames become zeros.
+    the channel and the level and needs no statistics. ``"speech"`` first raises all values to at
+    least 43 dB below the largest one of the utterance, and takes the mean over the frames that have
+    a value above this bound. Then neither the length nor the depth of pauses shifts the speech,
+    which helps with recordings unlike those of the training. ``"global"`` computes
+    ``(x - mean) / std`` with buffers that :meth:`set_statistics` fills and the state dict contains.
+    It depends on no future frame, so encoders can stream. In all modes padded frames become zeros.
 
     Args:
         num_features: feature bins, F.
-        mode: ``"utterance"`` or ``"global"``.
+        mode: ``"utterance"``, ``"speech"`` or ``"global"``.
 
     Raises:
-        ValueError: if ``mode`` is neither.
+        ValueError: if ``mode`` is none of them.
 
     Example:
         >>> normalizer = FeatureNormalizer(2)
@@ -88,7 +95,7 @@ class FeatureNormalizer(nn.Module):
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {mode!r}")
         self.mode = mode
         self.num_features = num_features
-        self._known_ready = mode == "utterance"
+        self._known_ready = mode != "global"
         if mode == "global":
             self.register_buffer("mean", torch.zeros(num_features))
             self.register_buffer("std", torch.ones(num_features))
@@ -109,10 +116,10 @@ class FeatureNormalizer(nn.Module):
             std: (F,) standard deviation of each bin, positive.
 
         Raises:
-            ValueError: if the mode is ``"utterance"``, a shape is not (F,) or a std not positive.
+            ValueError: if the mode is not ``"global"``, a shape is not (F,) or a std not positive.
         """
         if self.mode != "global":
-            raise ValueError("statistics are used with normalization='global', not 'utterance'")
+            raise ValueError(f"statistics are used with normalization='global', not {self.mode!r}")
         for name, value in (("mean", mean), ("std", std)):
             if value.shape != (self.num_features,):
                 raise ValueError(
@@ -141,6 +148,13 @@ class FeatureNormalizer(nn.Module):
         if self.mode == "utterance":
             real = torch.where(mask, features, 0.0)  # not a product: 0 * NaN is NaN
             mean = real.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            return torch.where(mask, real - mean, 0.0)
+        if self.mode == "speech":
+            real = torch.where(mask, features, -math.inf)
+            floor = real.amax((1, 2), keepdim=True) - SPEECH_RANGE_DB * math.log(10) / 10
+            speech = real.amax(2, keepdim=True) > floor  # (B, T, 1)
+            real = torch.maximum(real, floor)
+            mean = torch.where(speech, real, 0.0).sum(1, keepdim=True) / speech.sum(1, keepdim=True)
             return torch.where(mask, real - mean, 0.0)
         if self.needs_statistics:
             raise RuntimeError(

@@ -7,7 +7,6 @@ the losses run them only for tensors on the CPU, or if ``validate=True`` request
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -241,6 +240,15 @@ def check_big_blanks(num_big_blanks: int, vocab_size: int) -> None:
     if num_big_blanks >= vocab_size:
         raise ValueError(
             f"big blanks: expected fewer than {vocab_size} (V of logits), got {num_big_blanks}"
+        )
+
+
+def check_labels_of_hat(is_hat: bool, vocab_size: int) -> None:
+    """Raises a ValueError if labels have a softmax of their own, and there is none."""
+    if is_hat and vocab_size < 2:
+        raise ValueError(
+            "normalization: expected at least one label beside blank for 'hat', got "
+            f"V = {vocab_size}"
         )
 
 

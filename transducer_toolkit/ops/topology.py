@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 # Limits of csrc/logits.h.
 MAX_DURATIONS = 32
 MAX_BIG_BLANKS = 30

@@ -163,7 +163,8 @@ class TransducerModule(LightningModule):
         function = getattr(self.make_optimizer, "func", self.make_optimizer)  # of a partial
         takes_module = getattr(function, "takes_module", False)
         try:
-            optimizer = self.make_optimizer(self if takes_module else self.parameters())
+            source: Any = self if takes_module else self.parameters()
+            optimizer = self.make_optimizer(source)
         except BAD_OPTION as error:
             raise _named(error)(f"optimizer {self.make_optimizer}: {error}") from error
         self._optimizer_options = [
@@ -424,6 +425,8 @@ class TransducerModule(LightningModule):
         targets = batch.targets[rows]
         shape = LatticeShape.from_lengths(encoder_lengths[rows], batch.target_lengths[rows])
         logits = self.model.joiner(encoder_out[rows], self.model.predictor(targets), shape)
+        if hasattr(self.model.joiner, "normalized"):
+            logits = self.model.joiner.normalized(logits)
         paths = align(logits.float(), targets, shape, self.model.blank, topology=self.topology)
         frame_s = encoder_frame_s(self.model.encoder)
         for row, path in zip(rows, paths, strict=True):

@@ -49,6 +49,23 @@ def test_plans_repeat_and_extend():
     assert plan_set("train", 70, seed=1) != short
 
 
+def test_only_the_training_has_other_voices_and_vowels():
+    plans = plan_set("train", 500, seed=0)
+    assert 350 < sum(plan.varied for plan in plans) < 450
+    assert 150 < sum(plan.fronted for plan in plans) < 250
+    for name in ("val", "test", "excluded"):
+        assert not any(plan.varied or plan.fronted for plan in plan_set(name, 50, seed=0))
+
+
+def test_a_fronted_vowel_is_spoken_and_not_written():
+    plans = [plan for plan in plan_set("train", 200, seed=0) if "two" in plan.digits.split()]
+    assert {plan.fronted for plan in plans} == {True, False}
+    for plan in plans:
+        assert "[[" not in plan.digits
+        assert ("[[tj'u:]]" in plan.spoken_text) == plan.fronted
+        assert ("two" in plan.spoken_text) != plan.fronted
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_plans_are_broad(name):
     plans = plan_set(name, 500, seed=0)
@@ -67,5 +84,6 @@ def test_plans_are_broad(name):
 
 def test_what_is_spoken_is_the_text_but_for_pauses():
     plans = plan_set("train", 200, seed=0)
-    assert all(plan.spoken_text.replace(",", "") == plan.digits for plan in plans)
+    for plan in plans:
+        assert plan.spoken_text.replace(",", "").replace("[[tj'u:]]", "two") == plan.digits
     assert 0.2 < sum("," in plan.spoken_text for plan in plans) / 200 < 0.6

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,7 @@ __all__ = ["EspeakSynthesizer", "Speech"]
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _INITIALIZE_DONT_EXIT = 0x8000
 _CHARS_UTF8 = 1
+_PHONEMES = 0x100
 _NOISE_SEED = 1
 _POS_CHARACTER = 1
 _EVENT_LIST_TERMINATED = 0
@@ -86,8 +90,9 @@ class EspeakSynthesizer:
         import espeakng_loader  # optional: the extra `demo`
 
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        self._variants = Path(espeakng_loader.get_data_path(), "voices", "!v")
-        data_path = espeakng_loader.get_data_path().encode()
+        self._folder = tempfile.TemporaryDirectory(prefix="espeak-ng-")
+        data_path = Path(self._folder.name)
+        self._variants = _copy_data(Path(espeakng_loader.get_data_path()), data_path)
         self._library.espeak_Initialize.argtypes = (
             ctypes.c_int,
             ctypes.c_int,
@@ -95,7 +100,7 @@ class EspeakSynthesizer:
             ctypes.c_int,
         )
         rate = self._library.espeak_Initialize(
-            _AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, _INITIALIZE_DONT_EXIT
+            _AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(data_path), _INITIALIZE_DONT_EXIT
         )
         if rate <= 0:
             raise RuntimeError(f"espeak_Initialize failed with {rate}")
@@ -108,6 +113,15 @@ class EspeakSynthesizer:
         self._callback = _Callback(self._receive)  # must outlive the engine's use of it
         self._library.espeak_SetSynthCallback(self._callback)
         self._voice: str | None = None
+
+    def definition(self, variant: str) -> str:
+        """Return the definition of a variant, such as "f1"."""
+        return (self._variants / variant).read_text(encoding="utf-8", errors="replace")
+
+    def define(self, variant: str, definition: str) -> None:
+        """Add a variant for this engine alone."""
+        (self._variants / variant).write_text(definition, encoding="utf-8")
+        self._voice = None  # the name may have had another definition
 
     def synthesize(
         self,
@@ -122,7 +136,7 @@ class EspeakSynthesizer:
         """Speak ``text``.
 
         Args:
-            text: what to say; a comma makes a pause.
+            text: what to say; a comma makes a pause, and ``[[tj'u:]]`` are phonemes.
             voice: accent and variant, e.g. "en-us+f1".
             rate_wpm: words per minute, 80 to 450.
             pitch: 0 to 99, 50 being the voice's own.
@@ -167,7 +181,7 @@ class EspeakSynthesizer:
                 ctypes.c_uint(0),
                 _POS_CHARACTER,
                 ctypes.c_uint(0),
-                ctypes.c_uint(_CHARS_UTF8),
+                ctypes.c_uint(_CHARS_UTF8 | _PHONEMES),
                 None,
                 None,
             ),
@@ -191,3 +205,17 @@ class EspeakSynthesizer:
     def _check(code: int, action: str) -> None:
         if code != 0:
             raise RuntimeError(f"espeak-ng returned {code} when {action}")
+
+
+def _copy_data(source: Path, target: Path) -> Path:
+    """Make a data folder with links to all files of ``source`` but the variants, which are copied.
+
+    Returns:
+        The folder of the variants.
+    """
+    for path in source.iterdir():
+        if path.name != "voices":
+            (target / path.name).symlink_to(path)
+    variants = target / "voices" / "!v"
+    shutil.copytree(source / "voices" / "!v", variants)
+    return variants

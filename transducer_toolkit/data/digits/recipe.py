@@ -36,6 +36,11 @@ PITCH = (25, 75)
 PITCH_RANGE = (10, 90)
 MAX_WORD_GAP_10MS = 12
 MAX_EDGE_SILENCE_S = 0.2
+# Many speakers begin the vowel of "two" in front of the mouth, as "new" with a "y"; the engine's
+# accents do not. In phonemes of espeak-ng.
+FRONTED = {"two": "[[tj'u:]]"}
+FRONTED_PROBABILITY = 0.4  # of an utterance of the training set
+VARIED_PROBABILITY = 0.8  # of a voice that no other utterance has, in the training set
 
 
 def perturbation() -> WaveformPerturbation:
@@ -88,7 +93,9 @@ class UtterancePlan:
         pitch_range: 0 to 100.
         word_gap_10ms: extra pause between words, 10 ms each.
         silence_s: silence before and after the speech, seconds.
-        seed: seed of the distortions.
+        varied: whether the variant is changed at random, see ``vary_voice``.
+        fronted: whether "two" is spoken with a fronted vowel.
+        seed: seed of the distortions and of the changes of the voice.
     """
 
     id: str
@@ -101,12 +108,16 @@ class UtterancePlan:
     pitch_range: int
     word_gap_10ms: int
     silence_s: tuple[float, float]
+    varied: bool
+    fronted: bool
     seed: int
 
     @property
     def spoken_text(self) -> str:
         """The text given to the engine."""
         words = self.digits.split()
+        if self.fronted:
+            words = [FRONTED.get(word, word) for word in words]
         gaps = [*self.separators, ""]
         return "".join(word + gap for word, gap in zip(words, gaps, strict=True))
 
@@ -137,6 +148,7 @@ def draw_words(rng: np.random.Generator) -> list[str]:
 
 def _plan_utterance(id_: str, variant: str, accents: list[str], seed: int) -> UtterancePlan:
     rng = keyed_generator(seed, id_, "plan")
+    is_training = id_.startswith("train-")  # all else is as the engine has it
     words = draw_words(rng)
     pause_probability = PAUSE_PROBABILITIES[rng.integers(len(PAUSE_PROBABILITIES))]
     separators = [", " if rng.random() < pause_probability else " " for _ in words[1:]]
@@ -154,5 +166,7 @@ def _plan_utterance(id_: str, variant: str, accents: list[str], seed: int) -> Ut
             float(rng.uniform(0, MAX_EDGE_SILENCE_S)),
             float(rng.uniform(0, MAX_EDGE_SILENCE_S)),
         ),
+        varied=is_training and rng.random() < VARIED_PROBABILITY,
+        fronted=is_training and rng.random() < FRONTED_PROBABILITY,
         seed=seed,
     )

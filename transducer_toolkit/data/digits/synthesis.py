@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transducer_toolkit.data.audio import SAMPLE_RATE, resample
 from transducer_toolkit.data.digits.espeak import EspeakSynthesizer, Speech
 from transducer_toolkit.data.digits.recipe import UtterancePlan, perturbation
+from transducer_toolkit.data.digits.voice_variation import vary_voice
 from transducer_toolkit.data.keyed_random import keyed_generator
 from transducer_toolkit.data.manifest import Utterance, read_manifest, write_manifest
 
@@ -137,9 +138,14 @@ def _synthesize_shard(
     for plan in plans:
         if parent is not None and not parent.is_alive():
             return  # the parent was killed; the next process removes the incomplete folder
+        variant = plan.variant
+        if plan.varied:
+            rng = keyed_generator(plan.seed, plan.id, "voice")
+            variant = "varied"
+            engine.define(variant, vary_voice(engine.definition(plan.variant), rng))
         speech = engine.synthesize(
             plan.spoken_text,
-            voice=f"{plan.accent}+{plan.variant}",
+            voice=f"{plan.accent}+{variant}",
             rate_wpm=plan.rate_wpm,
             pitch=plan.pitch,
             pitch_range=plan.pitch_range,
