@@ -379,6 +379,7 @@ class FusedJoinerLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_reduction(reduction)
+        checks.check_at_least(0, left=left, right=right)
         FusedOptions(
             blank=blank,
             topology=_topology(topology, durations, big_blank_durations),

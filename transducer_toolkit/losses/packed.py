@@ -94,16 +94,16 @@ def transducer_loss(
         right: >= 0, frames that a label may be emitted behind its frame in the alignment.
         shape: the lattices, with the same lengths. After ``shape.to(device)`` the loss copies
             nothing to the device, so that it can be captured in a CUDA graph.
-        validate: whether to check lengths, labels and the alignment. None checks those that can be read without
-            waiting for a device. Without a check, an invalid label or length gives its utterance a
-            NaN loss and never reads outside of a tensor.
+        validate: whether to check lengths, labels and the alignment. None checks those that can be
+            read without waiting for a device. Without a check, an invalid label or length gives its
+            utterance a NaN loss and never reads outside of a tensor.
 
     Returns:
         The loss in nats, float64 for float64 logits and float32 otherwise. If -inf logits, or an
         alignment that is not checked, leave an utterance no path, its loss is +inf and its gradient
         zero. If its logits hold NaN, +inf or a row of nothing but -inf, its loss and its gradient
-        are NaN; other utterances are not affected. An utterance whose upstream gradient is 0 gets a zero gradient, so that
-        ``torch.where`` can mask a non-finite loss.
+        are NaN; other utterances are not affected. An utterance whose upstream gradient is 0 gets a
+        zero gradient, so that ``torch.where`` can mask a non-finite loss.
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
@@ -133,7 +133,8 @@ def transducer_loss(
         A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012, eq. 12-22; packing:
         J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019;
         restriction: J. Mahadeokar et al., "Alignment Restricted Streaming Recurrent Neural Network
-        Transducer", 2020; HAT: E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020, arXiv:2003.07705.
+        Transducer", 2020; HAT: E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020,
+        arXiv:2003.07705.
     """
     checks.check_reduction(reduction)
     options = LossOptions(
@@ -191,6 +192,7 @@ class TransducerLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_reduction(reduction)
+        checks.check_at_least(0, left=left, right=right)
         LossOptions(
             blank=blank,
             topology=_topology(topology, one_sym_per_frame),

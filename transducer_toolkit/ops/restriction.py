@@ -47,12 +47,11 @@ class Restriction(NamedTuple):
                 without an alignment, or torch.compile traces the loss.
             RuntimeError: the windows would be uploaded while a CUDA graph is being captured.
         """
-        for name, value in (("left", left), ("right", right)):
-            checks.check_int(value, name)
-            if value < 0 or (alignment is None and value > 0):
-                expected = "0 without alignment" if alignment is None else "at least 0"
-                raise ValueError(f"{name}: expected {expected}, got {value}")
+        checks.check_at_least(0, left=left, right=right)
         if alignment is None:
+            for name, value in (("left", left), ("right", right)):
+                if value > 0:
+                    raise ValueError(f"{name}: expected 0 without alignment, got {value}")
             return None
         checks.check_tensor(alignment, "alignment")
         checks.check_dtype(alignment, "alignment", checks.INDEX_DTYPES)
