@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops.lattice import LatticeShape, check_shape
+from transducer_toolkit.ops.lattice import LatticeShape, Lengths, check_shape
 from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss, most_frames
 from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.restriction import Restriction
@@ -156,7 +156,7 @@ def transducer_loss(
     windows = None
     if restriction is not None:
         num_frames = most_frames(logits, lengths[0])
-        windows = restriction.checked_windows(*lengths, options, num_frames)
+        windows = restriction.checked_windows(Lengths(*lengths, index), options, num_frames)
         windows = native.to_device(windows, logits.device)
     inputs = LogitsInputs(logits, targets, *lengths, shape_index=index, windows=windows)
     return checks.reduce_losses(logits_loss(inputs, options, inplace=inplace).losses, reduction)
