@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.fused_joiner import FusedInputs, fused_loss
 from transducer_toolkit.ops.joint_tiles import autocast
-from transducer_toolkit.ops.lattice import LatticeShape, check_shape, refuse_tracing
+from transducer_toolkit.ops.lattice import LatticeShape, Lengths, check_shape, refuse_tracing
 from transducer_toolkit.ops.options import FusedOptions
 from transducer_toolkit.ops.restriction import Restriction
 from transducer_toolkit.ops.topology import multi_blank_topology, tdt_topology
@@ -324,7 +324,7 @@ def fused_joiner_loss(
         shape = LatticeShape.from_lengths(logit_lengths, target_lengths).to(enc.device)
     windows, num_cells = None, None
     if restriction is not None:
-        windows = restriction.checked_windows(*shape.lengths, options, enc.size(1))
+        windows = restriction.checked_windows(Lengths(*shape.lengths), options, enc.size(1))
         ranges, num_cells = _band_of_windows(windows, shape, targets.size(1), enc.device)
         windows = native.to_device(windows, enc.device)
     num_rows = shape.num_cells if ranges is None else shape.num_frames * ranges.size(2)
@@ -363,9 +363,9 @@ class FusedJoinerLoss(nn.Module):
         durations: Sequence[int] | None = None,
         big_blank_durations: Sequence[int] | None = None,
         sigma: float = 0.0,
-        normalization: str = "softmax",
         left: int = 0,
         right: int = 0,
+        normalization: str = "softmax",
         reduction: str = "mean",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
@@ -379,6 +379,7 @@ class FusedJoinerLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_reduction(reduction)
+        checks.check_at_least(0, left=left, right=right)
         FusedOptions(
             blank=blank,
             topology=_topology(topology, durations, big_blank_durations),
@@ -399,9 +400,9 @@ class FusedJoinerLoss(nn.Module):
             "durations": durations,
             "big_blank_durations": big_blank_durations,
             "sigma": sigma,
-            "normalization": normalization,
             "left": left,
             "right": right,
+            "normalization": normalization,
             "reduction": reduction,
             "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty,

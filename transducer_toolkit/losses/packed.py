@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops.lattice import LatticeShape, check_shape
+from transducer_toolkit.ops.lattice import LatticeShape, Lengths, check_shape
 from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss, most_frames
 from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.restriction import Restriction
@@ -85,30 +85,31 @@ def transducer_loss(
             works in eager mode only. The logits must be neither a leaf nor a view (``nn.Linear``
             returns a view for padded input), and no other backward may need them. A second backward
             raises an error.
-        alignment: (B, U) int32 or int64, on the CPU or on the device of logits: the frame a_u of each
-            label, from any aligner; not decreasing. Label u may be emitted on the frames
-            ``a_u - left`` to ``a_u + right`` only (alignment-restricted transducer). Padding may
-            hold any value. None: no restriction. The cells that no such path uses are not read,
-            and their gradient is 0.
+        alignment: (B, U) int32 or int64, on the CPU or on the device of logits: the frame a_u of
+            each label, from any aligner; not decreasing. Label u may be emitted on the frames
+            ``a_u - left`` to ``a_u + right`` only (alignment-restricted transducer). The cells
+            outside of these windows are not read, and their gradient is 0. Padding may hold any
+            value. None: no restriction.
         left: >= 0, frames that a label may be emitted before its frame in the alignment.
         right: >= 0, frames that a label may be emitted behind its frame in the alignment.
         shape: the lattices, with the same lengths. After ``shape.to(device)`` the loss copies
             nothing to the device, so that it can be captured in a CUDA graph.
-        validate: whether to check lengths and labels. None checks those that can be read without
-            waiting for a device. Without a check, an invalid label or length gives its utterance a
-            NaN loss and never reads outside of a tensor.
+        validate: whether to check lengths, labels and the alignment. None checks those that can be
+            read without waiting for a device. Without a check, an invalid label or length gives its
+            utterance a NaN loss and never reads outside of a tensor.
 
     Returns:
-        The loss in nats, float64 for float64 logits and float32 otherwise. If -inf logits (or an
-        alignment that is not checked) leave an utterance no path, its loss is +inf and its gradient zero. If its logits hold NaN, +inf or a
-        row of nothing but -inf, its loss and its gradient are NaN; other utterances are not
-        affected. An utterance whose upstream gradient is 0 gets a zero gradient, so that
-        ``torch.where`` can mask a non-finite loss.
+        The loss in nats, float64 for float64 logits and float32 otherwise. If -inf logits, or an
+        alignment that is not checked, leave an utterance no path, its loss is +inf and its gradient
+        zero. If its logits hold NaN, +inf or a row of nothing but -inf, its loss and its gradient
+        are NaN; other utterances are not affected. An utterance whose upstream gradient is 0 gets a
+        zero gradient, so that ``torch.where`` can mask a non-finite loss.
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
         ValueError: sizes, devices, blank, reduction, options, lengths, labels or an alignment that
-            do not fit; an alignment that leaves an utterance no path; names the argument or utterance, what was expected and what came.
+            do not fit; an alignment that leaves an utterance no path; names the argument or
+            utterance, what was expected and what came.
         RuntimeError: no stage for this device in this build; a second derivative.
 
     Example:
@@ -131,9 +132,9 @@ def transducer_loss(
     Source:
         A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012, eq. 12-22; packing:
         J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019;
-        HAT: E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020, arXiv:2003.07705;
         restriction: J. Mahadeokar et al., "Alignment Restricted Streaming Recurrent Neural Network
-        Transducer", 2020.
+        Transducer", 2020; HAT: E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020,
+        arXiv:2003.07705.
     """
     checks.check_reduction(reduction)
     options = LossOptions(
@@ -155,7 +156,7 @@ def transducer_loss(
     windows = None
     if restriction is not None:
         num_frames = most_frames(logits, lengths[0])
-        windows = restriction.checked_windows(*lengths, options, num_frames)
+        windows = restriction.checked_windows(Lengths(*lengths, index), options, num_frames)
         windows = native.to_device(windows, logits.device)
     inputs = LogitsInputs(logits, targets, *lengths, shape_index=index, windows=windows)
     return checks.reduce_losses(logits_loss(inputs, options, inplace=inplace).losses, reduction)
@@ -191,6 +192,7 @@ class TransducerLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_reduction(reduction)
+        checks.check_at_least(0, left=left, right=right)
         LossOptions(
             blank=blank,
             topology=_topology(topology, one_sym_per_frame),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native
+from transducer_toolkit.ops.lattice import Lengths
 from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.topology import Topology
 
@@ -47,12 +48,11 @@ class Restriction(NamedTuple):
                 without an alignment, or torch.compile traces the loss.
             RuntimeError: the windows would be uploaded while a CUDA graph is being captured.
         """
-        for name, value in (("left", left), ("right", right)):
-            checks.check_int(value, name)
-            if value < 0 or (alignment is None and value > 0):
-                expected = "0 without alignment" if alignment is None else "at least 0"
-                raise ValueError(f"{name}: expected {expected}, got {value}")
+        checks.check_at_least(0, left=left, right=right)
         if alignment is None:
+            for name, value in (("left", left), ("right", right)):
+                if value > 0:
+                    raise ValueError(f"{name}: expected 0 without alignment, got {value}")
             return None
         checks.check_tensor(alignment, "alignment")
         checks.check_dtype(alignment, "alignment", checks.INDEX_DTYPES)
@@ -78,12 +78,13 @@ class Restriction(NamedTuple):
         frames = alignment.detach().to(torch.int64).clamp(-MOST_FRAMES, MOST_FRAMES)
         return cls(frames, min(left, MOST_FRAMES), min(right, MOST_FRAMES))
 
-    def checked_windows(
-        self, logit_lengths: Tensor, target_lengths: Tensor, options: LossOptions, num_frames: int
-    ) -> Tensor:
+    def checked_windows(self, lengths: Lengths, options: LossOptions, num_frames: int) -> Tensor:
         """Returns :meth:`windows`, after :meth:`validate` if the options and devices allow it."""
+        logit_lengths, target_lengths, index = lengths
         if checks.may_read(options.validate, self.alignment, logit_lengths, target_lengths):
             self.validate(logit_lengths, target_lengths, options.arcs)
+        if index is not None and index.device == self.alignment.device:
+            target_lengths = index[1]
         return self.windows(target_lengths, num_frames)
 
     def windows(self, target_lengths: Tensor, num_frames: int) -> Tensor:
