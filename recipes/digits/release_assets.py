@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         train = [sys.executable, "-m", "transducer_toolkit.cli.train", f"run_dir={run}"]
         subprocess.run(train, check=True)
     for path in write_assets(run, options.output):
-        print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
+        print(f"{path}: {path.stat().st_size / 2**10:,.1f} KiB")
 
 
 if __name__ == "__main__":
