@@ -57,9 +57,9 @@ class HuggingFaceEncoder(Encoder):
             taken. A folder of a whole transducer or CTC model works too: its encoder is taken.
         config: instead of a folder, the config: ``model_type`` and the options that differ from the
             defaults. The weights are random.
-        features: with ``config``, ``kind`` and ``options`` of the
-            :class:`~transducer_toolkit.modules.huggingface_features.HuggingFaceFeatures`; by default
-            those of the model type.
+        features: with ``config``, ``kind`` and ``options`` of the features
+            (:class:`~transducer_toolkit.modules.huggingface_features.HuggingFaceFeatures`); by
+            default those of the model type.
         frozen: whether the encoder is left as it is; it then needs no memory for gradients.
         gradient_checkpointing: whether backward computes the activations of each layer again.
 
