@@ -252,6 +252,7 @@ inline void BindStageStructs(pybind11::module_& m) {
                            FieldOf("first_row", &LatticeBatch::first_row),
                            FieldOf("targets", &LatticeBatch::targets),
                            FieldOf("band_start", &LatticeBatch::band_start),
+                           FieldOf("windows", &LatticeBatch::windows),
                            FieldOf("first_frame", &LatticeBatch::first_frame));
   BindStruct<RowTile>(m, "RowTile", FieldOf("rows", &RowTile::rows),
                       FieldOf("begin", &RowTile::begin), FieldOf("size", &RowTile::size),
@@ -264,7 +265,8 @@ inline void BindStageStructs(pybind11::module_& m) {
                             FieldOf("from_log_softmax", &LogitsOptions::from_log_softmax),
                             FieldOf("clamp", &LogitsOptions::clamp),
                             FieldOf("num_big_blanks", &LogitsOptions::num_big_blanks),
-                            FieldOf("num_durations", &LogitsOptions::num_durations));
+                            FieldOf("num_durations", &LogitsOptions::num_durations),
+                            FieldOf("is_hat", &LogitsOptions::is_hat));
   BindStruct<CellScoresOut>(m, "CellScoresOut", FieldOf("normalizer", &CellScoresOut::normalizer),
                             FieldOf("blank", &CellScoresOut::blank),
                             FieldOf("label", &CellScoresOut::label),

@@ -19,6 +19,10 @@ struct CellScoresOut {
 //   normalizer = logsumexp(x)                       (0 if from_log_softmax)
 //   blank      = x[blank] - normalizer
 //   label      = x[target of (b, u)] - normalizer   (-inf in the last column, u = U_b)
+// With is_hat, the logsumexp is that of the labels alone, and
+//   blank      = log sigmoid(x[blank])
+//   label      = log sigmoid(-x[blank]) + x[target of (b, u)] - normalizer
+// Big blanks and durations:
 //   extra[i]   = x[column of i] - normalizer        of big blanks
 //   extra[k]   = log_softmax(x[V ... V + K - 1])[k] of durations
 // Scores are NaN if the row contains NaN or +inf, if all of it is -inf, or if the target is outside

@@ -18,6 +18,39 @@ Score Pick(const T* row, int64_t index, Score max, Score log_sum) {
   return score == -kLogZero ? kNaN : score;
 }
 
+// log sigmoid(x); NaN for +inf, which is not a valid logit.
+Score LogSigmoid(Score x) {
+  if (x == -kLogZero) return kNaN;
+  return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x));
+}
+
+// Maximum and log of the sum of exp(x - maximum) of all symbols, or of all but `skipped`.
+template <typename T>
+void MaxAndLogSum(const T* x, int64_t size, int64_t skipped, Score* max, Score* log_sum) {
+  const auto part = [&](int64_t begin, int64_t end, Score* top, Score* sum) {
+    if (begin == end) return;
+    Compute<T> part_max, part_sum;
+    GetRowKernels<T>().max_and_sum_exp(x + begin, end - begin, &part_max, &part_sum);
+    *top = static_cast<Score>(part_max);
+    *sum = static_cast<Score>(part_sum);
+  };
+  Score sum = 0;
+  *max = kLogZero;
+  if (skipped < 0) {
+    part(0, size, max, &sum);
+  } else {
+    Score below_max = kLogZero, below_sum = 0, above_max = kLogZero, above_sum = 0;
+    part(0, skipped, &below_max, &below_sum);
+    part(skipped + 1, size, &above_max, &above_sum);
+    *max = std::max(below_max, above_max);
+    // The sum of a part without probability is NaN, as it is after a NaN.
+    if (below_max != kLogZero) sum += below_sum * std::exp(below_max - *max);
+    if (above_max != kLogZero) sum += above_sum * std::exp(above_max - *max);
+    if (*max == kLogZero) sum = kNaN;
+  }
+  *log_sum = std::log(sum);
+}
+
 // out[k] = log_softmax(x)[k].
 template <typename T>
 void LogSoftmax(const T* x, int64_t size, Score* out) {
@@ -36,19 +69,25 @@ void ScoreCell(const LatticeBatch& batch, const Cell& cell, int64_t row, const T
                int64_t vocab_size, const LogitsOptions& options, const CellScoresOut& out) {
   Score max = 0, log_sum = 0;
   if (!options.from_log_softmax) {
-    Compute<T> row_max, row_sum;
-    GetRowKernels<T>().max_and_sum_exp(x, vocab_size, &row_max, &row_sum);
-    max = static_cast<Score>(row_max);
-    log_sum = std::log(static_cast<Score>(row_sum));
+    MaxAndLogSum(x, vocab_size, options.is_hat ? options.blank : -1, &max, &log_sum);
   }
   out.normalizer[row] = max + log_sum;
-  out.blank[row] = Pick(x, options.blank, max, log_sum);
+  Score any_label = 0;  // log of the probability that the cell emits a label, which HAT models
+  if (options.is_hat) {
+    const Score z = static_cast<Score>(ToCompute(x[options.blank]));
+    any_label = LogSigmoid(-z) + 0 * log_sum;  // NaN stays
+    out.blank[row] = LogSigmoid(z) + 0 * log_sum;
+    if (z == kLogZero) any_label = 0 * log_sum;
+  } else {
+    out.blank[row] = Pick(x, options.blank, max, log_sum);
+  }
   if (cell.u == batch.num_targets[cell.b]) {
     out.label[row] = kLogZero;
   } else {
     const int64_t target = batch.Target(cell.b, cell.u);
-    const bool in_vocab = target >= 0 && target < vocab_size;
-    out.label[row] = in_vocab ? Pick(x, target, max, log_sum) : kNaN;
+    const bool is_label =
+        target >= 0 && target < vocab_size && !(options.is_hat && target == options.blank);
+    out.label[row] = is_label ? any_label + Pick(x, target, max, log_sum) : kNaN;
   }
   Score* extra = out.extra + row * options.NumExtra();
   for (int64_t i = 0; i < options.num_big_blanks; ++i) {

@@ -41,30 +41,41 @@ __device__ inline Score LogOfSum(float sum) {
   return kLog2 * exponent + static_cast<Score>(logf(mantissa));
 }
 
-// The lane's share of the row.
+// The lane's share of the symbols begin ... end - 1, added to `result`.
 template <typename T>
-__device__ MaxAndSum<T> LaneMaxAndSum(const T* x, int size, int lane, int num_lanes) {
+__device__ void AddRange(const T* x, int begin, int end, int lane, int num_lanes,
+                         MaxAndSum<T>* result) {
   using C = Compute<T>;
-  constexpr C kLowest = -kInfinityOf<C>;
-  MaxAndSum<T> result{kLowest, 0};
   ReadRow(
-      x, size, lane, num_lanes,
+      x + begin, end - begin, lane, num_lanes,
       [&](const Pack<T>& pack) {
-        C values[Pack<T>::kSize], top = kLowest;
+        C values[Pack<T>::kSize], top = -kInfinityOf<C>;
         UnpackValues(pack, values);
 #pragma unroll
         for (int i = 0; i < Pack<T>::kSize; ++i) top = values[i] > top ? values[i] : top;
-        result.RaiseTo(top);
-        const C reference = result.Reference(result.max);
+        result->RaiseTo(top);
+        const C reference = result->Reference(result->max);
 #pragma unroll
-        for (int i = 0; i < Pack<T>::kSize; ++i) result.sum += ExpOf<T>(values[i] - reference);
+        for (int i = 0; i < Pack<T>::kSize; ++i) result->sum += ExpOf<T>(values[i] - reference);
       },
       [&](T element) {
         const C value = ToCompute(element);
-        result.RaiseTo(value);
-        result.sum += ExpOf<T>(value - result.Reference(result.max));
+        result->RaiseTo(value);
+        result->sum += ExpOf<T>(value - result->Reference(result->max));
       });
-  return result;
+}
+
+// The lane's share of the row; of all symbols but `skipped` if that is not negative.
+template <typename T>
+__device__ MaxAndSum<T> LaneMaxAndSum(const T* x, int size, int skipped, int lane, int num_lanes) {
+  MaxAndSum<T> result{-kInfinityOf<Compute<T>>, 0};
+  int begin = 0;
+#pragma unroll 1
+  for (int end = skipped < 0 ? size : skipped;; end = size) {
+    AddRange(x, begin, end, lane, num_lanes, &result);
+    if (end == size) return result;
+    begin = skipped + 1;
+  }
 }
 
 template <typename T>
@@ -87,7 +98,16 @@ struct RowOptions {
   int64_t pitch;
   int64_t blank;
   int num_big_blanks, num_durations;
+  bool is_hat;
+
+  __device__ int Skipped() const { return is_hat ? static_cast<int>(blank) : -1; }
 };
+
+// log sigmoid(x) (cell_scores_cpu.cpp).
+__device__ inline Score LogSigmoid(Score x) {
+  if (x == -kLogZero) return kNaN;
+  return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x));
+}
 
 // out[k] = log_softmax(x)[k] (cell_scores_cpu.cpp).
 template <typename T>
@@ -107,11 +127,20 @@ __device__ void WriteScores(const LatticeBatch& batch, const Cell& cell, int64_t
                             const RowOptions& options, Score max, Score log_sum,
                             const CellScoresOut& out) {
   out.normalizer[row] = max + log_sum;
-  out.blank[row] = Pick(x, options.blank, max, log_sum);
+  Score any_label = 0;
+  if (options.is_hat) {
+    const Score z = static_cast<Score>(ToCompute(x[options.blank]));
+    any_label = (z == kLogZero ? Score(0) : LogSigmoid(-z)) + 0 * log_sum;  // NaN stays
+    out.blank[row] = LogSigmoid(z) + 0 * log_sum;
+  } else {
+    out.blank[row] = Pick(x, options.blank, max, log_sum);
+  }
   Score label = kLogZero;
   if (cell.u != batch.num_targets[cell.b]) {
     const int64_t target = batch.Target(cell.b, cell.u);
-    label = target >= 0 && target < options.size ? Pick(x, target, max, log_sum) : kNaN;
+    const bool is_label =
+        target >= 0 && target < options.size && !(options.is_hat && target == options.blank);
+    label = is_label ? any_label + Pick(x, target, max, log_sum) : kNaN;
   }
   out.label[row] = label;
   Score* extra = out.extra + row * (options.num_big_blanks + options.num_durations);
@@ -147,7 +176,7 @@ __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
   for (int64_t i = begin; i < begin + kRowsPerWarp && i < tile.size; ++i) {
     if (!cursor.Find(tile.Row(i), &cell)) continue;
     const auto total =
-        WarpMaxAndSum(LaneMaxAndSum(logits + i * options.pitch, options.size, Lane(), kWarp));
+        WarpMaxAndSum(LaneMaxAndSum(logits + i * options.pitch, options.size, options.Skipped(), Lane(), kWarp));
     if (i - begin == Lane()) {
       mine = total;
       my_cell = cell;
@@ -171,7 +200,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
   if (!batch.CellOf(row, &cell)) return;  // the whole block
   const T* x = logits + static_cast<int64_t>(blockIdx.x) * options.pitch;
   const auto part =
-      WarpMaxAndSum(LaneMaxAndSum(x, options.size, static_cast<int>(threadIdx.x), kBlockThreads));
+      WarpMaxAndSum(LaneMaxAndSum(x, options.size, options.Skipped(), static_cast<int>(threadIdx.x), kBlockThreads));
   if (Lane() == 0) {
     max_of_warp[threadIdx.x / kWarp] = part.max;
     sum_of_warp[threadIdx.x / kWarp] = part.sum;
@@ -207,7 +236,7 @@ void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const LogitR
   TRANSDUCER_CHECK(logits.vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
   const RowOptions of_rows{static_cast<int>(logits.vocab_size), logits.pitch, options.blank,
                            static_cast<int>(options.num_big_blanks),
-                           static_cast<int>(options.num_durations)};
+                           static_cast<int>(options.num_durations), options.is_hat};
   if (options.from_log_softmax) {
     TRANSDUCER_LAUNCH(PickKernel<T>, CeilDivide(tile.size, kRowThreads), kRowThreads, stream, batch,
                       tile, logits.data, of_rows, out);

@@ -25,6 +25,8 @@ struct LogitsOptions {
   int64_t num_big_blanks;
   // Token-and-duration: the K columns from V on are logits of durations. Otherwise 0.
   int64_t num_durations;
+  // HAT: blank has probability sigmoid(x[blank]), and the labels share the rest by their softmax.
+  bool is_hat;
 
   TRANSDUCER_HD static int64_t BigBlank(int64_t blank, int64_t i, int64_t vocab_size) {
     const int64_t column = blank - 1 - i;

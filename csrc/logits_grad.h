@@ -25,6 +25,10 @@ struct Posteriors {
 // with occupancy = use_blank + use_label, the softmax taken from the saved normalizer; without the
 // softmax term if from_log_softmax. Both subtractions happen when target == blank.
 //
+// With is_hat, the softmax is that of the labels and its factor is use_label, and
+//
+// grad[row, blank] = loss_grad[b] * clamp(occupancy * sigmoid(logits[row, blank]) - use_blank)
+//
 // Big blanks: minus use_extra[row, i] at the column of i; occupancy includes the sum of use_extra.
 // Durations:
 //

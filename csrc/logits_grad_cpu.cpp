@@ -18,7 +18,7 @@ T NaNOf() {
 // Options that are the same for every row of a call.
 struct Context {
   int64_t vocab_size, blank, num_big_blanks, num_durations;
-  bool from_log_softmax;
+  bool from_log_softmax, is_hat;
   Score limit;  // of the magnitude of d loss / d logit
 };
 
@@ -71,10 +71,14 @@ void CellGrad(const Context& context, const T* x, Score normalizer, const CellUs
   }
   DurationsGrad(context, x + size, uses, loss_grad, grad + size);
   // The entries with a subtraction, in float64 and before grad overwrites x.
+  const Score weight = context.is_hat ? uses.label : occupancy;  // of the softmax
   const auto entry = [&](int64_t v) {
+    const Score value = static_cast<Score>(ToCompute(x[v]));
     Score g = 0;
-    if (!context.from_log_softmax && occupancy > 0) {
-      g = occupancy * std::exp(static_cast<Score>(ToCompute(x[v])) - normalizer);
+    if (context.is_hat && v == context.blank) {
+      g = occupancy / (1 + std::exp(-value));
+    } else if (!context.from_log_softmax && weight > 0) {
+      g = weight * std::exp(value - normalizer);
     }
     if (v == context.blank) g -= uses.blank;
     if (v == target) g -= uses.label;
@@ -88,13 +92,13 @@ void CellGrad(const Context& context, const T* x, Score normalizer, const CellUs
   for (int64_t i = 0; i < context.num_big_blanks; ++i) {
     at_big_blank[i] = entry(LogitsOptions::BigBlank(context.blank, i, size));
   }
-  // No entry can exceed the occupancy times the upstream gradient: fill rows that round to zero.
-  const bool negligible = occupancy * std::abs(loss_grad) < kFlushBelow<T>;
+  // No entry can exceed the weight times the upstream gradient: fill rows that round to zero.
+  const bool negligible = weight * std::abs(loss_grad) < kFlushBelow<T>;
   if (context.from_log_softmax || negligible) {
     std::fill(grad, grad + size, T{});
   } else {
     using C = Compute<T>;
-    GetRowKernels<T>().scaled_softmax(x, size, normalizer, static_cast<C>(occupancy),
+    GetRowKernels<T>().scaled_softmax(x, size, normalizer, static_cast<C>(weight),
                                       static_cast<C>(context.limit), static_cast<C>(loss_grad),
                                       grad);
   }
@@ -118,7 +122,7 @@ void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRo
                         options.blank,
                         options.num_big_blanks,
                         options.num_durations,
-                        options.from_log_softmax,
+                        options.from_log_softmax, options.is_hat,
                         options.clamp > 0 ? options.clamp : std::numeric_limits<Score>::infinity()};
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);

@@ -13,7 +13,7 @@ struct GradOptions {
   int64_t pitch;
   int blank;
   int num_big_blanks, num_durations;
-  bool from_log_softmax;
+  bool from_log_softmax, is_hat;
   Score limit;  // of the magnitude of d loss / d logit
 };
 
@@ -37,10 +37,11 @@ class CellGradient {
         uses_(uses),
         loss_grad_(loss_grad),
         target_(target),
+        softmax_weight_(options.is_hat ? uses.label : uses.occupancy),
         // normalizer = high + low: x - high is exact where the softmax matters (x close to it).
         high_(static_cast<C>(normalizer)),
         low_(static_cast<C>(normalizer - static_cast<Score>(high_))),
-        weight_(static_cast<C>(uses.occupancy)),
+        weight_(static_cast<C>(softmax_weight_)),
         limit_(static_cast<C>(options.limit)),
         scale_(static_cast<C>(loss_grad)) {}
 
@@ -56,9 +57,11 @@ class CellGradient {
   // take longer than the rest of the row.
   __device__ T WithSubtraction(int v, T x) const {
     Score g = 0;
-    if (!options_.from_log_softmax && uses_.occupancy > 0) {
+    if (options_.is_hat && v == options_.blank) {
+      g = uses_.occupancy / (1 + exp(-static_cast<Score>(ToCompute(x))));
+    } else if (!options_.from_log_softmax && softmax_weight_ > 0) {
       const C log_prob = static_cast<C>(static_cast<Score>(ToCompute(x)) - normalizer_);
-      g = uses_.occupancy * static_cast<Score>(Exp(log_prob));
+      g = softmax_weight_ * static_cast<Score>(Exp(log_prob));
     }
     if (v == options_.blank) g -= uses_.blank;
     if (v == target_) g -= uses_.label;
@@ -91,6 +94,7 @@ class CellGradient {
   const CellUses uses_;
   const Score loss_grad_;
   const int target_;
+  const Score softmax_weight_;
   const C high_, low_, weight_, limit_, scale_;
 };
 
@@ -177,9 +181,10 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce - 1)
       of_duration = gradient.OfDuration(has_duration, has_duration ? x[size + Lane()] : T{});
     }
     __syncwarp();  // out may be x: these lanes have read their logits
-    // No entry can exceed the occupancy times the upstream gradient: rows that round to zero are
+    // No entry can exceed the weight times the upstream gradient: rows that round to zero are
     // not read.
-    const Score bound = occupancy * (scale < 0 ? -scale : scale);
+    const Score weight = options.is_hat ? uses.label : occupancy;
+    const Score bound = weight * (scale < 0 ? -scale : scale);
     if (options.from_log_softmax || bound < kFlushBelow<T>) {
       FillRow(out, size, T{});
     } else {
@@ -206,6 +211,7 @@ void LogitsGradCuda(const LatticeBatch& batch, const RowTile& tile, const LogitR
                             static_cast<int>(options.num_big_blanks),
                             static_cast<int>(options.num_durations),
                             options.from_log_softmax,
+                            options.is_hat,
                             options.clamp > 0 ? options.clamp
                                               : std::numeric_limits<Score>::infinity()};
   TRANSDUCER_LAUNCH(LogitsGradKernel<T>, RowBlocks(tile), kRowThreads, stream, batch, tile,

@@ -49,6 +49,7 @@ class LatticeBatch:
         first_row: int,
         targets: int,
         band_start: int,
+        windows: int,
         first_frame: int,
     ) -> None: ...
 
@@ -85,6 +86,7 @@ class LogitsOptions:
         clamp: float,
         num_big_blanks: int,
         num_durations: int,
+        is_hat: bool,
     ) -> None: ...
 
 class CellScoresOut:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../cell_scores.h"
+#include "../duration_lattice.h"
 #include "../joint_tile.h"
 #include "../lattice.h"
 #include "../log_add.h"
@@ -78,7 +79,8 @@ class Bytes {
 
 struct Problem {
   LatticeBatch batch{};
-  std::vector<int64_t> num_frames, num_targets, first_row, targets, band_start, first_frame;
+  std::vector<int64_t> num_frames, num_targets, first_row, targets, band_start, windows,
+      first_frame;
   int64_t vocab_size = 0, blank = 0;
   bool from_log_softmax = false;
   LatticeOptions options;
@@ -90,7 +92,7 @@ int64_t Clamped(int64_t x, int64_t low, int64_t high) { return std::min(std::max
 Problem MakeProblem(Bytes* bytes) {
   Problem p;
   const bool wild = bytes->Flip(), is_padded = bytes->Flip(), has_band = bytes->Flip();
-  const bool has_begins = is_padded && bytes->Flip();
+  const bool has_begins = is_padded && bytes->Flip(), has_windows = bytes->Flip();
   const int64_t size = 1 + bytes->Below(3);
   const int64_t max_frames = 1 + bytes->Below(6), max_targets = bytes->Below(5);
   const int64_t width = has_band ? 1 + bytes->Below(max_targets + 1) : max_targets + 1;
@@ -127,6 +129,10 @@ Problem MakeProblem(Bytes* bytes) {
       p.band_start.push_back(wild && bytes->Flip() ? bytes->Wild(max_targets)
                                                    : bytes->Below(highest + 1));
     }
+    for (int64_t i = 0; i < 2 * max_frames && has_windows; ++i) {
+      p.windows.push_back(wild && bytes->Flip() ? bytes->Wild(max_targets)
+                                                : bytes->Below(max_targets + 2));
+    }
     for (int64_t u = 0; u < max_targets; ++u) {
       const bool is_label = u < labels;
       p.targets.push_back(wild || !is_label ? bytes->Wild(p.vocab_size)
@@ -144,6 +150,7 @@ Problem MakeProblem(Bytes* bytes) {
              p.first_row.data(),
              p.targets.data(),
              has_band ? p.band_start.data() : nullptr,
+             has_windows ? p.windows.data() : nullptr,
              has_begins ? p.first_frame.data() : nullptr};
   for (int64_t i = 0; i < rows * p.vocab_size; ++i) p.logits.push_back(bytes->Logit());
   return p;
@@ -241,11 +248,15 @@ Score PlainLoss(const Problem& p, const Results& r, int64_t b) {
       if (!has(t, u)) continue;
       const int64_t row = batch.Row(b, t, u);
       const bool is_last = t + 1 == frames;
-      has_nan |= std::isnan(r.blank[row]) || (u < labels && std::isnan(r.label[row]));
+      bool has_label = u < labels;
+      if (has_label && !p.windows.empty()) {
+        has_label = u + 1 < p.windows[2 * (b * batch.max_frames + t) + 1];
+      }
+      has_nan |= std::isnan(r.blank[row]) || (has_label && std::isnan(r.label[row]));
       if (is_last ? u == labels : has(t + 1, u)) {
         at(t + 1, u) = LogAdd(at(t + 1, u), at(t, u) + r.blank[row]);
       }
-      if (u == labels) continue;
+      if (!has_label) continue;
       Score score = r.label[row] + p.options.delay_penalty * (middle - static_cast<Score>(t));
       if (traits.label_frames == 0) {
         if (has(t, u + 1)) at(t, u + 1) = LogAdd(at(t, u + 1), at(t, u) + score);
@@ -333,6 +344,189 @@ void Backward(const Problem& p, const std::vector<T>& logits, const Results& r, 
   for (size_t i = 0; i < num_kept; ++i) {
     REQUIRE(std::memcmp(some.data() + i * vocab, first.data() + r.kept[i] * p.vocab_size,
                         vocab * sizeof(T)) == 0);
+  }
+}
+
+// Arcs of TDT or multi-blank, their logits in rows with a pitch, and the results of stages 1 and 2.
+struct DurationProblem {
+  LogitsOptions options;
+  DurationArcs arcs;
+  int64_t pitch;
+  std::vector<double> logits;
+};
+
+struct DurationResults {
+  std::vector<Score> normalizer, blank, label, extra, loss, by_blank, by_label, use_blank,
+      use_label;
+};
+
+DurationProblem MakeDurations(const Problem& p, Bytes* bytes) {
+  DurationProblem d{{p.blank, p.from_log_softmax, 0, 0, 0}, {0, 0, {}, {}}, 0, {}};
+  if (p.vocab_size > 1 && bytes->Flip()) {
+    const int64_t most = std::min<int64_t>(p.vocab_size - 1, kMaxBigBlanks);
+    d.options.num_big_blanks = 1 + bytes->Below(most);
+    d.arcs.num_blank = static_cast<int>(1 + d.options.num_big_blanks);
+    d.arcs.num_label = 1;
+    d.arcs.blank_frames[0] = 1;
+    for (int k = 1; k < d.arcs.num_blank; ++k) {
+      d.arcs.blank_frames[k] = static_cast<int>(2 + bytes->Below(6));
+    }
+  } else {
+    int frames = static_cast<int>(bytes->Below(3));
+    const int count = static_cast<int>(1 + bytes->Below(5));
+    for (int k = 0; k < count || d.arcs.num_blank == 0; ++k) {
+      d.arcs.label_frames[d.arcs.num_label++] = frames;
+      if (frames > 0) d.arcs.blank_frames[d.arcs.num_blank++] = frames;
+      frames += static_cast<int>(1 + bytes->Below(3));
+    }
+    d.options.num_durations = d.arcs.num_label;
+  }
+  d.pitch = p.vocab_size + d.options.num_durations + bytes->Below(3);
+  for (int64_t i = 0; i < p.batch.num_rows * d.pitch; ++i) d.logits.push_back(bytes->Logit());
+  return d;
+}
+
+template <typename T>
+DurationResults Forward(const Problem& p, const DurationProblem& d, const std::vector<T>& logits,
+                        int threads) {
+  const LatticeBatch& batch = p.batch;
+  const int64_t rows = batch.num_rows, num_extra = d.options.NumExtra();
+  DurationResults r;
+  for (auto* scores : {&r.normalizer, &r.blank, &r.label}) {
+    scores->assign(static_cast<size_t>(rows), 0);
+  }
+  r.extra.assign(static_cast<size_t>(rows * num_extra), 0);
+  CellScoresCpu<T>(batch, {nullptr, 0, rows}, {logits.data(), p.vocab_size, d.pitch}, d.options,
+                   threads, {r.normalizer.data(), r.blank.data(), r.label.data(), r.extra.data()});
+  const bool is_tdt = d.options.num_durations > 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const Score* extra = r.extra.data() + row * num_extra;
+    for (int k = 0; k < d.arcs.num_blank; ++k) {
+      const Score of_tdt = is_tdt ? r.blank[row] + extra[num_extra - d.arcs.num_blank + k] : 0;
+      r.by_blank.push_back(is_tdt ? of_tdt : k > 0 ? extra[k - 1] : r.blank[row]);
+    }
+    for (int k = 0; k < d.arcs.num_label; ++k) {
+      r.by_label.push_back(r.label[row] + (is_tdt ? extra[k] : 0));
+    }
+  }
+  const ArcScores scores{r.by_blank.data(), r.by_label.data()};
+  r.use_blank.assign(r.by_blank.size(), 0);
+  r.use_label.assign(r.by_label.size(), 0);
+  r.loss.assign(static_cast<size_t>(batch.num_utterances), kUnwritten);
+  std::vector<Score> loss_alone = r.loss;
+  std::vector<char> scratch(static_cast<size_t>(DurationLatticeScratch(batch, true)));
+  DurationLatticeCpu(batch, p.options, d.arcs, scores, threads, scratch.data(),
+                     {r.loss.data(), r.use_blank.data(), r.use_label.data()});
+  scratch.assign(static_cast<size_t>(DurationLatticeScratch(batch, false)), 0);
+  scratch.shrink_to_fit();
+  DurationLatticeCpu(batch, p.options, d.arcs, scores, threads, scratch.data(),
+                     {loss_alone.data(), nullptr, nullptr});
+  REQUIRE(SameBits(r.loss, loss_alone));
+  return r;
+}
+
+// Losses against the definition; every path has U labels and T frames.
+void CheckLosses(const Problem& p, const DurationProblem& d, const DurationResults& r) {
+  const LatticeBatch& batch = p.batch;
+  for (int64_t b = 0; b < batch.num_utterances; ++b) {
+    if (!batch.IsValid(b)) {
+      REQUIRE(std::isnan(r.loss[b]));
+      continue;
+    }
+    const int64_t frames = batch.num_frames[b], labels = batch.num_targets[b], width = labels + 1;
+    const auto has = [&](int64_t t, int64_t u) {
+      return t < frames && u >= batch.ColumnBegin(b, t) && u < batch.ColumnEnd(b, t);
+    };
+    const int64_t first_frame = batch.first_frame != nullptr ? batch.first_frame[b] : 0;
+    const Score middle = 0.5 * static_cast<Score>(frames - 1 - first_frame);
+    std::vector<Score> alpha(static_cast<size_t>(frames * width), kLogZero);
+    if (has(0, 0)) alpha[0] = 0;
+    Score end = kLogZero, largest = 0, sum_labels = 0, sum_frames = 0;
+    bool has_nan = false;
+    for (int64_t t = 0; t < frames; ++t) {
+      for (int64_t u = batch.ColumnBegin(b, t); u < batch.ColumnEnd(b, t); ++u) {
+        const int64_t row = batch.Row(b, t, u);
+        const auto pass = [&](Score score, int64_t to, int64_t next) {
+          has_nan |= std::isnan(score);
+          if (std::isfinite(score)) largest = std::max(largest, std::abs(score));
+          const bool is_end = to == frames && next == u && u == labels;
+          if (!is_end && !has(to, next)) return;
+          Score& there = is_end ? end : alpha[to * width + next];
+          there = LogAdd(there, alpha[t * width + u] + score);
+        };
+        for (int k = 0; k < d.arcs.num_blank; ++k) {
+          const int64_t i = row * d.arcs.num_blank + k;
+          pass(r.by_blank[i], t + d.arcs.blank_frames[k], u);
+          sum_frames += d.arcs.blank_frames[k] * r.use_blank[i];
+        }
+        for (int k = 0; k < d.arcs.num_label && u < labels; ++k) {
+          const int64_t i = row * d.arcs.num_label + k;
+          const Score penalty = p.options.delay_penalty * (middle - static_cast<Score>(t));
+          pass(r.by_label[i] + penalty, t + d.arcs.label_frames[k], u + 1);
+          const Score use = r.use_label[i] / (1 + p.options.fastemit_lambda);
+          sum_labels += use;
+          sum_frames += d.arcs.label_frames[k] * use;
+        }
+      }
+    }
+    if (has_nan) {
+      REQUIRE(std::isnan(r.loss[b]));
+      continue;
+    }
+    const Score size = std::abs(end);
+    REQUIRE(-end == r.loss[b] || std::abs(end + r.loss[b]) <= 1e-9 * (1 + size + largest));
+    if (!(size < 1e4 && largest < 1e6)) continue;
+    REQUIRE(std::abs(sum_labels - static_cast<Score>(labels)) <= 1e-6 * (1 + sum_labels));
+    REQUIRE(std::abs(sum_frames - static_cast<Score>(frames)) <= 1e-6 * (1 + sum_frames));
+  }
+}
+
+template <typename T>
+void RunDurations(const Problem& p, Bytes* bytes) {
+  DurationProblem d = MakeDurations(p, bytes);
+  const auto logits = Converted<T>(d.logits);
+  const DurationResults r = Forward(p, d, logits, 1), other = Forward(p, d, logits, 2);
+  REQUIRE(SameBits(r.normalizer, other.normalizer) && SameBits(r.extra, other.extra));
+  REQUIRE(SameBits(r.blank, other.blank) && SameBits(r.label, other.label));
+  REQUIRE(SameBits(r.loss, other.loss));
+  REQUIRE(SameBits(r.use_blank, other.use_blank) && SameBits(r.use_label, other.use_label));
+  CheckLosses(p, d, r);
+
+  const int64_t rows = p.batch.num_rows, num_extra = d.options.NumExtra();
+  std::vector<Score> use_blank(static_cast<size_t>(rows)), use_label = use_blank, loss_grad;
+  std::vector<Score> use_extra(static_cast<size_t>(rows * num_extra));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int k = 0; k < d.arcs.num_blank; ++k) {
+      const Score use = r.use_blank[row * d.arcs.num_blank + k];
+      const bool is_tdt = d.options.num_durations > 0;
+      if (is_tdt || k == 0) use_blank[row] += use;
+      const int64_t i = is_tdt ? num_extra - d.arcs.num_blank + k : k - 1;
+      if (i >= 0) use_extra[row * num_extra + i] += use;
+    }
+    for (int k = 0; k < d.arcs.num_label; ++k) {
+      const Score use = r.use_label[row * d.arcs.num_label + k];
+      use_label[row] += use;
+      if (d.options.num_durations > 0) use_extra[row * num_extra + k] += use;
+    }
+  }
+  for (int64_t b = 0; b < p.batch.num_utterances; ++b) {
+    loss_grad.push_back(static_cast<Score>(bytes->Below(5)) - 2);
+  }
+  d.options.clamp = static_cast<double>(bytes->Below(3)) * 0.1;
+  const Posteriors posteriors{r.normalizer.data(), use_blank.data(), use_label.data(),
+                              loss_grad.data(), use_extra.data()};
+  const T unwritten = FromCompute<T>(static_cast<Compute<T>>(kUnwritten));
+  std::vector<T> grads[2];
+  for (const int threads : {1, 2}) {
+    auto& grad = grads[threads - 1];
+    grad.assign(logits.size(), unwritten);
+    LogitsGradCpu<T>(p.batch, {nullptr, 0, rows}, {logits.data(), p.vocab_size, d.pitch}, d.options,
+                     posteriors, threads, grad.data());
+  }
+  REQUIRE(SameBits(grads[0], grads[1]));
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const bool is_read = static_cast<int64_t>(i) % d.pitch < p.vocab_size + d.options.num_durations;
+    REQUIRE((std::memcmp(&grads[0][i], &unwritten, sizeof(T)) != 0) == is_read);
   }
 }
 
@@ -560,7 +754,7 @@ void Additive(Bytes* bytes) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace transducer;
   Bytes bytes(data, size);
-  switch (bytes.Below(9)) {
+  switch (bytes.Below(12)) {
     case 0: Repair<float>(&bytes); break;
     case 1: Repair<double>(&bytes); break;
     case 2: Run<float>(MakeProblem(&bytes), &bytes); break;
@@ -569,6 +763,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 5: Run<BFloat16>(MakeProblem(&bytes), &bytes); break;
     case 6: Additive<float>(&bytes); break;
     case 7: Quantized(MakeProblem(&bytes), &bytes); break;
+    case 8: RunDurations<float>(MakeProblem(&bytes), &bytes); break;
+    case 9: RunDurations<double>(MakeProblem(&bytes), &bytes); break;
+    case 10: RunDurations<BFloat16>(MakeProblem(&bytes), &bytes); break;
     default: Additive<double>(&bytes);
   }
   return 0;

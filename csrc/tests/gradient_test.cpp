@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../cell_scores.h"
+#include "../duration_lattice.h"
 #include "../lattice.h"
 #include "batch_fixture.h"
 #include "expect.h"
@@ -185,6 +186,181 @@ void TestMaskedByZeroGradient() {
   for (const float g : grad) EXPECT_TRUE(std::isfinite(g));
 }
 
+// Durations or big blanks: logits have kPitch columns, of which the last ones are not used.
+struct DurationStages {
+  static constexpr int kDurations[] = {0, 1, 3}, kBigBlanks[] = {4, 2};
+  static constexpr int64_t kPitch = kVocab + 5;
+  const LatticeBatch& batch;
+  const bool is_tdt;
+  LogitsOptions options;
+  DurationArcs arcs;
+  std::vector<Score> normalizer, blank, label, extra, use_blank, use_label, use_extra, loss;
+
+  DurationStages(const LatticeBatch& batch, bool is_tdt, bool from_log_softmax)
+      : batch(batch),
+        is_tdt(is_tdt),
+        options{kBlank, from_log_softmax, 0, is_tdt ? 0 : 2, is_tdt ? 3 : 0},
+        arcs{is_tdt ? 2 : 3, is_tdt ? 3 : 1, {1, 3}, {0}},
+        normalizer(batch.num_rows),
+        blank(batch.num_rows),
+        label(batch.num_rows),
+        extra(batch.num_rows * options.NumExtra()),
+        use_blank(batch.num_rows),
+        use_label(batch.num_rows),
+        use_extra(extra.size()),
+        loss(batch.num_utterances) {
+    if (is_tdt) {
+      std::copy_n(kDurations, 3, arcs.label_frames);
+    } else {
+      std::copy_n(kBigBlanks, 2, arcs.blank_frames + 1);
+    }
+  }
+
+  int64_t NumColumns() const { return kVocab + options.num_durations; }
+
+  void Forward(const std::vector<double>& logits) {
+    CellScoresCpu<double>(batch, {nullptr, 0, batch.num_rows}, {logits.data(), kVocab, kPitch},
+                          options, 2,
+                          {normalizer.data(), blank.data(), label.data(), extra.data()});
+    // Scores of arcs from those of symbols and extras, and back for the uses.
+    const int64_t num_extra = options.NumExtra();
+    std::vector<Score> by_blank, by_label;
+    for (int64_t row = 0; row < batch.num_rows; ++row) {
+      const Score* x = extra.data() + row * num_extra;
+      for (int k = 0; k < arcs.num_blank; ++k) {
+        by_blank.push_back(is_tdt ? blank[row] + x[k + 1] : k > 0 ? x[k - 1] : blank[row]);
+      }
+      for (int k = 0; k < arcs.num_label; ++k) by_label.push_back(label[row] + (is_tdt ? x[k] : 0));
+    }
+    std::vector<Score> uses_of_blank(by_blank.size()), uses_of_label(by_label.size());
+    std::vector<char> scratch(DurationLatticeScratch(batch, true));
+    DurationLatticeCpu(batch, {}, arcs, {by_blank.data(), by_label.data()}, 2, scratch.data(),
+                       {loss.data(), uses_of_blank.data(), uses_of_label.data()});
+    std::fill(use_extra.begin(), use_extra.end(), 0);
+    for (int64_t row = 0; row < batch.num_rows; ++row) {
+      use_blank[row] = use_label[row] = 0;
+      Score* x = use_extra.data() + row * num_extra;
+      for (int k = 0; k < arcs.num_blank; ++k) {
+        const Score use = uses_of_blank[row * arcs.num_blank + k];
+        if (is_tdt || k == 0) use_blank[row] += use;
+        if (is_tdt) x[k + 1] += use;
+        if (!is_tdt && k > 0) x[k - 1] = use;
+      }
+      for (int k = 0; k < arcs.num_label; ++k) {
+        const Score use = uses_of_label[row * arcs.num_label + k];
+        use_label[row] += use;
+        if (is_tdt) x[k] += use;
+      }
+    }
+  }
+
+  void Backward(const RowTile& tile, const double* logits, const std::vector<Score>& loss_grad,
+                double clamp, double* grad) {
+    options.clamp = clamp;
+    LogitsGradCpu<double>(batch, tile, {logits, kVocab, kPitch}, options,
+                          {normalizer.data(), use_blank.data(), use_label.data(), loss_grad.data(),
+                           use_extra.data()},
+                          2, grad);
+  }
+};
+
+void TestDurationsAgainstDifferences(Layout layout, bool is_tdt, bool from_log_softmax) {
+  constexpr int64_t kPitch = DurationStages::kPitch;
+  constexpr double kUnused = std::numeric_limits<double>::quiet_NaN(), kUntouched = 99;
+  BatchFixture fixture({5, 3, 4}, {3, 0, 1}, layout, kVocab, 3);
+  if (!from_log_softmax) fixture.targets[0] = kBlank;  // label == blank: both subtractions
+  if (!is_tdt) fixture.targets[1] = kVocab - 1;        // label == big blank
+  const LatticeBatch& batch = fixture.batch;
+  DurationStages stages(batch, is_tdt, from_log_softmax), shifted = stages;
+  const int64_t columns = stages.NumColumns();
+  auto logits = RandomVector<double>(batch.num_rows * kPitch, 2, 4);
+  const auto is_used = [&](size_t i) {
+    const auto at = static_cast<int64_t>(i);
+    return at % kPitch < columns && IsCell(fixture, at / kPitch);
+  };
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (!is_used(i)) logits[i] = kUnused;
+  }
+  const std::vector<Score> loss_grad = {1, -0.5, 3};
+  const RowTile all{nullptr, 0, batch.num_rows};
+  stages.Forward(logits);
+  std::vector<double> grad(logits.size(), kUntouched);
+  stages.Backward(all, logits.data(), loss_grad, 0, grad.data());
+
+  const auto total = [&](const std::vector<double>& x) {
+    shifted.Forward(x);
+    double sum = 0;
+    for (size_t b = 0; b < loss_grad.size(); ++b) sum += loss_grad[b] * shifted.loss[b];
+    return sum;
+  };
+  constexpr double kStep = 1e-5;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (!is_used(i)) {
+      EXPECT_TRUE(grad[i] == (static_cast<int64_t>(i) % kPitch < columns ? 0 : kUntouched));
+      continue;
+    }
+    auto x = logits;
+    x[i] += kStep;
+    const double above = total(x);
+    x[i] -= 2 * kStep;
+    EXPECT_NEAR(grad[i], (above - total(x)) / (2 * kStep), 1e-8);
+  }
+
+  std::vector<double> clamped(logits.size());
+  stages.Backward(all, logits.data(), loss_grad, 0.1, clamped.data());
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (!is_used(i)) continue;
+    Cell cell;
+    batch.CellOf(static_cast<int64_t>(i) / kPitch, &cell);
+    const double plain = grad[i] / loss_grad[cell.b];
+    EXPECT_NEAR(clamped[i], loss_grad[cell.b] * std::min(std::max(plain, -0.1), 0.1), 1e-12);
+  }
+
+  // Some rows, from logits that stay where they are; then every row in place.
+  std::vector<int64_t> rows;
+  for (int64_t row = 1; row < batch.num_rows; row += 3) rows.push_back(row);
+  std::vector<double> some(rows.size() * kPitch, kUntouched);
+  stages.Backward({rows.data(), 0, static_cast<int64_t>(rows.size()), true}, logits.data(),
+                  loss_grad, 0, some.data());
+  for (size_t i = 0; i < some.size(); ++i) {
+    EXPECT_TRUE(some[i] == grad[rows[i / kPitch] * kPitch + static_cast<int64_t>(i) % kPitch]);
+  }
+  stages.Backward(all, logits.data(), loss_grad, 0, logits.data());
+  for (size_t i = 0; i < logits.size(); ++i) {
+    EXPECT_TRUE(logits[i] == grad[i] || (std::isnan(logits[i]) && grad[i] == kUntouched));
+  }
+}
+
+// A duration without a finite logit makes the loss NaN, and only that of its utterance.
+void TestNonFiniteDurations() {
+  constexpr int64_t kPitch = DurationStages::kPitch;
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  BatchFixture fixture({3, 3}, {1, 1}, Layout::kPacked, kVocab, 3);
+  DurationStages stages(fixture.batch, true, false);
+  const auto logits = RandomVector<double>(fixture.batch.num_rows * kPitch, 1, 4);
+  for (const double value : {kInf, std::numeric_limits<double>::quiet_NaN()}) {
+    auto x = logits;
+    x[kVocab + 1] = value;
+    stages.Forward(x);
+    EXPECT_TRUE(std::isnan(stages.loss[0]) && std::isfinite(stages.loss[1]));
+    for (int64_t k = 0; k < 3; ++k) EXPECT_TRUE(std::isnan(stages.extra[k]));
+    std::vector<double> grad(x.size());
+    stages.Backward({nullptr, 0, fixture.batch.num_rows}, x.data(), {0, 1}, 0, grad.data());
+    for (const double g : grad) EXPECT_TRUE(std::isfinite(g));  // masked by a zero gradient
+  }
+  auto x = logits;
+  for (int64_t k = 0; k < 3; ++k) x[kVocab + k] = -kInf;
+  stages.Forward(x);
+  EXPECT_TRUE(std::isnan(stages.loss[0]) && std::isfinite(stages.loss[1]));
+  x[kVocab + 1] = 0;  // the others are excluded
+  stages.Forward(x);
+  EXPECT_TRUE(std::isfinite(stages.loss[0]) && stages.extra[0] == -kInf && stages.extra[1] == 0);
+  std::vector<double> grad(x.size());
+  stages.Backward({nullptr, 0, fixture.batch.num_rows}, x.data(), {1, 1}, 0, grad.data());
+  for (const double g : grad) EXPECT_TRUE(std::isfinite(g));
+  EXPECT_TRUE(grad[kVocab] == 0 && grad[kVocab + 2] == 0);
+}
+
 }  // namespace
 }  // namespace transducer
 
@@ -197,7 +373,14 @@ int main() {
       transducer::TestAgainstDifferences(topology, layout, true);
     }
   }
-  for (const auto layout : transducer::kLayouts) transducer::TestTiles(layout);
+  for (const auto layout : transducer::kLayouts) {
+    transducer::TestTiles(layout);
+    for (const bool is_tdt : {false, true}) {
+      transducer::TestDurationsAgainstDifferences(layout, is_tdt, false);
+      transducer::TestDurationsAgainstDifferences(layout, is_tdt, true);
+    }
+  }
+  transducer::TestNonFiniteDurations();
   transducer::TestFloatIsAsGoodAsItsInputs();
   transducer::TestMaskedByZeroGradient();
   return expect::Finish();

@@ -50,6 +50,17 @@ def test_fine_tuning_copies_the_durations(run_dir, tmp_path, console, train_over
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 
 
+def test_hat_from_the_command_line(tmp_path, console, train_overrides, tones, capsys):
+    options = ["loss.normalization=hat", "search=modified_beam"]
+    console(train.main, tmp_path, *train_overrides, *options)
+    checkpoint = tmp_path / "outputs" / "transducer" / "run" / "checkpoints" / "best.ckpt"
+    joiner = Recognizer.from_checkpoint(checkpoint).model.joiner
+    assert (joiner.normalization, joiner.blank) == ("hat", 0)
+    aligned = ["--manifest", tones / "test.jsonl", "--output-dir", tmp_path / "aligned"]
+    console(align.main, tmp_path, "--checkpoint", checkpoint, *aligned)
+    assert list((tmp_path / "aligned").iterdir())
+
+
 def test_a_regular_model_becomes_one_with_durations(trained, tmp_path, console, train_overrides):
     checkpoint = trained / "checkpoints" / "best.ckpt"
     before = torch.load(checkpoint, weights_only=True)["state_dict"]["model.joiner.output.weight"]

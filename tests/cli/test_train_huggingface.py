@@ -128,9 +128,12 @@ def test_layer_decay_needs_layers(tmp_path, console, train_overrides, capfd):
     assert "layer-wise decay needs an encoder with layers" in message
 
 
-def test_a_whole_parakeet(tmp_path, console, tones, capfd):
+@pytest.mark.parametrize(
+    ("kind", "loss"), [("ParakeetForRNNT", "fused"), ("ParakeetForTDT", "fused_tdt")]
+)
+def test_a_whole_parakeet(kind, loss, tmp_path, console, tones):
     """The recipe: all weights come from a folder, and so does the tokenizer."""
-    save_folder(tmp_path / "folder")
+    save_folder(tmp_path / "folder", kind)
     manifest = tmp_path / "train.jsonl"
     rows = [json.loads(line) for line in (tones / "train.jsonl").read_text().splitlines()]
     words = ("one", "two", "three", "four")
@@ -145,8 +148,9 @@ def test_a_whole_parakeet(tmp_path, console, tones, capfd):
         "data=manifest",
     ]
     options = [f"data.corpus.train={manifest}", f"data.corpus.val={manifest}", "data.num_workers=0"]
-    options += [f"model.folder={tmp_path / 'folder'}", "trainer.max_epochs=2", "test=false"]
+    options += [f"init_from={tmp_path / 'folder'}", "trainer.max_epochs=2", "test=false"]
     options += ["trainer.accelerator=cpu", "trainer.precision=32", "optimizer.lr=1e-3"]
+    options += [f"loss={loss}"]
     options += ["trainer.log_every_n_steps=1"]
     console(train, tmp_path, *recipe, *options)
     shutil.rmtree(tmp_path / "folder")

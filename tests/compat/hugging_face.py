@@ -100,6 +100,12 @@ def save_folder(folder, kind="ParakeetForRNNT", **options):
     )
     model = small_model(kind, vocab_size=len(tokenizer), **options).eval()
     _spread_outputs(model, extractor, tokenizer.pad_token_id)
+    if kind == "ParakeetForTDT":  # as in converted models: durations are no tokens
+        sizes = model.config.vocab_size, model.joint.head.out_features
+        model.generation_config.suppress_tokens = list(range(*sizes))
+        with torch.no_grad():  # few labels without a duration, of which `generate` has no bound
+            model.joint.head.weight[model.config.vocab_size :] *= 0.3
+            model.joint.head.bias[model.config.vocab_size] -= 2.0
     model.save_pretrained(folder)
     return model
 

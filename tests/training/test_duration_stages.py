@@ -61,6 +61,19 @@ def test_omega_is_the_part_of_the_regular_loss(kind):
 
 
 @pytest.mark.parametrize("kind", [stages.PackedLoss, stages.FusedLoss])
+def test_hat(kind):
+    stage = kind(normalization="hat", blank=0)
+    assert stage.joiner_options == {"normalization": "hat", "blank": 0}
+    batch = batch_for(stage)
+    logits = batch.joiner(batch.encoder_out, batch.predictor_out, batch.shape)
+    expected = transducer_loss(
+        logits, batch.targets, *batch.shape.lengths, 0, reduction="none", normalization="hat"
+    )
+    check_same(run(stage(batch).losses, batch), run(expected, batch))
+    assert kind(topology=TDT, normalization="hat").joiner_options["num_extra"] == 3
+
+
+@pytest.mark.parametrize("kind", [stages.PackedLoss, stages.FusedLoss])
 def test_options_are_checked_at_once(kind):
     for options, message in (
         ({"sigma": 0.1}, "sigma: expected 0 without durations"),

@@ -232,6 +232,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from transducer_toolkit.decoding.search import check_extra
     from transducer_toolkit.inference.recognizer import (
         model_config_from_checkpoint,
         recognizer_recipe,
@@ -250,14 +251,14 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
     if loss.joiner_target is not None:
         model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
-    elif loss.num_extra:
-        model_config["joiner"]["num_extra"] = loss.num_extra
+    elif "joiner" in model_config:
+        for name in ("num_extra", "normalization", "blank"):  # of the loss of a checkpoint
+            model_config["joiner"].pop(name, None)
+        model_config["joiner"] |= loss.joiner_options
     shares = get_topology(loss.topology).labels_share_frames
     model = instantiate(model_config, _convert_="all")
-    # A checkpoint does not need the folder that the model, or its encoder, was made from.
-    if hasattr(model, "plain_config"):
-        model_config = model.plain_config
-    elif hasattr(model.encoder, "plain_config"):
+    check_extra(model.joiner, get_topology(loss.topology))
+    if hasattr(model.encoder, "plain_config"):  # a checkpoint does not need its folder
         model_config["encoder"] = model.encoder.plain_config
     features = model.encoder.make_features()
     if features is not None:

@@ -348,7 +348,8 @@ def _targets_and_lengths(
     if settings.pad_token_id not in (None, *settings.padding_ids) and labels.size(1) > 1:
         last = (target_lengths - 1).clamp(min=1)[:, None]
         both = labels.gather(1, torch.cat((last - 1, last), 1).long())
-        ends_in_pad = torch.eq(both, settings.pad_token_id).all(1)
+        pad: Any = settings.pad_token_id
+        ends_in_pad = torch.eq(both, pad).all(1)
     # one transfer for all that decides sizes
     counts = torch.stack((mask.sum(-1).long(), target_lengths.long(), ends_in_pad.long())).cpu()
     logit_lengths, target_lengths, ends_in_pad = counts.unbind()

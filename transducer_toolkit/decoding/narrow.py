@@ -74,6 +74,8 @@ def narrow_lattice(
     for frames in encoder_out.split(step, dim=1):
         shape = LatticeShape.from_lengths([frames.size(1)], [num_columns - 1])
         logits = joiner(frames, predictor_out, shape).float()
+        if hasattr(joiner, "normalized"):
+            logits = joiner.normalized(logits)
         num_symbols = logits.size(1) - num_durations  # with big blanks, which are behind the others
         durations = logits[:, num_symbols:].clamp(min=LOWEST)
         logits = logits[:, :num_symbols].log_softmax(-1)

@@ -17,13 +17,22 @@ from transducer_toolkit.ops.join import apply_activation
 def joiner_parts(
     joiner: Joiner | AdditiveJoiner,
 ) -> tuple[nn.Linear, nn.Linear, Callable[[Tensor], Tensor]]:
-    """Return the projections of encoder and predictor, and the function applied to their sum."""
+    """Return the projections of encoder and predictor, and the function applied to their sum.
+
+    Raises:
+        ValueError: the joiner has logits of durations or big blanks.
+    """
+    if getattr(joiner, "num_extra", 0):
+        raise ValueError(
+            "a model with durations (TDT, multi-blank) cannot be exported: sherpa-onnx's interface "
+            "for stateless predictors has no durations; train with loss=fused to export"
+        )
     if isinstance(joiner, AdditiveJoiner):
         return joiner.am, joiner.lm, lambda total: total + 0.0  # a graph must compute something
     return (
         joiner.encoder_projection,
         joiner.predictor_projection,
-        lambda total: joiner.output(apply_activation(total, joiner.activation)),
+        lambda total: joiner.normalized(joiner.output(apply_activation(total, joiner.activation))),
     )
 
 

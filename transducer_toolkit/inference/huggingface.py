@@ -6,37 +6,140 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transducer_toolkit.data.huggingface_files import read_config
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch import Tensor
+
+from transducer_toolkit.data.huggingface_features import HuggingFaceFeatures
+from transducer_toolkit.data.huggingface_files import check_shapes, read_config, read_weights
 from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
-from transducer_toolkit.modules.parakeet import transducer_config, transducer_weights
+from transducer_toolkit.ops.topology import tdt_topology
+
+# model_type of the folders that can be read.
+TRANSDUCERS = ("parakeet_rnnt", "parakeet_tdt", "nemotron_asr_streaming")
+# Beginning of the names of weights in transformers -> here.
+_NAMES = {
+    "encoder.": "encoder.model.",
+    "encoder_projector.": "joiner.encoder_projection.",
+    "decoder.embedding.": "predictor.embedding.",
+    "decoder.lstm.": "predictor.lstm.",
+    "decoder.decoder_projector.": "joiner.predictor_projection.",
+    "joint.head.": "joiner.output.",
+}
+# transformers adds a bias to both projections; their sum is the bias of the encoder's here.
+_EXTRA_BIAS, _BIAS = "decoder.decoder_projector.bias", "joiner.encoder_projection.bias"
 
 
-def recipe_and_weights(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def recipe_and_weights(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the recipe of the recognizer of a folder, and the weights of its model.
 
     Args:
-        folder: written by ``save_pretrained`` of a ``ParakeetForRNNT`` or
+        folder: written by ``save_pretrained`` of a ``ParakeetForRNNT``, ``ParakeetForTDT`` or
             ``NemotronAsrStreamingForRNNT`` and of its processor: ``config.json``,
             ``model.safetensors``, ``tokenizer.json``, and ``preprocessor_config.json`` or
             ``processor_config.json``.
 
     Returns:
         The entries of :func:`~transducer_toolkit.inference.recognizer.recognizer_recipe` but for
-        the version of the format, and the state dict of the model.
+        the version of the format, and the float32 state dict of the model.
 
     Raises:
         ImportError: transformers is not installed.
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the model is of another kind.
+        ValueError: a file is damaged, the model is of another kind, or its weights do not fit its
+            config.
     """
-    config = transducer_config(folder)
+    config = _checked_config(folder)
+    topology = "regular"
+    if config["model_type"] == "parakeet_tdt":
+        topology = tdt_topology(config["durations"]).name
+    features = HuggingFaceFeatures.load(folder)
+    model = _model_config(config, features)
     tokenizer = HuggingFaceTokenizer.load(folder)
     recipe = {
-        "model": config,
+        "model": model,
         "symbols": list(tokenizer.symbols),
         "tokenizer": tokenizer.state(),
-        "num_mel_bins": config["encoder"]["features"]["options"].get("feature_size", 80),
-        "max_symbols_per_frame": read_config(folder).get("max_symbols_per_step", 10),
-        "topology": "regular",
+        "num_mel_bins": features.num_mel_bins,
+        "max_symbols_per_frame": config.get("max_symbols_per_step", 10),
+        "topology": topology,
     }
-    return recipe, transducer_weights(folder)
+    return recipe, _weights(folder, model)
+
+
+def _checked_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    where, config = f"{os.fspath(folder)}/config.json", read_config(folder)
+    if config["model_type"] not in TRANSDUCERS:
+        raise ValueError(
+            f"{where}: expected a model_type of {', '.join(TRANSDUCERS)}, got "
+            f"{config['model_type']!r}"
+        )
+    for name in ("vocab_size", "decoder_hidden_size", "num_decoder_layers", "blank_token_id"):
+        if not isinstance(config.get(name), int):
+            raise ValueError(f"{where}: {name}: expected an int, got {config.get(name)!r}")
+    if not isinstance(config.get("encoder_config"), dict):
+        raise ValueError(f"{where}: expected an encoder_config")
+    if config["model_type"] == "parakeet_tdt" and not isinstance(config.get("durations"), list):
+        raise ValueError(f"{where}: durations: expected a list, got {config.get('durations')!r}")
+    return config
+
+
+def _model_config(config: dict[str, Any], features: HuggingFaceFeatures) -> dict[str, Any]:
+    """Return the Hydra config of the transducer, with its vocabulary."""
+    package, width = "transducer_toolkit.modules", config["decoder_hidden_size"]
+    return {
+        "_target_": f"{package}.transducer.Transducer.build",
+        "encoder": {
+            "_target_": f"{package}.huggingface.HuggingFaceEncoder",
+            "config": config["encoder_config"],
+            "features": {"kind": features.kind, "options": features.options},
+            "frozen": False,
+            "gradient_checkpointing": False,
+        },
+        "predictor": {
+            "_target_": f"{package}.predictor.LstmPredictor",
+            "_partial_": True,
+            "embedding_dim": width,
+            "hidden_dim": width,
+            "num_layers": config["num_decoder_layers"],
+        },
+        "joiner": {
+            "_target_": f"{package}.joiner.Joiner",
+            "_partial_": True,
+            "joiner_dim": width,
+            "activation": config.get("hidden_act", "relu"),
+            "num_extra": len(config.get("durations", [])),
+        },
+        "vocab_size": config["vocab_size"],
+        "blank": config["blank_token_id"],
+    }
+
+
+def _weights(folder: str | os.PathLike[str], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a folder under the names of this toolkit."""
+    try:
+        with torch.device("meta"):  # names and shapes only
+            own = instantiate(config, _convert_="all").state_dict()
+    except InstantiationException as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{os.fspath(folder)}/config.json: {reason}") from error
+    expected = {
+        theirs + name.removeprefix(ours): value
+        for name, value in own.items()
+        for theirs, ours in _NAMES.items()
+        if name.startswith(ours)
+    }
+    expected[_EXTRA_BIAS] = own[_BIAS]
+    weights = read_weights(folder)
+    check_shapes(weights, expected, folder)
+    bias = weights.pop(_EXTRA_BIAS).float()
+    renamed = {}
+    for name, value in weights.items():
+        theirs = next(it for it in _NAMES if name.startswith(it))
+        value = value.float() if value.is_floating_point() else value
+        renamed[_NAMES[theirs] + name.removeprefix(theirs)] = value
+    renamed[_BIAS] = renamed[_BIAS] + bias
+    return renamed

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.huggingface_files import CONFIG
 from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
@@ -168,7 +169,7 @@ class Recognizer:
 
         Args:
             name: a path, or an address ``https://host/file.ckpt#sha256=...``. A folder is that of a
-                Parakeet or Nemotron RNN-T model of Hugging Face's transformers with its processor.
+                Parakeet or Nemotron model of Hugging Face's transformers with its processor.
             sha256: the file's SHA-256, for an address without one.
             options: as in :meth:`from_checkpoint`.
 
@@ -304,7 +305,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
         path: the file, an address as in :meth:`Recognizer.from_pretrained`, or a folder of a
-            Parakeet or Nemotron RNN-T model of Hugging Face's transformers.
+            Parakeet or Nemotron model of Hugging Face's transformers.
 
     Returns:
         Its content, on the CPU.
@@ -316,7 +317,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if it is not such a checkpoint, or damaged.
     """
     path = local_checkpoint(path, show_progress=True)
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not (path / CONFIG).is_file():
         found = [*sorted(path.glob("*.ckpt")), *sorted(path.glob("checkpoints/*.ckpt"))]
         advice = f"give a file, such as {found[0]}" if found else "and it contains no checkpoint"
         raise FileNotFoundError(f"no checkpoint at {path}: it is a folder, {advice}")
@@ -409,7 +410,7 @@ def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
             "data/tokenizer=checkpoint: expected a checkpoint, got null; set "
             "init_from=CHECKPOINT, or data.tokenizer.path=CHECKPOINT"
         )
-    if os.path.isdir(path):  # without its weights
+    if (Path(path) / CONFIG).is_file():  # a folder, whose weights are not read here
         return HuggingFaceTokenizer.load(path)
     return recipe_tokenizer(load_checkpoint(path)[CHECKPOINT_KEY])
 

@@ -25,6 +25,7 @@ def tdt_loss(
     durations: Sequence[int],
     *,
     sigma: float = 0.0,
+    normalization: str = "softmax",
     reduction: str = "mean",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
@@ -61,6 +62,8 @@ def tdt_loss(
         sigma: >= 0; is subtracted from the log-probability of every token, so that paths with
             fewer tokens, and so with longer durations, become more probable (logit
             under-normalization).
+        normalization: "softmax" or "hat", as in :func:`~transducer_toolkit.transducer_loss`; of the
+            tokens.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`.
         delay_penalty: as in :func:`~transducer_toolkit.transducer_loss`; t is the frame where a
@@ -99,6 +102,7 @@ def tdt_loss(
         blank=blank,
         topology=_tdt(durations),
         sigma=sigma,
+        normalization=normalization,
         fastemit_lambda=fastemit_lambda,
         delay_penalty=delay_penalty,
         clamp=clamp,
@@ -230,6 +234,7 @@ class TDTLoss(_DurationLoss):
         durations: Sequence[int],
         *,
         sigma: float = 0.0,
+        normalization: str = "softmax",
         reduction: str = "mean",
         fastemit_lambda: float = 0.0,
         delay_penalty: float = 0.0,
@@ -242,12 +247,14 @@ class TDTLoss(_DurationLoss):
             blank=blank,
             topology=_tdt(durations),
             sigma=sigma,
+            normalization=normalization,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
             clamp=clamp,
         )
         options = {
             "sigma": sigma,
+            "normalization": normalization,
             "reduction": reduction,
             "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty,

@@ -23,6 +23,7 @@ def rnnt_loss(
     reduction: str = "mean",
     return_grad: bool = False,
     *,
+    use_hat_loss: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor | LossAndGrads:
     """Computes the transducer loss of padded logits under k2's name and argument order.
@@ -44,6 +45,8 @@ def rnnt_loss(
             symbol at frame t.
         reduction: "none" (B,), "mean" over utterances, or "sum".
         return_grad: also return posteriors.
+        use_hat_loss: normalize as a hybrid autoregressive transducer, as ``normalization="hat"`` of
+            :func:`~transducer_toolkit.transducer_loss`.
         fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; k2 does not have it.
 
     Returns:
@@ -63,7 +66,9 @@ def rnnt_loss(
     Source:
         As in :func:`~transducer_toolkit.rnnt_loss_simple`.
     """
-    options = k2_options(termination_symbol, rnnt_type, delay_penalty, fastemit_lambda)
+    options = k2_options(
+        termination_symbol, rnnt_type, delay_penalty, fastemit_lambda, use_hat_loss
+    )
     inputs = GridInputs(logits, symbols, boundary)
     return reduced_grid_loss(inputs, options, reduction=reduction, return_grad=return_grad)
 
@@ -110,6 +115,7 @@ def k2_options(
     rnnt_type: str,
     delay_penalty: float = 0.0,
     fastemit_lambda: float = 0.0,
+    use_hat_loss: bool = False,
 ) -> LossOptions:
     """Returns the options of a k2-compatible loss.
 
@@ -119,12 +125,14 @@ def k2_options(
     """
     get_topology(rnnt_type, "rnnt_type", k2=True)
     checks.check_int(termination_symbol, "termination_symbol")
+    checks.check_flag(use_hat_loss, "use_hat_loss")
     return LossOptions(
         blank=termination_symbol,
         topology=rnnt_type,
         delay_penalty=delay_penalty,
         fastemit_lambda=fastemit_lambda,
-        blank_may_be_target=True,
+        blank_may_be_target=not use_hat_loss,
+        normalization="hat" if use_hat_loss else "softmax",
     )
 
 

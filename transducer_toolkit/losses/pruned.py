@@ -18,6 +18,7 @@ def rnnt_loss_pruned(
     rnnt_type: str = "regular",
     delay_penalty: float = 0.0,
     reduction: str = "mean",
+    use_hat_loss: bool = False,
     return_grad: bool = False,
     *,
     fastemit_lambda: float = 0.0,
@@ -42,6 +43,8 @@ def rnnt_loss_pruned(
         delay_penalty: >= 0; adds ``delay_penalty * ((t_end - 1) / 2 - t)`` to the score of every
             symbol at frame t.
         reduction: "none" (B,), "mean" over utterances, or "sum".
+        use_hat_loss: normalize as a hybrid autoregressive transducer, as ``normalization="hat"`` of
+            :func:`~transducer_toolkit.transducer_loss`.
         return_grad: also return posteriors. They have the shapes of the full lattice and are zero
             outside of the band.
         fastemit_lambda: as in :func:`~transducer_toolkit.transducer_loss`; k2 does not have it.
@@ -68,7 +71,9 @@ def rnnt_loss_pruned(
         F. Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", 2022, section 3.
     """
     _require_ranges(ranges)
-    options = k2_options(termination_symbol, rnnt_type, delay_penalty, fastemit_lambda)
+    options = k2_options(
+        termination_symbol, rnnt_type, delay_penalty, fastemit_lambda, use_hat_loss
+    )
     inputs = GridInputs(logits, symbols, boundary, ranges)
     return reduced_grid_loss(inputs, options, reduction=reduction, return_grad=return_grad)
 

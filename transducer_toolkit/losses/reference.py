@@ -387,3 +387,23 @@ def reference_duration_loss(
             blank_scores = log_probs[..., blanks]
         losses.append(duration_loss(blank_scores, label, topology, enumerate_paths=enumerate_paths))
     return reduce_losses(torch.stack(losses), reduction)
+
+
+def hat_log_probs(logits: Tensor, blank: int) -> Tensor:
+    """Returns the log-probabilities (..., V) of a hybrid autoregressive transducer (HAT).
+
+    Blank has ``sigmoid(logits[blank])``; the labels share the rest by the softmax of their logits.
+
+    Args:
+        logits: (..., V).
+        blank: index of blank.
+
+    Example:
+        >>> hat_log_probs(torch.zeros(3), blank=0).exp()
+        tensor([0.5000, 0.2500, 0.2500])
+    """
+    is_blank = torch.arange(logits.size(-1), device=logits.device) == blank
+    labels = logits.masked_fill(is_blank, -torch.inf).log_softmax(-1)
+    of_blank = logits[..., blank, None]
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return torch.where(is_blank, log_sigmoid(of_blank), log_sigmoid(-of_blank) + labels)

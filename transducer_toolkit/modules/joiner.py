@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joiners, which compute logits from encoder and predictor outputs."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from transducer_toolkit.ops.checks import check_at_least
+from transducer_toolkit.ops.checks import check_at_least, check_choice, check_int
 from transducer_toolkit.ops.join import (
     apply_activation,
     check_activation,
@@ -11,6 +13,7 @@ from transducer_toolkit.ops.join import (
     joiner_logits,
 )
 from transducer_toolkit.ops.lattice import LatticeShape
+from transducer_toolkit.ops.options import NORMALIZATIONS
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -37,6 +40,9 @@ class Joiner(nn.Module):
         bias: whether the output layer has a bias.
         num_extra: logits behind those of the V symbols: of the durations of a token-and-duration
             transducer, or of the big blanks of a multi-blank transducer whose blank is 0.
+        normalization: "softmax", or "hat" for a hybrid autoregressive transducer. It changes what a
+            decoder gets from :meth:`step`: log-probabilities then.
+        blank: index of blank; read for "hat" only.
 
     Raises:
         TypeError: if a size is not an int.
@@ -59,6 +65,8 @@ class Joiner(nn.Module):
         activation: str = "tanh",
         bias: bool = True,
         num_extra: int = 0,
+        normalization: str = "softmax",
+        blank: int = 0,
     ) -> None:
         super().__init__()
         check_activation(activation)
@@ -69,7 +77,10 @@ class Joiner(nn.Module):
         self.encoder_projection = nn.Linear(encoder_dim, joiner_dim)
         # Without bias, because the two projections are added and one bias suffices.
         self.predictor_projection = nn.Linear(predictor_dim, joiner_dim, bias=False)
+        check_choice(normalization, "normalization", NORMALIZATIONS)
+        check_int(blank, "blank")
         self.num_extra = num_extra
+        self.normalization, self.blank = normalization, blank
         self.output = nn.Linear(joiner_dim, vocab_size + num_extra, bias=bias)
 
     @property
@@ -100,7 +111,7 @@ class Joiner(nn.Module):
 
     def padded(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes padded logits (B, T, U + 1, V) from (B, T, E) and (B, U + 1, P)."""
-        return self.step(encoder_out[:, :, None], predictor_out[:, None])
+        return self._logits(self.project_encoder(encoder_out[:, :, None]), predictor_out[:, None])
 
     def step(self, encoder_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes logits (..., V) from (..., E) and (..., P), which broadcast; for decoding."""
@@ -112,11 +123,48 @@ class Joiner(nn.Module):
 
     def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes :meth:`step` from the output of :meth:`project_encoder`."""
+        return self.normalized(self._logits(projected_frames, predictor_out))
+
+    def _logits(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
         hidden = projected_frames + self.predictor_projection(predictor_out)
         return self.output(apply_activation(hidden, self.activation))
 
+    def normalized(self, logits: Tensor) -> Tensor:
+        """Returns logits (..., V + num_extra) whose softmax is the distribution of the symbols.
+
+        For "softmax" these are the given ones, for "hat" log-probabilities.
+        """
+        if self.normalization == "softmax":
+            return logits
+        symbols, extra = logits.tensor_split([self.vocab_size], -1)
+        is_blank = torch.arange(self.vocab_size, device=logits.device) == self.blank
+        labels = symbols.masked_fill(is_blank, -torch.inf).log_softmax(-1)
+        of_blank = symbols[..., self.blank, None]
+        labels = labels + functional.logsigmoid(-of_blank)
+        log_probs = torch.where(is_blank, functional.logsigmoid(of_blank), labels)
+        return torch.cat([log_probs, extra], -1)
+
+    def internal_lm(self, predictor_out: Tensor) -> Tensor:
+        """Computes the internal language model: log-probabilities (..., V) of the next label.
+
+        The joiner gets an encoder frame of zeros, and blank is left out. For "hat" this is what the
+        model itself says of labels; for "softmax" it is the usual estimate.
+
+        Args:
+            predictor_out: (..., P).
+
+        Source:
+            E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020, section 2.3.
+        """
+        frame = predictor_out.new_zeros(self.encoder_dim)
+        logits = self._logits(self.project_encoder(frame), predictor_out)[..., : self.vocab_size]
+        is_blank = torch.arange(self.vocab_size, device=logits.device) == self.blank
+        return logits.masked_fill(is_blank, -torch.inf).log_softmax(-1)
+
     def extra_repr(self) -> str:
         extra = f", num_extra={self.num_extra}" if self.num_extra else ""
+        if self.normalization != "softmax":
+            extra += f", normalization={self.normalization!r}"
         return f"activation={self.activation!r}{extra}"
 
 

@@ -243,6 +243,15 @@ def check_big_blanks(num_big_blanks: int, vocab_size: int) -> None:
         )
 
 
+def check_labels_of_hat(is_hat: bool, vocab_size: int) -> None:
+    """Raises a ValueError if labels have a softmax of their own, and there is none."""
+    if is_hat and vocab_size < 2:
+        raise ValueError(
+            "normalization: expected at least one label beside blank for 'hat', got "
+            f"V = {vocab_size}"
+        )
+
+
 def check_lengths_fit(
     logit_lengths: Tensor, target_lengths: Tensor, *, max_frames: int, max_targets: int
 ) -> None:

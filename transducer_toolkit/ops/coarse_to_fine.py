@@ -203,34 +203,49 @@ def _logits_gradient(
     rows_at_once = ROWS_AT_ONCE.get(sizes.device.type, sizes.numel())
     for begin in range(0, sizes.numel(), rows_at_once):
         rows = slice(begin, begin + rows_at_once)
-        use_blank, use_label = sums.use_blank[rows], sums.use_label[rows]
-        occupancy = use_blank + use_label
-        blank, label = scores.blank[rows].exp(), scores.label[rows].exp()
-        others = (1 - blank).sub_(label)
+        entries, spread = _entries(rows, scores, sums, options)
+        size = sizes[rows].zero_()
+        for entry in entries:
+            entry = entry.abs_().clamp_(max=limit)
+            size += entry if entry.dim() == 1 else entry.sum(1)
         if is_sensitive:
-            spread = torch.maximum(blank, label, out=sensitivities[rows])
-        if scores.extra is not None:
-            extra, use_extra = scores.extra[rows].exp(), sums.use_extra[rows]
-            if options.arcs.num_big_blanks:
-                occupancy += use_extra.sum(1)
-                others -= extra.sum(1)
-                if is_sensitive:
-                    torch.maximum(spread, extra.amax(1), out=spread)
-            elif is_sensitive:  # of the durations, which are another softmax
-                spread += extra.amax(1).sub_(1.0)
-        if is_sensitive:
-            spread.neg_().add_(1.0).mul_(occupancy)
-        others = others.clamp_(min=0.0).mul_(occupancy)
-        size = torch.mul(blank, occupancy, out=sizes[rows])
-        size.sub_(use_blank).abs_().clamp_(max=limit)
-        size += label.mul_(occupancy).sub_(use_label).abs_().clamp_(max=limit)
-        size += others.clamp_(max=limit)
-        if scores.extra is not None:
-            of_extra = extra.mul_(occupancy[:, None]).sub_(use_extra).abs_().clamp_(max=limit)
-            size += of_extra.sum(1)
-    if is_sensitive:
-        sensitivities += sizes
+            torch.add(size, spread, out=sensitivities[rows])
     return sizes, sensitivities
+
+
+def _entries(
+    rows: slice, scores: CellScores, sums: PathSums, options: FusedOptions
+) -> tuple[list[Tensor], Tensor]:
+    """Returns entries of the gradient of the rows' logits, and how much a softmax can change them.
+
+    An entry is (rows,) or (rows, K); entries of one sign may be summed up.
+    """
+    use_blank, use_label, use_extra = sums.use_blank[rows], sums.use_label[rows], sums.use_extra
+    blank, label = scores.blank[rows].exp(), scores.label[rows].exp()
+    occupancy = use_blank + use_label
+    extra = None if scores.extra is None else scores.extra[rows].exp()
+    if options.is_hat:
+        # The labels share what blank leaves, and have a gradient only where a label is used.
+        share = label.div_((1 - blank).clamp_(min=torch.finfo(label.dtype).tiny)).clamp_(max=1.0)
+        of_labels = (1 - share).mul_(use_label)
+        entries = [blank * occupancy - use_blank, of_labels.clone(), of_labels.clone()]
+        spread = torch.minimum(blank, 1 - blank).mul_(occupancy).add_(of_labels)
+    else:
+        largest, rest = torch.maximum(blank, label), (1 - blank).sub_(label)
+        entries = []
+        if extra is not None and options.arcs.num_big_blanks:
+            occupancy += use_extra[rows].sum(1)
+            rest -= extra.sum(1)
+            torch.maximum(largest, extra.amax(1), out=largest)
+        entries.append(blank.mul_(occupancy).sub_(use_blank))
+        entries.append(label.mul_(occupancy).sub_(use_label))
+        entries.append(rest.clamp_(min=0.0).mul_(occupancy))
+        spread = largest.neg_().add_(1.0).mul_(occupancy)
+    if extra is not None:
+        if options.arcs.predicts_durations:  # they are another softmax
+            spread += (1 - extra.amax(1)).mul_(occupancy)
+        entries.append(extra.mul_(occupancy[:, None]).sub_(use_extra[rows]))
+    return entries, spread
 
 
 def _gradient_size(

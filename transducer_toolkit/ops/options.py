@@ -9,6 +9,7 @@ from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.topology import Topology, get_topology
 
 PRECISIONS = ("auto", "full")
+NORMALIZATIONS = ("softmax", "hat")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class LossOptions:
         validate: read labels and lengths to check them; None does so where they are on the CPU.
         blank_may_be_target: accept labels equal to blank, as k2 does.
         sigma: is subtracted from the log-probability of every symbol, in these two only.
+        normalization: "softmax" of all symbols, or "hat": blank has a sigmoid of its own, and the
+            labels share the rest by their softmax.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -46,6 +49,7 @@ class LossOptions:
     validate: bool | None = None
     blank_may_be_target: bool = False
     sigma: float = 0.0
+    normalization: str = "softmax"
 
     def __post_init__(self) -> None:
         get_topology(self.topology)
@@ -68,8 +72,16 @@ class LossOptions:
                 "sigma: expected 0 without durations (TDT) or big blanks (multi-blank), got "
                 f"{self.sigma}"
             )
+        checks.check_choice(self.normalization, "normalization", NORMALIZATIONS)
+        if self.is_hat and (self.from_log_softmax or self.arcs.num_big_blanks):
+            other = "from_log_softmax" if self.from_log_softmax else "big blanks"
+            raise ValueError(f"normalization: expected 'softmax' with {other}, got 'hat'")
         for name in ("fastemit_lambda", "delay_penalty", "clamp", "sigma"):
             object.__setattr__(self, name, float(getattr(self, name)))  # operators want floats
+
+    @property
+    def is_hat(self) -> bool:
+        return self.normalization == "hat"
 
     @property
     def arcs(self) -> Topology:

@@ -102,6 +102,7 @@ def _logits_options(options: LossOptions) -> native.extension.LogitsOptions:
         clamp=options.clamp,
         num_big_blanks=options.arcs.num_big_blanks,
         num_durations=options.arcs.num_durations,
+        is_hat=options.is_hat,
     )
 
 

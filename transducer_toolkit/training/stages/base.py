@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class LossInput(NamedTuple):
         predictor_out: (B, U + 1, P) float. Padding may hold any finite value.
         targets: (B, U) integer ids on the device of ``encoder_out``. Padding may hold any value.
         shape: the lattices of the batch.
+        alignment: (B, U) int64 on the CPU, the encoder frame of each target in an alignment.
+            Padding may hold any value. None: there is no alignment.
     """
 
     joiner: Joiner | AdditiveJoiner
@@ -38,6 +40,7 @@ class LossInput(NamedTuple):
     predictor_out: Tensor
     targets: Tensor
     shape: LatticeShape
+    alignment: Tensor | None = None
 
     @property
     def boundary(self) -> Tensor:
@@ -74,17 +77,33 @@ class LossStage(nn.Module, ABC):
         topology: topology of the lattice, one of
             :data:`~transducer_toolkit.decoding.TOPOLOGIES`. Checkpoints contain it, so that a
             model is aligned and decoded in the topology it was trained with.
+        normalization: how the joiner's logits become probabilities, "softmax" or "hat". Checkpoints
+            contain it, as an option of the joiner.
         joiner_target: dotted path of the joiner class that replaces the model's joiner, or None to
             keep the model's joiner.
+        blank: id of blank.
         delay_penalty: penalty per frame of delay, applied after the warm-up. During the warm-up,
             the model has not aligned the symbols yet, and the penalty would misplace them.
         warmup_done: completed fraction of the warm-up, in [0, 1].
     """
 
     topology: str = "regular"
+    normalization: str = "softmax"
     joiner_target: str | None = None
+    blank: int = 0
     delay_penalty: float = 0.0
     warmup_done: float = 1.0
+
+    @property
+    def joiner_options(self) -> dict[str, Any]:
+        """Options of the joiner that the loss needs; those with their default are left out."""
+        options: dict[str, Any] = {}
+        if self.num_extra:
+            options["num_extra"] = self.num_extra
+        if self.normalization != "softmax":
+            options["normalization"] = self.normalization
+            options["blank"] = self.blank
+        return options
 
     @property
     def num_extra(self) -> int:

@@ -39,6 +39,7 @@ class FusedLoss(LossStage):
         sigma: as in :func:`~transducer_toolkit.tdt_loss`; with durations only.
         omega: probability that a training batch takes the regular loss of the tokens, without
             durations and sigma; token-and-duration only.
+        normalization: "softmax" or "hat", as in :func:`~transducer_toolkit.transducer_loss`.
 
     Example:
         >>> import torch
@@ -63,6 +64,7 @@ class FusedLoss(LossStage):
         precision: str = "auto",
         sigma: float = 0.0,
         omega: float = 0.0,
+        normalization: str = "softmax",
     ) -> None:
         super().__init__()
         options = FusedOptions(
@@ -74,7 +76,9 @@ class FusedLoss(LossStage):
             dropped_mass=dropped_mass,
             precision=precision,
             sigma=sigma,
+            normalization=normalization,
         )
+        self.normalization = normalization
         check_blank_of_big_blanks(options)
         check_omega(omega, options)
         self.omega = omega
@@ -87,6 +91,7 @@ class FusedLoss(LossStage):
             "clamp": clamp,
             "dropped_mass": dropped_mass,
             "precision": precision,
+            "normalization": normalization,
         }
 
     def forward(self, batch: LossInput) -> StageOutput:
@@ -112,5 +117,10 @@ class FusedLoss(LossStage):
             topology=topology,
             sigma=sigma,
             **self.options,
+            **self.restriction(batch),
         )
         return StageOutput(losses, parts._asdict())
+
+    def restriction(self, batch: LossInput) -> dict[str, Any]:
+        """Returns the arguments of the loss that restrict its paths: none."""
+        return {}

@@ -35,6 +35,7 @@ class PackedLoss(LossStage):
         clamp: bound on the gradient of each logit; 0 disables it.
         sigma: as in :class:`FusedLoss`.
         omega: as in :class:`FusedLoss`.
+        normalization: as in :class:`FusedLoss`.
 
     Example:
         >>> import torch
@@ -57,6 +58,7 @@ class PackedLoss(LossStage):
         clamp: float = 0.0,
         sigma: float = 0.0,
         omega: float = 0.0,
+        normalization: str = "softmax",
     ) -> None:
         super().__init__()
         self.options = LossOptions(
@@ -66,7 +68,10 @@ class PackedLoss(LossStage):
             delay_penalty=delay_penalty,
             clamp=clamp,
             sigma=sigma,
+            normalization=normalization,
         )
+        self.normalization = normalization
+        self.blank = blank
         check_blank_of_big_blanks(self.options)
         check_omega(omega, self.options)
         self.omega = omega
@@ -156,7 +161,7 @@ class TorchaudioLoss(LossStage):
         self.clamp = clamp if clamp > 0 else -1.0  # torchaudio's "off"
 
     def forward(self, batch: LossInput) -> StageOutput:
-        joiner, encoder_out, predictor_out, targets, shape = batch
+        joiner, encoder_out, predictor_out, targets, shape, _ = batch
         # torchaudio requires that the longest lengths equal the sizes, and int32 everywhere.
         max_frames, max_targets = shape.max_frames, shape.max_targets
         device = encoder_out.device
