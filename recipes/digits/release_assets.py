@@ -57,7 +57,8 @@ recognizer = Recognizer.from_pretrained("{name}", sha256="{sha256}")
 ```
 
 License: Apache-2.0, as the toolkit. Limits: voices unlike those of the training, noise, and speech
-that is not digits are recognized badly.
+that is not digits are recognized badly. The recipe was developed with the results on `asterisk`,
+one speaker, in view; recordings of other people have more errors.
 """
 
 
