@@ -459,7 +459,11 @@ void CheckLosses(const Problem& p, const DurationProblem& d, const DurationResul
           pass(r.by_blank[i], t + d.arcs.blank_frames[k], u);
           sum_frames += d.arcs.blank_frames[k] * r.use_blank[i];
         }
-        for (int k = 0; k < d.arcs.num_label && u < labels; ++k) {
+        bool has_label = u < labels;
+        if (has_label && !p.windows.empty()) {
+          has_label = u + 1 < p.windows[2 * (b * batch.max_frames + t) + 1];
+        }
+        for (int k = 0; k < d.arcs.num_label && has_label; ++k) {
           const int64_t i = row * d.arcs.num_label + k;
           const Score penalty = p.options.delay_penalty * (middle - static_cast<Score>(t));
           pass(r.by_label[i] + penalty, t + d.arcs.label_frames[k], u + 1);
