@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(kRowThreads, kWarpRowBlocks<T>)
 #pragma unroll 1
   for (int64_t i = begin; i < begin + kRowsPerWarp && i < tile.size; ++i) {
     if (!cursor.Find(tile.Row(i), &cell)) continue;
-    const auto total =
-        WarpMaxAndSum(LaneMaxAndSum(logits + i * options.pitch, options.size, options.Skipped(), Lane(), kWarp));
+    const auto total = WarpMaxAndSum(
+        LaneMaxAndSum(logits + i * options.pitch, options.size, options.Skipped(), Lane(), kWarp));
     if (i - begin == Lane()) {
       mine = total;
       my_cell = cell;
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBlockRowBlocks)
   Cell cell;
   if (!batch.CellOf(row, &cell)) return;  // the whole block
   const T* x = logits + static_cast<int64_t>(blockIdx.x) * options.pitch;
-  const auto part =
-      WarpMaxAndSum(LaneMaxAndSum(x, options.size, options.Skipped(), static_cast<int>(threadIdx.x), kBlockThreads));
+  const auto part = WarpMaxAndSum(LaneMaxAndSum(x, options.size, options.Skipped(),
+                                                static_cast<int>(threadIdx.x), kBlockThreads));
   if (Lane() == 0) {
     max_of_warp[threadIdx.x / kWarp] = part.max;
     sum_of_warp[threadIdx.x / kWarp] = part.sum;
@@ -234,9 +234,12 @@ template <typename T>
 void CellScoresCuda(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
                     const LogitsOptions& options, void* stream, const CellScoresOut& out) {
   TRANSDUCER_CHECK(logits.vocab_size <= 0x7fffffff, "a vocabulary of more than 2^31 - 1 symbols");
-  const RowOptions of_rows{static_cast<int>(logits.vocab_size), logits.pitch, options.blank,
+  const RowOptions of_rows{static_cast<int>(logits.vocab_size),
+                           logits.pitch,
+                           options.blank,
                            static_cast<int>(options.num_big_blanks),
-                           static_cast<int>(options.num_durations), options.is_hat};
+                           static_cast<int>(options.num_durations),
+                           options.is_hat};
   if (options.from_log_softmax) {
     TRANSDUCER_LAUNCH(PickKernel<T>, CeilDivide(tile.size, kRowThreads), kRowThreads, stream, batch,
                       tile, logits.data, of_rows, out);

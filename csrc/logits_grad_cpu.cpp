@@ -122,7 +122,8 @@ void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRo
                         options.blank,
                         options.num_big_blanks,
                         options.num_durations,
-                        options.from_log_softmax, options.is_hat,
+                        options.from_log_softmax,
+                        options.is_hat,
                         options.clamp > 0 ? options.clamp : std::numeric_limits<Score>::infinity()};
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);

@@ -31,6 +31,7 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));  // may overflow
   static constexpr int64_t kLanes = TRANSDUCER_VECTOR_BYTES / sizeof(float);
 
   // exp(x) = 2^n * (1 + expm1).
@@ -53,7 +54,7 @@ struct Simd<float> {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    return {(I)shifted - (I)(V{} + kRound), p * (r * r) + r};
+    return {(I)((U)shifted - (U)(V{} + kRound)), p * (r * r) + r};
   }
 
   // exp(x) to 1 ulp for x in [-87.3, 88.7]; 0 below, where the result would be subnormal.
@@ -63,8 +64,8 @@ struct Simd<float> {
     const Exponent e = Reduce(x > high ? high : x);
     // 2^n through the exponent bits; n = 128 (x near 88.7) is done as 2^127 * 2.
     const I half = e.n >> 1;
-    const V scale_a = (V)((half + 127) << 23);
-    const V scale_b = (V)((e.n - half + 127) << 23);
+    const V scale_a = (V)(((U)half + 127) << 23);
+    const V scale_b = (V)(((U)e.n - (U)half + 127) << 23);
     const V y = (e.expm1 + 1.0f) * scale_a * scale_b;
     return underflow ? V{} : y;
   }
@@ -73,7 +74,7 @@ struct Simd<float> {
   static inline V ExpDown(V x) {
     const I underflow = x < V{} - 87.3365447f;
     const Exponent e = Reduce(x);
-    const V y = (e.expm1 + 1.0f) * (V)((e.n + 127) << 23);
+    const V y = (e.expm1 + 1.0f) * (V)(((U)e.n + 127) << 23);
     return underflow ? V{} : y;
   }
 
@@ -83,7 +84,7 @@ struct Simd<float> {
     const V a = (V)((I)x ^ sign), limit = V{} + 10.0f;
     const V capped = a > limit ? limit : a;
     const Exponent e = Reduce(capped + capped);
-    const V scale = (V)((e.n + 127) << 23);
+    const V scale = (V)(((U)e.n + 127) << 23);
     const V expm1 = scale * e.expm1 + (scale - 1.0f);
     return (V)((I)(expm1 / (expm1 + 2.0f)) | sign);
   }
@@ -115,6 +116,7 @@ template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(TRANSDUCER_VECTOR_BYTES)));
   static constexpr int64_t kLanes = TRANSDUCER_VECTOR_BYTES / sizeof(double);
 
   // float64 is for checks, not for training: the C library is called for each lane.
@@ -393,6 +395,7 @@ constexpr RowKernels<T> kTable{MaxAndSumExp<T>, ShiftedExp<T>, ScaledSoftmax<T>,
 void Posteriors(Score* x, int64_t size) {
   typedef Simd<Score>::V V;
   typedef Simd<Score>::I I;
+  typedef Simd<Score>::U U;
   constexpr int64_t kLanes = Simd<Score>::kLanes;
   // Cody-Waite reduction and a rational function (Cephes exp by S. Moshier).
   const auto exp = [](V v) {
@@ -409,7 +412,7 @@ void Posteriors(Score* x, int64_t size) {
                  2.27265548208155028766e-1) *
                     s +
                 2.00000000000000000009;
-    const V scale = (V)(((I)shifted - (I)(V{} + kRound) + 1023) << 52);
+    const V scale = (V)(((U)shifted - (U)(V{} + kRound) + 1023) << 52);
     const V y = (2.0 * (p / (q - p)) + 1.0) * scale;
     return is_nothing ? V{} : y;
   };
@@ -421,6 +424,7 @@ void Posteriors(Score* x, int64_t size) {
 void Quantize(const float* x, int64_t size, int8_t* out, float* scale) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
+  using U = Simd<float>::U;
   constexpr int64_t kLanes = Simd<float>::kLanes;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   // Magnitudes of floats have the order of their bits, and those of NaN and infinity are last.
@@ -445,7 +449,7 @@ void Quantize(const float* x, int64_t size, int8_t* out, float* scale) {
   const float inverse = max > 1e-30f ? 127.0f / max : 0.0f;
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
   const auto rounded = [=](V v) {
-    return __builtin_convertvector((I)(v * inverse + kRound) - (I)(V{} + kRound), Bytes);
+    return __builtin_convertvector((I)((U)(v * inverse + kRound) - (U)(V{} + kRound)), Bytes);
   };
   for (int64_t i = 0; i < whole; i += kLanes) {
     const Bytes bytes = rounded(Load(x + i));
