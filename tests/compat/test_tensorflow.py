@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import gc
+import logging
 import re
 
 import numpy as np
@@ -74,6 +75,17 @@ B, T, S, C = 2, 10, 7, 4
 frames, seq_length = np.array([10, 8]), np.array([7, 5])
 rnnt_type, termination_symbol = "regular", C - 1
 """
+
+
+@pytest.fixture(autouse=True)
+def no_warnings_of_autograph():
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    tf.get_logger().addHandler(handler)
+    yield
+    tf.get_logger().removeHandler(handler)
+    assert not [record for record in records if "AutoGraph" in record.getMessage()]
 
 
 def example(text):

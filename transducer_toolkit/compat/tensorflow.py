@@ -17,6 +17,7 @@ that nothing of PyTorch has to be kept between forward and backward.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -391,11 +392,16 @@ def _run(
     Returns:
         The tensors that the function returns, without their nesting.
     """
-    tf = import_tensorflow("transducer_toolkit.compat.tensorflow")
+    tf = _tensorflow()
     # AutoGraph need not rewrite what has no control flow on tensors.
     return tf.autograph.experimental.do_not_convert(_run_as_written)(
         tf, function, outputs_of, arguments
     )
+
+
+@functools.cache  # which AutoGraph leaves alone; it would try to rewrite the import
+def _tensorflow() -> Any:
+    return import_tensorflow("transducer_toolkit.compat.tensorflow")
 
 
 def _run_as_written(
