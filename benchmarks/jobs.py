@@ -6,7 +6,7 @@ An adapter says how a project's loss is called on logits; the jobs around it are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -74,12 +74,15 @@ def loss_job(
 
 def step_job(workload: Workload, logits_of: LogitsOfInputs, loss: LossOfLogits) -> Job:
     """enc, pred, weight, bias -> losses and the gradients of all four."""
-    inputs = [tensor.requires_grad_() for tensor in workload.joiner_inputs()]
+    return step_job_of(workload.joiner_inputs(), lambda *inputs: loss(logits_of(*inputs)))
+
+
+def step_job_of(inputs: Sequence[Tensor], losses_of: Callable[..., Tensor]) -> Job:
+    """Inputs of a joiner -> losses and the gradients of all inputs."""
+    inputs = [tensor.requires_grad_() for tensor in inputs]
 
     def run(_: None) -> Outcome:
-        logits = logits_of(*inputs)
-        losses = loss(logits)
-        del logits
+        losses = losses_of(*inputs)
         return losses.detach(), torch.autograd.grad(losses.sum(), inputs)
 
     return Job(run)

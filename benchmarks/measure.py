@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import decode, truth
+from benchmarks import decode, tdt, truth
 from benchmarks.agreement import Signature, signature
 from benchmarks.jobs import Implementation, Job
 from benchmarks.peers import Absent, implementations, require_present
@@ -32,7 +32,14 @@ GEMM_TILE_CELLS = 4096
 
 
 class HostMemory:
-    """Time and resident memory of this process."""
+    """Time and resident memory of this process.
+
+    Args:
+        clock: "wall", or "cpu": processor time of all threads, which busy neighbors do not change.
+    """
+
+    def __init__(self, clock: str) -> None:
+        self.now_s = time.process_time if clock == "cpu" else time.perf_counter
 
     def empty(self) -> None:
         """Give back what malloc keeps for later: it would hide as much of what comes."""
@@ -42,11 +49,11 @@ class HostMemory:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now the present
         self.before = self._status("VmRSS")
-        self.start_s = time.perf_counter()
+        self.start_s = self.now_s()
 
     def stop(self) -> tuple[float, int]:
         """Seconds since start, and peak bytes above what there was at start."""
-        elapsed_s = time.perf_counter() - self.start_s
+        elapsed_s = self.now_s() - self.start_s
         return elapsed_s, self._status("VmHWM") - self.before
 
     @staticmethod
@@ -77,14 +84,16 @@ class DeviceMemory:
         return elapsed_s, torch.cuda.max_memory_allocated() - self.before
 
 
-def measure(job: Job, repetitions: int, device: str) -> tuple[dict[str, Any], Any]:
+def measure(
+    job: Job, repetitions: int, device: str, clock: str = "wall"
+) -> tuple[dict[str, Any], Any]:
     """Seconds and peak bytes of a job, and what its last run returned.
 
     The first run warms up threads, caches and compilers of the libraries. The second is measured
     for memory, with an empty heap; it must ask the system for every page again, so its time does
     not count. The others are timed in the state that a training is in.
     """
-    meter = DeviceMemory() if device == "cuda" else HostMemory()
+    meter = DeviceMemory() if device == "cuda" else HostMemory(clock)
     seconds: list[float] = []
     begun_s = time.perf_counter()
 
@@ -134,7 +143,7 @@ def copy_of_logits(workload: Workload) -> Callable[[Any], None]:
     return lambda _: copy.copy_(logits)
 
 
-def floor(suite: str, workload: Workload, repetitions: int) -> dict[str, Any]:
+def floor(suite: str, workload: Workload, repetitions: int, clock: str) -> dict[str, Any]:
     """What a suite's times are compared with, and the bytes of the gradients it must return."""
     if suite == "loss":
         run, gradients = copy_of_logits(workload), [workload.logits()]
@@ -145,7 +154,7 @@ def floor(suite: str, workload: Workload, repetitions: int) -> dict[str, Any]:
         run, gradients = gemm_unit(workload, num_cells), [*workload.joiner_inputs()]
         if suite == "pruned":
             gradients += workload.simple_projections()
-    measured, _ = measure(Job(run), repetitions, workload.device)
+    measured, _ = measure(Job(run), repetitions, workload.device, clock)
     return {**measured, "peak_bytes": sum(gradient.nbytes for gradient in gradients)}
 
 
@@ -159,7 +168,7 @@ def true_outcome(suite: str, workload: Workload) -> dict[str, Any]:
         for rows, gradient in reference.gradient_tiles():
             made.add(rows.start, gradient)
         return {"losses": reference.losses.tolist(), "signatures": [made.values()]}
-    losses, gradients = truth.step_truth(workload)
+    losses, gradients = tdt.truth(workload) if suite == "tdt" else truth.step_truth(workload)
     return {"losses": losses.tolist(), "signatures": [signature(grad) for grad in gradients]}
 
 
@@ -191,17 +200,18 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Does what the request asks for."""
     workload = Workload(**request["workload"])
     suite, name = request["suite"], request["implementation"]
+    clock = request.get("clock", "wall")
     if name == "truth":
         return true_outcome(suite, workload)
     if name == "floor":
-        return floor(suite, workload, request["repetitions"])
+        return floor(suite, workload, request["repetitions"], clock)
     implementation = implementations(tuple(request["extra"]))[name]
     require_present(implementation)
     if suite == "accuracy":
         errors = [gradient_error_of(implementation, each) for each in scaled(workload)]
         return {"errors": errors, "version": version_of(implementation)}
     job = implementation.jobs[suite](workload)
-    measured, outcome = measure(job, request["repetitions"], workload.device)
+    measured, outcome = measure(job, request["repetitions"], workload.device, clock)
     measured["version"] = version_of(implementation)
     if suite == "decode":
         measured["tokens"] = outcome

@@ -95,7 +95,11 @@ def _suite_table(rows: list[Row], workload: Workload, suite: str) -> list[str]:
     """One row for each implementation; ratios of time to the floor and to a well-known peer."""
     logits_bytes = workload.shape.num_cells * workload.vocab_size * 4
     floor = _by_name(rows, FLOORS[suite])
-    peers = {"pruned": "fast_rnnt", "parakeet": "transformers: Parakeet"}
+    peers = {
+        "pruned": "fast_rnnt",
+        "parakeet": "transformers: Parakeet",
+        "tdt": "transformers: tdt_loss",
+    }
     peer_name = peers.get(suite, "torchaudio")
     peer = _by_name(rows, peer_name)
     lines = [
@@ -212,7 +216,8 @@ def table(run: Run) -> str:
     """Where it was measured, the batch, and the table of a run."""
     workload, suite = workload_of(run), run["suite"]
     lines = TABLES.get(suite, _suite_table)(run["rows"], workload, suite)
-    head = [run["machine"], describe(workload, suite)]
+    clock = "; processor time" if run.get("options", {}).get("clock") == "cpu" else ""
+    head = [run["machine"] + clock, describe(workload, suite)]
     return "\n\n".join(head) + "\n" + "\n".join(["", *lines])
 
 

@@ -6,6 +6,7 @@
     python -m benchmarks.run --suite pruned               # smoothed loss, ranges, pruned loss
     python -m benchmarks.run --suite decode               # searches on given encoder output
     python -m benchmarks.run --suite parakeet             # a training step of transformers' model
+    python -m benchmarks.run --suite tdt                  # joiner and loss with durations
     python -m benchmarks.run --suite accuracy             # gradient error against float64
     python -m benchmarks.run --suite scaling              # the step as cells, V, D and T grow
     python -m benchmarks.run --suite memory               # the step's peak as V grows
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report, results
+from benchmarks import report, results, tdt
 from benchmarks.peers import implementations
 from benchmarks.session import Session
 from benchmarks.workloads import (
@@ -39,17 +40,19 @@ from benchmarks.workloads import (
     utterance_shapes,
 )
 
-SUITES = ("loss", "step", "pruned", "parakeet", "decode", "accuracy", "scaling", "memory")
+SUITES = ("loss", "step", "pruned", "parakeet", "tdt", "decode", "accuracy", "scaling", "memory")
 # Where a suite's own default differs from that of the others.
 DEFAULTS = {
     "accuracy": {"frames": 3000, "vocab_size": 16},
     "decode": {"frames": 11_000},
     "parakeet": {"vocab_size": 1025},
+    "tdt": {"frames": 376, "vocab_size": 1025, "joiner_dim": 640},
     "memory": {"frames": 343, "factors": MEMORY_FACTORS},
 }
 COMMON_DEFAULTS = {
     "frames": 1400,
     "vocab_size": 500,
+    "joiner_dim": 512,
     "lattice": "initial",
     "factors": SCALING_FACTORS,
 }
@@ -71,11 +74,11 @@ def parser() -> argparse.ArgumentParser:
         help="modules with IMPLEMENTATIONS of your own, as those in benchmarks/peers")  # fmt: skip
     add("--shapes", type=Path, help=".npy of (N, 2) frames and tokens; default: built-in quantiles")
     add("--frames", type=int,
-        help="of all utterances of the batch (1400; decode: 11000); accuracy: largest T (3000); "
-        "memory: T of the one utterance (343)")  # fmt: skip
+        help="of all utterances of the batch (1400; decode: 11000; tdt: 376); accuracy: largest T "
+        "(3000); memory: T of the one utterance (343)")  # fmt: skip
     add("--batch", choices=("sorted", "unsorted"), default="sorted", help="corpus order")
-    add("--vocab-size", type=int, help="500; accuracy: 16; parakeet: 1025")
-    add("--joiner-dim", type=int, default=512)
+    add("--vocab-size", type=int, help="500; accuracy: 16; parakeet and tdt: 1025")
+    add("--joiner-dim", type=int, help="512; tdt: 640")
     add("--lattice", choices=LATTICES,
         help="weights or logits of an untrained model, times 3 or 12, so that few paths count, "
         "or a joiner that knows the alignment (not with logits given)")  # fmt: skip
@@ -83,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
         help="scaling: of frames, vocab-size, joiner-dim; memory: of vocab-size")  # fmt: skip
     add("--series", nargs="+", choices=SERIES, default=SERIES, help="scaling: what grows")
     add("--threads", type=int, default=1)
+    add("--clock", choices=("wall", "cpu"), default="wall",
+        help="of times on the CPU; cpu: processor time, for a machine with other work")  # fmt: skip
     add("--flush-denormal", action="store_true", help="torch.set_flush_denormal(True) first")
     add("--rounds", type=int, default=3, help="processes for each implementation")
     add("--repetitions", type=int, default=3, help="timed runs in a process, after a warm-up")
@@ -123,9 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         options_parser.error("--device cuda: torch sees no CUDA device here")
-    if options.lattice == TRAINED and options.suite in ("loss", "accuracy", "decode"):
+    if options.lattice == TRAINED and options.suite in ("loss", "accuracy", "decode", "tdt"):
         options_parser.error(
-            f"--lattice trained: suite {options.suite} has no joiner; choose another"
+            f"--lattice trained: suite {options.suite} has no such joiner; choose another"
         )
     if options.append and options.json and options.json.exists():
         there = results.read(options.json)[0]["suite"]
@@ -139,6 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     session = Session(
         choose_implementations(options.peers, extra, options_parser),
         threads=options.threads,
+        clock=options.clock,
         flush_denormal=options.flush_denormal,
         rounds=options.rounds,
         repetitions=options.repetitions,
@@ -147,11 +153,15 @@ def main(arguments: list[str] | None = None) -> None:
         peers_dir=options.peers_dir,
         extra=extra,
     )
-    shapes = utterance_shapes(options.shapes)
-    frames, symbols = choose_batch(shapes, max_frames=options.frames, batch=options.batch).T
+    if options.suite == "tdt":
+        frames, symbols = tdt.lengths(options.frames)
+    else:
+        shapes = utterance_shapes(options.shapes)
+        chosen = choose_batch(shapes, max_frames=options.frames, batch=options.batch)
+        frames, symbols = (tuple(column.tolist()) for column in chosen.T)
     workload = Workload(
-        tuple(frames.tolist()),
-        tuple(symbols.tolist()),
+        frames,
+        symbols,
         options.vocab_size,
         options.joiner_dim,
         lattice=options.lattice,

@@ -25,6 +25,7 @@ FLOORS = {
     "step": "GEMM unit",
     "pruned": "GEMM unit of the band",
     "parakeet": "GEMM unit of the joiner",
+    "tdt": "GEMM unit",
     "decode": "GEMM of every frame once",
 }
 
@@ -41,6 +42,7 @@ class Session:
     Attributes:
         implementations: by name, in the order of the tables.
         threads: of torch, OpenMP, MKL and numba.
+        clock: "wall" or "cpu", of times on the CPU.
         timeout_s: of one process.
         memory_limit_bytes: of one process; 0 is none. On the CPU only.
         peers_dir: where benchmarks/install_peers.py put them.
@@ -49,6 +51,7 @@ class Session:
 
     implementations: dict[str, Implementation]
     threads: int = 1
+    clock: str = "wall"
     flush_denormal: bool = False
     rounds: int = 3
     repetitions: int = 3
@@ -77,6 +80,7 @@ class Session:
             "implementation": name,
             "workload": asdict(workload),
             "threads": self.threads,
+            "clock": self.clock,
             "flush_denormal": self.flush_denormal,
             "repetitions": self.repetitions,
             "memory_limit_bytes": self.memory_limit_bytes if workload.device == "cpu" else 0,

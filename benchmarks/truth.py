@@ -8,7 +8,7 @@ u, ``alpha(t, u) = c(u) + log sum_{v <= u} exp(alpha(t-1, v) + blank(t-1, v) - c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -110,19 +110,41 @@ def loss_truth(workload: Workload) -> Truth:
 
 def step_truth(workload: Workload) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Of the suite `step`: losses, and gradients of enc, pred, weight and bias."""
-    enc, pred, weight, bias = (tensor.double() for tensor in workload.joiner_inputs())
+    inputs = [tensor.double() for tensor in workload.joiner_inputs()]
+    enc, pred, weight, bias = inputs
     b, t, u = cell_coordinates(workload)
 
     def hidden_of(rows: slice) -> Tensor:
         return torch.tanh(enc[b[rows], t[rows]] + pred[b[rows], u[rows]])
 
     truth = Truth(workload, lambda rows: hidden_of(rows) @ weight.T + bias)
-    grads = tuple(torch.zeros_like(tensor) for tensor in (enc, pred, weight, bias))
-    for rows, grad_logits in truth.gradient_tiles():
+    slope = lambda hidden: 1 - hidden**2  # noqa: E731
+    tiles = truth.gradient_tiles()
+    return truth.losses, joiner_gradients(workload, inputs, hidden_of, slope, tiles)
+
+
+def joiner_gradients(
+    workload: Workload,
+    inputs: Sequence[Tensor],
+    hidden_of: Callable[[slice], Tensor],
+    slope: Callable[[Tensor], Tensor],
+    gradient_tiles: Iterable[tuple[slice, Tensor]],
+) -> tuple[Tensor, ...]:
+    """Gradients of enc, pred, weight and bias from those of the logits.
+
+    Args:
+        inputs: enc, pred, weight and bias.
+        hidden_of: rows of cells -> their hidden layer.
+        slope: hidden layer -> derivative of the activation there.
+        gradient_tiles: rows, and the gradient of their logits.
+    """
+    b, t, u = cell_coordinates(workload)
+    grads = tuple(torch.zeros_like(tensor) for tensor in inputs)
+    for rows, grad_logits in gradient_tiles:
         hidden = hidden_of(rows)
-        grad_hidden = (grad_logits @ weight) * (1 - hidden**2)
+        grad_hidden = (grad_logits @ inputs[2]) * slope(hidden)
         grads[0].index_put_((b[rows], t[rows]), grad_hidden, accumulate=True)
         grads[1].index_put_((b[rows], u[rows]), grad_hidden, accumulate=True)
         grads[2].addmm_(grad_logits.T, hidden)
         grads[3].add_(grad_logits.sum(0))
-    return truth.losses, grads
+    return grads

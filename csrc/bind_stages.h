@@ -252,6 +252,7 @@ inline void BindStageStructs(pybind11::module_& m) {
                            FieldOf("first_row", &LatticeBatch::first_row),
                            FieldOf("targets", &LatticeBatch::targets),
                            FieldOf("band_start", &LatticeBatch::band_start),
+                           FieldOf("windows", &LatticeBatch::windows),
                            FieldOf("first_frame", &LatticeBatch::first_frame));
   BindStruct<RowTile>(m, "RowTile", FieldOf("rows", &RowTile::rows),
                       FieldOf("begin", &RowTile::begin), FieldOf("size", &RowTile::size),

@@ -12,9 +12,10 @@
 namespace transducer {
 namespace {
 
-// The cells of one frame: u = begin ... end - 1; cell u is row offset + u.
+// The cells of one frame: u = begin ... end - 1; cell u is row offset + u. Those below label_end have
+// label arcs.
 struct Frame {
-  int64_t begin, end, offset;
+  int64_t begin, end, offset, label_end;
   bool Has(int64_t u) const { return u >= begin && u < end; }
 };
 
@@ -63,14 +64,14 @@ class Utterance {
         const After after = AfterLabel(beta, t, k);
         Score* term = is_later ? NewTerm(size) : nullptr;
         for (int64_t u = here.begin; u < here.end; ++u) {
-          const Score score = u < labels_ ? Label(here, u, k) : kLogZero;
+          const Score score = u < here.label_end ? Label(here, u, k) : kLogZero;
           has_nan |= std::isnan(score);
           if (is_later) term[u - here.begin] = score + Penalty(t) + after(u + 1);
         }
       }
       LogSumExp(size, beta + here.offset + here.begin);
       if (!stays_) continue;
-      for (int64_t u = std::min(here.end - 2, labels_ - 1); u >= here.begin; --u) {
+      for (int64_t u = std::min(here.end - 2, here.label_end - 1); u >= here.begin; --u) {
         Score* cell = beta + here.offset + u;
         *cell = FastLogAdd(softplus_, *cell, Label(here, u, 0) + Penalty(t) + cell[1]);
       }
@@ -106,9 +107,10 @@ class Utterance {
         const Frame before = FrameAt(from);
         Score* term = NewTerm(size);
         for (int64_t u = here.begin; u < here.end; ++u) {
-          term[u - here.begin] = before.Has(u - 1) ? alpha[before.offset + u - 1] +
-                                                         Label(before, u - 1, k) + Penalty(from)
-                                                   : kLogZero;
+          term[u - here.begin] =
+              before.Has(u - 1) && u <= before.label_end
+                  ? alpha[before.offset + u - 1] + Label(before, u - 1, k) + Penalty(from)
+                  : kLogZero;
         }
       }
       LogSumExp(size, alpha + here.offset + here.begin);
@@ -143,9 +145,9 @@ class Utterance {
         const After after = AfterLabel(beta, t, k);
         Score* use = NewTerm(size);
         for (int64_t u = here.begin; u < here.end; ++u) {
-          use[u - here.begin] = u < labels_ ? alpha[here.offset + u] + Label(here, u, k) +
-                                                  Penalty(t) + after(u + 1) - total
-                                            : kLogZero;
+          use[u - here.begin] = u < here.label_end ? alpha[here.offset + u] + Label(here, u, k) +
+                                                         Penalty(t) + after(u + 1) - total
+                                                   : kLogZero;
         }
         kernels_.posteriors(use, size);
         for (int64_t u = here.begin; u < here.end; ++u) {
@@ -175,7 +177,8 @@ class Utterance {
 
   Frame FrameAt(int64_t t) const {
     const int64_t begin = batch_.ColumnBegin(b_, t);
-    return {begin, std::max(begin, batch_.ColumnEnd(b_, t)), batch_.Row(b_, t, 0)};
+    return {begin, std::max(begin, batch_.ColumnEnd(b_, t)), batch_.Row(b_, t, 0),
+            batch_.LabelEnd(b_, t)};
   }
 
   Score Blank(const Frame& frame, int64_t u, int k) const {
@@ -201,12 +204,12 @@ class Utterance {
   };
   After AfterBlank(const Score* beta, int64_t t, int k) const {
     const int64_t to = t + arcs_.blank_frames[k];
-    if (to >= frames_) return {beta, {0, 0, 0}, to == frames_ ? labels_ : -1};
+    if (to >= frames_) return {beta, {0, 0, 0, 0}, to == frames_ ? labels_ : -1};
     return {beta, FrameAt(to), -1};
   }
   After AfterLabel(const Score* beta, int64_t t, int k) const {
     const int64_t to = t + arcs_.label_frames[k];
-    return {beta, to >= frames_ ? Frame{0, 0, 0} : FrameAt(to), -1};
+    return {beta, to >= frames_ ? Frame{0, 0, 0, 0} : FrameAt(to), -1};
   }
 
   // A term of LogSumExp: one value for each cell of the frame.

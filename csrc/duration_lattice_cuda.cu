@@ -100,7 +100,8 @@ class Cells {
       *has_nan |= score != score;
       sum.Add(score + AfterBlank(t, u, k));
     }
-    for (int k = 0; k < arcs_.num_label && u < labels_; ++k) {
+    const bool has_label = u < batch_.LabelEnd(b_, t);
+    for (int k = 0; k < arcs_.num_label && has_label; ++k) {
       const Score score = Label(row, t, k);
       *has_nan |= score != score;
       sum.Add(score + AfterLabel(t, u, k));
@@ -118,7 +119,8 @@ class Cells {
     }
     for (int k = 0; k < arcs_.num_label; ++k) {
       const int64_t from = t - arcs_.label_frames[k], row = RowOf(from, u - 1);
-      if (row >= 0) sum.Add(arrays_.alpha[row] + Label(row, from, k));
+      if (row >= 0 && u <= batch_.LabelEnd(b_, from))
+        sum.Add(arrays_.alpha[row] + Label(row, from, k));
     }
     return sum.Log();
   }
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(kUsesThreads, 4)
   const auto use = [&](Score log_use) {
     return static_cast<Score>(Math::ExpOf(static_cast<typename Math::C>(log_use)));
   };
-  const int64_t end = batch.ColumnEnd(b, t);
+  const int64_t end = batch.ColumnEnd(b, t), label_end = batch.LabelEnd(b, t);
   for (int64_t u = batch.ColumnBegin(b, t) + Lane(); u < end; u += kWarp) {
     const int64_t row = batch.Row(b, t, u);
     const Score alpha = is_usual ? arrays.alpha[row] : 0;
@@ -209,9 +211,9 @@ __global__ void __launch_bounds__(kUsesThreads, 4)
     for (int k = 0; k < arcs.num_label; ++k) {
       Score value = otherwise;
       if (is_usual) {
-        value = u < cells.labels() ? label_gain * use(alpha + cells.Label(row, t, k) +
-                                                      cells.AfterLabel(t, u, k) - total)
-                                   : Score(0);
+        value = u < label_end ? label_gain * use(alpha + cells.Label(row, t, k) +
+                                                 cells.AfterLabel(t, u, k) - total)
+                              : Score(0);
       }
       arrays.out.use_label[row * arcs.num_label + k] = value;
     }

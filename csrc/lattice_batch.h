@@ -23,6 +23,10 @@ struct Cell {
 //                                      the cells band_start <= u < band_start + R exist
 //   packed band (sum_b T_b * R, V):    the same with rows_per_utterance = 0
 //
+// `windows` restricts the cells of each layout further, without moving a row: of frame t only the
+// cells windows[b][t][0] <= u < windows[b][t][1] exist, and a label arc out of (t, u) needs
+// u + 1 < windows[b][t][1], also where it leads to another frame. The other rows are padding.
+//
 // In the padded layouts first_row may be greater than the utterance's first row, for a lattice that
 // begins at a later frame or symbol. Scores, normalizers and posteriors use the same rows. The
 // struct owns no memory; every pointer is on the device of the stage.
@@ -38,6 +42,7 @@ struct LatticeBatch {
   const int64_t* first_row;    // (B,) row of cell (0, band_start[b][0])
   const int64_t* targets;      // (B, U), anything beyond U_b
   const int64_t* band_start;   // (B, T), or null: every frame has all its cells
+  const int64_t* windows;      // (B, T, 2), or null: no restriction
   const int64_t* first_frame;  // (B,), or null: 0. The frame of the audio that is frame 0 of the
                                // lattice; only the delay penalty depends on it
 
@@ -52,13 +57,25 @@ struct LatticeBatch {
   }
   // The cells of frame t are u = ColumnBegin ... ColumnEnd - 1; none for an invalid start.
   TRANSDUCER_HD int64_t ColumnBegin(int64_t b, int64_t t) const {
-    const int64_t start = BandStart(b, t);
-    return start > 0 ? start : 0;
+    const int64_t start = BandStart(b, t), begin = start > 0 ? start : 0;
+    if (windows == nullptr) return begin;
+    const int64_t window = Window(b, t)[0], highest = max_targets + 1;
+    return window < begin ? begin : window > highest ? highest : window;
   }
   TRANSDUCER_HD int64_t ColumnEnd(int64_t b, int64_t t) const {
-    const int64_t start = BandStart(b, t), end = num_targets[b] + 1;
-    if (band_start == nullptr || start > end - row_stride) return end;
-    return start + row_stride;
+    const int64_t start = BandStart(b, t);
+    int64_t end = num_targets[b] + 1;
+    if (band_start != nullptr && start <= end - row_stride) end = start + row_stride;
+    return windows == nullptr || Window(b, t)[1] > end ? end : Window(b, t)[1];
+  }
+  // The cells u < LabelEnd of frame t have a label arc.
+  TRANSDUCER_HD int64_t LabelEnd(int64_t b, int64_t t) const {
+    const int64_t labels = num_targets[b];
+    if (windows == nullptr || Window(b, t)[1] > labels) return labels;
+    return Window(b, t)[1] < 1 ? 0 : Window(b, t)[1] - 1;
+  }
+  TRANSDUCER_HD const int64_t* Window(int64_t b, int64_t t) const {
+    return windows + 2 * (b * max_frames + t);
   }
   TRANSDUCER_HD int64_t Row(int64_t b, int64_t t, int64_t u) const {
     return first_row[b] + t * Stride(b) + u - BandStart(b, t);

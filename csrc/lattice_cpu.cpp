@@ -9,9 +9,10 @@
 namespace transducer {
 namespace {
 
-// The cells of one frame: u = begin ... end - 1; cell u is row offset + u.
+// The cells of one frame: u = begin ... end - 1; cell u is row offset + u. Those below label_end have
+// a label arc.
 struct Frame {
-  int64_t begin, end, offset;
+  int64_t begin, end, offset, label_end;
   bool Has(int64_t u) const { return u >= begin && u < end; }
 };
 
@@ -66,11 +67,11 @@ class Utterance {
           const int64_t t = last + 1 - k, u = place + k, cell = here.offset + u;
           if (!here.Has(u)) continue;
           has_nan |= std::isnan(blank_[cell]);
-          has_nan |= u < labels_ && std::isnan(label_[cell]);
+          has_nan |= u < here.label_end && std::isnan(label_[cell]);
           const Score by_blank = blank_[cell] + AfterBlank(beta, next, t, u);
-          const Score by_label =
-              u < labels_ ? LabelScore(here, u, Penalty(t)) + AfterLabel(beta, here, next, t, u)
-                          : kLogZero;
+          const Score by_label = u < here.label_end ? LabelScore(here, u, Penalty(t)) +
+                                                          AfterLabel(beta, here, next, t, u)
+                                                    : kLogZero;
           beta[cell] = FastLogAdd(softplus_, by_blank, by_label);
         }
       }
@@ -110,12 +111,13 @@ class Utterance {
           if (!here.Has(u)) continue;
           const Score from = alpha[cell];
           const Score by_blank = from + blank_[cell];
-          const Score by_label = u < labels_ ? from + LabelScore(here, u, Penalty(t)) : kLogZero;
+          const bool has_label = u < here.label_end;
+          const Score by_label = has_label ? from + LabelScore(here, u, Penalty(t)) : kLogZero;
 
           // Logarithms of the posteriors. They replace alpha and beta, which are not read again.
           const Score log_blank = by_blank + AfterBlank(beta, next, t, u) - total;
           const Score log_label =
-              u < labels_ ? by_label + AfterLabel(beta, here, next, t, u) - total : kLogZero;
+              has_label ? by_label + AfterLabel(beta, here, next, t, u) - total : kLogZero;
 
           if (next.Has(u)) Push(alpha + next.offset + u, by_blank);
           if constexpr (Traits::kLabelFrames == 0) {
@@ -158,11 +160,12 @@ class Utterance {
     }
   }
 
-  static Frame NoFrame() { return {0, 0, 0}; }
+  static Frame NoFrame() { return {0, 0, 0, 0}; }
 
   Frame FrameAt(int64_t t) const {
     const int64_t begin = batch_.ColumnBegin(b_, t);
-    return {begin, std::max(begin, batch_.ColumnEnd(b_, t)), batch_.Row(b_, t, 0)};
+    return {begin, std::max(begin, batch_.ColumnEnd(b_, t)), batch_.Row(b_, t, 0),
+            batch_.LabelEnd(b_, t)};
   }
 
   void Push(Score* alpha, Score score) const { *alpha = FastLogAdd(softplus_, *alpha, score); }

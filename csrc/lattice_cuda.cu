@@ -163,19 +163,21 @@ class Walk {
 
   __device__ CellInputs Load(int lane, int place, const Score* edge_before) const {
     const int u = SymbolAt(lane, place);
-    int64_t end = labels_ + 1, row = lane_row_ + static_cast<int64_t>(place) * row_step_;
+    int64_t end = labels_ + 1, label_end = labels_;
+    int64_t row = lane_row_ + static_cast<int64_t>(place) * row_step_;
     bool is_cell = lane < NumLanes() && place >= 0 && place < Length();
-    if (batch_.band_start != nullptr) {
+    if (batch_.band_start != nullptr || batch_.windows != nullptr) {
       const int t = FrameAt(lane, place);
-      const int64_t start = is_cell ? batch_.BandStart(b_, t) : 0;
+      const int64_t begin = is_cell ? batch_.ColumnBegin(b_, t) : 0;
       end = is_cell ? batch_.ColumnEnd(b_, t) : 0;
-      row = first_row_ + t * stride_ + u - start;
-      is_cell = u >= start && u < end;
+      label_end = is_cell ? batch_.LabelEnd(b_, t) : 0;
+      row = first_row_ + t * stride_ + u - (is_cell ? batch_.BandStart(b_, t) : 0);
+      is_cell = u >= begin && u < end;
     }
     CellInputs inputs{-1, kLogZero, kLogZero, kLogZero, kLogZero};
     if (is_cell) inputs.row = row;
     if (is_cell) inputs.blank = arrays_.blank_score[row];
-    if (is_cell && u < labels_) inputs.label = arrays_.label_score[row];
+    if (is_cell && u < label_end) inputs.label = arrays_.label_score[row];
     if (Traits::kLabelTakesBlank && is_cell && u + 1 < end) {
       inputs.forced = arrays_.blank_score[row + 1];
     }

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import transducer_toolkit
-from benchmarks import decode, install_peers, report, run
+from benchmarks import decode, install_peers, report, run, tdt
 from benchmarks.agreement import disagreement, gradient_error, signature
 from benchmarks.jobs import Job
 from benchmarks.measure import answer, measure
@@ -25,7 +25,7 @@ from benchmarks.peers import Absent, implementations, require_present
 from benchmarks.session import Session, ended_process
 from benchmarks.truth import cell_coordinates, loss_truth, step_truth
 from benchmarks.workloads import Workload, choose_batch, scaling_workloads, utterance_shapes
-from transducer_toolkit.losses.reference import reference_loss
+from transducer_toolkit.losses.reference import reference_duration_loss, reference_loss
 
 ODD = "tests.odd_implementations"
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,26 @@ def test_truth_is_the_reference_recursion_with_autograd(lattice):
     lengths = shape.logit_lengths, shape.target_lengths
     expected = reference_loss(logits, workload.targets(), *lengths, blank=0, reduction="none")
     losses, grads = step_truth(workload)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), inputs))
+
+
+def test_truth_of_tdt_is_the_reference(monkeypatch):
+    monkeypatch.setattr("benchmarks.tdt.TILE_CELLS", 5)
+    shape = TINY.shape
+    inputs = [tensor.double().requires_grad_() for tensor in tdt.joiner_inputs(TINY)]
+    logits = tdt.padded_logits(*inputs)
+    expected = reference_duration_loss(
+        logits,
+        TINY.targets(),
+        shape.logit_lengths,
+        shape.target_lengths,
+        0,
+        durations=tdt.DURATIONS,
+        sigma=tdt.SIGMA,
+        reduction="none",
+    )
+    losses, grads = tdt.truth(TINY)
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), inputs))
 
@@ -277,6 +297,7 @@ def test_suite_runs_end_to_end(suite, tmp_path, capsys, monkeypatch):
     every = implementations()
     special = {
         "pruned": ("ours: pruned", "k2"),
+        "tdt": ("ours: TDT, fused", "plain torch"),
         "decode": ("ours: greedy, batched",),
         "parakeet": ("ours: Parakeet, fused loss",),
     }

@@ -49,6 +49,7 @@ class LatticeBatch:
         first_row: int,
         targets: int,
         band_start: int,
+        windows: int,
         first_frame: int,
     ) -> None: ...
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import tdt
 from benchmarks.decode import MAX_SYMBOLS_PER_FRAME, SearchInputs, decode_job
 from benchmarks.jobs import (
     Implementation,
@@ -14,6 +15,7 @@ from benchmarks.jobs import (
     Outcome,
     pruned_job,
     step_job,
+    step_job_of,
     unpruned,
 )
 from benchmarks.peers.k2_names import PRUNED_FUNCTIONS
@@ -62,6 +64,44 @@ def fused_step(workload: Workload, precision: str = "auto") -> Job:
         return losses.detach(), torch.autograd.grad(losses.sum(), inputs)
 
     return Job(run)
+
+
+def packed_tdt(workload: Workload) -> Job:
+    from transducer_toolkit import join, tdt_loss
+
+    shape, targets = workload.shape, workload.targets()
+    indices = targets, shape.logit_lengths, shape.target_lengths
+    return tdt.step_job(
+        workload,
+        lambda enc, pred, weight, bias: functional.linear(
+            join(enc, pred, shape, activation="relu"), weight, bias
+        ),
+        lambda logits: tdt_loss(
+            logits, *indices, 0, tdt.DURATIONS, sigma=tdt.SIGMA, reduction="none", inplace=True
+        ),
+    )
+
+
+def fused_tdt(workload: Workload, precision: str = "auto") -> Job:
+    from transducer_toolkit import fused_joiner_loss
+
+    shape, targets = workload.shape, workload.targets()
+    indices = targets, shape.logit_lengths, shape.target_lengths
+
+    def losses_of(*inputs: Tensor) -> Tensor:
+        losses: Tensor = fused_joiner_loss(
+            *inputs,
+            *indices,
+            0,
+            activation="relu",
+            durations=tdt.DURATIONS,
+            sigma=tdt.SIGMA,
+            reduction="none",
+            precision=precision,
+        )
+        return losses
+
+    return step_job_of(tdt.joiner_inputs(workload), losses_of)
 
 
 def make_pruned(workload: Workload) -> Job:
@@ -133,6 +173,13 @@ IMPLEMENTATIONS = [
         "fused, full precision",
         ("fused_joiner_loss",),
         step=lambda workload: fused_step(workload, precision="full"),
+    ),
+    _entry("TDT, packed, inplace", ("tdt_loss", "join"), tdt=packed_tdt),
+    _entry("TDT, fused", ("fused_joiner_loss", "tdt_loss"), tdt=fused_tdt),
+    _entry(
+        "TDT, fused, full precision",
+        ("fused_joiner_loss", "tdt_loss"),
+        tdt=lambda workload: fused_tdt(workload, precision="full"),
     ),
     _entry("pruned", PRUNED_FUNCTIONS, pruned=make_pruned),
     _entry("fused, pruned", (*PRUNED_FUNCTIONS, "fused_joiner_loss"), pruned=make_fused_pruned),

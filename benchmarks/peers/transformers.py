@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of transformers' Parakeet RNN-T, with its own loss and with the fused loss.
+"""transformers: its TDT loss, and a training step of its Parakeet RNN-T with its own or our loss.
 
-The whole model runs forward and backward, and AdamW takes a step of learning rate zero, so that
-every run starts from the same weights.
+In the training step, the whole model runs forward and backward, and AdamW takes a step of learning
+rate zero, so that every run starts from the same weights.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.jobs import Implementation, Job, Outcome
+from benchmarks import tdt
+from benchmarks.jobs import Implementation, Job, LossOfLogits, Outcome, int32_indices
 from benchmarks.workloads import Workload
 
 # 25 million parameters, fewer than those of the published models, so that a CPU can measure it.
@@ -82,6 +84,21 @@ def step_inputs(workload: Workload, blank: int) -> dict[str, Any]:
     return {name: tensor.to(workload.device) for name, tensor in inputs.items()}
 
 
+def make_tdt_loss(workload: Workload) -> LossOfLogits:
+    from transformers.loss.loss_tdt import tdt_loss
+
+    targets, *lengths = (tensor.long() for tensor in int32_indices(workload))
+    durations = list(tdt.DURATIONS)
+
+    def loss(logits: Tensor) -> Tensor:
+        tokens, of_durations = logits.tensor_split([workload.vocab_size], -1)
+        return tdt_loss(
+            tokens, of_durations, targets, *lengths, 0, durations, tdt.SIGMA, reduction="none"
+        )
+
+    return loss
+
+
 def _entry(name: str, project: str, *, fused: bool) -> Implementation:
     return Implementation(
         name,
@@ -94,6 +111,18 @@ def _entry(name: str, project: str, *, fused: bool) -> Implementation:
 
 
 IMPLEMENTATIONS = [
+    Implementation(
+        "transformers: tdt_loss",
+        project="transformers",
+        module="transformers.loss.loss_tdt",
+        needs=("tdt_loss",),
+        distribution="transformers",
+        jobs={
+            "tdt": lambda workload: tdt.step_job(
+                workload, tdt.padded_logits, make_tdt_loss(workload)
+            )
+        },
+    ),
     _entry("transformers: Parakeet", "transformers", fused=False),
     _entry("ours: Parakeet, fused loss", "ours", fused=True),
 ]

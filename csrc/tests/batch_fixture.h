@@ -58,6 +58,7 @@ struct BatchFixture {
              first_row.data(),
              targets.data(),
              has_band ? band_start.data() : nullptr,
+             nullptr,
              nullptr};
   }
   BatchFixture(const BatchFixture&) = delete;  // batch points into this object

@@ -79,7 +79,8 @@ class Bytes {
 
 struct Problem {
   LatticeBatch batch{};
-  std::vector<int64_t> num_frames, num_targets, first_row, targets, band_start, first_frame;
+  std::vector<int64_t> num_frames, num_targets, first_row, targets, band_start, windows,
+      first_frame;
   int64_t vocab_size = 0, blank = 0;
   bool from_log_softmax = false;
   LatticeOptions options;
@@ -91,7 +92,7 @@ int64_t Clamped(int64_t x, int64_t low, int64_t high) { return std::min(std::max
 Problem MakeProblem(Bytes* bytes) {
   Problem p;
   const bool wild = bytes->Flip(), is_padded = bytes->Flip(), has_band = bytes->Flip();
-  const bool has_begins = is_padded && bytes->Flip();
+  const bool has_begins = is_padded && bytes->Flip(), has_windows = bytes->Flip();
   const int64_t size = 1 + bytes->Below(3);
   const int64_t max_frames = 1 + bytes->Below(6), max_targets = bytes->Below(5);
   const int64_t width = has_band ? 1 + bytes->Below(max_targets + 1) : max_targets + 1;
@@ -128,6 +129,10 @@ Problem MakeProblem(Bytes* bytes) {
       p.band_start.push_back(wild && bytes->Flip() ? bytes->Wild(max_targets)
                                                    : bytes->Below(highest + 1));
     }
+    for (int64_t i = 0; i < 2 * max_frames && has_windows; ++i) {
+      p.windows.push_back(wild && bytes->Flip() ? bytes->Wild(max_targets)
+                                                : bytes->Below(max_targets + 2));
+    }
     for (int64_t u = 0; u < max_targets; ++u) {
       const bool is_label = u < labels;
       p.targets.push_back(wild || !is_label ? bytes->Wild(p.vocab_size)
@@ -145,6 +150,7 @@ Problem MakeProblem(Bytes* bytes) {
              p.first_row.data(),
              p.targets.data(),
              has_band ? p.band_start.data() : nullptr,
+             has_windows ? p.windows.data() : nullptr,
              has_begins ? p.first_frame.data() : nullptr};
   for (int64_t i = 0; i < rows * p.vocab_size; ++i) p.logits.push_back(bytes->Logit());
   return p;
@@ -242,11 +248,15 @@ Score PlainLoss(const Problem& p, const Results& r, int64_t b) {
       if (!has(t, u)) continue;
       const int64_t row = batch.Row(b, t, u);
       const bool is_last = t + 1 == frames;
-      has_nan |= std::isnan(r.blank[row]) || (u < labels && std::isnan(r.label[row]));
+      bool has_label = u < labels;
+      if (has_label && !p.windows.empty()) {
+        has_label = u + 1 < p.windows[2 * (b * batch.max_frames + t) + 1];
+      }
+      has_nan |= std::isnan(r.blank[row]) || (has_label && std::isnan(r.label[row]));
       if (is_last ? u == labels : has(t + 1, u)) {
         at(t + 1, u) = LogAdd(at(t + 1, u), at(t, u) + r.blank[row]);
       }
-      if (u == labels) continue;
+      if (!has_label) continue;
       Score score = r.label[row] + p.options.delay_penalty * (middle - static_cast<Score>(t));
       if (traits.label_frames == 0) {
         if (has(t, u + 1)) at(t, u + 1) = LogAdd(at(t, u + 1), at(t, u) + score);

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from transducer_toolkit.data.alignments import Alignments
 from transducer_toolkit.data.audio import read_audio
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import EpochIndex
@@ -80,6 +82,30 @@ def test_word_starts_reach_the_batch(utterances, tokenizer):
     dataset = SpeechDataset([known, utterances[1]], tokenizer, Fbank())
     batch = collate([dataset[0], dataset[1]]).to("cpu")
     assert batch.word_starts_s == [known.word_starts_s, None]
+
+
+def test_times_of_an_alignment_follow_the_speed(utterances, tokenizer, tmp_path):
+    symbols = [tokenizer.symbols[token] for token in tokenizer.encode(utterances[0].text)]
+    times_s = [0.01 * k for k in range(len(symbols))]
+    tokens = [{"symbol": s, "time_s": t} for s, t in zip(symbols, times_s, strict=True)]
+    (tmp_path / f"{utterances[0].id}.json").write_text(json.dumps({"tokens": tokens}))
+    options = {"alignments": Alignments(tmp_path)}
+    plain = SpeechDataset(utterances, tokenizer, Fbank(), **options)
+    assert collate([plain[0]]).to("cpu").token_times_s == [times_s]
+    perturbation = WaveformPerturbation(speed=0.4)
+    faster = SpeechDataset(
+        utterances, tokenizer, Fbank(), waveform_perturbation=perturbation, **options
+    )
+    ratios = []
+    for epoch in range(4):
+        example = faster[EpochIndex(epoch, 0)]
+        ratios.append(example.token_times_s[-1] / times_s[-1])
+        # frames of 10 ms, but for the last ones, which a window of 25 ms does not fit
+        assert abs(len(example.features) - ratios[-1] * (len(plain[0].features) + 2) + 2) <= 2
+    assert min(ratios) < 0.97 or max(ratios) > 1.03
+    with pytest.raises(ValueError, match=f"utterance {utterances[1].id!r}: no alignment at"):
+        plain[1]
+    assert collate([SpeechDataset(utterances, tokenizer, Fbank())[0]]).token_times_s == []
 
 
 def test_lengths_stay_on_the_cpu(utterances, tokenizer):

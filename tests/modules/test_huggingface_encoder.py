@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from tests.compat.hugging_face import ENCODER, save_folder, transformers
-from transducer_toolkit.data.features import Fbank
-from transducer_toolkit.data.huggingface_features import KINDS, WAVEFORM, HuggingFaceFeatures
+from transducer_toolkit.data.audio import SAMPLE_RATE
+from transducer_toolkit.data.features import FRAME_SHIFT_MS, Fbank
+from transducer_toolkit.modules import huggingface_features
 from transducer_toolkit.modules.huggingface import HuggingFaceEncoder
+from transducer_toolkit.modules.huggingface_features import KINDS, WAVEFORM, HuggingFaceFeatures
 
 COMMON = {
     "hidden_size": 32,
@@ -258,3 +260,8 @@ def test_frames_of_a_waveform_are_its_samples():
     waveform = torch.randn(1000)
     frames = features(waveform)
     assert torch.equal(frames.flatten()[:1000], waveform) and not frames.flatten()[1000:].any()
+
+
+def test_rate_and_frames_are_those_of_the_data():
+    assert huggingface_features.SAMPLE_RATE == SAMPLE_RATE
+    assert huggingface_features.FRAME_SAMPLES == SAMPLE_RATE * FRAME_SHIFT_MS / 1000

@@ -161,6 +161,7 @@ def test_rows_that_belong_to_another_utterance_are_not_read(first_row):
         row_stride=2,
         rows_per_utterance=6,
         band_start=0,
+        windows=0,
         first_frame=0,
         **{name: x.data_ptr() for name, x in zip(names, tensors, strict=True)},
     )

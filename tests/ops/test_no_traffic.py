@@ -7,7 +7,7 @@ import torch
 from tests.losses.helpers import ragged_batch
 from tests.pretend_cuda import CUDA, gradients, pretend_cuda, to_cuda, to_host
 from transducer_toolkit import LatticeShape, fused_joiner_loss, joiner_logits, transducer_loss
-from transducer_toolkit.ops import fused_joiner, join, logits_loss
+from transducer_toolkit.ops import fused_joiner, join, joint_tiles, logits_loss
 from transducer_toolkit.ops.additive import pick_rows
 
 FRAMES, SYMBOLS = [6, 4, 1], [3, 0, 2]
@@ -190,3 +190,37 @@ def test_the_double_sees_what_it_should():
                 run()
         with pytest.raises(RuntimeError, match="same device"):
             there + host
+
+
+def test_loss_of_logits_near_an_alignment_is_captured():
+    batch, logits = logits_case("packed")
+    alignment = torch.tensor([[1, 2, 4], [0, 0, 0], [0, 0, 9]])
+    options = {"left": 1, "right": 1, "reduction": "none"}
+    expected = transducer_loss(logits, *batch.index_arguments, alignment=alignment, **options)
+    shape = batch.shape
+    with pretend_cuda() as traffic:
+        shape.to(CUDA)
+        inputs = to_cuda(logits), to_cuda(batch.targets), *shape.lengths, batch.blank
+        there = to_cuda(alignment)
+        with traffic.capture():
+            with pytest.raises(RuntimeError, match="alignment: expected device cuda:0 while a"):
+                transducer_loss(*inputs, shape=shape, alignment=alignment, **options)
+            losses = transducer_loss(*inputs, shape=shape, alignment=there, **options)
+        losses = to_host(losses)
+    torch.testing.assert_close(losses, expected)
+
+
+def test_fused_loss_near_an_alignment_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(joint_tiles, "KEPT_LOGITS_BYTES", {})
+    shape, inputs, targets, _ = joint_case(torch.float32, band=False)
+    alignment = torch.tensor([[1, 2, 4], [0, 0, 0], [0, 0, 9]])
+    options = {"left": 0, "right": 1, "reduction": "none", "shape": shape, "alignment": alignment}
+    expected = fused_joiner_loss(*inputs, targets, *shape.lengths, 0, **options)
+    with pretend_cuda() as traffic:
+        shape.to(CUDA)
+        there = [to_cuda(tensor) for tensor in (*inputs, targets)]
+        traffic.events.clear()
+        losses = fused_joiner_loss(*there, *shape.lengths, 0, **options)
+        assert set(traffic.events) == {"host to device"} and len(traffic.events) <= 2
+        losses = to_host(losses)
+    torch.testing.assert_close(losses, expected)

@@ -89,6 +89,17 @@ def test_what_is_missing_is_named():
         module.compute_losses(make_batch([0]))
 
 
+def test_an_alignment_is_in_encoder_frames():
+    module = make_module()  # of 40 ms
+    batch = make_batch([0, 1, 2])
+    lengths = torch.tensor([8, 6, 3])
+    assert module._alignment(batch, lengths) is None
+    batch.token_times_s = [[0.0, 0.039, 0.1199999, 0.28], [0.079, 0.12, 0.31], []]
+    # rounded starts of frames are in their frames, times behind the last frame in that
+    expected = [[0, 0, 3, 7], [1, 3, 5, 0], [0, 0, 0, 0]]
+    assert module._alignment(batch, lengths).tolist() == expected
+
+
 @pytest.mark.parametrize("topology", ["regular", "one_sym_per_frame"])
 def test_symbol_delays_are_those_of_the_best_path(topology):
     loss = PackedLoss(topology=topology)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,7 +164,9 @@ def file_names(ids: Sequence[str]) -> list[str]:
         >>> file_names(["a1", "set/a 2"])
         ['a1', 'set_a_2']
     """
-    names = [re.sub(r"[^\w.+-]", "_", id_) for id_ in ids]
+    from transducer_toolkit.data.alignments import file_stem
+
+    names = [file_stem(id_) for id_ in ids]
     id_of: dict[str, str] = {}
     for name, id_ in zip(names, ids, strict=True):
         if id_of.setdefault(name, id_) != id_:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 # Their messages, also the warnings, are the same in all processes.
 SAME_IN_ALL_PROCESSES = (
@@ -21,7 +21,13 @@ SAME_IN_ALL_PROCESSES = (
 ONE_A_PROCESS = "lightning.fabric.utilities.distributed"
 
 
-class ConsoleHandler(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 cannot subscript it
+    _StreamHandler = logging.StreamHandler
+
+
+class ConsoleHandler(_StreamHandler):
     """Writes to the ``sys.stdout`` of the moment.
 
     A ``StreamHandler`` keeps the stream that it was made with. While a progress bar is shown, rich

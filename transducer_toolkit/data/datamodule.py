@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import lightning
 import torch
 
+from transducer_toolkit.data.alignments import Alignments
 from transducer_toolkit.data.audio import check_channel
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler
@@ -75,6 +77,9 @@ class TransducerDataModule(lightning.LightningDataModule):
         pin_memory: whether batches are page-locked, for faster copies to a GPU; None means yes if
             CUDA is available.
         seed: seed of shuffling and augmentation.
+        alignment_dir: folder with an alignment of each utterance of the training set, such as the
+            ``--output-dir`` of ``transducer-align``; see
+            :class:`~transducer_toolkit.data.alignments.Alignments`. None for none.
 
     Attributes:
         tokenizer: the tokenizer; None before :meth:`made_tokenizer` has made it.
@@ -112,6 +117,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         max_duration_s: float | None = None,
         pin_memory: bool | None = None,
         seed: int = 0,
+        alignment_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         check_at_least(1, max_cells=max_cells, max_utterances=max_utterances)
@@ -144,6 +150,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         self.max_duration_s = max_duration_s
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = seed
+        self.alignments = None if alignment_dir is None else Alignments(alignment_dir)
         self._utterances: dict[str, list[Utterance]] = {}
         self._targets: dict[str, TargetIds] = {}
         self._train_position: dict[str, Any] | None = None  # of a checkpoint
@@ -284,6 +291,7 @@ class TransducerDataModule(lightning.LightningDataModule):
             spec_augment=self.spec_augment if training else None,
             seed=self.seed,
             on_bad_audio=self.on_bad_audio if training else "raise",
+            alignments=self.alignments if training else None,
         )
 
     def _loader(self, name: str, *, training: bool = False) -> ResumableLoader:
@@ -345,6 +353,8 @@ class TransducerDataModule(lightning.LightningDataModule):
                 ", ".join(utterance.id for utterance in dropped[:3]),
             )
         _check_not_empty(name, path, kept)
+        if name == "train" and self.alignments is not None:
+            self.alignments.require([utterance.id for utterance in kept])
         self._utterances[name] = kept
         self._targets[name] = targets
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from transducer_toolkit.data.alignments import Alignments
 from transducer_toolkit.data.audio import read_audio
 from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import EpochIndex
@@ -28,11 +29,15 @@ TARGET_PADDING = -1
 
 @dataclass(frozen=True)
 class Example:
-    """One utterance: features ``(T_in, F)`` float32 and targets ``(U,)`` int64."""
+    """One utterance: features ``(T_in, F)`` float32 and targets ``(U,)`` int64.
+
+    ``token_times_s`` are the times of the targets in the features, or None.
+    """
 
     utterance: Utterance
     features: Tensor
     targets: Tensor
+    token_times_s: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Batch:
             speed perturbation does not change it); None for utterances without word times.
         unreadable: ids of the utterances that were left out, with the reasons; see
             :class:`SpeechDataset`.
+        token_times_s: time of each target of each utterance in its alignment, in seconds of the
+            features (after a speed perturbation); empty without alignments.
     """
 
     utterance_ids: list[str]
@@ -70,6 +77,7 @@ class Batch:
     target_lengths: Tensor
     word_starts_s: list[Sequence[float] | None] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
+    token_times_s: list[list[float]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.utterance_ids)
@@ -113,6 +121,7 @@ class SpeechDataset(Dataset[Example]):
             such utterances out of the batch and lists them in ``Batch.unreadable``. If no utterance
             of a batch can be read, the next readable one of the manifest replaces them: with
             several processes, each must have a batch in every step.
+        alignments: the times of the targets; None for none.
 
     Raises:
         ValueError: ``on_bad_audio`` is unknown; (on access) audio is missing, unreadable, too
@@ -137,6 +146,7 @@ class SpeechDataset(Dataset[Example]):
         spec_augment: SpecAugment | None = None,
         seed: int = 0,
         on_bad_audio: str = "raise",
+        alignments: Alignments | None = None,
     ) -> None:
         check_on_bad_audio(on_bad_audio)
         self.utterances = list(utterances)
@@ -147,6 +157,7 @@ class SpeechDataset(Dataset[Example]):
         self.spec_augment = spec_augment
         self.seed = seed
         self.on_bad_audio = on_bad_audio
+        self.alignments = alignments
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -202,6 +213,7 @@ class SpeechDataset(Dataset[Example]):
             epoch: epoch of the training.
             targets: the encoded text, (U,) int64; None encodes it here.
         """
+        num_samples = len(waveform)
         if self.waveform_perturbation is not None:
             rng = keyed_generator(self.seed, epoch, utterance.id, "waveform")
             waveform = self.waveform_perturbation(waveform, rng)
@@ -213,7 +225,13 @@ class SpeechDataset(Dataset[Example]):
             features = self.spec_augment(features, rng)
         if targets is None:
             targets = torch.tensor(self.tokenizer.encode(utterance.text), dtype=torch.int64)
-        return Example(utterance, features, targets)
+        if self.alignments is None:
+            return Example(utterance, features, targets)
+        symbols = [self.tokenizer.symbols[token] for token in targets.tolist()]
+        duration_s = num_samples / self.fbank.sample_rate
+        times_s = self.alignments.times_s(utterance.id, symbols, duration_s)
+        stretch = len(waveform) / num_samples  # by a speed perturbation
+        return Example(utterance, features, targets, [time_s * stretch for time_s in times_s])
 
 
 def collate(items: Sequence[Example | Unreadable]) -> Batch:
@@ -238,4 +256,5 @@ def collate(items: Sequence[Example | Unreadable]) -> Batch:
         unreadable={
             item.utterance_id: item.reason for item in items if isinstance(item, Unreadable)
         },
+        token_times_s=[it.token_times_s for it in examples if it.token_times_s is not None],
     )

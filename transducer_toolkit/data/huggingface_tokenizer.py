@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transducer_toolkit.data.huggingface_files import read_config
 from transducer_toolkit.data.tokenizer import check_ids, save_symbols
+from transducer_toolkit.modules.huggingface_files import read_config
 from transducer_toolkit.ops.checks import check_at_least
 
 __all__ = ["HuggingFaceTokenizer"]

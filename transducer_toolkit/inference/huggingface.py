@@ -11,9 +11,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor
 
-from transducer_toolkit.data.huggingface_features import HuggingFaceFeatures
-from transducer_toolkit.data.huggingface_files import check_shapes, read_config, read_weights
 from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
+from transducer_toolkit.modules.huggingface_features import HuggingFaceFeatures
+from transducer_toolkit.modules.huggingface_files import check_shapes, read_config, read_weights
 from transducer_toolkit.ops.topology import tdt_topology
 
 # model_type of the folders that can be read.

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from transducer_toolkit.data.features import Fbank
-from transducer_toolkit.data.huggingface_files import CONFIG
 from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
@@ -31,6 +30,7 @@ from transducer_toolkit.inference.long_audio import (
 from transducer_toolkit.inference.pretrained import local_checkpoint
 from transducer_toolkit.inference.trust import all_trusted, check_archive, check_model_config
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
+from transducer_toolkit.modules.huggingface_files import CONFIG
 from transducer_toolkit.modules.transducer import Transducer
 from transducer_toolkit.ops.native import SUPPORTED_DTYPES
 from transducer_toolkit.ops.topology import get_topology

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.fused_joiner import FusedInputs, fused_loss
 from transducer_toolkit.ops.joint_tiles import autocast
-from transducer_toolkit.ops.lattice import LatticeShape, check_shape, refuse_tracing
+from transducer_toolkit.ops.lattice import LatticeShape, Lengths, check_shape, refuse_tracing
 from transducer_toolkit.ops.options import FusedOptions
+from transducer_toolkit.ops.restriction import Restriction
 from transducer_toolkit.ops.topology import multi_blank_topology, tdt_topology
 
 
@@ -46,6 +47,9 @@ def fused_joiner_loss(
     *,
     activation: str = "tanh",
     ranges: Tensor | None = None,
+    alignment: Tensor | None = None,
+    left: int = 0,
+    right: int = 0,
     topology: str = "regular",
     durations: Sequence[int] | None = None,
     big_blank_durations: Sequence[int] | None = None,
@@ -78,6 +82,9 @@ def fused_joiner_loss(
     *,
     activation: str = "tanh",
     ranges: Tensor | None = None,
+    alignment: Tensor | None = None,
+    left: int = 0,
+    right: int = 0,
     topology: str = "regular",
     durations: Sequence[int] | None = None,
     big_blank_durations: Sequence[int] | None = None,
@@ -110,6 +117,9 @@ def fused_joiner_loss(
     *,
     activation: str = "tanh",
     ranges: Tensor | None = None,
+    alignment: Tensor | None = None,
+    left: int = 0,
+    right: int = 0,
     topology: str = "regular",
     durations: Sequence[int] | None = None,
     big_blank_durations: Sequence[int] | None = None,
@@ -141,6 +151,9 @@ def fused_joiner_loss(
     *,
     activation: str = "tanh",
     ranges: Tensor | None = None,
+    alignment: Tensor | None = None,
+    left: int = 0,
+    right: int = 0,
     topology: str = "regular",
     durations: Sequence[int] | None = None,
     big_blank_durations: Sequence[int] | None = None,
@@ -200,6 +213,13 @@ def fused_joiner_loss(
         ranges: (B, T, R) int32 or int64; for each frame the R consecutive symbols whose cells
             exist, as :func:`~transducer_toolkit.get_rnnt_prune_ranges` returns them. None: all
             cells exist.
+        alignment: (B, U) int32 or int64, on the CPU or on the device of enc: the frame a_u of each
+            label, from any aligner; not decreasing. Label u may be emitted on the frames
+            ``a_u - left`` to ``a_u + right`` only (alignment-restricted transducer). Padding may
+            hold any value. None: no restriction. Not with `ranges`. Only the cells
+            that such a path can use are computed. A copy on the CPU avoids a synchronization.
+        left: >= 0, frames that a label may be emitted before its frame in the alignment.
+        right: >= 0, frames that a label may be emitted behind its frame in the alignment.
         topology: "regular", "modified", "constrained" or "one_sym_per_frame", as in
             :func:`~transducer_toolkit.transducer_loss`.
         durations: of a token-and-duration transducer, as in :func:`~transducer_toolkit.tdt_loss`;
@@ -243,7 +263,8 @@ def fused_joiner_loss(
 
     Raises:
         TypeError: not a tensor, a wrong dtype, or a sharded weight (DTensor).
-        ValueError: sizes, devices, blank, options, lengths, ranges or labels that do not fit.
+        ValueError: sizes, devices, blank, options, lengths, ranges, labels or an alignment that do
+            not fit; an alignment that leaves an utterance no path.
         RuntimeError: no stage for this device in this build; a second derivative.
 
     Example:
@@ -260,7 +281,8 @@ def fused_joiner_loss(
     Source:
         A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012, for the lattice;
         E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, for the
-        recomputation.
+        recomputation; J. Mahadeokar et al., "Alignment Restricted Streaming Recurrent Neural
+        Network Transducer", 2020, for the alignment.
     """
     checks.check_reduction(reduction)
     options = FusedOptions(
@@ -288,21 +310,34 @@ def fused_joiner_loss(
         )
     joint = *_autocast(enc, pred, weight, bias), targets
     _check_inputs(FusedInputs(*joint, logit_lengths, target_lengths, ranges), options)
+    restriction = Restriction.of(alignment, left, right, targets)
+    if restriction is not None:
+        if ranges is not None:
+            raise ValueError("ranges: expected None with alignment, got a tensor")
+        # The windows decide how much memory is needed.
+        restriction = restriction._replace(alignment=restriction.alignment.cpu())
     check_shape(shape, targets.size(0))
     if shape is None:
         checks.check_lengths_fit(  # before they decide any size
             logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
         )
         shape = LatticeShape.from_lengths(logit_lengths, target_lengths).to(enc.device)
+    windows, num_cells = None, None
+    if restriction is not None:
+        windows = restriction.checked_windows(Lengths(*shape.lengths), options, enc.size(1))
+        ranges, num_cells = _band_of_windows(windows, shape, targets.size(1), enc.device)
+        windows = native.to_device(windows, enc.device)
     num_rows = shape.num_cells if ranges is None else shape.num_frames * ranges.size(2)
-    inputs = FusedInputs(*joint, *shape.lengths, ranges, shape.index(enc.device))
-    result = fused_loss(inputs, options, num_rows, with_uses=return_kept or return_parts)
+    inputs = FusedInputs(*joint, *shape.lengths, ranges, shape.index(enc.device), windows)
+    with_uses = return_kept or return_parts
+    result = fused_loss(inputs, options, num_rows, with_uses=with_uses, num_cells=num_cells)
+    num_cells = num_rows if num_cells is None else num_cells
     loss = checks.reduce_losses(result.losses, reduction)
     if return_kept:
-        return loss, (result.num_full + result.num_low) / num_rows
+        return loss, (result.num_full + result.num_low) / num_cells
     if return_parts:
         parts = result.num_full + result.num_low, result.num_fine, result.num_full, result.num_low
-        return loss, CellParts(*(part / num_rows for part in parts))
+        return loss, CellParts(*(part / num_cells for part in parts))
     return loss
 
 
@@ -328,6 +363,8 @@ class FusedJoinerLoss(nn.Module):
         durations: Sequence[int] | None = None,
         big_blank_durations: Sequence[int] | None = None,
         sigma: float = 0.0,
+        left: int = 0,
+        right: int = 0,
         normalization: str = "softmax",
         reduction: str = "mean",
         fastemit_lambda: float = 0.0,
@@ -342,6 +379,7 @@ class FusedJoinerLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_reduction(reduction)
+        checks.check_at_least(0, left=left, right=right)
         FusedOptions(
             blank=blank,
             topology=_topology(topology, durations, big_blank_durations),
@@ -362,6 +400,8 @@ class FusedJoinerLoss(nn.Module):
             "durations": durations,
             "big_blank_durations": big_blank_durations,
             "sigma": sigma,
+            "left": left,
+            "right": right,
             "normalization": normalization,
             "reduction": reduction,
             "fastemit_lambda": fastemit_lambda,
@@ -386,6 +426,7 @@ class FusedJoinerLoss(nn.Module):
         target_lengths: Tensor,
         ranges: Tensor | None = None,
         shape: LatticeShape | None = None,
+        alignment: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, CellParts]:
         return fused_joiner_loss(
             enc,
@@ -397,11 +438,27 @@ class FusedJoinerLoss(nn.Module):
             target_lengths,
             ranges=ranges,
             shape=shape,
+            alignment=alignment,
             **self.options,
         )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _band_of_windows(
+    windows: Tensor, shape: LatticeShape, max_targets: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """Returns the band around windows (B, T, 2) on the CPU, and the number of their cells.
+
+    The band (B, T, R) is on `device`. R is the width of the widest window.
+    """
+    is_frame = torch.arange(windows.size(1)) < shape.logit_lengths[:, None]
+    begin, end = windows.unbind(2)
+    sizes = (end - begin).clamp(min=0).masked_fill(~is_frame, 0)
+    width = max(1, int(sizes.max()))
+    start = native.to_device(begin.clamp(max=max_targets + 1 - width), device)
+    return start[:, :, None] + torch.arange(width, device=device), int(sizes.sum())
 
 
 def _topology(
@@ -441,7 +498,7 @@ def _autocast(
 
 
 def _check_inputs(inputs: FusedInputs, options: FusedOptions) -> None:
-    enc, pred, weight, bias, targets, logit_lengths, target_lengths, ranges, _ = inputs
+    enc, pred, weight, bias, targets, logit_lengths, target_lengths, ranges, *_ = inputs
     checks.check_joint(enc, pred)
     checks.check_output_layer(weight, bias, enc)
     allowed = (torch.float32,) if enc.dtype in native.SIXTEEN_BIT else ()

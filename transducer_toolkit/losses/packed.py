@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops.lattice import LatticeShape, check_shape
-from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
+from transducer_toolkit.ops.lattice import LatticeShape, Lengths, check_shape
+from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss, most_frames
 from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.restriction import Restriction
 from transducer_toolkit.ops.topology import get_topology
 
 
@@ -28,6 +29,9 @@ def transducer_loss(
     delay_penalty: float = 0.0,
     clamp: float = 0.0,
     inplace: bool = False,
+    alignment: Tensor | None = None,
+    left: int = 0,
+    right: int = 0,
     shape: LatticeShape | None = None,
     validate: bool | None = None,
 ) -> Tensor:
@@ -81,23 +85,31 @@ def transducer_loss(
             works in eager mode only. The logits must be neither a leaf nor a view (``nn.Linear``
             returns a view for padded input), and no other backward may need them. A second backward
             raises an error.
+        alignment: (B, U) int32 or int64, on the CPU or on the device of logits: the frame a_u of
+            each label, from any aligner; not decreasing. Label u may be emitted on the frames
+            ``a_u - left`` to ``a_u + right`` only (alignment-restricted transducer). The cells
+            outside of these windows are not read, and their gradient is 0. Padding may hold any
+            value. None: no restriction.
+        left: >= 0, frames that a label may be emitted before its frame in the alignment.
+        right: >= 0, frames that a label may be emitted behind its frame in the alignment.
         shape: the lattices, with the same lengths. After ``shape.to(device)`` the loss copies
             nothing to the device, so that it can be captured in a CUDA graph.
-        validate: whether to check lengths and labels. None checks those that can be read without
-            waiting for a device. Without a check, an invalid label or length gives its utterance a
-            NaN loss and never reads outside of a tensor.
+        validate: whether to check lengths, labels and the alignment. None checks those that can be
+            read without waiting for a device. Without a check, an invalid label or length gives its
+            utterance a NaN loss and never reads outside of a tensor.
 
     Returns:
-        The loss in nats, float64 for float64 logits and float32 otherwise. If -inf logits leave an
-        utterance no path, its loss is +inf and its gradient zero. If its logits hold NaN, +inf or a
-        row of nothing but -inf, its loss and its gradient are NaN; other utterances are not
-        affected. An utterance whose upstream gradient is 0 gets a zero gradient, so that
-        ``torch.where`` can mask a non-finite loss.
+        The loss in nats, float64 for float64 logits and float32 otherwise. If -inf logits, or an
+        alignment that is not checked, leave an utterance no path, its loss is +inf and its gradient
+        zero. If its logits hold NaN, +inf or a row of nothing but -inf, its loss and its gradient
+        are NaN; other utterances are not affected. An utterance whose upstream gradient is 0 gets a
+        zero gradient, so that ``torch.where`` can mask a non-finite loss.
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
-        ValueError: sizes, devices, blank, reduction, options, lengths or labels that do not fit;
-            names the argument or utterance, what was expected and what came.
+        ValueError: sizes, devices, blank, reduction, options, lengths, labels or an alignment that
+            do not fit; an alignment that leaves an utterance no path; names the argument or
+            utterance, what was expected and what came.
         RuntimeError: no stage for this device in this build; a second derivative.
 
     Example:
@@ -120,7 +132,9 @@ def transducer_loss(
     Source:
         A. Graves, "Sequence Transduction with Recurrent Neural Networks", 2012, eq. 12-22; packing:
         J. Li et al., "Improving RNN Transducer Modeling for End-to-End Speech Recognition", 2019;
-        HAT: E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020, arXiv:2003.07705.
+        restriction: J. Mahadeokar et al., "Alignment Restricted Streaming Recurrent Neural Network
+        Transducer", 2020; HAT: E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020,
+        arXiv:2003.07705.
     """
     checks.check_reduction(reduction)
     options = LossOptions(
@@ -135,10 +149,16 @@ def transducer_loss(
     )
     check_logits(logits, targets, logit_lengths, target_lengths, options)
     checks.check_flag(inplace, "inplace")
+    restriction = Restriction.of(alignment, left, right, targets)
     check_shape(shape, targets.size(0))
     lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
     index = None if shape is None else shape.index(logits.device)
-    inputs = LogitsInputs(logits, targets, *lengths, shape_index=index)
+    windows = None
+    if restriction is not None:
+        num_frames = most_frames(logits, lengths[0])
+        windows = restriction.checked_windows(Lengths(*lengths, index), options, num_frames)
+        windows = native.to_device(windows, logits.device)
+    inputs = LogitsInputs(logits, targets, *lengths, shape_index=index, windows=windows)
     return checks.reduce_losses(logits_loss(inputs, options, inplace=inplace).losses, reduction)
 
 
@@ -166,10 +186,13 @@ class TransducerLoss(nn.Module):
         delay_penalty: float = 0.0,
         clamp: float = 0.0,
         inplace: bool = False,
+        left: int = 0,
+        right: int = 0,
         validate: bool | None = None,
     ) -> None:
         super().__init__()
         checks.check_reduction(reduction)
+        checks.check_at_least(0, left=left, right=right)
         LossOptions(
             blank=blank,
             topology=_topology(topology, one_sym_per_frame),
@@ -190,6 +213,8 @@ class TransducerLoss(nn.Module):
             "delay_penalty": delay_penalty,
             "clamp": clamp,
             "inplace": inplace,
+            "left": left,
+            "right": right,
             "validate": validate,
         }
 
@@ -200,9 +225,11 @@ class TransducerLoss(nn.Module):
         logit_lengths: Tensor,
         target_lengths: Tensor,
         shape: LatticeShape | None = None,
+        alignment: Tensor | None = None,
     ) -> Tensor:
         lengths = logit_lengths, target_lengths
-        return transducer_loss(logits, targets, *lengths, **self.options, shape=shape)
+        options = {**self.options, "shape": shape, "alignment": alignment}
+        return transducer_loss(logits, targets, *lengths, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from transducer_toolkit.data.huggingface_features import (
+from transducer_toolkit.modules.encoder import Encoder
+from transducer_toolkit.modules.encoder_frontend import NumFrames, frame_mask
+from transducer_toolkit.modules.huggingface_features import (
     FRAME_SAMPLES,
     NEMOTRON,
     PARAKEET,
@@ -21,9 +23,7 @@ from transducer_toolkit.data.huggingface_features import (
     WHISPER,
     HuggingFaceFeatures,
 )
-from transducer_toolkit.data.huggingface_files import check_shapes, read_config, read_weights
-from transducer_toolkit.modules.encoder import Encoder
-from transducer_toolkit.modules.encoder_frontend import NumFrames, frame_mask
+from transducer_toolkit.modules.huggingface_files import check_shapes, read_config, read_weights
 from transducer_toolkit.ops.checks import check_flag
 from transducer_toolkit.optional import import_transformers
 
@@ -57,9 +57,9 @@ class HuggingFaceEncoder(Encoder):
             taken. A folder of a whole transducer or CTC model works too: its encoder is taken.
         config: instead of a folder, the config: ``model_type`` and the options that differ from the
             defaults. The weights are random.
-        features: with ``config``, ``kind`` and ``options`` of the
-            :class:`~transducer_toolkit.data.huggingface_features.HuggingFaceFeatures`; by default
-            those of the model type.
+        features: with ``config``, ``kind`` and ``options`` of the features
+            (:class:`~transducer_toolkit.modules.huggingface_features.HuggingFaceFeatures`); by
+            default those of the model type.
         frozen: whether the encoder is left as it is; it then needs no memory for gradients.
         gradient_checkpointing: whether backward computes the activations of each layer again.
 

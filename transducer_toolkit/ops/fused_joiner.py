@@ -34,6 +34,8 @@ class FusedInputs(NamedTuple):
         target_lengths: (B,) integers.
         ranges: (B, T, R) integers, the symbols of each frame's cells; None: all cells exist.
         shape_index: LatticeShape.index of the lengths on the device of enc, if there is one.
+        windows: (B, T, 2) integers, the cells of each frame that exist within the ranges; None: all
+            of them.
     """
 
     enc: Tensor
@@ -45,23 +47,26 @@ class FusedInputs(NamedTuple):
     target_lengths: Tensor
     ranges: Tensor | None = None
     shape_index: Tensor | None = None
+    windows: Tensor | None = None
 
 
 class FusedPlan(NamedTuple):
     """What is known before the operator runs.
 
     Attributes:
-        num_rows: cells of the batch.
+        num_rows: rows of the batch.
         keep_logits: logits are kept for backward: all of them, or the fine ones of a coarse plan
             if they fit.
         with_uses: posteriors are wanted: for backward, or by the caller.
         is_coarse: the cells that hardly matter are computed in low precision.
+        num_cells: rows that are cells; None for all of them.
     """
 
     num_rows: int
     keep_logits: bool
     with_uses: bool
     is_coarse: bool = False
+    num_cells: int | None = None
 
 
 class FusedLoss(NamedTuple):
@@ -112,15 +117,21 @@ class FusedLoss(NamedTuple):
 
 
 def fused_loss(
-    inputs: FusedInputs, options: FusedOptions, num_rows: int, *, with_uses: bool
+    inputs: FusedInputs,
+    options: FusedOptions,
+    num_rows: int,
+    *,
+    with_uses: bool,
+    num_cells: int | None = None,
 ) -> FusedLoss:
     """Returns the losses of a joiner; arguments are checked, but for the values of tensors.
 
     Args:
         inputs: the tensors.
         options: the options.
-        num_rows: cells of the batch.
+        num_rows: rows of the batch.
         with_uses: the caller wants the counts.
+        num_cells: as in FusedPlan.
     """
     weight, bias = inputs.weight, inputs.bias
     enc, pred = inputs.enc, inputs.pred
@@ -143,8 +154,9 @@ def fused_loss(
         inputs.target_lengths,
         None if inputs.ranges is None else inputs.ranges.contiguous(),
         inputs.shape_index,
+        inputs.windows,
     )
-    plan = FusedPlan(num_rows, keep_logits, with_grad or with_uses, is_coarse)
+    plan = FusedPlan(num_rows, keep_logits, with_grad or with_uses, is_coarse, num_cells)
     return operator(contiguous, options, plan)
 
 
@@ -168,7 +180,13 @@ def _lattice_batch(
         padded=False,
         band=Band.of(inputs.ranges),
         skip=skip,
+        windows=inputs.windows,
     )
+
+
+def _cell_rows(batch: LatticeBatch, plan: FusedPlan) -> Tensor | None:
+    """Returns the rows that are cells; None for all rows."""
+    return None if plan.num_cells is None else batch.cell_rows(plan.num_cells)
 
 
 def _joint_tiles(
@@ -223,7 +241,7 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
             return _forward_coarse_to_fine(inputs, options, plan, batch, scores, logits)
         joint = _joint_tiles(inputs, options, batch, beside_kept=plan.keep_logits)
         keeps_all = plan.keep_logits and not plan.is_coarse
-        for tile in joint.tiles():
+        for tile in joint.tiles(None if keeps_all else _cell_rows(batch, plan)):
             out = logits[tile.begin : tile.begin + tile.size] if keeps_all else None
             stages.cell_scores(joint.logits(joint.hidden(tile), out), batch, tile, options, scores)
     del joint  # frees its buffers before the lattice takes memory
@@ -240,7 +258,8 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
         return FusedLoss(losses, *nothing, index(0), index(0), logits, places)
     occupancies = durations.occupancies(sums, options)
     rows, num_kept = stages.kept_rows(*occupancies, batch, dropped_mass=options.dropped_mass)
-    counts = _counts(plan.num_rows, num_kept.sum(), 0, 0)
+    num_cells = plan.num_rows if plan.num_cells is None else plan.num_cells
+    counts = _counts(num_cells, num_kept.sum(), 0, 0)
     uses = sums.use_blank, sums.use_label, sums.use_extra
     return FusedLoss(losses, scores.normalizer, *uses, rows, counts, logits, places)
 
@@ -278,14 +297,14 @@ def _forward_coarse_to_fine(
     scores: CellScores,
     logits: Tensor,
 ) -> FusedLoss:
-    enc = inputs.enc
+    enc, cell_rows = inputs.enc, _cell_rows(batch, plan)
     if quantized.can_score(enc) and native.runs_on_cpu(enc):
         joint = stages.Joint(enc, inputs.pred, options.activation)
         weights = JointWeights(inputs.weight, inputs.bias)
-        quantized.score(joint, weights, batch, options, scores, options.tile_cells)
+        quantized.score(joint, weights, batch, options, scores, cell_rows, options.tile_cells)
     else:
         low = _coarse_tiles(inputs, options, batch)
-        for tile in low.tiles():
+        for tile in low.tiles(cell_rows):
             stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
         del low  # frees its buffers before the lattice takes memory
     places = inputs.targets.new_zeros(plan.num_rows if plan.keep_logits else 0, dtype=torch.int64)

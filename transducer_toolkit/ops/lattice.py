@@ -314,6 +314,9 @@ class LatticeBatch:
         begins: (B, 2) integers, the symbol and the frame at which each lattice begins in the padded
             layout. The lengths are counted from there. None for zeros.
         skip: (B,) bool on the device, the utterances that have no cells. Their rows are padding.
+        windows: (B, T, 2) integers, the first symbol of each frame's cells and the one behind the
+            last; not with `begins`. Rows do not move: those of the other cells are padding. A label
+            arc out of (t, u) needs the cell (t, u + 1), also where it leads to another frame.
 
     Raises:
         ValueError: if a shape does not fit.
@@ -330,6 +333,7 @@ class LatticeBatch:
         band: Band | None = None,
         begins: Tensor | None = None,
         skip: Tensor | None = None,
+        windows: Tensor | None = None,
     ) -> None:
         device = targets.device
         logit_lengths, target_lengths, index = lengths
@@ -350,6 +354,7 @@ class LatticeBatch:
             ("target_lengths", target_lengths, (num_utterances,)),
             ("band_start", band_start, (num_utterances, max_frames)),
             ("begins", begins, (num_utterances, 2)),
+            ("windows", windows, (num_utterances, max_frames, 2)),
         ):
             if tensor is not None and tuple(tensor.shape) != size:
                 raise ValueError(f"{name}: expected shape {size}, got {tuple(tensor.shape)}")
@@ -374,6 +379,9 @@ class LatticeBatch:
         first_frame = None
         if band_start is not None:
             band_start = _index(band_start, device)
+        if windows is not None:
+            assert begins is None
+            windows = _index(windows, device)
         if begins is not None:
             first_symbol, first_frame = (_index(part, device) for part in begins.unbind(1))
             # A lattice that leaves the rows of its utterance gets the invalid length -1, for which
@@ -405,6 +413,7 @@ class LatticeBatch:
             "first_row": first_row,
             "targets": targets,
             "band_start": band_start,
+            "windows": windows,
             "first_frame": first_frame,
         }
         self._keep_alive = tensors
@@ -421,6 +430,26 @@ class LatticeBatch:
     def all_rows(self) -> RowTile:
         """Returns the tile of all rows, including padding."""
         return RowTile(0, self.num_rows)
+
+    def cell_rows(self, num_cells: int) -> Tensor:
+        """Returns the rows that are cells of the windows, (num_cells,) int64, ascending.
+
+        Of a band that contains every cell. Does not synchronize, unlike ``nonzero()``.
+
+        Args:
+            num_cells: their number.
+        """
+        windows, band_start = self._keep_alive["windows"], self._keep_alive["band_start"]
+        first_row = self._keep_alive["first_row"]
+        assert windows is not None and band_start is not None and first_row is not None
+        begin, end = windows.unbind(2)
+        frames = torch.arange(self.max_frames, device=windows.device)
+        is_frame = frames < self._num_frames[:, None]
+        sizes = (end - begin).clamp(min=0).masked_fill(~is_frame, 0).flatten()  # (B * T,)
+        first = (first_row[:, None] + frames * self._stride + begin - band_start).flatten()
+        shift = first - (sizes.cumsum(0) - sizes)
+        places = torch.arange(num_cells, device=windows.device)
+        return places + shift.repeat_interleave(sizes, output_size=num_cells)
 
     @property
     def path_lengths(self) -> Tensor:

@@ -28,6 +28,7 @@ class LogitsInputs(NamedTuple):
         begins: (B, 2) integers, symbol and frame at which each lattice begins; lengths count from
             there. Padded and band layout only.
         shape_index: LatticeShape.index of the lengths on the device of logits, if there is one.
+        windows: (B, T, 2) integers, Restriction.windows for LatticeBatch; not with begins.
     """
 
     logits: Tensor
@@ -37,6 +38,7 @@ class LogitsInputs(NamedTuple):
     ranges: Tensor | None = None
     begins: Tensor | None = None
     shape_index: Tensor | None = None
+    windows: Tensor | None = None
 
 
 class LogitsLoss(NamedTuple):
@@ -93,6 +95,7 @@ def logits_loss(
         None if ranges is None else ranges.contiguous(),
         inputs.begins,
         inputs.shape_index,
+        inputs.windows,
     )
     if inplace and with_grad:
         _check_inplace(logits)
@@ -117,26 +120,30 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
+def most_frames(logits: Tensor, logit_lengths: Tensor) -> int:
+    """Returns T of padded logits, or of packed logits whose lengths may be unchecked."""
+    if logits.dim() == 4:
+        return logits.size(1)
+    # Bounded by the rows, so that no product of lengths can overflow.
+    return min(max(int(logit_lengths.max()), 1), logits.size(0))
+
+
 def _lattice_batch(inputs: LogitsInputs) -> LatticeBatch:
     logits = inputs.logits
-    padded = logits.dim() == 4
-    if padded:
-        max_frames = logits.size(1)
-    else:  # bounded by the rows, so that no product of unchecked lengths can overflow
-        max_frames = min(max(int(inputs.logit_lengths.max()), 1), logits.size(0))
     return LatticeBatch(
         Lengths(inputs.logit_lengths, inputs.target_lengths, inputs.shape_index),
         inputs.targets,
         num_rows=logits.shape[:-1].numel(),
-        max_frames=max_frames,
-        padded=padded,
+        max_frames=most_frames(logits, inputs.logit_lengths),
+        padded=logits.dim() == 4,
         band=Band.of(inputs.ranges),
         begins=inputs.begins,
+        windows=inputs.windows,
     )
 
 
 def _validate(inputs: LogitsInputs, options: LossOptions) -> None:
-    logits, targets, logit_lengths, target_lengths, ranges, begins, _ = inputs
+    logits, targets, logit_lengths, target_lengths, ranges, begins, *_ = inputs
     if not checks.may_read(options.validate, logit_lengths, target_lengths, begins):
         return
     max_frames = logits.size(1 if logits.dim() == 4 else 0)

@@ -213,3 +213,8 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on a device; it :func:`uploads <upload>` one that is elsewhere."""
+    return tensor if tensor.device == device else upload(tensor, device)

@@ -60,9 +60,10 @@ def score(
     batch: LatticeBatch,
     options: LossOptions,
     out: CellScores,
+    rows: Tensor | None = None,
     tile_cells: int | None = None,
 ) -> None:
-    """Writes the scores of all rows of a batch.
+    """Writes the scores of rows of a batch.
 
     Args:
         joint: float32.
@@ -70,6 +71,7 @@ def score(
         batch: the lattices.
         options: of the loss.
         out: the scores of the batch.
+        rows: (N,) int64, ascending; None for all rows.
         tile_cells: rows of a tile; None chooses.
     """
     width, vocab_size = joint.enc.size(-1), weights.weight.size(0)
@@ -77,7 +79,7 @@ def score(
     bias = None if weights.bias is None else weights.bias.contiguous()
     if tile_cells is None:
         tile_cells = max(MIN_TILE_ROWS, TILE_BYTES // (width + 4 * vocab_size))
-    total = batch.num_rows
+    total = batch.num_rows if rows is None else rows.numel()
     count = max(1, -(-total // tile_cells))
     size = -(-total // count)
     hidden = joint.enc.new_empty(size, width, dtype=torch.int8)
@@ -86,9 +88,9 @@ def score(
     logits = logits.view(size, vocab_size)
     for index in range(count):
         begin, end = index * total // count, (index + 1) * total // count
-        tile = RowTile(begin, end - begin)
-        rows = slice(0, tile.size)
-        stages.join_quantized(joint, batch, tile, hidden[rows], scales[rows])
-        torch._int_mm(hidden[rows], weight.rows, out=logits[rows])
-        quantized = stages.QuantizedLogits(logits[rows], scales[rows], weight.scales, bias)
+        tile = RowTile(begin, end - begin, rows)
+        used = slice(0, tile.size)
+        stages.join_quantized(joint, batch, tile, hidden[used], scales[used])
+        torch._int_mm(hidden[used], weight.rows, out=logits[used])
+        quantized = stages.QuantizedLogits(logits[used], scales[used], weight.scales, bias)
         stages.quantized_cell_scores(quantized, batch, tile, options, out)

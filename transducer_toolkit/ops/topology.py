@@ -92,20 +92,45 @@ class Topology:
             return True
         return _durations_fill(self, num_frames, num_targets)
 
+    def has_path(self, num_frames: int, windows: Sequence[tuple[int, int]]) -> bool:
+        """Return whether a path can emit each label on one of the frames allowed for it.
+
+        Of topologies whose paths end with a blank.
+
+        Args:
+            num_frames: encoder frames.
+            windows: for each label, its first and its last frame. Neither may fall from one label
+                to the next.
+
+        Example:
+            >>> two_or_four = tdt_topology((2, 4))
+            >>> [two_or_four.has_path(8, [(first, first)]) for first in (2, 3)]
+            [True, False]
+        """
+        if num_frames < 1:
+            return False
+        reached = 1  # bit t: the path can be at frame t
+        for first, last in windows:
+            reached = self._after_blanks(reached, min(last, num_frames - 1))
+            emitting = reached >> max(0, first) << max(0, first)
+            reached = _advanced(emitting, self.label_durations) & ((1 << num_frames) - 1)
+        end = _advanced(self._after_blanks(reached, num_frames - 1), self.blank_durations)
+        return bool(end >> num_frames & 1)
+
+    def _after_blanks(self, reached: int, last: int) -> int:
+        """Return the frames, up to the last, that any number of blanks leads to."""
+        frames = (1 << max(0, last + 1)) - 1
+        new = reached = reached & frames
+        while new:
+            new = _advanced(new, self.blank_durations) & frames & ~reached
+            reached |= new
+        return reached
+
 
 @functools.lru_cache(maxsize=4096)
 def _durations_fill(topology: Topology, num_frames: int, num_targets: int) -> bool:
     """Whether some durations of that many labels and of at least one blank add up to the frames."""
-    # Bit t: the frames that can be reached. Labels may come first: blanks do not need an order.
-    frames = (1 << (num_frames + 1)) - 1
-    reached = 1
-    for _ in range(num_targets):
-        reached = _advanced(reached, topology.label_durations) & frames
-    end = 0
-    while reached:
-        reached = _advanced(reached, topology.blank_durations) & frames & ~end
-        end |= reached
-    return bool(end >> num_frames)
+    return topology.has_path(num_frames, [(0, num_frames - 1)] * num_targets)
 
 
 def _advanced(reached: int, durations: tuple[int, ...]) -> int:

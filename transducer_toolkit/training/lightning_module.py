@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -53,6 +54,8 @@ from transducer_toolkit.training.utterance_names import naming_utterances
 
 logger = logging.getLogger(__name__)
 MAX_SHOWN = 300  # characters of a text in the log
+# Is added to the times of an alignment, in frames: files hold rounded starts of frames.
+ROUNDING_FRAMES = 0.01
 # Errors that torch raises for a bad option. Their messages name neither the option nor its value.
 BAD_OPTION = (ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -201,9 +204,28 @@ class TransducerModule(LightningModule):
             shape = LatticeShape.from_lengths(encoder_lengths, batch.target_lengths)
             shape.to(encoder_out.device)  # one upload, which the joiner and the loss share
             output = self.loss(
-                LossInput(self.model.joiner, encoder_out, predictor_out, batch.targets, shape)
+                LossInput(
+                    self.model.joiner,
+                    encoder_out,
+                    predictor_out,
+                    batch.targets,
+                    shape,
+                    self._alignment(batch, encoder_lengths),
+                )
             )
         return output, shape, encoder_out
+
+    def _alignment(self, batch: Batch, encoder_lengths: Tensor) -> Tensor | None:
+        """Returns the encoder frame of each target (B, U) on the CPU, if the batch has times.
+
+        A time behind the last frame, where an encoder left out a part of a frame, is in the last.
+        """
+        if not batch.token_times_s:
+            return None
+        rows = [torch.tensor(times_s, dtype=torch.float64) for times_s in batch.token_times_s]
+        times_s = pad_sequence(rows, batch_first=True)  # (B, U)
+        frames = times_s / encoder_frame_s(self.model.encoder) + ROUNDING_FRAMES
+        return frames.long().minimum(encoder_lengths.cpu()[:, None] - 1)
 
     def on_train_start(self) -> None:
         self._num_steps = int(self.trainer.estimated_stepping_batches)

@@ -36,8 +36,8 @@ PITCH = (25, 75)
 PITCH_RANGE = (10, 90)
 MAX_WORD_GAP_10MS = 12
 MAX_EDGE_SILENCE_S = 0.2
-# Many speakers begin the vowel of "two" in front of the mouth, as "new" with a "y"; the engine's
-# accents do not. In phonemes of espeak-ng.
+# Some speakers begin the vowel of "two" in front of the mouth, as in "tyoo", and the accents of the
+# engine do not. Found in the errors on the test set `asterisk`. In phonemes of espeak-ng.
 FRONTED = {"two": "[[tj'u:]]"}
 FRONTED_PROBABILITY = 0.4  # of an utterance of the training set
 VARIED_PROBABILITY = 0.8  # of a voice that no other utterance has, in the training set

@@ -10,6 +10,7 @@ from transducer_toolkit.training.stages.base import LossInput, LossStage, StageO
 from transducer_toolkit.training.stages.fused import FusedLoss
 from transducer_toolkit.training.stages.logits import FullLoss, PackedLoss, TorchaudioLoss
 from transducer_toolkit.training.stages.pruned import FusedPrunedLoss, PrunedLoss
+from transducer_toolkit.training.stages.restricted import RestrictedLoss
 
 __all__ = [
     "FullLoss",
@@ -19,6 +20,7 @@ __all__ = [
     "LossStage",
     "PackedLoss",
     "PrunedLoss",
+    "RestrictedLoss",
     "SimpleLoss",
     "SmoothedLoss",
     "StageOutput",

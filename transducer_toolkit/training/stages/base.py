@@ -31,6 +31,8 @@ class LossInput(NamedTuple):
         predictor_out: (B, U + 1, P) float. Padding may hold any finite value.
         targets: (B, U) integer ids on the device of ``encoder_out``. Padding may hold any value.
         shape: the lattices of the batch.
+        alignment: (B, U) int64 on the CPU, the encoder frame of each target in an alignment.
+            Padding may hold any value. None: there is no alignment.
     """
 
     joiner: Joiner | AdditiveJoiner
@@ -38,6 +40,7 @@ class LossInput(NamedTuple):
     predictor_out: Tensor
     targets: Tensor
     shape: LatticeShape
+    alignment: Tensor | None = None
 
     @property
     def boundary(self) -> Tensor:

@@ -117,5 +117,10 @@ class FusedLoss(LossStage):
             topology=topology,
             sigma=sigma,
             **self.options,
+            **self.restriction(batch),
         )
         return StageOutput(losses, parts._asdict())
+
+    def restriction(self, batch: LossInput) -> dict[str, Any]:
+        """Returns the arguments of the loss that restrict its paths: none."""
+        return {}

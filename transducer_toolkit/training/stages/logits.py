@@ -161,7 +161,7 @@ class TorchaudioLoss(LossStage):
         self.clamp = clamp if clamp > 0 else -1.0  # torchaudio's "off"
 
     def forward(self, batch: LossInput) -> StageOutput:
-        joiner, encoder_out, predictor_out, targets, shape = batch
+        joiner, encoder_out, predictor_out, targets, shape, _ = batch
         # torchaudio requires that the longest lengths equal the sizes, and int32 everywhere.
         max_frames, max_targets = shape.max_frames, shape.max_targets
         device = encoder_out.device

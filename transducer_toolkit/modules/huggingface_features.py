@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_toolkit.data.audio import SAMPLE_RATE
-from transducer_toolkit.data.features import FRAME_SHIFT_MS
-from transducer_toolkit.data.huggingface_files import read_json
+from transducer_toolkit.modules.huggingface_files import read_json
 from transducer_toolkit.optional import import_transformers
 
 __all__ = ["HuggingFaceFeatures"]
 
-FRAME_SAMPLES = round(SAMPLE_RATE * FRAME_SHIFT_MS / 1000)
+# Those of transducer_toolkit.data; a test compares them.
+SAMPLE_RATE = 16000
+FRAME_SAMPLES = 160
 # Feature extractors that compute log-mel features, and one that passes on waveforms.
 PARAKEET, NEMOTRON = "ParakeetFeatureExtractor", "NemotronAsrStreamingFeatureExtractor"
 WHISPER, SEAMLESS = "WhisperFeatureExtractor", "SeamlessM4TFeatureExtractor"
