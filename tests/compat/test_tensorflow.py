@@ -127,7 +127,7 @@ def test_example_of_the_pruned_loss():
 def random_batch(seed, *, dtype=np.float32):
     """Tensors by name, and the sizes, of a batch with uneven lengths; some have no symbols."""
     random = np.random.default_rng(seed)
-    num_utterances, num_symbols = random.integers(1, 4), random.integers(0 if seed % 7 else 1, 6)
+    num_utterances, num_symbols = random.integers(1, 4), random.integers(0, 6)
     num_frames = num_symbols + random.integers(1, 6)
     vocab_size = random.integers(2, 9)
     values = {
@@ -148,15 +148,13 @@ def random_batch(seed, *, dtype=np.float32):
     boundary = np.stack((zeros, zeros, lengths, frames), 1).astype(index_dtype)
     batch["boundary"] = boundary if seed % 4 else None
     width = int(random.integers(2, 5))
-    batch["ranges"] = np.zeros((num_utterances, num_frames, 1), index_dtype)
-    if num_symbols:
-        tensors = {name: torch.tensor(batch[name]) for name in ("lm", "am", "symbols")}
-        tensors["boundary"] = None if batch["boundary"] is None else torch.tensor(boundary)
-        rest = {"termination_symbol": 0, "rnnt_type": TYPES[seed % 3], "return_grad": True}
-        _, posteriors = losses.rnnt_loss_simple(**tensors, **rest)
-        ranges = losses.get_rnnt_prune_ranges(*posteriors, tensors["boundary"], width)
-        batch["ranges"] = ranges.numpy().astype(index_dtype)
-        batch["px_grad"], batch["py_grad"] = (p.numpy() for p in posteriors)
+    tensors = {name: torch.tensor(batch[name]) for name in ("lm", "am", "symbols")}
+    tensors["boundary"] = None if batch["boundary"] is None else torch.tensor(boundary)
+    rest = {"termination_symbol": 0, "rnnt_type": TYPES[seed % 3], "return_grad": True}
+    _, posteriors = losses.rnnt_loss_simple(**tensors, **rest)
+    ranges = losses.get_rnnt_prune_ranges(*posteriors, tensors["boundary"], width)
+    batch["ranges"] = ranges.numpy().astype(index_dtype)
+    batch["px_grad"], batch["py_grad"] = (p.numpy() for p in posteriors)
     num_columns = batch["ranges"].shape[2]
     band = (num_utterances, num_frames, num_columns, vocab_size)
     batch["band"] = random.standard_normal(band).astype(dtype)
@@ -196,8 +194,6 @@ def case(name, seed, **options):
     """Arguments of the function `name`, as NumPy arrays and options."""
     names, make_options = CASES[name]
     batch = random_batch(seed)
-    if "px_grad" in names and "px_grad" not in batch:
-        return None
     arguments = {"logits" if n == "band" else n: batch[n] for n in names}
     if name in WITH_POSTERIORS:
         options["return_grad"] = seed % 2 == 1
@@ -253,19 +249,13 @@ def assert_same(results, expected, num_outputs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_torch_function(name):
-    num_compared = 0
     for seed in range(NUM_BATCHES):
-        given = case(name, seed)
-        if given is None:
-            continue
-        arguments, options = given
+        arguments, options = case(name, seed)
         expected = torch_results(name, arguments, options)
         results = tensorflow_results(name, as_tensors(arguments), options)
         assert all(isinstance(result, tf.Tensor) for result in results)
         num_gradients = sum(n in GRADIENTS_OF for n in arguments)
         assert_same(results, expected, len(results) - num_gradients)
-        num_compared += 1
-    assert num_compared > 0.7 * NUM_BATCHES
 
 
 @pytest.mark.parametrize("name", CASES)
