@@ -138,10 +138,13 @@ GIVEN = {
 }
 
 
+NEEDED = {"docs/huggingface.md": "transformers", "docs/tensorflow.md": "tensorflow"}
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
-    if name_of(page) == "docs/huggingface.md":
-        pytest.importorskip("transformers")
+    if name_of(page) in NEEDED:
+        pytest.importorskip(NEEDED[name_of(page)])
     monkeypatch.chdir(tmp_path)
     makers = GIVEN.get(name_of(page), lambda folder: iter([{}]))(tmp_path)
     names = {}

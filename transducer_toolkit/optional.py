@@ -33,6 +33,18 @@ def import_transformers(needed_by: str) -> Any:
     return _import("transformers", "transformers", needed_by)
 
 
+def import_tensorflow(needed_by: str) -> Any:
+    """Import the package tensorflow.
+
+    Args:
+        needed_by: as in :func:`import_torchaudio`.
+
+    Raises:
+        ImportError: TensorFlow is missing; says what to install.
+    """
+    return _import("tensorflow", "tensorflow", needed_by)
+
+
 def _import(package: str, module: str, needed_by: str) -> Any:
     try:
         return importlib.import_module(module)
