@@ -170,6 +170,11 @@ def test_what_sherpa_cannot_drive_is_refused(tmp_path):
     recognizer.model.predictor = StatelessPredictor(len(SYMBOLS), 12, blank=1)
     with pytest.raises(ValueError, match="blank must be 0, as sherpa-onnx has it, got 1"):
         export_for_sherpa(recognizer, tmp_path)
+    for topology in ("tdt-0-1-2", "multi_blank-2-4"):
+        recognizer = random_recognizer(conv_lstm())
+        recognizer.topology = topology
+        with pytest.raises(ValueError, match=f"topology must be .* got '{topology}'; use"):
+            export_for_sherpa(recognizer, tmp_path)
     recognizer = random_recognizer(conv_lstm())
     recognizer.model.encoder.num_output_frames = lambda num_frames: num_frames // 2
     with pytest.raises(ValueError, match="subsampling must be 4, as sherpa-onnx has it, got 2"):

@@ -22,6 +22,7 @@ from transducer_toolkit.export.streaming_graphs import StreamingGraph, streaming
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.modules.emformer import EmformerEncoder
 from transducer_toolkit.modules.encoder import Encoder
+from transducer_toolkit.ops.topology import get_topology
 
 SUBSAMPLING_FACTOR = 4  # sherpa-onnx multiplies frames by it to get timestamps
 
@@ -51,9 +52,9 @@ def export_for_sherpa(
         The files written.
 
     Raises:
-        ValueError: if sherpa-onnx does not support the model: other features, a predictor with
-            state, a blank that is not 0, a subsampling factor other than 4, or an encoder that
-            does not stream.
+        ValueError: if sherpa-onnx does not support the model: other features, a topology with
+            durations, a predictor with state, a blank that is not 0, a subsampling factor other
+            than 4, or an encoder that does not stream.
         RuntimeError: if the results of an exported graph differ from the model's.
 
     Example:
@@ -65,6 +66,11 @@ def export_for_sherpa(
         raise ValueError(
             f"the encoder reads features of {recognizer.fbank.kind}, and sherpa-onnx computes "
             "those of the toolkit; use the model with transducer-transcribe"
+        )
+    if get_topology(recognizer.topology).num_extra:
+        raise ValueError(
+            "topology must be one without durations, because sherpa-onnx advances one frame per "
+            f"blank, got {recognizer.topology!r}; use the model with transducer-transcribe"
         )
     predictor = stateless_predictor(model.predictor)
     if model.blank != 0:
