@@ -437,7 +437,7 @@ def test_a_trained_lattice_knows_its_alignment():
 def test_a_trained_lattice_needs_a_joiner(capsys):
     with pytest.raises(SystemExit):
         run.main(["--suite", "loss", "--lattice", "trained"])
-    assert "--lattice trained: suite loss has no joiner" in capsys.readouterr().err
+    assert "--lattice trained: suite loss has no such joiner" in capsys.readouterr().err
 
 
 def test_patch_makes_a_peer_build_without_cuda(tmp_path):
