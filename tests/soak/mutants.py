@@ -54,8 +54,8 @@ MUTANTS = [
     Mutant(
         "a label score at the blank's place",
         "csrc/cell_scores_cpu.cpp",
-        "in_vocab ? Pick(x, target, max, log_sum)",
-        "in_vocab ? Pick(x, blank, max, log_sum)",
+        "is_label ? any_label + Pick(x, target, max, log_sum)",
+        "is_label ? any_label + Pick(x, options.blank, max, log_sum)",
         (PACKED,),
     ),
     Mutant(
@@ -146,8 +146,8 @@ MUTANTS = [
     Mutant(
         "a band one column short",
         "csrc/lattice_batch.h",
-        "return start + row_stride;",
-        "return start + row_stride - 1;",
+        "end = start + row_stride;",
+        "end = start + row_stride - 1;",
         (FULL,),
     ),
     Mutant(
@@ -182,8 +182,8 @@ MUTANTS = [
     Mutant(
         "blank as a label is subtracted once",
         "csrc/logits_grad_cpu.cpp",
-        "if (v == target) g -= use_label;",
-        "else if (v == target) g -= use_label;",
+        "if (v == target) g -= uses.label;",
+        "else if (v == target) g -= uses.label;",
         (FULL,),
     ),
     Mutant(
@@ -196,8 +196,8 @@ MUTANTS = [
     Mutant(
         "small gradients are left out",
         "csrc/logits_grad_cpu.cpp",
-        "const bool negligible = occupancy * std::abs(loss_grad) < kFlushBelow<T>;",
-        "const bool negligible = occupancy * std::abs(loss_grad) < 1e-12;",
+        "const bool negligible = weight * std::abs(loss_grad) < kFlushBelow<T>;",
+        "const bool negligible = weight * std::abs(loss_grad) < 1e-12;",
         (NATIVE,),
     ),
     Mutant(
