@@ -69,9 +69,9 @@ def benchmark_figures(rows: list[Row]) -> str:
     }
     wanted = {
         "fused float32": ("step", "float32", "ours: fused"),
-        "full": ("step", "float32", "ours: fused, full"),
+        "full": ("step", "float32", "ours: fused, full precision"),
         "TF32": ("step", "tf32", "ours: fused"),
-        "full TF32": ("step", "tf32", "ours: fused, full"),
+        "full TF32": ("step", "tf32", "ours: fused, full precision"),
         "bfloat16": ("step", "bfloat16", "ours: fused"),
         "packed loss": ("loss", "float32", "ours: packed"),
         "pruned TF32": ("pruned", "tf32", "ours: fused, pruned"),
