@@ -141,7 +141,6 @@ def test_goes_on_after_what_cannot_be_aligned(align, tones, tmp_path, capsys):
             ["--manifest", "m", "--format", "txt"],
             "--format: expected some of json, ctm, png; got 'txt'",
         ),
-        (["--manifest", "m", "--format", ""], "--format: expected some of json, ctm, png; got ''"),
         (["--manifest", "m", "--format", "png"], "--format png needs --output-dir"),
         (["--manifest", "m", "--format", "ctm,json"], "--format ctm,json needs --output-dir"),
         (["--manifest", "m", "--topology", "ctc"], "--topology: expected one of regular, "),
