@@ -118,7 +118,7 @@ def test_the_recipe_of_the_digits_is_for_the_digits(data, capsys, console, tmp_p
 @pytest.mark.parametrize("arguments", [[], ["data=digits"], ["experiment=digits"]])
 def test_the_digits_have_their_recipe(arguments, capsys, console, tmp_path):
     cfg = configured(capsys, console, tmp_path, *arguments)
-    assert (cfg.name, cfg.optimizer.lr, cfg.trainer.max_epochs) == ("digits", 2e-3, 6)
+    assert (cfg.name, cfg.optimizer.lr, cfg.trainer.max_epochs) == ("digits", 2e-3, 3)
 
 
 def test_an_experiment_that_is_named_counts():
