@@ -37,6 +37,8 @@ run step --peers "${FAST[@]}" --lattice peaky
 run pruned --peers all --rounds 5 --repetitions 7
 run pruned --peers all --rounds 5 --repetitions 7 --lattice peaky
 run decode --peers all
+run tdt --peers transformers plain_torch --clock cpu --flush-denormal
+run parakeet --peers transformers
 run step --peers "${FAST[@]}" --threads 2
 run loss --peers "${FAST[@]}" --threads 2 --repetitions 3
 run memory --peers torchaudio optimized_transducer --repetitions 1

@@ -90,7 +90,8 @@ def test_the_arguments_of_a_base_class_count():
     ("arguments", "hint"),
     [
         (["trainer.max_step=5"], "trainer.max_step: did you mean trainer.max_steps?"),
-        (["loss.prune_range=3"], "loss.prune_range is a key of loss=fused_pruned, loss=pruned"),
+        (["loss=fused", "loss.prune_range=3"],
+         "loss.prune_range is a key of loss=fused_pruned, loss=pruned"),
         (["data.corpus.train=x.jsonl"],
          "data.corpus.train is a key of data=lhotse, data=librispeech, data=manifest"),
     ],
