@@ -100,7 +100,7 @@ def test_the_error_says_what_to_write(arguments, hint, console, tmp_path, capsys
     with pytest.raises(SystemExit):
         console(main, tmp_path, *arguments)
     first, second = capsys.readouterr().err.splitlines()
-    key = arguments[0].partition("=")[0]
+    key = arguments[-1].partition("=")[0]
     assert first == f"transducer-train: Could not override '{key}'."
     assert second == hint
 
