@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from hydra.core.config_store import ConfigStore
 
 from transducer_toolkit.data.manifest import Utterance, write_manifest
 
@@ -109,7 +110,10 @@ def console():
             patch.chdir(folder)
             patch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
             patch.setenv("TRANSDUCER_TOOLKIT_RUN_ID", "run")
-            return main()
+            try:
+                return main()
+            finally:  # transducer-evaluate makes a checkpoint's data an option of the process
+                ConfigStore.instance().repo.get("data", {}).pop("checkpoint.yaml", None)
 
     return run
 

@@ -16,6 +16,8 @@ from tests.losses.helpers import ragged_batch
 from tests.stage_calls import lattice_batch
 from transducer_toolkit import transducer_loss
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.stages import _logit_rows, _logits_options
 
 
 def _loss_and_grad(batch):
@@ -257,16 +259,15 @@ def test_cuda_stages_are_linked_and_say_why_they_cannot_run():
         padded=False,
         device=torch.device("cpu"),
     )
+    options = LossOptions(blank=0)
     with pytest.raises(native.extension.Error, match=r"logits_grad_cuda.cu:\d+: CUDA error: \w+"):
         native.extension.cuda.logits_grad(
             batch.native,
             batch.all_rows().native,
-            logits=native.extension.LogitRows(
-                dtype=native.extension.DType.float32, data=0, vocab_size=5
-            ),
-            options=native.extension.LogitsOptions(blank=0, from_log_softmax=False, clamp=0.0),
+            logits=_logit_rows(torch.zeros(1, 5), options),
+            options=_logits_options(options),
             posteriors=native.extension.Posteriors(
-                normalizer=0, use_blank=0, use_label=0, loss_grad=0
+                **dict.fromkeys(native.extension.Posteriors.fields, 0)
             ),
             stream=0,
             grad=0,
