@@ -47,7 +47,8 @@ def results_of(folder: Path, precision: str, seed: int) -> dict[str, Any]:
     run = folder / f"{precision}_{seed}"
     if not (run / "results.json").exists():
         overrides = ["loss=fused", f"loss.precision={precision}", f"seed={seed}", f"run_dir={run}"]
-        subprocess.run([sys.executable, "-m", "benchmarks.precision_digits", "--train", *overrides], check=True)
+        command = [sys.executable, "-m", "benchmarks.precision_digits", "--train", *overrides]
+        subprocess.run(command, check=True)
     results: dict[str, Any] = json.loads((run / "results.json").read_text())
     return results
 
