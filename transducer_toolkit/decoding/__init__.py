@@ -9,6 +9,8 @@ from transducer_toolkit.decoding.alignment import (
 )
 from transducer_toolkit.decoding.beam_search import (
     BeamHypothesis,
+    BeamSearch,
+    BeamState,
     LanguageModel,
     ModifiedBeamSearch,
 )
@@ -26,6 +28,8 @@ __all__ = [
     "TOPOLOGIES",
     "Alignment",
     "BeamHypothesis",
+    "BeamSearch",
+    "BeamState",
     "GreedySearch",
     "GreedyState",
     "Hypothesis",

@@ -14,6 +14,7 @@ from transducer_toolkit.decoding.search import (
     check_encoder_out,
     check_extra,
     check_model,
+    check_state,
     collect_hypotheses,
     refuse_non_finite,
     step_where,
@@ -172,13 +173,7 @@ class GreedySearch:
         """
         check_encoder_lengths(encoder_out, encoder_lengths)
         check_encoder_out(encoder_out, self.joiner)
-        if not isinstance(state, GreedyState):
-            raise TypeError(f"state: expected a GreedyState, got {type(state).__name__}")
-        if len(state.num_frames) != len(encoder_out):
-            raise ValueError(
-                f"state: expected {len(encoder_out)} utterances, the batch size of encoder_out, "
-                f"got {len(state.num_frames)}"
-            )
+        check_state(state, GreedyState, len(encoder_out))
         batch_size, max_frames, _ = encoder_out.shape
         device, blank = encoder_out.device, self.predictor.blank
         lengths = encoder_lengths.to(device)

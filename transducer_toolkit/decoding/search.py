@@ -169,6 +169,23 @@ def check_encoder_lengths(encoder_out: Tensor, encoder_lengths: Tensor) -> None:
         )
 
 
+def check_state(state: object, kind: type, batch_size: int) -> None:
+    """Checks the state of a search between two chunks.
+
+    Raises:
+        TypeError: if it is not of this kind.
+        ValueError: if it has another number of utterances.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(f"state: expected a {kind.__name__}, got {type(state).__name__}")
+    num_utterances = len(state.num_frames)  # type: ignore[attr-defined]
+    if num_utterances != batch_size:
+        raise ValueError(
+            f"state: expected {batch_size} utterances, the batch size of encoder_out, "
+            f"got {num_utterances}"
+        )
+
+
 def step_where(
     emits: Tensor,
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
