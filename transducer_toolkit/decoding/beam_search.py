@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from transducer_toolkit.decoding.language_model import LanguageModel, check_lm, final_scores
 from transducer_toolkit.decoding.search import (
     Hypothesis,
     check_encoder_lengths,
@@ -21,33 +22,10 @@ from transducer_toolkit.decoding.search import (
 )
 from transducer_toolkit.modules.joiner import Joiner
 from transducer_toolkit.modules.predictor import Predictor
-from transducer_toolkit.ops.checks import check_flag, check_int, check_number
+from transducer_toolkit.ops.checks import check_flag, check_int
 from transducer_toolkit.ops.topology import get_topology
 
 MAX_BEAM = 2**20  # larger beams would overflow the sizes of tensors
-
-
-class LanguageModel(Protocol):
-    """Interface of a language model for shallow fusion.
-
-    The state is one tensor whose first axis is the batch. As in
-    :class:`~transducer_toolkit.modules.Predictor`, blank is the start symbol.
-    """
-
-    def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """Returns the state before the start symbol, (N, ...)."""
-
-    def step(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Consumes one symbol of each hypothesis.
-
-        Args:
-            tokens: (N,) int64, the newest symbols; blank in the first step.
-            state: (N, ...) from :meth:`initial_state` or the previous step.
-
-        Returns:
-            The log-probabilities (N, V) of the next symbol in nats, and the next state (N, ...).
-            The search ignores the log-probability of blank.
-        """
 
 
 @dataclass(frozen=True)
@@ -156,11 +134,7 @@ class ModifiedBeamSearch:
         if beam > MAX_BEAM:
             raise ValueError(f"beam: expected at most {MAX_BEAM}, got {beam}")
         check_flag(length_normalized, "length_normalized")
-        if lm is not None and not all(hasattr(lm, name) for name in ("initial_state", "step")):
-            raise TypeError(f"lm: expected a LanguageModel or None, got {type(lm).__name__}")
-        check_number(lm_weight, "lm_weight")
-        if not math.isfinite(lm_weight):
-            raise ValueError(f"lm_weight: expected a finite number, got {lm_weight}")
+        check_lm(lm, lm_weight)
         self.predictor = predictor
         self.joiner = joiner
         self.beam = beam
@@ -244,6 +218,9 @@ class ModifiedBeamSearch:
                 scores = beam.scores + torch.where(emits.view(forced.shape), forced, 0)
                 beam = beam._replace(scores=scores)
 
+        if self.lm is not None:
+            at_end = self.lm_weight * final_scores(self.lm, lm_state).view(beam.scores.shape)
+            beam = beam._replace(scores=beam.scores + at_end.to(beam.scores.dtype))
         refuse_non_finite((beam.scores.isnan() | (beam.scores == torch.inf)).any(1))
         return self._best_first(beam, steps)
 
