@@ -24,6 +24,7 @@ class StreamingRecognizer:
     Args:
         recognizer: a recognizer whose encoder is a
             :class:`~transducer_toolkit.modules.encoder.StreamingEncoder` with global normalization.
+            Its hotwords and language models are used, with greedy search.
 
     Attributes:
         added: tokens that the last call of :meth:`accept` or :meth:`finish` added, with their
@@ -56,6 +57,8 @@ class StreamingRecognizer:
             recognizer.model.joiner,
             max_symbols_per_frame=recognizer.max_symbols_per_frame,
             topology=recognizer.topology,
+            lm=recognizer.lm,
+            lm_weight=1.0,
         )
         self.added = Hypothesis([], [])
         self._reset()
