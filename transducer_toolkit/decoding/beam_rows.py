@@ -45,11 +45,11 @@ class Rows(NamedTuple):
 
     def take(self, index: Tensor) -> Rows:
         """Returns the rows with these indices."""
-        return Rows(*(None if field is None else field[index] for field in self))
+        return Rows._make(None if field is None else field[index] for field in self)
 
     def __add__(self, other: Rows) -> Rows:  # type: ignore[override]
         pairs = zip(self, other, strict=True)
-        return Rows(*(None if a is None or b is None else torch.cat((a, b)) for a, b in pairs))
+        return Rows._make(None if a is None or b is None else torch.cat((a, b)) for a, b in pairs)
 
 
 class Paths:
