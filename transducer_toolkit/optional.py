@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from typing import Any
 
 
@@ -76,5 +77,5 @@ def _import(package: str, module: str, needed_by: str) -> Any:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
         raise ImportError(
-            f"{needed_by} needs {package}: pip install {package} ({error})"
+            f"{needed_by} needs {package}: pip install {shlex.quote(package)} ({error})"
         ) from error

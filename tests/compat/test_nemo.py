@@ -5,7 +5,6 @@ import copy
 import pickle
 import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,22 +17,10 @@ from nemo.collections.asr.models import EncDecRNNTModel
 from nemo.collections.asr.modules import HATJoint, RNNTJoint
 from omegaconf import DictConfig
 
+from tests.compat.recorded import BLANK, DURATIONS, LENGTHS, logits, targets
 from transducer_toolkit.compat import nemo as ours
 
 LABELS = list("abcdefgh")
-BLANK = len(LABELS)
-LENGTHS = torch.tensor([9, 7, 8]), torch.tensor([4, 2, 3])
-DURATIONS = [0, 1, 2, 4]
-
-
-def targets(num_labels=BLANK):
-    return torch.from_numpy(np.random.RandomState(1).randint(0, num_labels, (3, 4)))
-
-
-def logits(num_extra=0):
-    size = (3, 9, 5, BLANK + 1 + num_extra)
-    values = np.random.RandomState(0).randn(*size).astype(np.float32)
-    return torch.from_numpy(values).requires_grad_()
 
 
 def call(loss, acts, labels=None):
