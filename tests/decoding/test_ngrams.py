@@ -70,9 +70,9 @@ def test_a_word_is_found_however_it_is_divided(tmp_path, texts):
     known = {symbol: token for token, symbol in enumerate(tokenizer.symbols)}
     divided = [known[symbol] for symbol in (SPACE_SYMBOL, "t", "o", "n", "e")]
     assert len(tokenizer.encode("tone")) < len(divided)
-    row, state = lm.step(torch.tensor([0]), lm.initial_state(1))
+    _, state = lm.step(torch.tensor([0]), lm.initial_state(1))
     for token in divided:
-        row, state = lm.step(torch.tensor([token]), state)
+        _, state = lm.step(torch.tensor([token]), state)
     assert float(lm.final(state)[0]) == pytest.approx(lm.ngrams.log_prob(["tone"]), abs=1e-5)
 
 
