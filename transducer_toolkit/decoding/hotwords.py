@@ -247,8 +247,9 @@ def _patterns(entry: Hotword, tokenizer: Tokenizer, with_variants: bool) -> list
         except ValueError as error:
             problem = problem or error
             continue
-        tokens = _as_spoken_within_text(tokens, text, tokenizer)
-        patterns.append(_Pattern(tuple(tokens), entry.weight, not has_no_spaces(text[-1])))
+        needs_end = not has_no_spaces(text[-1])
+        for form in _forms(tokens, text, tokenizer):
+            patterns.append(_Pattern(tuple(form), entry.weight, needs_end))
     if not patterns:
         hint = "" if with_variants else "; hotwords_case=variants tries other cases, too"
         raise ValueError(f"{entry.source}: {problem}{hint}") from problem
@@ -260,20 +261,19 @@ def _letters_of_symbol(patterns: Sequence[_Pattern], tokenizer: Tokenizer) -> fl
     return sum(len(symbol) for symbol in symbols) / len(symbols)
 
 
-def _as_spoken_within_text(tokens: list[int], text: str, tokenizer: Tokenizer) -> list[int]:
-    """Returns the symbols of a phrase as they are after other words."""
+def _forms(tokens: list[int], text: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """Returns the symbols of a phrase as they are within other text, in one or two forms."""
     symbols = tokenizer.symbols
+    first = symbols[tokens[0]]
+    letters = first.removeprefix(SPACE_SYMBOL)
     if not has_no_spaces(text[0]):
-        if not symbols[tokens[0]].startswith(SPACE_SYMBOL) and SPACE_SYMBOL in symbols:
-            return [symbols.index(SPACE_SYMBOL), *tokens]
-        return tokens
-    first = symbols[tokens[0]].removeprefix(SPACE_SYMBOL)
-    if first == symbols[tokens[0]]:
-        return tokens
-    if not first:
-        return tokens[1:]
-    # The symbol without the space, if the model has it.
-    return [symbols.index(first) if first in symbols else tokens[0], *tokens[1:]]
+        if letters == first and SPACE_SYMBOL in symbols:
+            return [[symbols.index(SPACE_SYMBOL), *tokens]]
+        return [tokens]
+    # A script without spaces: after a space, and after another symbol if the model has such a form.
+    if letters == first or (letters and letters not in symbols):
+        return [tokens]
+    return [tokens, [*([symbols.index(letters)] if letters else []), *tokens[1:]]]
 
 
 def _trie(
