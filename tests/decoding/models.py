@@ -23,7 +23,9 @@ def random_model(seed, *, max_frames, max_vocab_size=9, num_extra=0):
     predictor = make(vocab_size, choose.randint(2, 8), blank=blank).double().eval()
     if choose.random() < 0.8 or num_extra:
         dim = choose.randint(2, 12)
-        joiner = Joiner(ENCODER_DIM, predictor.output_dim, dim, vocab_size, num_extra=num_extra).double()
+        joiner = Joiner(
+            ENCODER_DIM, predictor.output_dim, dim, vocab_size, num_extra=num_extra
+        ).double()
         output = joiner.output
     else:
         joiner = AdditiveJoiner(ENCODER_DIM, predictor.output_dim, vocab_size).double()

@@ -21,7 +21,12 @@ from transducer_toolkit.decoding.posteriors import (
     lattice_occupancy,
     lattice_posteriors,
 )
-from transducer_toolkit.decoding.search import Hypothesis, NonFiniteScoresError, Search
+from transducer_toolkit.decoding.search import (
+    Hypothesis,
+    NonFiniteScoresError,
+    Search,
+    StreamingSearch,
+)
 from transducer_toolkit.ops.topology import TOPOLOGIES
 
 __all__ = [
@@ -39,6 +44,7 @@ __all__ = [
     "NarrowLattice",
     "NonFiniteScoresError",
     "Search",
+    "StreamingSearch",
     "align",
     "best_path",
     "greedy_search",

@@ -248,6 +248,10 @@ class GreedySearch:
             (frame - lengths).clamp(min=0) if table is not None else torch.zeros_like(lengths),
         )
 
+    def finish(self, state: GreedyState) -> list[Hypothesis]:
+        """Ends the utterances. :meth:`advance` has returned all tokens, so none remain."""
+        return [Hypothesis([], [], []) for _ in state.num_frames]
+
     def _table_of_durations(self, device: torch.device) -> Tensor | None:
         """Returns the frames that each duration advances, or each symbol of a multi-blank model.
 

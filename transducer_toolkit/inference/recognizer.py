@@ -90,7 +90,7 @@ class Recognizer:
         max_symbols_per_frame: bound of the greedy search.
         topology: topology of the loss that trained the model; searches and alignments use it.
         search: called with the model's predictor and joiner and with ``topology``, returns the
-            search, such as ``partial(ModifiedBeamSearch, beam=8)``; greedy search by default.
+            search, such as ``partial(BeamSearch, beam=8)``; greedy search by default.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
