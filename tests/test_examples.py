@@ -54,7 +54,7 @@ def test_the_custom_joiner_fits_its_batch(example):
 
 def test_the_custom_joiner_suits_loss_stages_and_searches(example):
     from transducer_toolkit import LatticeShape
-    from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
+    from transducer_toolkit.decoding import BeamSearch, GreedySearch
     from transducer_toolkit.modules import StatelessPredictor
     from transducer_toolkit.training.stages import FullLoss, LossInput, PackedLoss
 
@@ -66,7 +66,7 @@ def test_the_custom_joiner_suits_loss_stages_and_searches(example):
     batch = LossInput(joiner, torch.randn(2, 4, 8), predictor(targets), targets, shape)
     packed, full = (stage(batch).losses for stage in (PackedLoss(), FullLoss()))
     torch.testing.assert_close(packed, full)
-    for search in (GreedySearch, ModifiedBeamSearch):
+    for search in (GreedySearch, BeamSearch):
         assert len(search(predictor, joiner)(batch.encoder_out, shape.logit_lengths)) == 2
 
 

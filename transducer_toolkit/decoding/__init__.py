@@ -25,7 +25,12 @@ from transducer_toolkit.decoding.posteriors import (
     lattice_occupancy,
     lattice_posteriors,
 )
-from transducer_toolkit.decoding.search import Hypothesis, NonFiniteScoresError, Search
+from transducer_toolkit.decoding.search import (
+    Hypothesis,
+    NonFiniteScoresError,
+    Search,
+    StreamingSearch,
+)
 from transducer_toolkit.ops.topology import TOPOLOGIES
 
 __all__ = [
@@ -48,6 +53,7 @@ __all__ = [
     "NgramModel",
     "NonFiniteScoresError",
     "Search",
+    "StreamingSearch",
     "WeightedSum",
     "align",
     "best_path",

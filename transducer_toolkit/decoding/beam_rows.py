@@ -25,7 +25,8 @@ class Rows(NamedTuple):
         path: (N,) int64, entry of the last token in :class:`Paths`, -1 if there is none.
         unread: (N,) int64, the last token if predictor and language model have not read it yet,
             otherwise -1.
-        predictor_out: (N, P), after the tokens that were read.
+        predictor_out: (N, P), after the tokens that were read; (N, D) if the joiner has projected
+            it.
         predictor_state: (N, ...).
         lm_log_probs: (N, V), or None without a language model.
         lm_state: (N, ...), or None without a language model.
@@ -45,7 +46,9 @@ class Rows(NamedTuple):
 
     def take(self, index: Tensor) -> Rows:
         """Returns the rows with these indices."""
-        return Rows._make(None if field is None else field[index] for field in self)
+        return Rows._make(
+            field if field is None else field.index_select(0, index) for field in self
+        )
 
     def __add__(self, other: Rows) -> Rows:  # type: ignore[override]
         pairs = zip(self, other, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -131,10 +132,10 @@ class BeamSearch:
         joiner: Joiner,
         *,
         beam: int = 4,
-        score_window: float | None = 10.0,
+        score_window: float | None = 4.0,
         max_symbols_per_frame: int = 10,
         topology: str = "regular",
-        length_normalized: bool = True,
+        length_normalized: bool = False,
         lm: LanguageModel | None = None,
         lm_weight: float = 0.3,
     ) -> None:
@@ -163,10 +164,13 @@ class BeamSearch:
         self.max_symbols_per_frame = max_symbols_per_frame if stays else 1
         self.length_normalized = length_normalized
         num_symbols = predictor.vocab_size + row.num_big_blanks
-        big_blanks = range(
-            num_symbols - 1, predictor.vocab_size - 1, -1
-        )  # the last one is the first
-        self._blanks = [predictor.blank, *big_blanks]
+        # The last symbol is the first of the big blanks.
+        self._blanks = [predictor.blank, *range(num_symbols - 1, predictor.vocab_size - 1, -1)]
+        # Where the joiner can, the output of the predictor is projected once for all frames.
+        self._project: Callable[[Tensor], Tensor] = lambda predictor_out: predictor_out
+        self._join: Callable[[Tensor, Tensor], Tensor] = joiner.step_projected
+        if hasattr(joiner, "project_predictor"):
+            self._project, self._join = joiner.project_predictor, joiner.join_projected
         self.lm = lm if lm_weight != 0 else None
         self.lm_weight = float(lm_weight)
 
@@ -224,7 +228,7 @@ class BeamSearch:
             num_tokens=zeros,
             path=zeros - 1,
             unread=zeros - 1,
-            predictor_out=predictor_out,
+            predictor_out=self._project(predictor_out),
             predictor_state=predictor_state,
             lm_log_probs=lm_log_probs,
             lm_state=lm_state,
@@ -312,6 +316,7 @@ class BeamSearch:
             The hypotheses that stand at later frames.
         """
         best = rows.scores.new_full(chunk.num_frames.shape, -torch.inf)  # (B,)
+        projected = chunk.projected[:, frame]
         parts = []
         if waiting is not None:
             _raise_to(best, waiting.utterance, waiting.scores[:, 0])
@@ -319,7 +324,7 @@ class BeamSearch:
         for num_labels in range(self.max_symbols_per_frame + 1):
             # All of these rows have emitted num_labels labels on this frame.
             rows = self._read_tokens(rows)
-            cells = self._cells(chunk.projected[rows.utterance, frame], rows.predictor_out)
+            cells = self._cells(projected.index_select(0, rows.utterance), rows.predictor_out)
             chunk.checks.append((rows.utterance, cells.is_bad))
             parts.append(self._by_blank(rows, cells, best))
             if num_labels == self.max_symbols_per_frame:
@@ -361,7 +366,7 @@ class BeamSearch:
         out, state = self.predictor.step(tokens, rows.predictor_state[index])
         rows = rows._replace(
             unread=torch.full_like(rows.unread, -1),
-            predictor_out=update(rows.predictor_out, out),
+            predictor_out=update(rows.predictor_out, self._project(out)),
             predictor_state=update(rows.predictor_state, state),
         )
         if self.lm is not None and rows.lm_state is not None and rows.lm_log_probs is not None:
@@ -374,7 +379,7 @@ class BeamSearch:
 
     def _cells(self, projected: Tensor, predictor_out: Tensor) -> _Cells:
         """Computes the log-probabilities of lattice cells, at least float32."""
-        logits = self.joiner.step_projected(projected, predictor_out)
+        logits = self._join(projected, predictor_out)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         num_durations = self.topology.num_durations
         if num_durations == 0:
@@ -388,7 +393,7 @@ class BeamSearch:
     def _by_blank(self, rows: Rows, cells: _Cells, best: Tensor) -> Rows:
         """Continues hypotheses by the blanks of all durations; raises their `best` score (B,)."""
         durations = self.topology.blank_durations
-        added = cells.log_probs[:, self._blanks]  # (N, number of blanks)
+        added = cells.log_probs[:, self._blanks]  # a copy, (N, number of blanks)
         if cells.of_durations is not None:
             added = added + cells.of_durations[:, -len(durations) :]
         added[:, 0].clamp_(min=IMPOSSIBLE)
@@ -409,32 +414,34 @@ class BeamSearch:
             The best continuations of each duration, or None if there are none in the window.
         """
         predictor, durations = self.predictor, self._label_durations
+        of_durations = cells.of_durations
         label_scores = cells.log_probs[:, : predictor.vocab_size]
         if rows.lm_log_probs is not None:
             label_scores = label_scores + self.lm_weight * rows.lm_log_probs
-        is_blank = torch.arange(predictor.vocab_size, device=label_scores.device) == predictor.blank
-        label_scores = label_scores.masked_fill(is_blank, -torch.inf)
+        label_scores[:, predictor.blank] = -torch.inf  # blank has been read
         if rows.lm_log_probs is not None:
             is_bad = (label_scores.isnan() | (label_scores == torch.inf)).any(1)
             chunk.checks.append((rows.utterance, is_bad))
+        # Most rows have no label in the window; only the others are sorted.
+        highest = rows.scores[:, 0] + label_scores.amax(1)
+        if of_durations is not None:
+            highest = highest + of_durations.amax(1)
+        _raise_to(best, rows.utterance, highest)
+        threshold = self._threshold(best, rows)
+        some = (highest > threshold).nonzero().squeeze(1)
         count = min(self.beam, predictor.vocab_size - 1)
-        if count == 0:
+        if len(some) == 0 or count == 0:
             return None
-        best_labels, labels = label_scores.topk(count, dim=1)
-        scores = (rows.scores[:, :1] + best_labels).unsqueeze(2)  # (N, count, 1)
-        if cells.of_durations is not None:
-            scores = scores + cells.of_durations.unsqueeze(1)  # (N, count, number of durations)
-        _raise_to(best, rows.utterance, scores.flatten(1).amax(1))
-        is_good = scores > self._threshold(best, rows).view(-1, 1, 1)
-        index, rank, column = is_good.nonzero().unbind(1)
-        if len(index) == 0:
-            return None
-        scores = scores[index, rank, column]
+        best_labels, labels = label_scores.index_select(0, some).topk(count, dim=1)
+        scores = (rows.scores[some, :1] + best_labels).unsqueeze(2)  # (N, count, 1)
+        if of_durations is not None:
+            scores = scores + of_durations[some].unsqueeze(1)  # (N, count, number of durations)
+        row, rank, column = (scores > threshold[some].view(-1, 1, 1)).nonzero().unbind(1)
+        index, tokens, scores = some[row], labels[row, rank], scores[row, rank, column]
         if len(index) > self.beam:
             group = rows.utterance[index] * len(durations) + column
             kept = best_of_groups(scores, group, self.beam)
-            index, rank, column, scores = index[kept], rank[kept], column[kept], scores[kept]
-        tokens = labels[index, rank]
+            index, tokens, column, scores = index[kept], tokens[kept], column[kept], scores[kept]
         rows = rows.take(index)
         may_end = scores if self.topology.ends_with_label else torch.full_like(scores, -torch.inf)
         frames = rows.frame + chunk.num_frames[rows.utterance]

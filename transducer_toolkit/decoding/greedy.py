@@ -290,6 +290,10 @@ class GreedySearch:
             lm_scores,
         )
 
+    def finish(self, state: GreedyState) -> list[Hypothesis]:
+        """Ends the utterances. :meth:`advance` has returned all tokens, so none remain."""
+        return [Hypothesis([], [], []) for _ in state.num_frames]
+
     def _overrule(
         self,
         logits: Tensor,

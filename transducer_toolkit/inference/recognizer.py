@@ -91,7 +91,7 @@ class Recognizer:
         max_symbols_per_frame: bound of the greedy search.
         topology: topology of the loss that trained the model; searches and alignments use it.
         search: called with the model's predictor and joiner and with ``topology``, returns the
-            search, such as ``partial(ModifiedBeamSearch, beam=8)``; greedy search by default.
+            search, such as ``partial(BeamSearch, beam=8)``; greedy search by default.
         fusion: hotwords and language models, which the search gets as ``lm`` with the weight 1.
 
     Attributes:

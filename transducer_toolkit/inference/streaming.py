@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from transducer_toolkit.data.features import FRAME_LENGTH_MS, FRAME_SHIFT_MS, StreamingFbank
-from transducer_toolkit.decoding import GreedySearch, GreedyState, Hypothesis
+from transducer_toolkit.decoding import Hypothesis, StreamingSearch
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.modules.encoder import EncoderState, StreamingEncoder
 
@@ -19,19 +21,21 @@ class StreamingRecognizer:
 
     The text of all pieces together is the text that ``recognizer`` gives for the whole utterance.
     The state between two pieces does not grow: it consists of less than two frames of samples, the
-    incomplete frames and segment, and the states of encoder and predictor.
+    incomplete frames and segment, and the states of encoder and search. The state of a beam search
+    also has the symbols in which its hypotheses differ: their text comes when they agree.
 
     Args:
         recognizer: a recognizer whose encoder is a
-            :class:`~transducer_toolkit.modules.encoder.StreamingEncoder` with global normalization.
-            Its hotwords and language models are used, with greedy search.
+            :class:`~transducer_toolkit.modules.encoder.StreamingEncoder` with global normalization,
+            and whose search is a :class:`~transducer_toolkit.decoding.StreamingSearch`. Its
+            hotwords and language models are used.
 
     Attributes:
         added: tokens that the last call of :meth:`accept` or :meth:`finish` added, with their
             frames, counted from the start of the utterance.
 
     Raises:
-        ValueError: if the encoder does not stream.
+        ValueError: if the encoder or the search does not stream.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
@@ -42,24 +46,21 @@ class StreamingRecognizer:
     """
 
     _encoder_state: EncoderState
-    _search_state: GreedyState
+    _search_state: Any
     _recent: list[int]  # the last tokens of the utterance
 
     def __init__(self, recognizer: Recognizer) -> None:
         encoder = recognizer.model.encoder
         if not isinstance(encoder, StreamingEncoder):
             raise ValueError(f"{type(encoder).__name__} does not stream: it needs all of the audio")
+        if not hasattr(recognizer.search, "advance"):
+            raise ValueError(
+                f"{type(recognizer.search).__name__} does not stream: it needs all frames"
+            )
         self.recognizer = recognizer
         self._encoder = encoder
         self._fbank = StreamingFbank(recognizer.fbank)
-        self._search = GreedySearch(
-            recognizer.model.predictor,
-            recognizer.model.joiner,
-            max_symbols_per_frame=recognizer.max_symbols_per_frame,
-            topology=recognizer.topology,
-            lm=recognizer.lm,
-            lm_weight=1.0,
-        )
+        self._search: StreamingSearch = recognizer.search  # type: ignore[assignment]
         self.added = Hypothesis([], [])
         self._reset()
 
@@ -94,13 +95,19 @@ class StreamingRecognizer:
         encoder_out, self._encoder_state = self._encoder.stream(
             features, self._encoder_state, final=final
         )
-        if len(encoder_out) == 0:
-            self.added = Hypothesis([], [])
-            return ""
-        lengths = torch.tensor([len(encoder_out)])
-        (self.added,), self._search_state = self._search.advance(
-            encoder_out.unsqueeze(0), lengths, self._search_state
-        )
+        self.added = Hypothesis([], [], [])
+        if len(encoder_out) > 0:
+            lengths = torch.tensor([len(encoder_out)])
+            (self.added,), self._search_state = self._search.advance(
+                encoder_out.unsqueeze(0), lengths, self._search_state
+            )
+        if final:
+            (rest,) = self._search.finish(self._search_state)
+            self.added = Hypothesis(
+                self.added.tokens + rest.tokens,
+                self.added.frames + rest.frames,
+                self.added.log_probs + rest.log_probs,
+            )
         before = self.recognizer.tokenizer.decode(self._recent)
         self._recent += self.added.tokens
         text = self.recognizer.tokenizer.decode(self._recent)[len(before) :]
