@@ -197,6 +197,9 @@ def test_bytes_of_a_character_arrive_as_the_character():
             added = tokens[position : position + encoder_out.shape[1]]
             return [Hypothesis(added, list(range(len(added))))], position + len(added)
 
+        def finish(self, position):
+            return [Hypothesis([], [])]
+
     stream = StreamingRecognizer(Recognizer(model, tokenizer, Fbank()))
     stream._search, stream._search_state = Scripted(), 0
     choose, pieces = random.Random(0), []
