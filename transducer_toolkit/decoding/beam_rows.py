@@ -46,11 +46,13 @@ class Rows(NamedTuple):
 
     def take(self, index: Tensor) -> Rows:
         """Returns the rows with these indices."""
-        return Rows(*(field if field is None else field.index_select(0, index) for field in self))
+        return Rows._make(
+            field if field is None else field.index_select(0, index) for field in self
+        )
 
     def __add__(self, other: Rows) -> Rows:  # type: ignore[override]
         pairs = zip(self, other, strict=True)
-        return Rows(*(None if a is None or b is None else torch.cat((a, b)) for a, b in pairs))
+        return Rows._make(None if a is None or b is None else torch.cat((a, b)) for a, b in pairs)
 
 
 class Paths:

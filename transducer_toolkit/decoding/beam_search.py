@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transducer_toolkit.decoding.beam_rows import (
     merge,
     settle,
 )
+from transducer_toolkit.decoding.language_model import LanguageModel, check_lm
 from transducer_toolkit.decoding.search import (
     Hypothesis,
     check_encoder_lengths,
@@ -37,32 +38,6 @@ from transducer_toolkit.ops.topology import get_topology
 MAX_BEAM = 2**20  # larger beams would overflow the sizes of tensors
 # Score of a blank of probability 0, so that an utterance never runs out of hypotheses.
 IMPOSSIBLE = -1e9
-
-
-class LanguageModel(Protocol):
-    """Interface of a language model for shallow fusion.
-
-    The state is one tensor whose first axis is the batch. As in
-    :class:`~transducer_toolkit.modules.Predictor`, blank is the start symbol.
-
-    A language model may also have a method ``final(state) -> (N,)``: scores that are added when the
-    utterance ends, such as the log-probability of the end of a sentence.
-    """
-
-    def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """Returns the state before the start symbol, (N, ...)."""
-
-    def step(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Consumes one symbol of each hypothesis.
-
-        Args:
-            tokens: (N,) int64, the newest symbols; blank in the first step.
-            state: (N, ...) from :meth:`initial_state` or the previous step.
-
-        Returns:
-            The log-probabilities (N, V) of the next symbol in nats, and the next state (N, ...).
-            The search ignores the log-probability of blank.
-        """
 
 
 @dataclass(frozen=True)
@@ -178,11 +153,7 @@ class BeamSearch:
                 raise ValueError(f"score_window: expected more than 0, or None, got {score_window}")
         check_at_least(1, max_symbols_per_frame=max_symbols_per_frame)
         check_flag(length_normalized, "length_normalized")
-        if lm is not None and not all(hasattr(lm, name) for name in ("initial_state", "step")):
-            raise TypeError(f"lm: expected a LanguageModel or None, got {type(lm).__name__}")
-        check_number(lm_weight, "lm_weight")
-        if not math.isfinite(lm_weight):
-            raise ValueError(f"lm_weight: expected a finite number, got {lm_weight}")
+        check_lm(lm, lm_weight)
         self.predictor = predictor
         self.joiner = joiner
         self.beam = beam
