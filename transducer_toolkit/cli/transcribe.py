@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # The defaults of transcribe_file, whose module imports torch, which would make --help slow.
 WINDOW_S = 20.0
 OVERLAP_S = 4.0
+BEAM_SEARCHES = ("beam", "modified_beam")
 # Options of a Fusion, each with the one that it needs.
 FUSION_OPTIONS = {
     "lm": None,
@@ -36,7 +37,6 @@ FUSION_OPTIONS = {
     "hotwords_depth_score": "hotwords",
     "hotwords_case": "hotwords",
 }
-BEAM_SEARCHES = ("beam", "modified_beam")
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     *(".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),

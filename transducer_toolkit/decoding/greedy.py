@@ -125,7 +125,7 @@ class GreedySearch:
         if getattr(lm, "scores_words", False):
             raise ValueError(
                 "lm: greedy search cannot use a language model of words; use a beam search "
-                "(search=modified_beam), or an ARPA file of the model's symbols"
+                "(search=beam), or an ARPA file of the model's symbols"
             )
         self.predictor = predictor
         self.joiner = joiner
