@@ -66,10 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     if model_type == "nemo":
-        print(
-            'note: load these files with model_type="nemo_transducer", or "" for that of the files.',
-            file=sys.stderr,
-        )
+        print('note: load these files with model_type="nemo_transducer"', file=sys.stderr)
     return 0
 
 

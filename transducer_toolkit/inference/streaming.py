@@ -8,6 +8,7 @@ from torch import Tensor
 
 from transducer_toolkit.data.features import FRAME_LENGTH_MS, FRAME_SHIFT_MS, StreamingFbank
 from transducer_toolkit.decoding import GreedySearch, GreedyState, Hypothesis
+from transducer_toolkit.inference.endpoints import EndpointRules
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.modules.encoder import EncoderState, StreamingEncoder
 
@@ -18,12 +19,14 @@ class StreamingRecognizer:
     """Recognizes utterances one after the other, each in pieces of any size.
 
     The text of all pieces together is the text that ``recognizer`` gives for the whole utterance.
+    Text is only ever added, so what was shown stays; the last word may still grow.
     The state between two pieces does not grow: it consists of less than two frames of samples, the
     incomplete frames and segment, and the states of encoder and predictor.
 
     Args:
         recognizer: a recognizer whose encoder is a
             :class:`~transducer_toolkit.modules.encoder.StreamingEncoder` with global normalization.
+        endpoint_rules: when :attr:`is_endpoint` is True; None means those of Kaldi.
 
     Attributes:
         added: tokens that the last call of :meth:`accept` or :meth:`finish` added, with their
@@ -37,18 +40,25 @@ class StreamingRecognizer:
         >>> stream = StreamingRecognizer(recognizer)  # doctest: +SKIP
         >>> for samples in read_audio("three.wav").split(1600):  # doctest: +SKIP
         ...     print(stream.accept(samples), end="", flush=True)
+        ...     if stream.is_endpoint:
+        ...         print(stream.finish())
         >>> print(stream.finish())  # doctest: +SKIP
     """
 
     _encoder_state: EncoderState
     _search_state: GreedyState
     _recent: list[int]  # the last tokens of the utterance
+    _num_frames: int  # encoder frames of the utterance
+    _text_frames: int  # encoder frames up to the last token, 0 without one
 
-    def __init__(self, recognizer: Recognizer) -> None:
+    def __init__(
+        self, recognizer: Recognizer, *, endpoint_rules: EndpointRules | None = None
+    ) -> None:
         encoder = recognizer.model.encoder
         if not isinstance(encoder, StreamingEncoder):
             raise ValueError(f"{type(encoder).__name__} does not stream: it needs all of the audio")
         self.recognizer = recognizer
+        self.endpoint_rules = endpoint_rules or EndpointRules()
         self._encoder = encoder
         self._fbank = StreamingFbank(recognizer.fbank)
         self._search = GreedySearch(
@@ -67,6 +77,16 @@ class StreamingRecognizer:
         # A feature frame is longer than the shift, by the same amount on both sides.
         overhang_ms = (FRAME_LENGTH_MS - FRAME_SHIFT_MS) / 2
         return (self._encoder.latency_frames * frame_ms + overhang_ms) / 1000
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether the utterance should end here, with :meth:`finish`."""
+        frame_s = self.recognizer.frame_s
+        return self.endpoint_rules.are_met(
+            duration_s=self._num_frames * frame_s,
+            silence_s=(self._num_frames - self._text_frames) * frame_s,
+            has_text=self._text_frames > 0,
+        )
 
     def accept(self, samples: Tensor) -> str:
         """Take the next samples of the utterance.
@@ -98,6 +118,9 @@ class StreamingRecognizer:
         (self.added,), self._search_state = self._search.advance(
             encoder_out.unsqueeze(0), lengths, self._search_state
         )
+        self._num_frames += len(encoder_out)
+        if self.added.frames:
+            self._text_frames = self.added.frames[-1] + 1
         before = self.recognizer.tokenizer.decode(self._recent)
         self._recent += self.added.tokens
         text = self.recognizer.tokenizer.decode(self._recent)[len(before) :]
@@ -109,3 +132,4 @@ class StreamingRecognizer:
         self._encoder_state = self._encoder.initial_state()
         self._search_state = self._search.initial_state(1, device)
         self._recent = []
+        self._num_frames = self._text_frames = 0
