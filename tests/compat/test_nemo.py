@@ -13,7 +13,7 @@ pytest.importorskip("nemo.collections.asr", exc_type=ImportError)
 from lightning.pytorch import Callback, Trainer
 from nemo.collections.asr.losses.rnnt import RNNTLoss as NemoLoss
 from nemo.collections.asr.losses.rnnt_pytorch import MultiblankRNNTLossPytorch, TDTLossPytorch
-from nemo.collections.asr.models import EncDecRNNTModel
+from nemo.collections.asr.models import EncDecHybridRNNTCTCModel, EncDecRNNTModel
 from nemo.collections.asr.modules import HATJoint, RNNTJoint
 from omegaconf import DictConfig
 
@@ -243,6 +243,27 @@ def test_training_takes_the_same_steps(activation, monkeypatch):
     found = train(model, log_every_n_steps=100)  # a WER would need logits of single cells
     assert len(found) == 3 and found == pytest.approx(theirs, rel=1e-5)
     assert found[-1] < found[0]
+
+
+def test_hybrid_model_with_ctc():
+    aux_ctc = {
+        "ctc_loss_weight": 0.3,
+        "decoder": {
+            "_target_": "nemo.collections.asr.modules.ConvASRDecoder",
+            "feat_in": 16,
+            "num_classes": BLANK,
+            "vocabulary": LABELS,
+        },
+        "decoding": {"strategy": "greedy"},
+    }
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = EncDecHybridRNNTCTCModel(config(aux_ctc=aux_ctc))
+        if fused:
+            ours.use_fused_loss(model)
+        results.append(train(model))
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
 def test_tdt_and_multi_blank_train_on_the_cpu(monkeypatch):
