@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # The defaults of transcribe_file, whose module imports torch, which would make --help slow.
 WINDOW_S = 20.0
 OVERLAP_S = 4.0
+BATCH_SIZE = 8
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     *(".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cut=args.cut,
                 window_s=args.window_s,
                 overlap_s=args.overlap_s,
+                batch_size=args.batch_size,
                 on_progress=progress,
             )
         except ValueError as error:  # the voice-activity detector is missing
@@ -241,7 +243,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--beam is an option of --search modified_beam")
     if args.max_symbols_per_frame is not None and args.search != "greedy":
         parser.error("--max-symbols-per-frame is an option of --search greedy")
-    for name in ("beam", "max_symbols_per_frame"):
+    for name in ("beam", "max_symbols_per_frame", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -312,6 +314,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=("pauses", "windows"),
         help="where longer files are cut: in pauses (needs the extra vad) or into overlapping "
         "windows (default: pauses if silero-vad is installed)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH_SIZE,
+        metavar="N",
+        help="files of --window-s that are recognized together, or more shorter ones; a GPU takes "
+        "more (default: %(default)d)",
     )
     parser.add_argument(
         "--channel",
