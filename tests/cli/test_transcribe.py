@@ -231,6 +231,12 @@ def test_a_folder_is_transcribed_in_batches(checkpoint, tones, capsys, monkeypat
     paths = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
     assert paths == sorted(map(str, tones.glob("*.wav")))
 
+    num_batches = len(sizes)
+    sizes.clear()
+    options = ["--batch-size", "1", "--window-s", "2", "--overlap-s", "1", "--cut", "windows"]
+    assert main(["--checkpoint", str(checkpoint), *options, str(tones)]) == 0
+    assert sum(sizes) >= num_files and len(sizes) > 3 * num_batches
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -241,6 +247,7 @@ def test_a_folder_is_transcribed_in_batches(checkpoint, tones, capsys, monkeypat
         (["--window-s", "10", "--overlap-s", "6"], "--overlap-s at most half of it, got 10 and 6"),
         (["--window-s", "inf"], "--window-s must be at least 1"),
         (["--channel", "left"], "expected mix, each or a number from 0, got 'left'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--cut", "words"], "invalid choice: 'words'"),
         (["--num-threads", "0"], "argument --num-threads: must be at least 1, got 0"),
     ],

@@ -37,6 +37,7 @@ FUSION_OPTIONS = {
     "hotwords_depth_score": "hotwords",
     "hotwords_case": "hotwords",
 }
+BATCH_SIZE = 8
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     *(".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cut=args.cut,
                 window_s=args.window_s,
                 overlap_s=args.overlap_s,
+                batch_size=args.batch_size,
                 on_progress=progress,
             )
         except ValueError as error:  # the voice-activity detector is missing
@@ -261,7 +263,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"{_option(name)} is an option of {_option(owner)}")
     if args.beam is not None and args.search == "greedy":
         parser.error("--beam is an option of --search beam")
-    for name in ("beam", "max_symbols_per_frame"):
+    for name in ("beam", "max_symbols_per_frame", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"{_option(name)} must be at least 1, got {value}")
@@ -382,6 +384,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=("pauses", "windows"),
         help="where longer files are cut: in pauses (needs the extra vad) or into overlapping "
         "windows (default: pauses if silero-vad is installed)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH_SIZE,
+        metavar="N",
+        help="files of --window-s that are recognized together, or more shorter ones; a GPU takes "
+        "more (default: %(default)d)",
     )
     parser.add_argument(
         "--channel",

@@ -13,6 +13,8 @@ Differences from its interface for icefall's models (``icefall.py``):
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -140,6 +142,7 @@ class NemoPredictorGraph(nn.Module):
         projection: the joiner's projection of the predictor.
     """
 
+    order: Tensor
     projection: nn.Module
 
     def __init__(
@@ -192,6 +195,9 @@ class NemoJoinerGraph(nn.Module):
     D is 0 for models with several symbols a frame, and otherwise the largest number of frames that
     an arc advances, plus 1.
     """
+
+    order: Tensor
+    finish: Callable[[Tensor], Tensor]
 
     def __init__(
         self,
