@@ -70,7 +70,7 @@ def test_the_defaults_of_windows_are_those_of_python():
     from transducer_toolkit.cli import transcribe as command
 
     sizes = long_audio.WINDOW_S, long_audio.OVERLAP_S, long_audio.BATCH_SIZE
-    assert (command.WINDOW_S, command.OVERLAP_S, command.BATCH_SIZE) == sizes
+    assert sizes == (command.WINDOW_S, command.OVERLAP_S, command.BATCH_SIZE)
 
 
 # --- errors -------------------------------------------------------------------------------------

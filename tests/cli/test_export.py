@@ -63,6 +63,9 @@ def test_hotwords_are_checked(checkpoint, tmp_path, capsys):
     arguments = [str(checkpoint), "--output", str(tmp_path / "out"), "--hotwords", str(phrases)]
     assert main(arguments) == 1
     assert "phrases.txt" in capsys.readouterr().err
+    phrases.write_bytes(b"\xff\n")
+    assert main(arguments) == 1
+    assert "phrases.txt is not UTF-8" in capsys.readouterr().err
     phrases.write_text("\u00df\n", encoding="utf-8")
     assert main(arguments) == 1
     assert "hotwords, line 1: character '\u00df'" in capsys.readouterr().err

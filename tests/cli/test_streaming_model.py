@@ -50,7 +50,7 @@ def test_statistics_travel_and_text_streams(checkpoint, tones):
 def test_exports_for_the_streaming_client_only(checkpoint, tmp_path, capsys):
     assert export.main([str(checkpoint), "--output", str(tmp_path), "--streaming"]) == 0
     captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 4
-    assert "several symbols" not in captured.err  # topology=modified has one a frame
+    assert len(captured.out.splitlines()) == 5
+    assert "symbols on one frame" not in captured.err  # topology=modified has one a frame
     assert export.main([str(checkpoint), "--output", str(tmp_path)]) == 1
     assert "streaming=True (--streaming) only" in capsys.readouterr().err

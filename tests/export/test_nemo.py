@@ -164,6 +164,23 @@ def test_the_clients_filters_make_ours():
     assert torch.equal(ClientFeatures(fbank)(silence), fbank(silence))
 
 
+@pytest.mark.parametrize("num_samples", [200, 1601, 16000])
+def test_the_clients_features_are_those_of_its_library(num_samples):
+    knf = pytest.importorskip("kaldi_native_fbank")
+    options = knf.FbankOptions()
+    frame, mel = options.frame_opts, options.mel_opts
+    frame.dither, frame.snip_edges, frame.samp_freq = 0.0, False, 16000.0
+    frame.remove_dc_offset, frame.window_type = False, "povey"
+    mel.num_bins, mel.low_freq, mel.high_freq, mel.is_librosa = 188, 0.0, -400.0, True
+    library = knf.OnlineFbank(options)
+    waveform = 0.1 * torch.randn(num_samples) + 0.01
+    library.accept_waveform(16000.0, waveform.tolist())
+    library.input_finished()
+    frames = [torch.tensor(library.get_frame(k)) for k in range(library.num_frames_ready)]
+    ours = ClientFeatures(Fbank()).client(waveform)
+    torch.testing.assert_close(ours, torch.stack(frames), atol=2e-3, rtol=0.0)
+
+
 def test_the_default_type():
     assert default_type(random_recognizer(predictor="stateless", max_symbols=1)) == "icefall"
     assert default_type(random_recognizer("modified", predictor="stateless")) == "icefall"

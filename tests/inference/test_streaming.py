@@ -106,6 +106,30 @@ def test_new_text_brings_its_space():
     assert texts == ["a", "", "", " b", "b", " c"]
 
 
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        SentencePieceTokenizer.from_texts(["one two", "two ones"], vocab_size=12),
+        SentencePieceTokenizer.from_texts(["one two"] * 3, vocab_size=9, model_type="unigram"),
+        CharTokenizer.from_texts(["ab c"], unknown=True),
+    ],
+    ids=["bpe", "unigram", "characters"],
+)
+def test_text_that_was_shown_stays(tokenizer):
+    """Blanks, unknown symbols and spaces at any place included."""
+    recognizer = random_recognizer(ENCODERS["lstm"]())
+    recognizer.tokenizer = tokenizer
+    choices = random.Random(0)
+    for _ in range(50):
+        tokens = [choices.randrange(tokenizer.vocab_size) for _ in range(40)]
+        stream, shown = StreamingRecognizer(recognizer), ""
+        found = iter(tokens)
+        stream._search.advance = lambda *_, found=found: ([Hypothesis([next(found)], [0])], None)
+        for count in range(1, len(tokens) + 1):
+            shown += stream.accept(torch.zeros(1600))
+            assert shown == tokenizer.decode(tokens[:count])
+
+
 @pytest.mark.parametrize(("name", "latency_s"), [("lstm", 0.0475), ("emformer", 0.2075)])
 def test_latency(name, latency_s):
     """Of an impulse: after so many seconds its encoder frame is known, at the latest."""

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recognizer,
         args.output,
         model_type=args.type,
-        hotwords=[] if args.hotwords is None else args.hotwords.read_text("utf-8").splitlines(),
+        hotwords=[] if args.hotwords is None else _lines(args.hotwords),
         streaming=args.streaming,
         int8=args.int8,
         **({} if args.chunk_frames is None else {"chunk_frames": args.chunk_frames}),
@@ -68,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if model_type == "nemo":
         print('note: load these files with model_type="nemo_transducer"', file=sys.stderr)
     return 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--hotwords: {path} is not UTF-8: {error.reason}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
