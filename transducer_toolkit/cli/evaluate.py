@@ -79,7 +79,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     module = TransducerModule(
         recognizer.model,
         recognizer.tokenizer,
-        search=make_search(cfg.search, recognizer.max_symbols_per_frame),
+        search=make_search(cfg.search, recognizer.max_symbols_per_frame, recognizer.tokenizer),
         topology=recognizer.topology,
         normalize=normalize,
     )

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 PATH_KEYS = re.compile(
     r"checkpoint|ckpt_path|init_from|name|run_dir"
     r"|data\.corpus\.(train|val|root|test\.[^.]+)"
+    r"|search\.(hotwords|lm|internal_lm)"
     r"|(.+\.)?(\w+_)?(path|dir|dirpath)"
 )
 

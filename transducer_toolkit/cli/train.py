@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from transducer_toolkit.data.datamodule import TransducerDataModule
+    from transducer_toolkit.data.tokenizer import Tokenizer
     from transducer_toolkit.decoding import Search
     from transducer_toolkit.training.lightning_module import TransducerModule
 
@@ -286,23 +287,33 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         recipe=recipe,
-        search=make_search(cfg.search, cfg.max_symbols_per_frame),
+        search=make_search(cfg.search, cfg.max_symbols_per_frame, tokenizer),
         normalize=instantiate(cfg.scoring, _convert_="all"),
     )
 
 
-def make_search(cfg: DictConfig, max_symbols_per_frame: int) -> Callable[..., Search]:
-    """Return what makes the search of ``cfg.search``.
+def make_search(
+    cfg: DictConfig, max_symbols_per_frame: int, tokenizer: Tokenizer
+) -> Callable[..., Search]:
+    """Return what makes the search of ``cfg.search``, with its hotwords and language models.
 
     Args:
         cfg: an option of the group ``search``.
         max_symbols_per_frame: for a search whose own is null.
+        tokenizer: tokenizer of the model.
     """
+    import dataclasses
+
     from hydra.utils import instantiate
+
+    from transducer_toolkit.decoding.fusion import Fusion, fused
 
     if cfg.get("max_symbols_per_frame", 0) is None:
         cfg.max_symbols_per_frame = max_symbols_per_frame
-    return instantiate(cfg, _convert_="all")
+    of_fusion = {field.name for field in dataclasses.fields(Fusion)} & set(cfg)
+    options = instantiate({name: cfg[name] for name in of_fusion}, _convert_="all")
+    rest = {name: cfg[name] for name in cfg if name not in of_fusion}
+    return fused(instantiate(rest, _convert_="all"), Fusion(**options).load(tokenizer))
 
 
 def _refuse_processes_in_sweep(trainer: Trainer) -> None:

@@ -19,12 +19,24 @@ from transducer_toolkit.cli.arguments import add_device, add_trust_package, chan
 from transducer_toolkit.cli.transcript_formats import FORMATS, SUFFIXES
 
 if TYPE_CHECKING:
-    from transducer_toolkit.decoding import Search
+    from transducer_toolkit.decoding import Fusion, Search
     from transducer_toolkit.inference.long_audio import AudioSource
 
 # The defaults of transcribe_file, whose module imports torch, which would make --help slow.
 WINDOW_S = 20.0
 OVERLAP_S = 4.0
+BEAM_SEARCHES = ("beam", "modified_beam")
+# Options of a Fusion, each with the one that it needs.
+FUSION_OPTIONS = {
+    "lm": None,
+    "lm_weight": "lm",
+    "internal_lm": None,
+    "internal_lm_weight": "internal_lm",
+    "hotwords": None,
+    "hotwords_score": "hotwords",
+    "hotwords_depth_score": "hotwords",
+    "hotwords_case": "hotwords",
+}
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     *(".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),
@@ -61,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=args.device,
             trusted_packages=args.trust_package,
             search=_search(args),
+            fusion=_fusion(args),
         )
         started_s = time.perf_counter()
         progress = stack.enter_context(_progress_bar(list(files)))
@@ -221,13 +234,19 @@ def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[AudioSource, float
 
 
 def _search(args: argparse.Namespace) -> Callable[..., Search] | None:
-    from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
+    from transducer_toolkit.decoding import BeamSearch, GreedySearch
 
-    if args.search == "modified_beam":
-        return partial(ModifiedBeamSearch, beam=args.beam or 4)
-    if args.max_symbols_per_frame is not None:
-        return partial(GreedySearch, max_symbols_per_frame=args.max_symbols_per_frame)
-    return None  # as trained
+    options = {"beam": args.beam, "max_symbols_per_frame": args.max_symbols_per_frame}
+    options = {name: value for name, value in options.items() if value is not None}
+    if args.beam is not None or args.search in BEAM_SEARCHES:
+        return partial(BeamSearch, **options)
+    return partial(GreedySearch, **options) if options else None  # None: as trained
+
+
+def _fusion(args: argparse.Namespace) -> Fusion:
+    from transducer_toolkit.decoding import Fusion
+
+    return Fusion(**{name: getattr(args, name) for name in FUSION_OPTIONS})
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -237,19 +256,24 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.format = {".json": "json", ".jsonl": "json", ".srt": "srt", ".ctm": "ctm"}.get(
             suffix, "text"
         )
-    if args.beam is not None and args.search != "modified_beam":
-        parser.error("--beam is an option of --search modified_beam")
-    if args.max_symbols_per_frame is not None and args.search != "greedy":
-        parser.error("--max-symbols-per-frame is an option of --search greedy")
+    for name, owner in FUSION_OPTIONS.items():
+        if owner is not None and getattr(args, name) is not None and getattr(args, owner) is None:
+            parser.error(f"{_option(name)} is an option of {_option(owner)}")
+    if args.beam is not None and args.search == "greedy":
+        parser.error("--beam is an option of --search beam")
     for name in ("beam", "max_symbols_per_frame"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            parser.error(f"{_option(name)} must be at least 1, got {value}")
     if not 0 <= 2 * args.overlap_s <= args.window_s or not 1 <= args.window_s < math.inf:
         parser.error(
             "--window-s must be at least 1 and --overlap-s at most half of it, got "
             f"{args.window_s:g} and {args.overlap_s:g}"
         )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -282,16 +306,62 @@ def _parser() -> argparse.ArgumentParser:
         f"{os.sep}, write one file for each audio file",
     )
     parser.add_argument(
-        "--search", choices=("greedy", "modified_beam"), default="greedy", help="default: greedy"
+        "--search",
+        choices=("greedy", *BEAM_SEARCHES),
+        help="default: beam if --beam is given, otherwise greedy; modified_beam is the former name "
+        "of beam",
     )
     parser.add_argument(
-        "--beam", type=int, metavar="K", help="hypotheses of the modified beam search (default: 4)"
+        "--beam", type=int, metavar="K", help="hypotheses of the beam search (default: 4)"
     )
     parser.add_argument(
         "--max-symbols-per-frame",
         type=int,
         metavar="N",
-        help="bound of the greedy search (default: as in training)",
+        help="bound on the symbols of an encoder frame (default: as in training; beam: 10)",
+    )
+    parser.add_argument(
+        "--hotwords",
+        metavar="FILE",
+        help="words and phrases to prefer, one a line, optionally with a tab and a weight",
+    )
+    parser.add_argument(
+        "--hotwords-score",
+        type=float,
+        metavar="S",
+        help="bonus of each symbol of a hotword (default: 0.2 for each letter)",
+    )
+    parser.add_argument(
+        "--hotwords-depth-score",
+        type=float,
+        metavar="S",
+        help="bonus that grows along a hotword (default: 0)",
+    )
+    parser.add_argument(
+        "--hotwords-case",
+        choices=("as_is", "variants"),
+        help="match hotwords as they are, or in upper and lower case, too (default: as_is)",
+    )
+    parser.add_argument(
+        "--lm",
+        metavar="FILE",
+        help="n-gram language model: an ARPA file of the model's symbols or of words; words need "
+        "a beam search",
+    )
+    parser.add_argument(
+        "--lm-weight", type=float, metavar="W", help="weight of --lm (default: 0.3)"
+    )
+    parser.add_argument(
+        "--internal-lm",
+        metavar="FILE",
+        help="language model to subtract: model, for the internal one of the transducer, or an "
+        "ARPA file of its training texts",
+    )
+    parser.add_argument(
+        "--internal-lm-weight",
+        type=float,
+        metavar="W",
+        help="weight of --internal-lm (default: 0.2)",
     )
     parser.add_argument(
         "--window-s",

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transducer_toolkit.decoding.language_model import LanguageModel, check_lm
 from transducer_toolkit.decoding.search import (
     Hypothesis,
     check_encoder_lengths,
     check_encoder_out,
     check_extra,
     check_model,
+    check_state,
     collect_hypotheses,
     refuse_non_finite,
     step_where,
@@ -40,12 +42,16 @@ class GreedyState:
         num_frames: (B,) int64, number of frames decoded so far, which is the index of the first
             frame of the next chunk.
         frames_to_skip: (B,) int64, frames at the beginning of the next chunk that a duration skips.
+        lm_state: (B, ...) state of the language model after the last label, or None.
+        lm_scores: (B, V) its scores of the next label, or None.
     """
 
     predictor_state: Tensor
     predictor_out: Tensor
     num_frames: Tensor
     frames_to_skip: Tensor
+    lm_state: Tensor | None = None
+    lm_scores: Tensor | None = None
 
 
 class GreedySearch:
@@ -59,6 +65,11 @@ class GreedySearch:
     cell, too, and moves on by it: after a blank by at least 1. A multi-blank transducer moves on by
     the duration of its blank.
 
+    A language model, such as a :class:`HotwordModel`, changes the scores of labels only. Where the
+    model finds a label, the label with the largest sum of both scores is taken. Where it finds a
+    blank, a label is taken if its sum exceeds the score of the blank. On a frame, the language
+    model overrules the model at most once, so that a bonus cannot fill a frame with labels.
+
     Each call of the joiner scores several frames of every utterance, so the number of calls is
     about ``max_b (U_b + T_b / 8)``. The result does not depend on the batch that contains the
     utterance, nor on the chunks that it is divided into.
@@ -69,11 +80,14 @@ class GreedySearch:
         max_symbols_per_frame: maximum number of labels on one frame, at least 1.
         topology: topology of the loss that trained the model. Where a label leads to the next
             frame, ``max_symbols_per_frame`` is 1.
+        lm: language model of symbols for shallow fusion, or None.
+        lm_weight: weight of the language model's scores.
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if ``max_symbols_per_frame`` is below 1, the topology is unknown, or predictor
-            and joiner have different vocabulary sizes.
+        ValueError: if ``max_symbols_per_frame`` is below 1, ``lm_weight`` is not finite, the
+            language model is one of words, the topology is unknown, or predictor and joiner have
+            different vocabulary sizes.
 
     Example:
         >>> from transducer_toolkit.modules import Joiner, StatelessPredictor
@@ -96,6 +110,8 @@ class GreedySearch:
         *,
         max_symbols_per_frame: int = 10,
         topology: str = "regular",
+        lm: LanguageModel | None = None,
+        lm_weight: float = 0.3,
     ) -> None:
         self.topology = row = get_topology(topology)
         check_model(predictor, joiner)
@@ -105,8 +121,16 @@ class GreedySearch:
             raise ValueError(
                 f"max_symbols_per_frame: expected at least 1, got {max_symbols_per_frame}"
             )
+        check_lm(lm, lm_weight)
+        if getattr(lm, "scores_words", False):
+            raise ValueError(
+                "lm: greedy search cannot use a language model of words; use a beam search "
+                "(search=beam), or an ARPA file of the model's symbols"
+            )
         self.predictor = predictor
         self.joiner = joiner
+        self.lm = lm if lm_weight != 0 else None
+        self.lm_weight = float(lm_weight)
         # Compared with int64 tensors below, so it must fit into an int64.
         limit = min(max_symbols_per_frame, 2**62)
         self.max_symbols_per_frame = limit if row.labels_share_frames else 1
@@ -125,7 +149,11 @@ class GreedySearch:
         start = torch.full((batch_size,), self.predictor.blank, dtype=torch.int64, device=device)
         state = self.predictor.initial_state(batch_size, device)
         predictor_out, state = self.predictor.step(start, state)
-        return GreedyState(state, predictor_out, torch.zeros_like(start), torch.zeros_like(start))
+        zeros = torch.zeros_like(start)
+        lm_state = lm_scores = None
+        if self.lm is not None:
+            lm_scores, lm_state = self.lm.step(start, self.lm.initial_state(batch_size, device))
+        return GreedyState(state, predictor_out, zeros, zeros, lm_state, lm_scores)
 
     def __call__(self, encoder_out: Tensor, encoder_lengths: Tensor) -> list[Hypothesis]:
         """Decodes whole utterances.
@@ -167,18 +195,15 @@ class GreedySearch:
 
         Raises:
             TypeError: as in :meth:`__call__`; also if ``state`` is not a :class:`GreedyState`.
-            ValueError: as in :meth:`__call__`; also if ``state`` has another number of utterances.
+            ValueError: as in :meth:`__call__`; also if ``state`` has another number of utterances,
+                or is that of a search without this search's language model.
             NonFiniteScoresError: as in :meth:`__call__`.
         """
         check_encoder_lengths(encoder_out, encoder_lengths)
         check_encoder_out(encoder_out, self.joiner)
-        if not isinstance(state, GreedyState):
-            raise TypeError(f"state: expected a GreedyState, got {type(state).__name__}")
-        if len(state.num_frames) != len(encoder_out):
-            raise ValueError(
-                f"state: expected {len(encoder_out)} utterances, the batch size of encoder_out, "
-                f"got {len(state.num_frames)}"
-            )
+        check_state(state, GreedyState, len(encoder_out))
+        if (self.lm is None) != (state.lm_scores is None):
+            raise ValueError("state: expected one of a search with the same language model")
         batch_size, max_frames, _ = encoder_out.shape
         device, blank = encoder_out.device, self.predictor.blank
         lengths = encoder_lengths.to(device)
@@ -189,6 +214,8 @@ class GreedySearch:
         projected = self.joiner.project_encoder(encoder_out)  # once, because windows overlap
 
         predictor_out, predictor_state = state.predictor_out, state.predictor_state
+        lm_scores, lm_state = state.lm_scores, state.lm_state
+        overruled = torch.zeros_like(lengths, dtype=torch.bool)  # on the current frame
         # Current frame of each utterance, within the chunk.
         frame = state.frames_to_skip.to(device)
         labels_here = torch.zeros_like(lengths)  # labels emitted so far on that frame
@@ -202,6 +229,10 @@ class GreedySearch:
             logits = self.joiner.step_projected(window, predictor_out.unsqueeze(1))
             logits, of_durations = logits.tensor_split([logits.size(-1) - num_durations], -1)
             best_logits, best = logits.max(-1)
+            own_best = best
+            if lm_scores is not None:
+                may_overrule = (ahead > 0) | ~overruled.unsqueeze(1)  # (B, FRAMES_AHEAD)
+                best = self._overrule(logits, best_logits, best, lm_scores, may_overrule)
             exists = frames < lengths.unsqueeze(1)
             is_label = (best != blank) & (best < self.predictor.vocab_size) & exists
             is_bad_here = ~best_logits.isfinite()  # max returns NaN if there is one
@@ -226,9 +257,8 @@ class GreedySearch:
             is_bad |= (visited & exists & is_bad_here).any(1)
             tokens = torch.where(emits, best[rows, skipped], blank)
             emitted_at = frame + skipped
-            # The log-probability of the largest logit is the logit minus the normalizer.
             cell = logits[rows, skipped].float()
-            log_probs = cell.amax(-1) - cell.logsumexp(-1)
+            log_probs = cell[rows, best[rows, skipped]] - cell.logsumexp(-1)
             emissions.append((tokens, emitted_at + state.num_frames, log_probs))
 
             labels_here = torch.where(skipped == 0, labels_here, 0) + 1
@@ -238,11 +268,16 @@ class GreedySearch:
                 duration = moves[rows, skipped]
                 move = torch.where(duration > 0, duration, move)
             frame = torch.where(emits, emitted_at + move, after_blanks)
-            labels_here = torch.where(emits & (move == 0), labels_here, 0)
+            stays = emits & (move == 0)
+            labels_here = torch.where(stays, labels_here, 0)
 
             predictor_out, predictor_state = step_where(
                 emits, self.predictor.step, tokens, predictor_out, predictor_state
             )
+            if self.lm is not None and lm_scores is not None and lm_state is not None:
+                overrules = (best != own_best)[rows, skipped]
+                overruled = stays & (overrules | (overruled & (skipped == 0)))
+                lm_scores, lm_state = step_where(emits, self.lm.step, tokens, lm_scores, lm_state)
 
         refuse_non_finite(is_bad)
         found = collect_hypotheses(emissions, batch_size, blank)
@@ -251,7 +286,38 @@ class GreedySearch:
             predictor_out,
             state.num_frames + lengths,
             (frame - lengths).clamp(min=0) if table is not None else torch.zeros_like(lengths),
+            lm_state,
+            lm_scores,
         )
+
+    def finish(self, state: GreedyState) -> list[Hypothesis]:
+        """Ends the utterances. :meth:`advance` has returned all tokens, so none remain."""
+        return [Hypothesis([], [], []) for _ in state.num_frames]
+
+    def _overrule(
+        self,
+        logits: Tensor,
+        best_logits: Tensor,
+        best: Tensor,
+        lm_scores: Tensor,
+        may_overrule: Tensor,
+    ) -> Tensor:
+        """Returns the best symbols (B, N) of a window with the scores of the language model.
+
+        Args:
+            logits: (B, N, V) or more, logits of the model.
+            best_logits: (B, N), the largest of them.
+            best: (B, N), their symbols.
+            lm_scores: (B, V) scores of the language model.
+            may_overrule: (B, N) bool, whether another symbol may be chosen.
+        """
+        vocab_size, blank = self.predictor.vocab_size, self.predictor.blank
+        labels = logits[..., :vocab_size] + self.lm_weight * lm_scores.unsqueeze(1)
+        labels[..., blank] = -torch.inf
+        top, choice = labels.max(-1)
+        is_label = (best != blank) & (best < vocab_size)
+        wins = (is_label | (top > best_logits)) & top.isfinite()
+        return torch.where(wins & may_overrule, choice, best)
 
     def _table_of_durations(self, device: torch.device) -> Tensor | None:
         """Returns the frames that each duration advances, or each symbol of a multi-blank model.

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from transducer_toolkit.data.audio import open_audio
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.scripts import has_no_spaces
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.windows import AudioWindow, read_windows
 from transducer_toolkit.decoding import Hypothesis
 from transducer_toolkit.inference.joining import Span, TimedSymbol, join_symbols
 from transducer_toolkit.inference.pauses import has_vad, read_at_pauses
-from transducer_toolkit.inference.words import RecognizedWord, has_no_spaces, joined_text, words_at
+from transducer_toolkit.inference.words import RecognizedWord, joined_text, words_at
 
 WINDOW_S = 20.0
 OVERLAP_S = 4.0

@@ -19,7 +19,8 @@ from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.data.tokenizer import Tokenizer
 from transducer_toolkit.data.tokenizer_state import tokenizer_from_state
-from transducer_toolkit.decoding import GreedySearch, Hypothesis, Search
+from transducer_toolkit.decoding import Fusion, GreedySearch, Hypothesis, Search
+from transducer_toolkit.decoding.fusion import lm_options
 from transducer_toolkit.inference.long_audio import (
     AudioSource,
     Transcription,
@@ -90,7 +91,11 @@ class Recognizer:
         max_symbols_per_frame: bound of the greedy search.
         topology: topology of the loss that trained the model; searches and alignments use it.
         search: called with the model's predictor and joiner and with ``topology``, returns the
-            search, such as ``partial(ModifiedBeamSearch, beam=8)``; greedy search by default.
+            search, such as ``partial(BeamSearch, beam=8)``; greedy search by default.
+        fusion: hotwords and language models, which the search gets as ``lm`` with the weight 1.
+
+    Attributes:
+        lm: the language model of the search, made of ``fusion``, or None.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
@@ -107,6 +112,7 @@ class Recognizer:
         max_symbols_per_frame: int = 10,
         topology: str = "regular",
         search: Callable[..., Search] | None = None,
+        fusion: Fusion | None = None,
     ) -> None:
         get_topology(topology)
         self.model = model.eval()
@@ -114,9 +120,7 @@ class Recognizer:
         self.fbank = fbank
         self.max_symbols_per_frame = max_symbols_per_frame
         self.topology = topology
-        if search is None:
-            search = partial(GreedySearch, max_symbols_per_frame=max_symbols_per_frame)
-        self.search = search(model.predictor, model.joiner, topology=topology)
+        self._set_search(search, fusion)
 
     @classmethod
     def from_checkpoint(
@@ -126,6 +130,7 @@ class Recognizer:
         device: torch.device | str = "cpu",
         trusted_packages: Sequence[str] = (),
         search: Callable[..., Search] | None = None,
+        fusion: Fusion | None = None,
     ) -> Recognizer:
         """Restore a recognizer from a checkpoint of ``transducer-train``.
 
@@ -138,6 +143,7 @@ class Recognizer:
             device: device of the model.
             trusted_packages: more packages whose classes may be instantiated, such as yours.
             search: as for the class.
+            fusion: as for the class.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -148,7 +154,7 @@ class Recognizer:
         recipe = checkpoint[CHECKPOINT_KEY]
         check_model_config(recipe["model"], trusted, path)
         try:
-            recognizer = cls._restored(recipe, checkpoint["state_dict"], search)
+            recognizer = cls._restored(recipe, checkpoint["state_dict"])
         except Exception as error:  # a wrong recipe can raise any error in the classes it names
             reason = " ".join(str(error).split())
             raise ValueError(
@@ -159,6 +165,8 @@ class Recognizer:
         except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or no room
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
+        if search is not None or fusion is not None:
+            recognizer._set_search(search, fusion)
         return recognizer
 
     @classmethod
@@ -190,7 +198,6 @@ class Recognizer:
         cls,
         recipe: Mapping[str, Any],
         weights: Mapping[str, Tensor],
-        search: Callable[..., Search] | None,
     ) -> Recognizer:
         _check_depth(recipe["model"], len(weights))
         model = instantiate(recipe["model"], _convert_="all")
@@ -213,8 +220,15 @@ class Recognizer:
             Fbank(num_mel_bins=recipe["num_mel_bins"]) if features is None else features,
             max_symbols_per_frame=recipe["max_symbols_per_frame"],
             topology=recipe.get("topology", "regular"),  # absent in the first checkpoints
-            search=search,
         )
+
+    def _set_search(self, search: Callable[..., Search] | None, fusion: Fusion | None) -> None:
+        predictor, joiner = self.model.predictor, self.model.joiner
+        if search is None:
+            search = partial(GreedySearch, max_symbols_per_frame=self.max_symbols_per_frame)
+        self.lm = (fusion or Fusion()).load(self.tokenizer)(predictor, joiner)
+        options = lm_options(search, self.lm)
+        self.search = search(predictor, joiner, topology=self.topology, **options)
 
     @property
     def frame_s(self) -> float:

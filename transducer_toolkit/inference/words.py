@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 from transducer_toolkit.data.byte_pieces import byte_of, characters_of_bytes
 from transducer_toolkit.data.features import FRAME_SHIFT_MS
+from transducer_toolkit.data.scripts import has_no_spaces
 from transducer_toolkit.data.tokenizer import (
     SPACE_SYMBOL,
     UNKNOWN_SYMBOL,
@@ -21,13 +21,6 @@ from transducer_toolkit.data.tokenizer import (
 from transducer_toolkit.decoding import Hypothesis
 from transducer_toolkit.modules.encoder import Encoder
 
-# Scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Tai, Chinese,
-# Japanese.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u2e80-\u2fdf\u3005-\u3007"
-    "\u3021-\u3029\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaadf"
-    "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
-)
 _OPENING = ("Ps", "Pi")  # categories of opening brackets and quotation marks
 
 
@@ -138,23 +131,13 @@ def word_spans(tokens: Sequence[int], tokenizer: Tokenizer) -> list[WordSpan]:
 def _may_part(before: str, after: str) -> bool:
     """Whether a word may end between two characters that no space separates."""
     kinds = unicodedata.category(before), unicodedata.category(after)
-    if not (_UNSPACED.match(before) or _UNSPACED.match(after)):
+    if not (has_no_spaces(before) or has_no_spaces(after)):
         # "今天。Today", "今天，「": a word after closing punctuation of a script without spaces.
         is_closing = kinds[0][0] == "P" and kinds[0] not in _OPENING
         is_wide = unicodedata.east_asian_width(before) in "WF"
         return is_wide and is_closing and (after.isalnum() or kinds[1] in _OPENING)
     is_attached = kinds[1] == "Lm" or kinds[1][0] in "MP"
     return kinds[0] not in _OPENING and (not is_attached or kinds[1] in _OPENING)
-
-
-def has_no_spaces(character: str) -> bool:
-    """Return whether the script of a character puts no spaces between words.
-
-    Example:
-        >>> has_no_spaces("今"), has_no_spaces("a")
-        (True, False)
-    """
-    return _UNSPACED.match(character) is not None
 
 
 def joined_text(words: Sequence[RecognizedWord]) -> str:

@@ -123,7 +123,16 @@ class Joiner(nn.Module):
 
     def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes :meth:`step` from the output of :meth:`project_encoder`."""
-        return self.normalized(self._logits(projected_frames, predictor_out))
+        return self.join_projected(projected_frames, self.project_predictor(predictor_out))
+
+    def project_predictor(self, predictor_out: Tensor) -> Tensor:
+        """Computes the part (..., D) of :meth:`step` that depends only on the symbols (..., P)."""
+        return self.predictor_projection(predictor_out)
+
+    def join_projected(self, projected_frames: Tensor, projected_predictor: Tensor) -> Tensor:
+        """Computes :meth:`step` from :meth:`project_encoder` and :meth:`project_predictor`."""
+        hidden = apply_activation(projected_frames + projected_predictor, self.activation)
+        return self.normalized(self.output(hidden))
 
     def _logits(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
         hidden = projected_frames + self.predictor_projection(predictor_out)
@@ -144,7 +153,7 @@ class Joiner(nn.Module):
         log_probs = torch.where(is_blank, functional.logsigmoid(of_blank), labels)
         return torch.cat([log_probs, extra], -1)
 
-    def internal_lm(self, predictor_out: Tensor) -> Tensor:
+    def internal_lm(self, predictor_out: Tensor, *, blank: int | None = None) -> Tensor:
         """Computes the internal language model: log-probabilities (..., V) of the next label.
 
         The joiner gets an encoder frame of zeros, and blank is left out. For "hat" this is what the
@@ -152,13 +161,15 @@ class Joiner(nn.Module):
 
         Args:
             predictor_out: (..., P).
+            blank: index of blank; None for that of the joiner.
 
         Source:
             E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020, section 2.3.
         """
         frame = predictor_out.new_zeros(self.encoder_dim)
         logits = self._logits(self.project_encoder(frame), predictor_out)[..., : self.vocab_size]
-        is_blank = torch.arange(self.vocab_size, device=logits.device) == self.blank
+        blank = self.blank if blank is None else blank
+        is_blank = torch.arange(self.vocab_size, device=logits.device) == blank
         return logits.masked_fill(is_blank, -torch.inf).log_softmax(-1)
 
     def extra_repr(self) -> str:
@@ -227,4 +238,18 @@ class AdditiveJoiner(nn.Module):
 
     def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes :meth:`step` from the output of :meth:`project_encoder`."""
-        return projected_frames + self.lm(predictor_out)
+        return self.join_projected(projected_frames, self.project_predictor(predictor_out))
+
+    def project_predictor(self, predictor_out: Tensor) -> Tensor:
+        """Computes lm (..., V), the part of :meth:`step` that depends only on the symbols."""
+        return self.lm(predictor_out)
+
+    def join_projected(self, projected_frames: Tensor, projected_predictor: Tensor) -> Tensor:
+        """Computes :meth:`step` from :meth:`project_encoder` and :meth:`project_predictor`."""
+        return projected_frames + projected_predictor
+
+    def internal_lm(self, predictor_out: Tensor, *, blank: int = 0) -> Tensor:
+        """Computes log-probabilities (..., V) of the next label, as :meth:`Joiner.internal_lm`."""
+        logits = self.am.bias + self.lm(predictor_out)
+        is_blank = torch.arange(self.vocab_size, device=logits.device) == blank
+        return logits.masked_fill(is_blank, -torch.inf).log_softmax(-1)
