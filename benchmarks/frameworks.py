@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of NeMo, SpeechBrain and ESPnet: their joint network and loss, and the adapters here.
+"""A step of NeMo, SpeechBrain and ESPnet: their joint network and loss, and the adapters.
 
     python -m benchmarks.frameworks lengths.npy  # 4 utterances of 200 frames and 40 labels
     python -m benchmarks.run --suite step --extra benchmarks.frameworks --peers nemo torchaudio \\
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.jobs import Implementation, Job, Outcome, int32_indices
+from benchmarks.jobs import Implementation, Job, Outcome, int32_indices, unpruned
 from benchmarks.workloads import Workload
 
 LENGTHS = [(200, 40)] * 8  # a batch begins in the middle of a corpus
@@ -121,6 +121,14 @@ def espnet(workload: Workload, *, fused: bool) -> tuple[nn.Linear, Callable[...,
     return joint.lin_out, lambda enc, pred: loss_of(joint(enc[:, :, None], pred[:, None]))
 
 
+def own_loss(workload: Workload) -> Callable[[Tensor], Tensor]:
+    """What a change of the import does: logits stay padded."""
+    from transducer_toolkit.compat.torchaudio import rnnt_loss
+
+    indices = int32_indices(workload)
+    return lambda logits: rnnt_loss(logits, *indices, blank=0, reduction="none")
+
+
 def torchaudio_loss(workload: Workload) -> Callable[..., Tensor]:
     from torchaudio.functional import rnnt_loss
 
@@ -153,6 +161,13 @@ def pair(
 
 
 IMPLEMENTATIONS = [
+    Implementation(
+        "ours: torchaudio's signature",
+        project="ours",
+        module="transducer_toolkit",
+        distribution="transducer_toolkit",
+        jobs=unpruned(own_loss, packed=False),
+    ),
     *pair("NeMo", nemo, "nemo.collections.asr", "nemo-toolkit", "its loss"),
     *pair("SpeechBrain", speechbrain, "speechbrain", "speechbrain", "torchaudio's loss"),
     *pair("ESPnet", espnet, "espnet2.asr_transducer", "espnet", "torchaudio's loss"),
