@@ -11,7 +11,7 @@ import torch
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.decoding import Hypothesis
+from transducer_toolkit.decoding import Fusion, Hypothesis
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.streaming import StreamingRecognizer
 from transducer_toolkit.modules import (
@@ -55,11 +55,19 @@ ENCODERS = {
 
 @pytest.mark.parametrize("predictor", [StatelessPredictor, LstmPredictor])
 @pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("topology", ["regular", "modified"])
-def test_pieces_give_what_the_whole_gives(name, predictor, topology):
+@pytest.mark.parametrize(
+    ("topology", "fusion"),
+    [
+        ("regular", None),
+        ("modified", None),
+        ("regular", Fusion(hotwords=["ab c", "cab"], hotwords_score=2.0, internal_lm="model")),
+    ],
+)
+def test_pieces_give_what_the_whole_gives(name, predictor, topology, fusion):
     recognizer = random_recognizer(
         ENCODERS[name](),
         predictor,
+        fusion=fusion,
         max_symbols_per_frame=3 if topology == "regular" else 1,
         topology=topology,
     )
