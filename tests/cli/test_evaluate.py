@@ -238,6 +238,55 @@ def test_the_search_is_chosen_on_the_command_line(
     assert len(same.splitlines()) == len(rows) + 1
 
 
+def test_hotwords_and_language_models_are_options_of_the_search(
+    tmp_path, console, trained, evaluate, capsys
+):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    (tmp_path / "names.txt").write_text("cbc\t3\n")
+    (tmp_path / "lm.arpa").write_text(
+        "\\data\\\nngram 1=3\n\n\\1-grams:\n-9\ta\n-0.1\tb\n-9\tc\n\n\\end\\\n"
+    )
+
+    def texts(*overrides):
+        evaluate(checkpoint, *overrides)
+        rows = (tmp_path / "outputs/evaluate/run/transcripts/tones.tsv").read_text().splitlines()
+        return [row.split("\t")[2] for row in rows[1:]]
+
+    for search in ("search.max_symbols_per_frame=1", "search=modified_beam"):
+        plain = texts(search)
+        named = texts(search, "search.hotwords=names.txt", "search.hotwords_score=5")
+        assert sum(text.count("cbc") for text in named) > sum(text.count("cbc") for text in plain)
+        # Phrases may be given on the command line, and the kinds may be combined.
+        listed = texts(search, "search.hotwords=[cbc]", "search.hotwords_score=15")
+        assert listed == named
+        both = texts(
+            *(search, "search.lm=lm.arpa", "search.lm_weight=5"),
+            *("search.internal_lm=model", "search.internal_lm_weight=0.1"),
+        )
+        assert set("".join(both)) <= set("b ")
+
+    for override, message in {
+        "search.hotwords=none.txt": "no hotword file at none.txt",
+        "search.lm=names.txt": "names.txt, line 1: expected \\data\\,",
+        "search.lm_weight=0.5": "lm_weight: expected lm, too",
+        "search.hotwords=[ax]": "hotwords[0]: character 'x'",
+    }.items():
+        complaint = refused(console, tmp_path, capsys, f"checkpoint={checkpoint}", *FAST, override)
+        assert message in complaint and "Traceback" not in complaint
+
+
+def test_weights_are_tuned_by_a_sweep(tmp_path, console, trained):
+    (tmp_path / "names.txt").write_text("cbc\n")
+    arguments = [f"checkpoint={trained}/checkpoints/best.ckpt", *FAST, "--multirun"]
+    options = ["search=modified_beam", "search.hotwords=names.txt", "search.hotwords_score=0,20"]
+    console(main, tmp_path, *arguments, *options)
+    found = {}
+    for path in tmp_path.rglob("results.json"):
+        score = json.loads(path.read_text())["search"]["hotwords_score"]
+        found[score] = "cbc" in (path.parent / "transcripts" / "tones.tsv").read_text()
+    assert found == {0: False, 20: True}
+
+
 def test_evaluate_needs_a_checkpoint(tmp_path, console, data_overrides, capsys):
     with pytest.raises(SystemExit):
         console(main, tmp_path, *data_overrides)

@@ -137,6 +137,25 @@ def test_search_and_windows_are_options(transcribe, checkpoint, tones):
     assert transcribe(wave, "--window-s", 1, "--overlap-s", 0.5)[0] == 0
 
 
+def test_hotwords_are_options(transcribe, tones, tmp_path):
+    wave, names = tones / "test-0.wav", tmp_path / "names.txt"
+    names.write_text("cbc\n")
+    _, plain, _ = transcribe(wave)
+    assert transcribe(wave, "--hotwords", names, "--hotwords-score", 0)[1] == plain
+    for search in (["--max-symbols-per-frame", 1], ["--search", "modified_beam"]):
+        options = [*search, "--hotwords", names, "--hotwords-score", 20]
+        status, out, _ = transcribe(wave, *options)
+        assert status == 0 and "cbc" in out and "cbc" not in plain
+    status, out, err = transcribe(wave, "--internal-lm", "model", "--internal-lm-weight", 50)
+    assert status == 0 and out != plain
+    names.write_text("AAA\n")
+    status, _, err = transcribe(wave, "--hotwords", names)
+    assert status == 1 and "names.txt, line 1: character 'A'" in err and "Traceback" not in err
+    assert transcribe(wave, "--hotwords", names, "--hotwords-case", "variants")[0] == 0
+    status, _, err = transcribe(wave, "--lm", names)
+    assert status == 1 and r"names.txt, line 1: expected \data\, got 'AAA'" in err
+
+
 def test_output_that_cannot_be_is_refused(transcribe, tones, tmp_path):
     waves = [tones / "test-0.wav", tones / "test-1.wav"]
     status, _, err = transcribe(*waves, "--format", "srt", "--output", tmp_path / "all.srt")
@@ -249,6 +268,8 @@ def test_a_folder_is_transcribed_in_batches(checkpoint, tones, capsys, monkeypat
         (["--channel", "left"], "expected mix, each or a number from 0, got 'left'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--cut", "words"], "invalid choice: 'words'"),
+        (["--lm-weight", "1"], "--lm-weight is an option of --lm"),
+        (["--hotwords-score", "1"], "--hotwords-score is an option of --hotwords"),
         (["--num-threads", "0"], "argument --num-threads: must be at least 1, got 0"),
     ],
 )
