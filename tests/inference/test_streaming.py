@@ -12,11 +12,7 @@ import torch
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.data.tokenizer import CharTokenizer
-<<<<<<< HEAD
-from transducer_toolkit.decoding import BeamSearch, Hypothesis
-=======
-from transducer_toolkit.decoding import Fusion, Hypothesis
->>>>>>> context
+from transducer_toolkit.decoding import BeamSearch, Fusion, Hypothesis
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.streaming import StreamingRecognizer
 from transducer_toolkit.modules import (
@@ -60,16 +56,6 @@ ENCODERS = {
 
 @pytest.mark.parametrize("predictor", [StatelessPredictor, LstmPredictor])
 @pytest.mark.parametrize("name", ENCODERS)
-<<<<<<< HEAD
-@pytest.mark.parametrize("topology", ["regular", "modified"])
-@pytest.mark.parametrize("beam", [None, 3])
-def test_pieces_give_what_the_whole_gives(name, predictor, topology, beam):
-    limit = 3 if topology == "regular" else 1
-    recognizer = random_recognizer(
-        ENCODERS[name](),
-        predictor,
-        max_symbols_per_frame=limit,
-=======
 @pytest.mark.parametrize(
     ("topology", "fusion"),
     [
@@ -78,13 +64,14 @@ def test_pieces_give_what_the_whole_gives(name, predictor, topology, beam):
         ("regular", Fusion(hotwords=["ab c", "cab"], hotwords_score=2.0, internal_lm="model")),
     ],
 )
-def test_pieces_give_what_the_whole_gives(name, predictor, topology, fusion):
+@pytest.mark.parametrize("beam", [None, 3])
+def test_pieces_give_what_the_whole_gives(name, predictor, topology, fusion, beam):
+    limit = 3 if topology == "regular" else 1
     recognizer = random_recognizer(
         ENCODERS[name](),
         predictor,
         fusion=fusion,
-        max_symbols_per_frame=3 if topology == "regular" else 1,
->>>>>>> context
+        max_symbols_per_frame=limit,
         topology=topology,
         search=beam and partial(BeamSearch, beam=beam, max_symbols_per_frame=limit),
     )
