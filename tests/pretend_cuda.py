@@ -151,6 +151,9 @@ class _OnCuda(TorchFunctionMode):
                 if masks:
                     _traffic.add("waits: a mask")
                 return PretendTensor(host[index])
+            if name == "__setitem__" and isinstance(args[1], slice):  # as above
+                host[args[1]] = unwrap(args[2])
+                return None
         if name == "to":
             target = kwargs.get("device", args[1] if len(args) > 1 else None)
             if isinstance(target, (str, torch.device)) and torch.device(target).type == "cuda":
