@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU benchmark's Python, on the CPU and tiny."""
 
+import gc
 import json
 
 import pytest
@@ -13,6 +14,12 @@ from benchmarks.workloads import Workload
 
 SMALL = ["--device", "cpu", "--frames", "60", "--shorten", "12"]
 SMALL += ["--vocab-size", "12", "--joiner-dim", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _garbage():
+    yield
+    gc.unfreeze()
 
 
 def test_a_dry_run_measures_every_row(monkeypatch, capsys, tmp_path):

@@ -109,9 +109,10 @@ def with_exported_files(folder):
     recognizer = Recognizer.from_checkpoint(folder / "best.ckpt")
     export_for_sherpa(recognizer, folder / "exported", int8=True)
     yield {"pieces": []}
-    # The rest of the page is about an export that streams.
     export_for_sherpa(recognizer, folder / "exported", streaming=True)
     yield {"pieces": [piece.numpy() for piece in given["microphone"]]}
+    export_for_sherpa(recognizer, folder / "exported", hotwords=["ab"])
+    yield {}
 
 
 def with_a_graph(folder):

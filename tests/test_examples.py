@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 from tests.cli.conftest import write_tones
@@ -34,7 +35,8 @@ def example(monkeypatch):
 
 def test_every_example_is_in_the_readme_and_here():
     scripts = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
-    assert scripts == {"plain_loop.py", "custom_joiner.py", "custom_encoder/gru_encoder.py"}
+    own = {"plain_loop.py", "custom_joiner.py", "microphone.py"}
+    assert scripts == own | {"custom_encoder/gru_encoder.py"}
     linked = re.findall(r"\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text())
     assert scripts <= set(linked) and NOTEBOOK.name in linked
 
@@ -47,6 +49,54 @@ def test_the_plain_loop_learns_to_write_symbols_down(example, capsys):
     assert said[-1].startswith("new utterances: ")
 
 
+class FakeMicrophone:
+    """The part of sounddevice that the example uses, which hears a waveform."""
+
+    def __init__(self, waveform):
+        self.waveform = waveform
+
+    def InputStream(self, *, samplerate, channels, callback, blocksize, dtype):
+        assert (samplerate, channels, dtype) == (16000, 1, "float32")
+        self.pieces = iter(self.waveform.split(blocksize))
+        self.callback = callback
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    @property
+    def active(self):
+        piece = next(self.pieces, None)
+        if piece is not None:
+            self.callback(piece.numpy()[:, None], len(piece), None, None)
+        return piece is not None
+
+
+def test_the_microphone_writes_what_the_file_does(example, tmp_path, monkeypatch, capsys):
+    from tests.test_documentation import write_recognizer
+    from transducer_toolkit.inference import Recognizer
+
+    torch.manual_seed(0)
+    checkpoint, path = tmp_path / "best.ckpt", tmp_path / "talk.wav"
+    write_recognizer(checkpoint)
+    waveform = (0.1 * torch.randn(50000)).clamp(-1, 1)
+    soundfile.write(path, waveform.numpy(), 16000, subtype="FLOAT")
+    microphone = example("microphone")
+    lines = microphone.main([str(checkpoint), "--file", str(path), "--pause-s", "100"])
+    assert capsys.readouterr().out == "".join(f"{line}\n" for line in lines)
+    assert lines == Recognizer.from_checkpoint(checkpoint).transcribe([waveform])
+    assert len(lines[0]) > 5
+
+    monkeypatch.setitem(sys.modules, "sounddevice", FakeMicrophone(waveform))
+    assert microphone.main([str(checkpoint), "--pause-s", "100"]) == lines
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(SystemExit, match=r"needs sounddevice .*or give --file"):
+        microphone.main([str(checkpoint)])
+
+
 def test_the_custom_joiner_fits_its_batch(example):
     first, last = example("custom_joiner").main()
     assert first > 50 and last < 5
@@ -54,7 +104,7 @@ def test_the_custom_joiner_fits_its_batch(example):
 
 def test_the_custom_joiner_suits_loss_stages_and_searches(example):
     from transducer_toolkit import LatticeShape
-    from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
+    from transducer_toolkit.decoding import BeamSearch, GreedySearch
     from transducer_toolkit.modules import StatelessPredictor
     from transducer_toolkit.training.stages import FullLoss, LossInput, PackedLoss
 
@@ -66,7 +116,7 @@ def test_the_custom_joiner_suits_loss_stages_and_searches(example):
     batch = LossInput(joiner, torch.randn(2, 4, 8), predictor(targets), targets, shape)
     packed, full = (stage(batch).losses for stage in (PackedLoss(), FullLoss()))
     torch.testing.assert_close(packed, full)
-    for search in (GreedySearch, ModifiedBeamSearch):
+    for search in (GreedySearch, BeamSearch):
         assert len(search(predictor, joiner)(batch.encoder_out, shape.logit_lengths)) == 2
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from typing import Any
 
 
@@ -45,10 +46,36 @@ def import_tensorflow(needed_by: str) -> Any:
     return _import("tensorflow", "tensorflow", needed_by)
 
 
+def import_nemo(module: str, needed_by: str) -> Any:
+    """Import a module of NeMo.
+
+    Args:
+        module: its name behind ``nemo.``.
+        needed_by: as in :func:`import_torchaudio`.
+
+    Raises:
+        ImportError: NeMo is missing; says what to install.
+    """
+    return _import("nemo-toolkit[asr]", f"nemo.{module}", needed_by)
+
+
+def import_espnet(module: str, needed_by: str) -> Any:
+    """Import a module of ESPnet 2.
+
+    Args:
+        module: its name behind ``espnet2.``.
+        needed_by: as in :func:`import_torchaudio`.
+
+    Raises:
+        ImportError: ESPnet is missing; says what to install.
+    """
+    return _import("espnet", f"espnet2.{module}", needed_by)
+
+
 def _import(package: str, module: str, needed_by: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
         raise ImportError(
-            f"{needed_by} needs {package}: pip install {package} ({error})"
+            f"{needed_by} needs {package}: pip install {shlex.quote(package)} ({error})"
         ) from error

@@ -123,12 +123,13 @@ def greedy(inputs: SearchInputs) -> list[list[int]]:
     return [hypothesis.tokens for hypothesis in found]
 
 
-def make_modified_beam(workload: Workload) -> Job:
+def make_beam(workload: Workload, topology: str) -> Job:
     from transducer_toolkit import decoding
 
     def search(inputs: SearchInputs) -> list[list[int]]:
         predictor, joiner, *encoded = inputs
-        found = decoding.ModifiedBeamSearch(predictor, joiner, beam=BEAM)(*encoded)
+        options = {"beam": BEAM, "max_symbols_per_frame": MAX_SYMBOLS_PER_FRAME}
+        found = decoding.BeamSearch(predictor, joiner, topology=topology, **options)(*encoded)
         return [hypothesis.tokens for hypothesis in found]
 
     return decode_job(workload, search)
@@ -189,10 +190,13 @@ IMPLEMENTATIONS = [
         module="transducer_toolkit.decoding",
         decode=lambda workload: decode_job(workload, greedy),
     ),
-    _entry(
-        f"modified beam {BEAM}, batched",
-        ("ModifiedBeamSearch",),
-        module="transducer_toolkit.decoding",
-        decode=make_modified_beam,
+    *(
+        _entry(
+            f"beam {BEAM}, {topology}, batched",
+            ("BeamSearch",),
+            module="transducer_toolkit.decoding",
+            decode=lambda workload, topology=topology: make_beam(workload, topology),
+        )
+        for topology in ("regular", "modified")
     ),
 ]

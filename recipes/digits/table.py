@@ -38,16 +38,22 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     for overrides, results in runs.items():
         results = sorted(results, key=lambda run: run["seed"])
         wers = {name: [100 * run["test_wer"][name] for run in results] for name in sets}
-        delays = [run["symbol_delay_ms"]["test"]["mean"] for run in results]
+        delays = [delay["mean"] for run in results if (delay := run["symbol_delay_ms"]["test"])]
         cells = [f"`{overrides}`", f"{median(wers['test']):.2f}"]
         cells += [", ".join(f"{wer:.2f}" for wer in wers["test"])]
         cells += [f"{median(wers[name]):.1f}" for name in others]
-        cells += [f"{median(delays):.0f}"]
-        cells += [f"{1000 * median(run['seconds_per_step'] for run in results):.0f}"]
-        cells += [f"{100 * median(run['loss_part_of_step'] for run in results):.0f} %"]
+        cells.append(_median(delays, "{:.0f}"))
+        steps_ms = [1000 * s for run in results if (s := run["seconds_per_step"]) is not None]
+        parts = [100 * part for run in results if (part := run["loss_part_of_step"]) is not None]
+        cells += [_median(steps_ms, "{:.0f}"), _median(parts, "{:.0f} %")]
         rows.append((median(wers["test"]), cells))
     lines = [head, ["---"] * len(head), *(cells for _, cells in sorted(rows))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _median(values: list[float], form: str) -> str:
+    """A dash without values, as a training of a few steps has none."""
+    return form.format(median(values)) if values else "-"
 
 
 def main() -> None:

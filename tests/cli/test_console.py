@@ -69,7 +69,8 @@ def test_help_lists_the_configs_of_a_folder(tmp_path, console, capsys):
 def test_the_defaults_of_windows_are_those_of_python():
     from transducer_toolkit.cli import transcribe as command
 
-    assert (command.WINDOW_S, command.OVERLAP_S) == (long_audio.WINDOW_S, long_audio.OVERLAP_S)
+    sizes = long_audio.WINDOW_S, long_audio.OVERLAP_S, long_audio.BATCH_SIZE
+    assert (command.WINDOW_S, command.OVERLAP_S, command.BATCH_SIZE) == sizes
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ import torch
 from transducer_toolkit.cli import average
 from transducer_toolkit.cli.evaluate import main
 from transducer_toolkit.cli.trained_data import check_trusted, trained_data
+from transducer_toolkit.data.audio import read_audio
+from transducer_toolkit.decoding import BeamSearch
+from transducer_toolkit.inference.recognizer import Recognizer
 
 FAST = ("trainer.accelerator=cpu", "~callbacks.utterance_picture")
 
@@ -205,7 +209,9 @@ def test_evaluate_prints_the_error_rates(tmp_path, console, trained, data_overri
     assert total["duration_s"] == pytest.approx(sum(row["duration_s"] for row in rows), abs=0.01)
 
 
-def test_the_search_is_chosen_on_the_command_line(tmp_path, console, trained, data_overrides):
+def test_the_search_is_chosen_on_the_command_line(
+    tmp_path, console, trained, data_overrides, tones
+):
     def transcripts(name, *overrides):
         (tmp_path / name).mkdir()
         checkpoint = f"checkpoint={trained}/checkpoints/best.ckpt"
@@ -215,11 +221,21 @@ def test_the_search_is_chosen_on_the_command_line(tmp_path, console, trained, da
         search = json.loads((run_dir / "results.json").read_text())["search"]
         return (run_dir / "transcripts" / "tones.tsv").read_text(), search
 
-    one_a_frame, search = transcripts("greedy", "search.max_symbols_per_frame=1")
+    _, search = transcripts("greedy", "search.max_symbols_per_frame=1")
     assert search["max_symbols_per_frame"] == 1
-    beam_of_one, search = transcripts("beam", "search=modified_beam", "search.beam=1")
-    assert search["beam"] == 1 and search["_target_"].endswith("ModifiedBeamSearch")
-    assert beam_of_one == one_a_frame
+    found, search = transcripts("beam", "search=beam", "search.beam=2", "search.score_window=9")
+    assert (search["beam"], search["score_window"], search["max_symbols_per_frame"]) == (2, 9, 10)
+    recognizer = Recognizer.from_checkpoint(
+        trained / "checkpoints" / "best.ckpt", search=partial(BeamSearch, beam=2, score_window=9)
+    )
+    assert recognizer.search.topology.name == "regular"
+    rows = [line.split("\t") for line in found.splitlines()[1:]]
+    for id_, _, text in rows:
+        (expected,) = recognizer.transcribe([read_audio(tones / f"{id_}.wav")])
+        assert text == expected
+    same, search = transcripts("former", "search=modified_beam", "search.beam=2")
+    assert search["_target_"] == "transducer_toolkit.decoding.BeamSearch"
+    assert len(same.splitlines()) == len(rows) + 1
 
 
 def test_hotwords_and_language_models_are_options_of_the_search(

@@ -3,11 +3,14 @@
 
 import csv
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from transducer_toolkit.cli import align, evaluate, train, transcribe
+from transducer_toolkit.data.audio import read_audio
+from transducer_toolkit.decoding import BeamSearch
 from transducer_toolkit.inference.recognizer import Recognizer
 
 
@@ -37,6 +40,15 @@ def test_the_checkpoint_knows_its_durations(run_dir, tones, tmp_path, console, c
     console(align.main, tmp_path, "--checkpoint", checkpoint, *options)
     assert list((tmp_path / "aligned").iterdir())
     console(evaluate.main, tmp_path, f"checkpoint={checkpoint}")
+    capsys.readouterr()
+    console(
+        transcribe.main, tmp_path, "--checkpoint", checkpoint, "--beam", 2, tones / "test-0.wav"
+    )
+    beam = Recognizer.from_checkpoint(checkpoint, search=partial(BeamSearch, beam=2))
+    assert beam.search.topology.name == recognizer.topology
+    (text,) = beam.transcribe([read_audio(tones / "test-0.wav")])
+    assert capsys.readouterr().out.rstrip("\n").endswith(f"test-0.wav\t{text}")
+    console(evaluate.main, tmp_path, f"checkpoint={checkpoint}", "search=beam", "search.beam=2")
 
 
 def test_fine_tuning_copies_the_durations(run_dir, tmp_path, console, train_overrides):
@@ -51,7 +63,7 @@ def test_fine_tuning_copies_the_durations(run_dir, tmp_path, console, train_over
 
 
 def test_hat_from_the_command_line(tmp_path, console, train_overrides, tones, capsys):
-    options = ["loss.normalization=hat", "search=modified_beam"]
+    options = ["loss.normalization=hat", "search=beam"]
     console(train.main, tmp_path, *train_overrides, *options)
     checkpoint = tmp_path / "outputs" / "transducer" / "run" / "checkpoints" / "best.ckpt"
     joiner = Recognizer.from_checkpoint(checkpoint).model.joiner

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import soundfile
 import torch
 
 from transducer_toolkit.cli.transcribe import main
+from transducer_toolkit.data.audio import read_audio
+from transducer_toolkit.decoding import BeamSearch
 from transducer_toolkit.inference.recognizer import Recognizer
 
 
@@ -114,11 +117,23 @@ def test_folders_formats_and_output(transcribe, tones, tmp_path):
     assert len((tmp_path / "all.ctm").read_text().splitlines()) == num_words > 0
 
 
-def test_search_and_windows_are_options(transcribe, tones):
+def test_search_and_windows_are_options(transcribe, checkpoint, tones):
     wave = tones / "test-0.wav"
-    status, greedy, _ = transcribe(wave, "--max-symbols-per-frame", 1)
-    assert status == 0
-    assert transcribe(wave, "--search", "modified_beam", "--beam", 1)[1] == greedy
+    assert transcribe(wave, "--max-symbols-per-frame", 1)[0] == 0
+    one = ("--max-symbols-per-frame", 1)
+    status, found, _ = transcribe(wave, "--beam", 2, *one)
+    expected = Recognizer.from_checkpoint(
+        checkpoint, search=partial(BeamSearch, beam=2, max_symbols_per_frame=1)
+    ).transcribe([read_audio(wave)])
+    assert (status, found) == (0, f"{wave}\t{expected[0]}\n")
+    for name in ("beam", "modified_beam"):
+        assert transcribe(wave, "--search", name, "--beam", 2, *one)[1] == found
+    with_default = Recognizer.from_checkpoint(checkpoint, search=BeamSearch)
+    assert (
+        transcribe(wave, "--search", "beam")[1].split("\t")[1].rstrip("\n")
+        == (with_default.transcribe([read_audio(wave)])[0])
+    )
+    assert with_default.search.topology.name == "regular"
     assert transcribe(wave, "--window-s", 1, "--overlap-s", 0.5)[0] == 0
 
 
@@ -235,19 +250,23 @@ def test_a_folder_is_transcribed_in_batches(checkpoint, tones, capsys, monkeypat
     paths = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
     assert paths == sorted(map(str, tones.glob("*.wav")))
 
+    num_batches = len(sizes)
+    sizes.clear()
+    options = ["--batch-size", "1", "--window-s", "2", "--overlap-s", "1", "--cut", "windows"]
+    assert main(["--checkpoint", str(checkpoint), *options, str(tones)]) == 0
+    assert sum(sizes) >= num_files and len(sizes) > 3 * num_batches
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--beam", "3"], "--beam is an option of --search modified_beam"),
-        (["--search", "modified_beam", "--beam", "0"], "--beam must be at least 1, got 0"),
-        (
-            ["--search", "modified_beam", "--max-symbols-per-frame", "2"],
-            "option of --search greedy",
-        ),
+        (["--search", "greedy", "--beam", "3"], "--beam is an option of --search beam"),
+        (["--beam", "0"], "--beam must be at least 1, got 0"),
+        (["--beam", "3", "--max-symbols-per-frame", "0"], "-per-frame must be at least 1, got 0"),
         (["--window-s", "10", "--overlap-s", "6"], "--overlap-s at most half of it, got 10 and 6"),
         (["--window-s", "inf"], "--window-s must be at least 1"),
         (["--channel", "left"], "expected mix, each or a number from 0, got 'left'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--cut", "words"], "invalid choice: 'words'"),
         (["--lm-weight", "1"], "--lm-weight is an option of --lm"),
         (["--hotwords-score", "1"], "--hotwords-score is an option of --hotwords"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.compat.hugging_face import KINDS, PAD, batch, small_model, transformers
-from transducer_toolkit.compat.transformers import REDUCTION_NAMES, use_fused_loss
+from transducer_toolkit.compat.common import REDUCTION_NAMES
+from transducer_toolkit.compat.transformers import use_fused_loss
 from transducer_toolkit.losses.reference import reference_duration_loss, reference_loss
 
 RNNT = [kind for kind in KINDS if kind != "ParakeetForTDT"]

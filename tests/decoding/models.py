@@ -10,7 +10,7 @@ from transducer_toolkit.modules import AdditiveJoiner, Joiner, LstmPredictor, St
 ENCODER_DIM = 8
 
 
-def random_model(seed, *, max_frames, max_vocab_size=9):
+def random_model(seed, *, max_frames, max_vocab_size=9, num_extra=0):
     """Predictor, joiner, a padded batch of encoder frames, its lengths; all of it by chance.
 
     float64: no two symbols of a cell tie, whatever the order of the sums.
@@ -21,9 +21,11 @@ def random_model(seed, *, max_frames, max_vocab_size=9):
     blank = choose.randrange(vocab_size)
     make = choose.choice([StatelessPredictor, LstmPredictor])
     predictor = make(vocab_size, choose.randint(2, 8), blank=blank).double().eval()
-    if choose.random() < 0.8:
+    if choose.random() < 0.8 or num_extra:
         dim = choose.randint(2, 12)
-        joiner = Joiner(ENCODER_DIM, predictor.output_dim, dim, vocab_size).double()
+        joiner = Joiner(
+            ENCODER_DIM, predictor.output_dim, dim, vocab_size, num_extra=num_extra
+        ).double()
         output = joiner.output
     else:
         joiner = AdditiveJoiner(ENCODER_DIM, predictor.output_dim, vocab_size).double()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from transducer_toolkit.decoding import ModifiedBeamSearch
+from transducer_toolkit.decoding import BeamSearch
 from transducer_toolkit.modules import Joiner, StatelessPredictor
 
 PAGE = Path(__file__).parents[2] / "docs" / "decoding.md"
@@ -28,5 +28,5 @@ def test_language_model():
     names = {"torch": torch}
     exec(block("class Bigrams"), names)
     lm = names["Bigrams"](torch.randn(5, 5).log_softmax(-1))
-    search = ModifiedBeamSearch(StatelessPredictor(5, 16), Joiner(8, 16, 32, 5), lm=lm)
+    search = BeamSearch(StatelessPredictor(5, 16), Joiner(8, 16, 32, 5), lm=lm)
     assert len(search.nbest(torch.randn(2, 6, 8), torch.tensor([6, 3]))[0]) == 4

@@ -10,9 +10,9 @@ import torch
 from tests.decoding.models import ENCODER_DIM
 from transducer_toolkit import LatticeShape, multi_blank_loss, tdt_loss
 from transducer_toolkit.decoding import (
+    BeamSearch,
     GreedySearch,
     Hypothesis,
-    ModifiedBeamSearch,
     NonFiniteScoresError,
     align,
     lattice_posteriors,
@@ -134,8 +134,8 @@ def test_the_joiner_has_to_fit():
     predictor, joiner, *_ = random_model("tdt-0-1-2-4", 3)
     with pytest.raises(ValueError, match=r"'regular' needs a joiner with 0 logits .* one with 4"):
         GreedySearch(predictor, joiner)
-    with pytest.raises(ValueError, match=r"expected one without durations, got 'tdt-0-1-2-4'"):
-        ModifiedBeamSearch(predictor, joiner, topology="tdt-0-1-2-4")
+    with pytest.raises(ValueError, match=r"'regular' needs a joiner with 0 logits .* one with 4"):
+        BeamSearch(predictor, joiner)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,9 +7,9 @@ import torch
 
 from tests.decoding.models import ENCODER_DIM, random_model
 from transducer_toolkit.decoding import (
+    BeamSearch,
     GreedySearch,
     Hypothesis,
-    ModifiedBeamSearch,
     NonFiniteScoresError,
     greedy_search,
 )
@@ -127,7 +127,7 @@ def test_bad_arguments_are_named():
         GreedySearch(predictor, joiner, topology="linear")
 
 
-@pytest.mark.parametrize("make", [GreedySearch, ModifiedBeamSearch])
+@pytest.mark.parametrize("make", [GreedySearch, BeamSearch])
 def test_types_widths_and_vocabularies_are_named(make):
     predictor, joiner = StatelessPredictor(5, 16), Joiner(8, 16, 32, 5)
     frames, lengths = torch.zeros(1, 3, 8), torch.tensor([3])
@@ -175,7 +175,7 @@ def test_states_are_named():
         GreedySearch(search.predictor, search.joiner, max_symbols_per_frame=2.0)
 
 
-@pytest.mark.parametrize("make", [GreedySearch, ModifiedBeamSearch])
+@pytest.mark.parametrize("make", [GreedySearch, BeamSearch])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scores_that_are_not_finite_name_their_utterances(make, value):
     """Not the first symbol of the vocabulary, nor nothing."""

@@ -99,7 +99,7 @@ def test_sherpa_recognizes_what_we_recognize(tmp_path, make_encoder, joiner, con
     names = [
         f"{part}{kind}.onnx" for kind in ("", ".int8") for part in ("encoder", "decoder", "joiner")
     ]
-    assert [path.name for path in files] == [*names, "tokens.txt"]
+    assert [path.name for path in files] == [*names, "tokens.txt", "bpe.vocab"]
     # Told what it is, and left to find out.
     for options in ({}, {"model_type": ""}):
         client = sherpa_onnx.OfflineRecognizer.from_transducer(**paths(files[0].parent), **options)
@@ -164,21 +164,26 @@ def test_what_sherpa_cannot_drive_is_refused(tmp_path):
         export_for_sherpa(recognizer, tmp_path, chunk_frames=0)
     with pytest.raises(ValueError, match="with memory_size=0, got EmformerEncoder"):
         export_for_sherpa(random_recognizer(emformer(memory_size=2)), tmp_path, streaming=True)
+    as_icefall = {"model_type": "icefall"}
     recognizer.model.predictor = LstmPredictor(len(SYMBOLS), 12, 12)
-    with pytest.raises(ValueError, match="must be a StatelessPredictor, got LstmPredictor"):
-        export_for_sherpa(recognizer, tmp_path)
+    with pytest.raises(ValueError, match=r"got LstmPredictor.*use model_type='nemo' .--type nem"):
+        export_for_sherpa(recognizer, tmp_path, **as_icefall)
     recognizer.model.predictor = StatelessPredictor(len(SYMBOLS), 12, blank=1)
-    with pytest.raises(ValueError, match="blank must be 0, as sherpa-onnx has it, got 1"):
-        export_for_sherpa(recognizer, tmp_path)
+    with pytest.raises(ValueError, match="blank must be 0, as in icefall's models, got 1; use mod"):
+        export_for_sherpa(recognizer, tmp_path, **as_icefall)
     for topology in ("tdt-0-1-2", "multi_blank-2-4"):
         recognizer = random_recognizer(conv_lstm())
         recognizer.topology = topology
-        with pytest.raises(ValueError, match=f"topology must be .* got '{topology}'; use"):
-            export_for_sherpa(recognizer, tmp_path)
+        with pytest.raises(ValueError, match=f"topology must be .* got '{topology}'; use model_t"):
+            export_for_sherpa(recognizer, tmp_path, **as_icefall)
+        with pytest.raises(ValueError, match=f"got '{topology}'; use the model with transducer-t"):
+            export_for_sherpa(recognizer, tmp_path, streaming=True)
     recognizer = random_recognizer(conv_lstm())
     recognizer.model.encoder.num_output_frames = lambda num_frames: num_frames // 2
-    with pytest.raises(ValueError, match="subsampling must be 4, as sherpa-onnx has it, got 2"):
-        export_for_sherpa(recognizer, tmp_path)
+    with pytest.raises(ValueError, match="subsampling must be 4, as in icefall's models, got 2"):
+        export_for_sherpa(recognizer, tmp_path, **as_icefall)
+    with pytest.raises(ValueError, match=r"model_type.*'icefall', 'nemo'.*got 'wenet'"):
+        export_for_sherpa(recognizer, tmp_path, model_type="wenet")
     assert list(tmp_path.iterdir()) == []
 
 

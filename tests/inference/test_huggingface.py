@@ -13,6 +13,7 @@ import torch
 
 from tests.compat.hugging_face import save_folder, transformers
 from transducer_toolkit.cli import align, transcribe
+from transducer_toolkit.decoding import BeamSearch
 from transducer_toolkit.inference import Recognizer, align_text, load_checkpoint
 
 
@@ -65,8 +66,9 @@ def test_tokens_and_texts_are_those_of_generate(kind, tmp_path):
     assert num_tokens > 300 and len(symbols) > 4 and num_endless < 5
 
 
-def test_batches_find_what_single_utterances_find(folder):
-    recognizer = Recognizer.from_pretrained(folder)
+@pytest.mark.parametrize("search", [None, BeamSearch])
+def test_batches_find_what_single_utterances_find(folder, search):
+    recognizer = Recognizer.from_pretrained(folder, search=search)
     waveforms = [sound(seed) for seed in range(4)]
     together = recognizer.recognize(waveforms)
     assert together == [recognizer.recognize([waveform])[0] for waveform in waveforms]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch, NonFiniteScoresError
+from transducer_toolkit.decoding import BeamSearch, NonFiniteScoresError
 from transducer_toolkit.inference.aligner import align_text
 from transducer_toolkit.inference.recognizer import Recognizer, recognizer_recipe
 
@@ -142,16 +142,17 @@ def test_words_and_files(checkpoint, tmp_path):
 def test_the_search_is_an_option_and_follows_the_topology(checkpoint):
     path, _ = checkpoint()
     waveform = torch.rand(24000, generator=torch.Generator().manual_seed(0)) - 0.5
-    beam = Recognizer.from_checkpoint(path, search=partial(ModifiedBeamSearch, beam=1))
-    one_a_frame = Recognizer.from_checkpoint(
-        path, search=partial(GreedySearch, max_symbols_per_frame=1)
-    )
-    assert beam.transcribe([waveform]) == one_a_frame.transcribe([waveform])
+    beam = Recognizer.from_checkpoint(path, search=partial(BeamSearch, beam=3))
+    assert (beam.search.topology.name, beam.search.beam) == ("regular", 3)
+    (hypothesis,) = beam.recognize([waveform])
+    assert beam.transcribe([waveform]) == [beam.tokenizer.decode(hypothesis.tokens)]
+    (words,) = beam.recognize_words([waveform])
+    assert [word.word for word in words] == beam.transcribe([waveform])[0].split()
     saved = torch.load(path, weights_only=True)
     saved["recognizer"]["topology"] = "constrained"
     torch.save(saved, path)
     assert Recognizer.from_checkpoint(path).search.max_symbols_per_frame == 1
-    constrained = Recognizer.from_checkpoint(path, search=ModifiedBeamSearch)
+    constrained = Recognizer.from_checkpoint(path, search=BeamSearch)
     assert constrained.search.topology.name == "constrained"
 
 

@@ -3,6 +3,7 @@
 
 import io
 import random
+from functools import partial
 
 import pytest
 import sentencepiece
@@ -11,7 +12,7 @@ import torch
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.data.tokenizer import CharTokenizer
-from transducer_toolkit.decoding import Fusion, Hypothesis
+from transducer_toolkit.decoding import BeamSearch, Fusion, Hypothesis
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.streaming import StreamingRecognizer
 from transducer_toolkit.modules import (
@@ -63,13 +64,16 @@ ENCODERS = {
         ("regular", Fusion(hotwords=["ab c", "cab"], hotwords_score=2.0, internal_lm="model")),
     ],
 )
-def test_pieces_give_what_the_whole_gives(name, predictor, topology, fusion):
+@pytest.mark.parametrize("beam", [None, 3])
+def test_pieces_give_what_the_whole_gives(name, predictor, topology, fusion, beam):
+    limit = 3 if topology == "regular" else 1
     recognizer = random_recognizer(
         ENCODERS[name](),
         predictor,
         fusion=fusion,
-        max_symbols_per_frame=3 if topology == "regular" else 1,
+        max_symbols_per_frame=limit,
         topology=topology,
+        search=beam and partial(BeamSearch, beam=beam, max_symbols_per_frame=limit),
     )
     stream, choices = StreamingRecognizer(recognizer), random.Random(0)
     num_tokens = 0
@@ -91,7 +95,7 @@ def test_pieces_give_what_the_whole_gives(name, predictor, topology, fusion):
         assert (tokens, frames) == (whole.tokens, whole.frames)
         assert text == recognizer.tokenizer.decode(whole.tokens)
         num_tokens += len(tokens)
-    assert num_tokens > 20
+    assert num_tokens > (15 if fusion is None else 5)
 
 
 def test_new_text_brings_its_space():
@@ -123,6 +127,27 @@ def test_latency(name, latency_s):
         waited += [milliseconds - 40 * frame for frame in range(known, known + len(out))]
         known += len(out)
     assert max(waited) == pytest.approx(1000 * latency_s, abs=1.0)
+
+
+def test_text_of_a_beam_search_comes_before_the_end():
+    torch.manual_seed(0)
+    recognizer = random_recognizer(ENCODERS["lstm"](), search=BeamSearch)
+    with torch.no_grad():
+        recognizer.model.joiner.output.bias[0] -= 2.0
+    loudness = torch.rand(50).repeat_interleave(1600)
+    stream = StreamingRecognizer(recognizer)
+    pieces = (0.3 * loudness * torch.randn(80000)).split(1600)
+    texts = [stream.accept(piece) for piece in pieces]
+    assert sum(map(len, texts)) > len(stream.finish())
+
+
+def test_a_search_that_does_not_stream_is_refused():
+    def search(predictor, joiner, topology):
+        return lambda encoder_out, lengths: []
+
+    recognizer = random_recognizer(ENCODERS["lstm"](), search=search)
+    with pytest.raises(ValueError, match="function does not stream: it needs all frames"):
+        StreamingRecognizer(recognizer)
 
 
 def test_what_does_not_stream_is_refused():
@@ -179,6 +204,9 @@ def test_bytes_of_a_character_arrive_as_the_character():
         def advance(self, encoder_out, lengths, position):
             added = tokens[position : position + encoder_out.shape[1]]
             return [Hypothesis(added, list(range(len(added))))], position + len(added)
+
+        def finish(self, position):
+            return [Hypothesis([], [])]
 
     stream = StreamingRecognizer(Recognizer(model, tokenizer, Fbank()))
     stream._search, stream._search_state = Scripted(), 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from transducer_toolkit import Joiner, LatticeShape
-from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
+from transducer_toolkit.decoding import BeamSearch, GreedySearch
 from transducer_toolkit.losses.reference import hat_log_probs
 from transducer_toolkit.modules import StatelessPredictor
 
@@ -36,7 +36,7 @@ def test_internal_language_model():
     torch.testing.assert_close(lm[:, labels], rest)
 
 
-@pytest.mark.parametrize("kind", [GreedySearch, ModifiedBeamSearch])
+@pytest.mark.parametrize("kind", [GreedySearch, BeamSearch])
 def test_searches_follow_the_probabilities_of_hat(kind):
     torch.manual_seed(1)
     predictor = StatelessPredictor(5, 6).double().eval()

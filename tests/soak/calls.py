@@ -15,7 +15,14 @@ import transducer_toolkit as tt
 from tests.soak.decoder_calls import DECODERS
 from transducer_toolkit.compat import torchaudio
 from transducer_toolkit.ops import native
-from transducer_toolkit.ops.topology import K2_TOPOLOGIES, TOPOLOGIES
+from transducer_toolkit.ops.topology import (
+    K2_TOPOLOGIES,
+    TOPOLOGIES,
+    Topology,
+    get_topology,
+    multi_blank_topology,
+    tdt_topology,
+)
 
 RNNT_TYPES = tuple(K2_TOPOLOGIES)
 REDUCTIONS = ("none", "mean", "sum")
@@ -33,10 +40,13 @@ class Sizes:
         self.B, self.V = choice([1, 1, 2, 3]), choice([2, 3, 5, 9])
         self.frames = [choice([1, 1, 2, 3, 5]) for _ in range(self.B)]
         self.symbols = [choice([0, 1, 2, 4]) for _ in range(self.B)]
-        if self.topology != "regular":
-            less = self.topology == "one_sym_per_frame"
-            pairs = zip(self.symbols, self.frames, strict=True)
-            self.symbols = [min(u, t - less) for u, t in pairs]
+        is_feasible = get_topology(self.topology).is_feasible
+        for b in range(self.B):
+            while not is_feasible(self.frames[b], self.symbols[b]):
+                if self.symbols[b]:
+                    self.symbols[b] -= 1
+                else:
+                    self.frames[b] += 1
         self.begins = [(0, 0)] * self.B  # symbol, frame
         self.T = max(self.frames) + choice([0, 0, 1])
         self.U = max(self.symbols) + choice([0, 0, 1])
@@ -95,7 +105,7 @@ def _transducer_loss(random_: random.Random) -> dict[str, Any]:
     padded = random_.random() < 0.5
     rows = (sizes.B, sizes.T, sizes.U + 1) if padded else (sizes.shape().num_cells,)
     frames, symbols = sizes.lengths()
-    return {
+    call = {
         "logits": sizes.floats(*rows, sizes.V),
         "targets": sizes.targets(),
         "logit_lengths": frames,
@@ -112,6 +122,73 @@ def _transducer_loss(random_: random.Random) -> dict[str, Any]:
             inplace=(False, True),
             validate=(None, True, False),
         ),
+        **(_alignment(random_, sizes) if random_.random() < 0.3 else {}),
+    }
+    if random_.random() < 0.3 and not call.get("from_log_softmax"):
+        call["normalization"] = "hat"
+    return call
+
+
+def _alignment(random_: random.Random, sizes: Sizes) -> dict[str, Any]:
+    """Windows about the frames of a path."""
+    frames = torch.zeros(sizes.B, sizes.U, dtype=torch.int64)
+    for b, symbols in enumerate(sizes.symbols):
+        if sizes.topology == "one_sym_per_frame":
+            chosen = torch.randperm(sizes.frames[b] - 1)[:symbols]
+        else:
+            chosen = torch.randint(0, sizes.frames[b], (symbols,))
+        frames[b, :symbols] = chosen.sort().values
+    return {
+        "alignment": frames.to(random_.choice([torch.int32, torch.int64])),
+        "left": random_.choice([0, 1, 4]),
+        "right": random_.choice([0, 1, 4]),
+    }
+
+
+def _durations(
+    random_: random.Random, topology: Topology, num_extra: int, **more: tuple[Any, ...]
+) -> dict[str, Any]:
+    """Arguments of the losses with durations; logits have num_extra more columns than V."""
+    sizes = Sizes(random_, topology.name)
+    padded = random_.random() < 0.5
+    rows = (sizes.B, sizes.T, sizes.U + 1) if padded else (sizes.shape().num_cells,)
+    frames, symbols = sizes.lengths()
+    return {
+        "logits": sizes.floats(*rows, sizes.V + num_extra),
+        "targets": sizes.targets(),
+        "logit_lengths": frames,
+        "target_lengths": symbols,
+        "blank": sizes.blank,
+        **_options(
+            random_,
+            sigma=(0.0, 0.05, 0.5),
+            reduction=REDUCTIONS,
+            fastemit_lambda=(0.0, 0.3),
+            delay_penalty=(0.0, 0.2),
+            clamp=(-1.0, 0.0, 0.05),
+            inplace=(False, True),
+            validate=(None, True, False),
+            **more,
+        ),
+    }
+
+
+def _tdt(random_: random.Random) -> dict[str, Any]:
+    durations = random_.choice([(0, 1), (1,), (0, 1, 2, 3, 4), (0, 2), (1, 3)])
+    normalization = ("softmax", "hat")
+    topology = tdt_topology(durations)
+    call = _durations(random_, topology, len(durations), normalization=normalization)
+    return {**call, "durations": durations}
+
+
+def _multi_blank(random_: random.Random) -> dict[str, Any]:
+    durations = random_.choice([(2,), (2, 4, 8), (3, 2)])
+    topology = multi_blank_topology(durations)
+    call = _durations(random_, topology, len(durations) + 1)  # behind labels: big blanks, blank
+    return {
+        **call,
+        "blank": call["logits"].size(-1) - 1,
+        "big_blank_durations": durations,
     }
 
 
@@ -297,6 +374,8 @@ def _from_lengths(random_: random.Random) -> dict[str, Any]:
 # name: the function, what makes arguments for it, what may come on top.
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "transducer_loss": (tt.transducer_loss, _transducer_loss),
+    "tdt_loss": (tt.tdt_loss, _tdt),
+    "multi_blank_loss": (tt.multi_blank_loss, _multi_blank),
     "torchaudio.rnnt_loss": (torchaudio.rnnt_loss, _torchaudio),
     "rnnt_loss": (
         tt.rnnt_loss,

@@ -31,6 +31,7 @@ from tests.soak.truth import (
     solve,
     twin,
 )
+from transducer_toolkit.ops.topology import get_topology, multi_blank_topology, tdt_topology
 
 
 def transducer_loss(a: dict[str, Any], weights: Tensor) -> Results:
@@ -39,17 +40,20 @@ def transducer_loss(a: dict[str, Any], weights: Tensor) -> Results:
     frames, symbols = a["logit_lengths"].tolist(), a["target_lengths"].tolist()
     options = Options(
         a["blank"],
-        "one_sym_per_frame" if a.get("one_sym_per_frame", False) else "regular",
+        topology_of(a),
         a.get("from_log_softmax", False),
         number(a.get("fastemit_lambda", 0.0)),
         number(a.get("delay_penalty", 0.0)),
         clamp_of(a),
+        a.get("normalization", "softmax"),
+        number(a.get("sigma", 0.0)),
     )
+    vocab_size = logits.size(-1) - get_topology(options.topology).num_durations
     padded = logits.dim() == 4
     max_frames = logits.size(1) if padded else logits.size(0)
     # With validate=False: a NaN loss for an utterance that makes no sense.
     valid = [
-        utterance_is_valid(row, t, u, max_frames, logits.size(-1))
+        utterance_is_valid(row, t, u, max_frames, vocab_size)
         for row, t, u in zip(targets.tolist(), frames, symbols, strict=True)
     ]
     cells = [t * (u + 1) for t, u in zip(frames, symbols, strict=True)]
@@ -67,7 +71,13 @@ def transducer_loss(a: dict[str, Any], weights: Tensor) -> Results:
             t, u = frames[b], symbols[b]
             packed = None if padded else same[row : row + cells[b]].view(t, u + 1, -1)
             x = same[b, :t, : u + 1] if packed is None else packed
-            losses.append(solve(x, targets[b, :u], options).loss)
+            exists = None if a.get("alignment") is None else _near_alignment(a, b, t, u)
+            may_label = None if exists is None else exists[:, 1:] & exists[:, :-1]
+            solution = solve(x, targets[b, :u], options, exists=exists, may_label=may_label)
+            loss = solution.loss
+            if exists is not None and loss == math.inf:
+                defined(a.get("validate") is False or bool((x == -math.inf).any()))
+            losses.append(loss)
         row += cells[b]
     return loss_results(
         losses,
@@ -78,6 +88,34 @@ def transducer_loss(a: dict[str, Any], weights: Tensor) -> Results:
         eps=eps_of(logits.dtype),
         with_grad=all(valid),
     )
+
+
+def topology_of(a: dict[str, Any]) -> str:
+    """The name of the topology that the arguments of a loss choose."""
+    if a.get("durations") is not None:
+        return tdt_topology(tuple(a["durations"])).name
+    if a.get("big_blank_durations") is not None:
+        return multi_blank_topology(tuple(a["big_blank_durations"])).name
+    if a.get("one_sym_per_frame", False):
+        return "one_sym_per_frame"
+    return a.get("topology", "regular")
+
+
+def _near_alignment(a: dict[str, Any], b: int, num_frames: int, num_targets: int) -> Tensor:
+    """Cells (T, U + 1) between whose label arcs none is missed and none is early."""
+    frame_of = a["alignment"][b, :num_targets].tolist()
+    if frame_of != sorted(frame_of):
+        defined(a.get("validate") is False)
+        raise Undecided
+    left, right = a.get("left", 0), a.get("right", 0)
+    exists = torch.ones(num_frames, num_targets + 1, dtype=torch.bool)
+    for t in range(num_frames):
+        for u, frame in enumerate(frame_of):
+            if frame + right < t:  # label u has been emitted
+                exists[t, : u + 1] = False
+            if frame - left > t:  # label u has not
+                exists[t, u + 1 :] = False
+    return exists
 
 
 def torchaudio_rnnt_loss(a: dict[str, Any], weights: Tensor) -> Results:

@@ -7,6 +7,8 @@ from tests.soak import expect_decoders, expect_grids, expect_joiners, expect_log
 
 EXPECTATIONS = {
     "transducer_loss": expect_logits.transducer_loss,
+    "tdt_loss": expect_logits.transducer_loss,
+    "multi_blank_loss": expect_logits.transducer_loss,
     "torchaudio.rnnt_loss": expect_logits.torchaudio_rnnt_loss,
     "rnnt_loss": expect_logits.rnnt_loss,
     "rnnt_loss_pruned": expect_logits.rnnt_loss,

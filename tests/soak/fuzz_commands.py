@@ -78,8 +78,8 @@ def refused(*values: str) -> list[tuple[str, bool | None]]:
 OPTIONS: dict[str, Values] = {
     "transcribe": {
         "--format": refused("mp3", ""),
-        "--search": refused("beam", ""),
-        "--beam": refused("0", "-1", "x", "2.5", "3"),  # without --search modified_beam
+        "--search": refused("widest", ""),
+        "--beam": refused("0", "-1", "x", "2.5"),
         "--max-symbols-per-frame": refused("0", "-3", "x"),
         "--window-s": refused("0", "-1", "nan", "x", "-inf", "inf"),
         "--overlap-s": refused("-1", "nan", "inf", "15"),

@@ -46,6 +46,13 @@ RECURSION = "tests/losses/test_mutual_information.py"
 FUSED = "tests/losses/test_fused_joiner.py"
 JOINER = "tests/modules/test_joiner.py"
 NATIVE = "tests/ops/test_native.py"
+DURATIONS = "tests/losses/test_durations.py"
+FUSED_DURATIONS = "tests/losses/test_fused_durations.py"
+HAT = "tests/losses/test_hat.py"
+RESTRICTED = "tests/losses/test_restricted.py"
+PRECISION = "tests/losses/test_precision.py"
+QUANTIZED = "tests/ops/test_quantized.py"
+GREEDY = "tests/decoding/test_durations.py"
 _LOSSES = "transducer_toolkit/losses/"
 _OPS = "transducer_toolkit/ops/"
 
@@ -305,6 +312,133 @@ MUTANTS = [
         "columns = stride or (num_targets.clamp(-1, max_targets) + 1)",
         "columns = stride or (num_targets + 1)",
         (BAD_INPUT, NATIVE),
+    ),
+    # --- durations, HAT, restriction, two precisions ---
+    Mutant(
+        "a blank may jump beyond the last frame",
+        "csrc/duration_lattice_cpu.cpp",
+        "to == frames_ ? labels_ : -1",
+        "to >= frames_ ? labels_ : -1",
+        (DURATIONS,),
+    ),
+    Mutant(
+        "a label that stays has no delay penalty",
+        "csrc/duration_lattice_cpu.cpp",
+        "cell[-1] + Label(here, u - 1, 0) + Penalty(t)",
+        "cell[-1] + Label(here, u - 1, 0)",
+        (DURATIONS,),
+    ),
+    Mutant(
+        "fastemit is lost with durations",
+        "csrc/duration_lattice_cpu.cpp",
+        "label_gain * use[u - here.begin]",
+        "use[u - here.begin]",
+        (DURATIONS,),
+    ),
+    Mutant(
+        "the logits of durations are not normalized",
+        "csrc/cell_scores_cpu.cpp",
+        "sum += std::exp(static_cast<Score>(ToCompute(x[k])) - max);",
+        "sum = 1;",
+        (DURATIONS,),
+    ),
+    Mutant(
+        "HAT: the labels share the blank's probability",
+        "csrc/cell_scores_cpu.cpp",
+        "any_label = LogSigmoid(-z)",
+        "any_label = LogSigmoid(z)",
+        (HAT,),
+    ),
+    Mutant(
+        "HAT: the blank is in the softmax of the labels",
+        "csrc/cell_scores_cpu.cpp",
+        "options.is_hat ? options.blank : -1, &max",
+        "-1, &max",
+        (HAT,),
+    ),
+    Mutant(
+        "HAT: the labels' gradient has the blank's weight",
+        "csrc/logits_grad_cpu.cpp",
+        "context.is_hat ? uses.label : occupancy;",
+        "occupancy;",
+        (HAT,),
+    ),
+    Mutant(
+        "big blanks have no uses",
+        "csrc/logits_grad_cpu.cpp",
+        "if (i < context.num_big_blanks) g -= uses.extra[i];",
+        "if (i < 0) g -= uses.extra[i];",
+        (DURATIONS,),
+    ),
+    Mutant(
+        "durations of labels only",
+        "csrc/logits_grad_cpu.cpp",
+        "occupancy * (probability[k] / sum)",
+        "uses.label * (probability[k] / sum)",
+        (DURATIONS,),
+    ),
+    Mutant(
+        "a coarse logit without its scale",
+        "csrc/row_kernels.inl",
+        "V y = __builtin_convertvector(x, V) * scale * Load(scales + i);",
+        "V y = __builtin_convertvector(x, V) * Load(scales + i);",
+        (QUANTIZED,),
+    ),
+    Mutant(
+        "a coarse loss that is not finite is believed",
+        _OPS + "coarse_to_fine.py",
+        "strictness.masked_fill_(~sums.losses.isfinite(), torch.nan)",
+        "strictness.masked_fill_(~sums.losses.isfinite(), 0.0)",
+        (PRECISION,),
+    ),
+    Mutant(
+        "no coarse score is refined",
+        _OPS + "coarse_to_fine.py",
+        "COARSE_BUDGET = LOW_BUDGET / 50",
+        "COARSE_BUDGET = LOW_BUDGET * 1e9",
+        (PRECISION,),
+    ),
+    Mutant(
+        "the error of the coarse scores is underestimated",
+        _OPS + "coarse_to_fine.py",
+        "torch.maximum(*found[:2])",
+        "torch.maximum(*found[:2]).mul_(1e-3)",
+        (PRECISION,),
+    ),
+    Mutant(
+        "blanks use the shortest durations",
+        _OPS + "durations.py",
+        "label[:, label.size(1) - blank.size(1) :] += blank",
+        "label[:, : blank.size(1)] += blank",
+        (DURATIONS,),
+    ),
+    Mutant(
+        "sigma is not subtracted from big blanks",
+        _OPS + "durations.py",
+        "torch.cat([blank, extra - options.sigma], 1)",
+        "torch.cat([blank, extra], 1)",
+        (DURATIONS,),
+    ),
+    Mutant(
+        "a label may be early by one frame less",
+        _OPS + "restriction.py",
+        "torch.searchsorted(alignment - self.left, frames, right=True) + 1",
+        "torch.searchsorted(alignment - self.left, frames) + 1",
+        (RESTRICTED,),
+    ),
+    Mutant(
+        "an alignment beyond the last frame has a path",
+        _OPS + "restriction.py",
+        "(earliest > last.minimum(ends))",
+        "(earliest > last)",
+        (RESTRICTED,),
+    ),
+    Mutant(
+        "a skip ends with the chunk",
+        "transducer_toolkit/decoding/greedy.py",
+        "(frame - lengths).clamp(min=0) if table is not None",
+        "torch.zeros_like(lengths) if table is not None",
+        (GREEDY,),
     ),
 ]
 

@@ -2,9 +2,11 @@
 """``python -m tests.soak.sherpa_agreement CHECKPOINT MANIFEST``: exports beside their model.
 
 Exports a trained checkpoint, float32 and int8, lets sherpa-onnx recognise the utterances of a
-manifest, and counts those with the very text of our greedy search with one symbol a frame. With
-``--streaming`` both sides stream, ours in pieces of random sizes. Fails if a float32 text differs,
-or the word error rate of int8 is off by more than half a point.
+manifest, and counts those with the very text of our greedy search, with the client's limit of
+symbols on a frame. With ``--streaming`` both sides stream, ours in pieces of random sizes. Fails if
+a float32 text differs, or the word error rate of int8 is off by more than half a point. With
+``--type nemo`` the client computes other features, which the graph converts: ours are also
+recognized from those (``client_features``), and it is their texts that must not differ.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import sherpa_onnx
 import torch
 from torch import Tensor
 
+from tests.export.client_features import ClientFeatures
 from transducer_toolkit.data.audio import SAMPLE_RATE, read_audio
 from transducer_toolkit.data.manifest import read_manifest
 from transducer_toolkit.export import export_for_sherpa
+from transducer_toolkit.export.nemo import client_max_symbols
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.inference.streaming import StreamingRecognizer
 from transducer_toolkit.training.scoring import Transcript, count_word_errors
@@ -39,6 +43,7 @@ def main() -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("manifest")
     parser.add_argument("--streaming", action="store_true")
+    parser.add_argument("--type", choices=("icefall", "nemo"), default="icefall")
     parser.add_argument("--max-utterances", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,11 +65,16 @@ def main() -> int:
 
     regular = [recognizer.transcribe([waveform])[0] for waveform in waveforms]
     print(f"ours, {recognizer.max_symbols_per_frame:2d} symbols a frame: WER {wer(regular):.4f}")
+    limit = client_max_symbols(recognizer) if args.type == "nemo" else 1
     recognizer = Recognizer(
-        recognizer.model, recognizer.tokenizer, recognizer.fbank, max_symbols_per_frame=1
+        recognizer.model,
+        recognizer.tokenizer,
+        recognizer.fbank,
+        max_symbols_per_frame=limit,
+        topology=recognizer.topology,
     )
     ours = [recognizer.transcribe([waveform])[0] for waveform in waveforms]
-    print(f"ours,  1 symbol a frame:   WER {wer(ours):.4f}")
+    print(f"ours, {limit:2d} symbols a frame: WER {wer(ours):.4f}")
     failed = False
     if args.streaming:
         streamed = stream(recognizer, waveforms)
@@ -72,7 +82,20 @@ def main() -> int:
         print(f"ours, streamed in pieces:  {num_same} of {len(ours)} the same as whole")
         failed |= num_same < len(ours)
     with tempfile.TemporaryDirectory() as folder:
-        export_for_sherpa(recognizer, folder, streaming=args.streaming, int8=True)
+        export_for_sherpa(
+            recognizer, folder, model_type=args.type, streaming=args.streaming, int8=True
+        )
+        if args.type == "nemo":
+            features = recognizer.fbank
+            recognizer.fbank = ClientFeatures(features)
+            converted = [recognizer.transcribe([waveform])[0] for waveform in waveforms]
+            recognizer.fbank = features
+            num_same = sum(map(str.__eq__, converted, ours))
+            print(
+                f"ours, converted features: WER {wer(converted):.4f}, "
+                f"{num_same} of {len(ours)} the same as with our own"
+            )
+            ours = converted
         run = run_streaming_client if args.streaming else run_client
         for name, suffix in (("float32", ""), ("int8", ".int8")):
             texts = run(Path(folder), suffix, waveforms)
@@ -131,7 +154,10 @@ def _client(make: Callable, folder: Path, suffix: str):
     files = {
         part: str(folder / f"{part}{suffix}.onnx") for part in ("encoder", "decoder", "joiner")
     }
-    return make(**files, tokens=str(folder / "tokens.txt"), num_threads=1)
+    options = {"tokens": str(folder / "tokens.txt"), "num_threads": 1}
+    if (folder / "encoder.onnx").read_bytes().count(b"EncDecRNNTBPEModel"):
+        options["model_type"] = "nemo_transducer"
+    return make(**files, **options)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_toolkit.losses.reference import arc_scores, path_sum
+from transducer_toolkit.losses.reference import (
+    arc_scores,
+    duration_loss,
+    hat_log_probs,
+    path_sum,
+)
+from transducer_toolkit.ops.topology import Topology, get_topology
 
 LARGE = 1e4  # logits beyond it: differences of them have no digits left
 
@@ -95,6 +101,8 @@ class Options:
     fastemit_lambda: float = 0.0
     delay_penalty: float = 0.0
     clamp: float = 0.0
+    normalization: str = "softmax"
+    sigma: float = 0.0
 
 
 @dataclass
@@ -120,22 +128,32 @@ def solve(
     options: Options,
     *,
     exists: Tensor | None = None,
+    may_label: Tensor | None = None,
     begin: int = 0,
 ) -> Solution:
-    """The loss of logits (T, U + 1, V) float64; of a band, cells that do not exist are False."""
+    """The loss of logits (T, U + 1, V) float64; of a band, cells that do not exist are False.
+
+    With durations, the logits have their columns behind V. may_label (T, U): the label arcs.
+    """
     x = logits.detach().requires_grad_()
+    topology = get_topology(options.topology)
     everywhere = torch.ones(x.shape[:2], dtype=torch.bool)
     exists = everywhere if exists is None else exists
     log_probs = x
     if not options.from_log_softmax:
-        rows = x[exists].detach()
-        if rows.isnan().any() or (rows == math.inf).any() or (rows == -math.inf).all(-1).any():
+        if not _have_normalizers(x[exists].detach(), options, topology):
             return _constant(logits, math.nan, math.nan, exists)
-        log_probs = torch.where(exists[..., None], x, 0.0).log_softmax(-1)
+        log_probs = _log_probs(torch.where(exists[..., None], x, 0.0), options, topology)
+    if options.normalization == "hat" and bool((targets == options.blank).any()):
+        return _constant(logits, math.nan, math.nan, exists)
     log_probs = torch.where(exists[..., None], log_probs, -math.inf)
+    if topology.num_extra:
+        return _solve_durations(logits, x, log_probs, targets, options)
     blank, label = arc_scores(
         log_probs, targets, options.blank, options.topology, options.delay_penalty
     )
+    if may_label is not None:
+        label = torch.where(may_label, label, -math.inf)
     picked = torch.cat([blank.detach().flatten(), label.detach().flatten()])
     if picked.isnan().any() or (picked == math.inf).any():
         return _constant(logits, math.nan, math.nan, exists)
@@ -158,6 +176,61 @@ def solve(
         grad = grad.clamp(-options.clamp, options.clamp)
     loss = loss.detach() + options.delay_penalty * len(targets) * begin / 2
     return Solution(_GivenGradient.apply(logits, loss, grad), -label_grad / gain, -blank_grad)
+
+
+def _have_normalizers(rows: Tensor, options: Options, topology: Topology) -> bool:
+    """Whether each softmax of the rows (N, V + K) has a sum that is a number."""
+    softmaxes = list(rows.tensor_split([rows.size(-1) - topology.num_durations], -1))
+    if not topology.num_durations:
+        softmaxes.pop()
+    if options.normalization == "hat":
+        is_label = torch.arange(softmaxes[0].size(-1)) != options.blank
+        softmaxes[0] = softmaxes[0][:, is_label]
+    return not bool(
+        rows.isnan().any()
+        or (rows == math.inf).any()
+        or any((part == -math.inf).all(-1).any() for part in softmaxes)
+    )
+
+
+def _log_probs(x: Tensor, options: Options, topology: Topology) -> Tensor:
+    symbols, durations = x.tensor_split([x.size(-1) - topology.num_durations], -1)
+    if options.normalization == "hat":
+        symbols = hat_log_probs(symbols, options.blank)
+    else:
+        symbols = symbols.log_softmax(-1)
+    return torch.cat([symbols - options.sigma, durations.log_softmax(-1)], -1)
+
+
+def _solve_durations(
+    logits: Tensor, x: Tensor, log_probs: Tensor, targets: Tensor, options: Options
+) -> Solution:
+    """As :func:`solve`, of arcs that advance several frames; it knows no posteriors."""
+    topology = get_topology(options.topology)
+    num_frames, num_symbols = len(log_probs), log_probs.size(-1) - topology.num_durations
+    of_duration = log_probs[..., num_symbols:]
+    index = torch.cat([targets.long(), targets.new_zeros(1).long()]).expand(num_frames, -1)
+    label = log_probs.gather(2, index[..., None])
+    frames = torch.arange(num_frames, dtype=torch.float64)
+    label = label + options.delay_penalty * ((num_frames - 1) / 2 - frames)[:, None, None]
+    if topology.num_durations:
+        num_zero = len(topology.label_durations) - len(topology.blank_durations)
+        blank = log_probs[..., options.blank, None] + of_duration[..., num_zero:]
+        label = label + of_duration
+    else:
+        big_blanks = [options.blank - 1 - i for i in range(topology.num_big_blanks)]
+        blank = log_probs[..., [options.blank, *big_blanks]]
+    label = _ScaledGradient.apply(label, 1 + options.fastemit_lambda)
+    loss = duration_loss(blank, label, topology, enumerate_paths=False)
+    everywhere = torch.ones(x.shape[:2], dtype=torch.bool)
+    if not bool(loss.isfinite()):
+        grad = 0.0 if loss == math.inf else math.nan
+        return _constant(logits, float(loss.detach()), grad, everywhere)
+    (grad,) = torch.autograd.grad(loss, x)
+    if options.clamp > 0:
+        grad = grad.clamp(-options.clamp, options.clamp)
+    none = torch.full((num_frames, len(targets) + 1), math.nan, dtype=torch.float64)
+    return Solution(_GivenGradient.apply(logits, loss.detach(), grad), none[:, 1:], none)
 
 
 def nothing(like: Tensor) -> Tensor:

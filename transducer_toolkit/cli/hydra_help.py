@@ -112,7 +112,7 @@ def text(config_name: str, arguments: Sequence[str]) -> str:
         arguments: arguments of the command line; ``--config-dir`` adds a folder of configs.
 
     Example:
-        >>> "\\nsearch: greedy, modified_beam\\n" in text("evaluate", [])
+        >>> "\\nsearch: beam, greedy, modified_beam\\n" in text("evaluate", [])
         True
     """
     groups = _groups(config_name, [Path(str(files(CONFIGS))), *config_dirs(arguments)])

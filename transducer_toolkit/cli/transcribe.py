@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # The defaults of transcribe_file, whose module imports torch, which would make --help slow.
 WINDOW_S = 20.0
 OVERLAP_S = 4.0
+BEAM_SEARCHES = ("beam", "modified_beam")
 # Options of a Fusion, each with the one that it needs.
 FUSION_OPTIONS = {
     "lm": None,
@@ -36,6 +37,7 @@ FUSION_OPTIONS = {
     "hotwords_depth_score": "hotwords",
     "hotwords_case": "hotwords",
 }
+BATCH_SIZE = 8
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
     *(".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cut=args.cut,
                 window_s=args.window_s,
                 overlap_s=args.overlap_s,
+                batch_size=args.batch_size,
                 on_progress=progress,
             )
         except ValueError as error:  # the voice-activity detector is missing
@@ -233,13 +236,13 @@ def _progress_bar(paths: Sequence[str]) -> Iterator[Callable[[AudioSource, float
 
 
 def _search(args: argparse.Namespace) -> Callable[..., Search] | None:
-    from transducer_toolkit.decoding import GreedySearch, ModifiedBeamSearch
+    from transducer_toolkit.decoding import BeamSearch, GreedySearch
 
-    if args.search == "modified_beam":
-        return partial(ModifiedBeamSearch, beam=args.beam or 4)
-    if args.max_symbols_per_frame is not None:
-        return partial(GreedySearch, max_symbols_per_frame=args.max_symbols_per_frame)
-    return None  # as trained
+    options = {"beam": args.beam, "max_symbols_per_frame": args.max_symbols_per_frame}
+    options = {name: value for name, value in options.items() if value is not None}
+    if args.beam is not None or args.search in BEAM_SEARCHES:
+        return partial(BeamSearch, **options)
+    return partial(GreedySearch, **options) if options else None  # None: as trained
 
 
 def _fusion(args: argparse.Namespace) -> Fusion:
@@ -258,11 +261,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, owner in FUSION_OPTIONS.items():
         if owner is not None and getattr(args, name) is not None and getattr(args, owner) is None:
             parser.error(f"{_option(name)} is an option of {_option(owner)}")
-    if args.beam is not None and args.search != "modified_beam":
-        parser.error("--beam is an option of --search modified_beam")
-    if args.max_symbols_per_frame is not None and args.search != "greedy":
-        parser.error("--max-symbols-per-frame is an option of --search greedy")
-    for name in ("beam", "max_symbols_per_frame"):
+    if args.beam is not None and args.search == "greedy":
+        parser.error("--beam is an option of --search beam")
+    for name in ("beam", "max_symbols_per_frame", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"{_option(name)} must be at least 1, got {value}")
@@ -307,16 +308,19 @@ def _parser() -> argparse.ArgumentParser:
         f"{os.sep}, write one file for each audio file",
     )
     parser.add_argument(
-        "--search", choices=("greedy", "modified_beam"), default="greedy", help="default: greedy"
+        "--search",
+        choices=("greedy", *BEAM_SEARCHES),
+        help="default: beam if --beam is given, otherwise greedy; modified_beam is the former name "
+        "of beam",
     )
     parser.add_argument(
-        "--beam", type=int, metavar="K", help="hypotheses of the modified beam search (default: 4)"
+        "--beam", type=int, metavar="K", help="hypotheses of the beam search (default: 4)"
     )
     parser.add_argument(
         "--max-symbols-per-frame",
         type=int,
         metavar="N",
-        help="bound of the greedy search (default: as in training)",
+        help="bound on the symbols of an encoder frame (default: as in training; beam: 10)",
     )
     parser.add_argument(
         "--hotwords",
@@ -380,6 +384,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=("pauses", "windows"),
         help="where longer files are cut: in pauses (needs the extra vad) or into overlapping "
         "windows (default: pauses if silero-vad is installed)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH_SIZE,
+        metavar="N",
+        help="files of --window-s that are recognized together, or more shorter ones; a GPU takes "
+        "more (default: %(default)d)",
     )
     parser.add_argument(
         "--channel",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transducer_toolkit.compat.common import check_reduction_name, reduce_by_labels
 from transducer_toolkit.losses.fused_joiner import FusedJoinerLoss, fused_joiner_loss
 from transducer_toolkit.modules.joiner import is_plain_linear
 from transducer_toolkit.ops.checks import check_int
@@ -32,7 +33,6 @@ MODELS = {
     "NemotronAsrStreamingForRNNT": ("NemotronAsrStreamingRNNTOutput", "mean_volume"),
     "Nemotron3_5AsrForRNNT": ("Nemotron3_5AsrRNNTOutput", "mean_volume"),
 }
-REDUCTION_NAMES = ("mean_volume", "mean_batch", "mean", "sum", "none")
 # Name of an activation in a config -> its name here.
 ACTIVATIONS = {
     "relu": "relu",
@@ -182,7 +182,7 @@ def use_fused_loss(
         options,
         getattr(sys.modules[original.__module__], output_name),
     )
-    _check_reduction(settings.reduction)
+    check_reduction_name(settings.reduction)
     FusedJoinerLoss(blank, **_loss_options(settings, sigma))  # raises errors for options
     target._fused_loss = settings
     target.__class__ = _fused_class(original)
@@ -274,7 +274,7 @@ def _forward_with_labels(
 ) -> Any:
     settings: _Settings = model._fused_loss
     reduction = kwargs.pop("reduction", settings.reduction)
-    _check_reduction(reduction)
+    check_reduction_name(reduction)
     options = _loss_options(settings, kwargs.pop("sigma", settings.sigma))
     kwargs.pop("num_items_in_batch", None)  # transformers' losses ignore it, too
     if encoder_outputs is None:
@@ -329,7 +329,7 @@ def _loss(
         reduction="none",
         **options,
     )
-    return _reduce(losses, target_lengths, reduction)
+    return reduce_by_labels(losses, target_lengths, reduction)
 
 
 def _targets_and_lengths(
@@ -377,22 +377,3 @@ def _loss_options(settings: _Settings, sigma: float) -> dict[str, Any]:
     if sigma != 0:
         raise ValueError(f"sigma: expected 0 for an RNN-T model, got {sigma}; it is for TDT models")
     return settings.options
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTION_NAMES:
-        raise ValueError(
-            f"reduction: expected one of {', '.join(REDUCTION_NAMES)}, got {reduction!r}"
-        )
-
-
-def _reduce(losses: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
-    """Reduces (B,) losses; an utterance without labels counts as one label."""
-    lengths = target_lengths.to(losses)
-    if reduction == "mean_volume":
-        return losses.sum() / lengths.sum().clamp(min=1)
-    if reduction == "mean_batch":
-        return losses.mean()
-    if reduction == "mean":
-        return (losses / lengths.clamp(min=1)).mean()
-    return losses.sum() if reduction == "sum" else losses

@@ -51,7 +51,7 @@ class Fbank:
         self._fft_length = 1 << (self._length - 1).bit_length()
         # Povey's window: a Hann window to the power of 0.85.
         self._window = torch.hann_window(self._length, periodic=False).pow(0.85)
-        self._mel_weights = _mel_weights(num_mel_bins, self._fft_length)
+        self.mel_weights = _mel_weights(num_mel_bins, self._fft_length)
 
     def num_frames(self, num_samples: int) -> int:
         """Return T_in of a 16 kHz waveform, 0 if it is too short for a frame."""
@@ -93,7 +93,7 @@ class Fbank:
         previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
         frames = (frames - PREEMPHASIS * previous) * self._window
         power = torch.fft.rfft(frames, n=self._fft_length).abs().square()  # (T_in, bins)
-        return (power @ self._mel_weights).clamp_min(torch.finfo(torch.float32).eps).log()
+        return (power @ self.mel_weights).clamp_min(torch.finfo(torch.float32).eps).log()
 
 
 class StreamingFbank:

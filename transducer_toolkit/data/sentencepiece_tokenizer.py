@@ -123,6 +123,11 @@ class SentencePieceTokenizer:
         """Number of symbols, blank included (V)."""
         return len(self.symbols)
 
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Score of each symbol; of two pieces, BPE joins the one with the higher score first."""
+        return tuple(self._processor.get_score(id_) for id_ in range(self.vocab_size))
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``; runs of white space count as one space."""
         return self._processor.encode(" ".join(text.split()))

@@ -9,6 +9,8 @@ from transducer_toolkit.decoding.alignment import (
 )
 from transducer_toolkit.decoding.beam_search import (
     BeamHypothesis,
+    BeamSearch,
+    BeamState,
     ModifiedBeamSearch,
 )
 from transducer_toolkit.decoding.fusion import Fusion
@@ -23,13 +25,20 @@ from transducer_toolkit.decoding.posteriors import (
     lattice_occupancy,
     lattice_posteriors,
 )
-from transducer_toolkit.decoding.search import Hypothesis, NonFiniteScoresError, Search
+from transducer_toolkit.decoding.search import (
+    Hypothesis,
+    NonFiniteScoresError,
+    Search,
+    StreamingSearch,
+)
 from transducer_toolkit.ops.topology import TOPOLOGIES
 
 __all__ = [
     "TOPOLOGIES",
     "Alignment",
     "BeamHypothesis",
+    "BeamSearch",
+    "BeamState",
     "Fusion",
     "GreedySearch",
     "GreedyState",
@@ -44,6 +53,7 @@ __all__ = [
     "NgramModel",
     "NonFiniteScoresError",
     "Search",
+    "StreamingSearch",
     "WeightedSum",
     "align",
     "best_path",

@@ -15,6 +15,7 @@ from transducer_toolkit.decoding.search import (
     check_encoder_out,
     check_extra,
     check_model,
+    check_state,
     collect_hypotheses,
     refuse_non_finite,
     step_where,
@@ -124,7 +125,7 @@ class GreedySearch:
         if getattr(lm, "scores_words", False):
             raise ValueError(
                 "lm: greedy search cannot use a language model of words; use a beam search "
-                "(search=modified_beam), or an ARPA file of the model's symbols"
+                "(search=beam), or an ARPA file of the model's symbols"
             )
         self.predictor = predictor
         self.joiner = joiner
@@ -200,13 +201,7 @@ class GreedySearch:
         """
         check_encoder_lengths(encoder_out, encoder_lengths)
         check_encoder_out(encoder_out, self.joiner)
-        if not isinstance(state, GreedyState):
-            raise TypeError(f"state: expected a GreedyState, got {type(state).__name__}")
-        if len(state.num_frames) != len(encoder_out):
-            raise ValueError(
-                f"state: expected {len(encoder_out)} utterances, the batch size of encoder_out, "
-                f"got {len(state.num_frames)}"
-            )
+        check_state(state, GreedyState, len(encoder_out))
         if (self.lm is None) != (state.lm_scores is None):
             raise ValueError("state: expected one of a search with the same language model")
         batch_size, max_frames, _ = encoder_out.shape
@@ -294,6 +289,10 @@ class GreedySearch:
             lm_state,
             lm_scores,
         )
+
+    def finish(self, state: GreedyState) -> list[Hypothesis]:
+        """Ends the utterances. :meth:`advance` has returned all tokens, so none remain."""
+        return [Hypothesis([], [], []) for _ in state.num_frames]
 
     def _overrule(
         self,

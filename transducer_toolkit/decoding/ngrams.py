@@ -45,7 +45,7 @@ class NgramModel:
 
     Example:
         >>> lm = NgramModel("words.arpa", tokenizer)  # doctest: +SKIP
-        >>> search = ModifiedBeamSearch(predictor, joiner, lm=lm)  # doctest: +SKIP
+        >>> search = BeamSearch(predictor, joiner, lm=lm)  # doctest: +SKIP
     """
 
     def __init__(

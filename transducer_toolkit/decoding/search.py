@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,36 @@ class Search(Protocol):
         Returns:
             The best hypothesis of each utterance.
         """
+
+
+class StreamingSearch(Search, Protocol):
+    """Interface of a search that also decodes utterances in chunks.
+
+    The tokens that :meth:`advance` and :meth:`finish` return, one after the other, are the
+    hypothesis of the whole utterance, however it is divided. A state is not modified.
+    """
+
+    def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> Any:
+        """Returns the state before the first frame."""
+
+    def advance(
+        self, encoder_out: Tensor, encoder_lengths: Tensor, state: Any
+    ) -> tuple[list[Hypothesis], Any]:
+        """Decodes the next chunk of each utterance.
+
+        Args:
+            encoder_out: (B, T_chunk, E) float.
+            encoder_lengths: (B,) int32 or int64, number of frames of each utterance in this chunk,
+                on any device; 0 for an utterance without frames.
+            state: the state returned by :meth:`initial_state` or by the previous call.
+
+        Returns:
+            The tokens that are now certain, with frames counted from the start of the utterance,
+            and the state after the chunk.
+        """
+
+    def finish(self, state: Any) -> Sequence[Hypothesis]:
+        """Ends the utterances; returns their remaining tokens."""
 
 
 class NonFiniteScoresError(ValueError):
@@ -166,6 +196,23 @@ def check_encoder_lengths(encoder_out: Tensor, encoder_lengths: Tensor) -> None:
         raise ValueError(
             f"encoder_lengths: expected values in [0, {max_frames}], got values from {shortest} "
             f"to {longest}"
+        )
+
+
+def check_state(state: object, kind: type, batch_size: int) -> None:
+    """Checks the state of a search between two chunks.
+
+    Raises:
+        TypeError: if it is not of this kind.
+        ValueError: if it has another number of utterances.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(f"state: expected a {kind.__name__}, got {type(state).__name__}")
+    num_utterances = len(state.num_frames)  # type: ignore[attr-defined]
+    if num_utterances != batch_size:
+        raise ValueError(
+            f"state: expected {batch_size} utterances, the batch size of encoder_out, "
+            f"got {num_utterances}"
         )
 
 

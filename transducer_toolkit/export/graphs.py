@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three graphs of a transducer in sherpa-onnx's interface."""
+"""The three graphs of a transducer in sherpa-onnx's interface for icefall's models."""
 
 from __future__ import annotations
 
@@ -10,23 +10,14 @@ from torch import Tensor, nn
 
 from transducer_toolkit.modules.encoder import Encoder
 from transducer_toolkit.modules.joiner import AdditiveJoiner, Joiner
-from transducer_toolkit.modules.predictor import Predictor, StatelessPredictor
+from transducer_toolkit.modules.predictor import StatelessPredictor
 from transducer_toolkit.ops.join import apply_activation
 
 
 def joiner_parts(
     joiner: Joiner | AdditiveJoiner,
 ) -> tuple[nn.Linear, nn.Linear, Callable[[Tensor], Tensor]]:
-    """Return the projections of encoder and predictor, and the function applied to their sum.
-
-    Raises:
-        ValueError: the joiner has logits of durations or big blanks.
-    """
-    if getattr(joiner, "num_extra", 0):
-        raise ValueError(
-            "a model with durations (TDT, multi-blank) cannot be exported: sherpa-onnx's interface "
-            "for stateless predictors has no durations; train with loss=fused to export"
-        )
+    """Return the projections of encoder and predictor, and the function applied to their sum."""
     if isinstance(joiner, AdditiveJoiner):
         return joiner.am, joiner.lm, lambda total: total + 0.0  # a graph must compute something
     return (
@@ -77,16 +68,6 @@ class JoinerGraph(nn.Module):
         return self.finish(encoder_out + decoder_out)
 
 
-def stateless_predictor(predictor: Predictor) -> StatelessPredictor:
-    """Return the predictor if sherpa-onnx supports it.
-
-    Raises:
-        ValueError: if it is not stateless.
-    """
-    if not isinstance(predictor, StatelessPredictor):
-        raise ValueError(
-            f"predictor must be a StatelessPredictor, got {type(predictor).__name__}: sherpa-onnx "
-            "calls the predictor with the last symbols and keeps no state of it; train with "
-            "model=conv_lstm_stateless"
-        )
-    return predictor
+def random_features(batch_size: int, num_frames: int, num_features: int) -> Tensor:
+    """Return features with about the mean and spread of the log energies of speech."""
+    return 3.0 * torch.randn(batch_size, num_frames, num_features) - 8.0

@@ -4,93 +4,169 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.tokenizer import BLANK_SYMBOL, save_symbols
 from transducer_toolkit.export.graphs import (
     EncoderGraph,
     JoinerGraph,
     PredictorGraph,
     joiner_parts,
-    stateless_predictor,
+    random_features,
 )
+from transducer_toolkit.export.hotwords import checked_hotwords, write_hotwords
+from transducer_toolkit.export.nemo import nemo_graphs
 from transducer_toolkit.export.onnx_files import Graph, quantize, write_graph
 from transducer_toolkit.export.streaming_graphs import StreamingGraph, streaming_graph
 from transducer_toolkit.inference.recognizer import Recognizer
 from transducer_toolkit.modules.emformer import EmformerEncoder
-from transducer_toolkit.modules.encoder import Encoder
+from transducer_toolkit.modules.predictor import StatelessPredictor
+from transducer_toolkit.ops.checks import check_choice
 from transducer_toolkit.ops.topology import get_topology
 
-SUBSAMPLING_FACTOR = 4  # sherpa-onnx multiplies frames by it to get timestamps
+SUBSAMPLING_FACTOR = 4  # sherpa-onnx multiplies frames of icefall's models by it to get timestamps
+TYPES = ("icefall", "nemo")
 
 
 def export_for_sherpa(
     recognizer: Recognizer,
     folder: str | os.PathLike[str],
     *,
+    model_type: str | None = None,
     streaming: bool = False,
     chunk_frames: int = 4,
     int8: bool = False,
+    hotwords: Sequence[str] = (),
 ) -> list[Path]:
     """Write ``encoder.onnx``, ``decoder.onnx`` (the predictor), ``joiner.onnx``, ``tokens.txt``.
 
-    sherpa-onnx computes the same features as ``recognizer.fbank``; the graphs contain everything
-    after them, normalization included. onnxruntime runs each file, and the result is compared with
-    torch's. The client's greedy search emits at most one symbol per frame.
+    sherpa-onnx has an interface for icefall's models and one for NeMo's; the page "Export" compares
+    them. The graphs contain everything after the client's features, normalization included.
+    onnxruntime runs each file, and the result is compared with torch's.
 
     Args:
         recognizer: a recognizer on the CPU.
         folder: output folder; files of the same names are replaced.
+        model_type: "icefall", "nemo", or None for that of :func:`default_type`.
         streaming: export for sherpa's OnlineRecognizer instead of its OfflineRecognizer.
         chunk_frames: encoder frames per call of a streaming ConvLstmEncoder.
         int8: also write ``encoder.int8.onnx``, ``decoder.int8.onnx`` and ``joiner.int8.onnx``.
+        hotwords: lines for ``hotwords.txt``: a phrase, then possibly its score as ``:2.5``.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: if sherpa-onnx does not support the model: other features, a topology with
-            durations, a predictor with state, a blank that is not 0, a subsampling factor other
-            than 4, or an encoder that does not stream.
+        ValueError: if sherpa-onnx does not support the model in this interface, or the model has no
+            symbols for a hotword.
         RuntimeError: if the results of an exported graph differ from the model's.
 
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
         >>> export_for_sherpa(recognizer, "exported", int8=True)  # doctest: +SKIP
     """
-    model, folder = recognizer.model, Path(folder)
+    folder = Path(folder)
+    model_type = default_type(recognizer, streaming=streaming) if model_type is None else model_type
+    check_choice(model_type, "model_type", TYPES)
+    if chunk_frames < 1:
+        raise ValueError(f"chunk_frames must be at least 1, got {chunk_frames}")
+    if isinstance(recognizer.model.encoder, EmformerEncoder) and not streaming:
+        raise ValueError(
+            "an EmformerEncoder is exported with streaming=True (--streaming) only: the number of "
+            "its segments would be frozen otherwise"
+        )
+    hotword_lines = checked_hotwords(hotwords, recognizer.tokenizer)
+    if model_type == "icefall":
+        graphs = _icefall_graphs(recognizer, streaming, chunk_frames)
+        first, last = BLANK_SYMBOL, None
+    elif streaming:
+        raise ValueError(
+            "model_type='nemo' is not for streaming=True: sherpa-onnx streams NeMo's own encoders "
+            "only; use model_type='icefall' (--type icefall)"
+        )
+    else:
+        graphs = nemo_graphs(recognizer)
+        first, last = None, BLANK_SYMBOL
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [write_graph(graph, folder) for graph in graphs]
+    if int8:
+        files += [quantize(path) for path in files]
+    labels = [
+        symbol
+        for id_, symbol in enumerate(recognizer.tokenizer.symbols)
+        if id_ != recognizer.tokenizer.blank
+    ]
+    symbols = [symbol for symbol in (first, *labels, last) if symbol is not None]
+    save_symbols(symbols, folder / "tokens.txt")
+    files.append(folder / "tokens.txt")
+    return files + write_hotwords(hotword_lines, recognizer.tokenizer, folder)
+
+
+def default_type(recognizer: Recognizer, *, streaming: bool = False) -> str:
+    """Return "icefall" where that interface gives the model's own text, otherwise "nemo".
+
+    It does for a stateless predictor and at most one symbol a frame. Streaming has no choice.
+    """
+    topology = get_topology(recognizer.topology)
+    one_symbol = recognizer.max_symbols_per_frame == 1 or not topology.labels_share_frames
+    is_icefall = (
+        one_symbol
+        and topology.num_extra == 0
+        and isinstance(recognizer.model.predictor, StatelessPredictor)
+        and recognizer.model.blank == 0
+        and recognizer.model.encoder.subsampling_factor == SUBSAMPLING_FACTOR
+    )
+    return "icefall" if streaming or is_icefall else "nemo"
+
+
+def _icefall_graphs(recognizer: Recognizer, streaming: bool, chunk_frames: int) -> list[Graph]:
+    model = recognizer.model
     if not isinstance(recognizer.fbank, Fbank):
         raise ValueError(
             f"the encoder reads features of {recognizer.fbank.kind}, and sherpa-onnx computes "
             "those of the toolkit; use the model with transducer-transcribe"
         )
+    advice = (
+        "use the model with transducer-transcribe"
+        if streaming
+        else "use model_type='nemo' (--type nemo)"
+    )
     if get_topology(recognizer.topology).num_extra:
         raise ValueError(
             "topology must be one without durations, because sherpa-onnx advances one frame per "
-            f"blank, got {recognizer.topology!r}; use the model with transducer-transcribe"
+            f"blank of an icefall model, got {recognizer.topology!r}; {advice}"
         )
-    predictor = stateless_predictor(model.predictor)
+    predictor = model.predictor
+    if not isinstance(predictor, StatelessPredictor):
+        raise ValueError(
+            f"predictor must be a StatelessPredictor, got {type(predictor).__name__}: sherpa-onnx "
+            "calls the predictor of an icefall model with the last symbols and keeps no state of "
+            f"it; {advice}, or train with model=conv_lstm_stateless"
+        )
     if model.blank != 0:
-        raise ValueError(f"blank must be 0, as sherpa-onnx has it, got {model.blank}")
+        raise ValueError(f"blank must be 0, as in icefall's models, got {model.blank}; {advice}")
     if model.encoder.subsampling_factor != SUBSAMPLING_FACTOR:
         raise ValueError(
-            f"the encoder's subsampling must be {SUBSAMPLING_FACTOR}, as sherpa-onnx has it, "
-            f"got {model.encoder.subsampling_factor}"
+            f"the encoder's subsampling must be {SUBSAMPLING_FACTOR}, as in icefall's models, got "
+            f"{model.encoder.subsampling_factor}; {advice}"
         )
-    if isinstance(model.encoder, EmformerEncoder) and not streaming:
-        raise ValueError(
-            "an EmformerEncoder is exported with streaming=True (--streaming) only: the number of "
-            "its segments would be frozen otherwise"
-        )
-    if chunk_frames < 1:
-        raise ValueError(f"chunk_frames must be at least 1, got {chunk_frames}")
     encoder_projection, predictor_projection, _ = joiner_parts(model.joiner)
     joiner_dim = predictor_projection.out_features
     batch = {0: "N"}
-    graphs = [
+    if streaming:
+        encoder = _streaming_encoder(
+            streaming_graph(model.encoder, encoder_projection, chunk_frames)
+        )
+    else:
+        encoder = _offline_encoder(EncoderGraph(model.encoder, encoder_projection))
+    return [
+        encoder,
         Graph(
             "decoder",
             PredictorGraph(predictor, predictor_projection),
@@ -108,18 +184,6 @@ def export_for_sherpa(
             metadata={"joiner_dim": joiner_dim},
         ),
     ]
-    if streaming:
-        stream = streaming_graph(model.encoder, encoder_projection, chunk_frames)
-        graphs.insert(0, _streaming_encoder(stream))
-    else:
-        graphs.insert(0, _offline_encoder(EncoderGraph(model.encoder, encoder_projection)))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [write_graph(graph, folder) for graph in graphs]
-    if int8:
-        files += [quantize(path) for path in files]
-    recognizer.tokenizer.save(folder / "tokens.txt")
-    return [*files, folder / "tokens.txt"]
 
 
 def _offline_encoder(graph: EncoderGraph) -> Graph:
@@ -129,7 +193,10 @@ def _offline_encoder(graph: EncoderGraph) -> Graph:
         "encoder",
         graph,
         [
-            (_features(len(lengths), max(lengths), graph.encoder), torch.tensor(lengths))
+            (
+                random_features(len(lengths), max(lengths), graph.encoder.num_features),
+                torch.tensor(lengths),
+            )
             for lengths in batches
         ],
         inputs={"x": {0: "N", 1: "T"}, "x_lens": {0: "N"}},
@@ -146,7 +213,9 @@ def _streaming_encoder(graph: StreamingGraph) -> Graph:
     for batch_size in (2, 1, 3):
         states = graph.initial_states(batch_size)
         for _ in range(3):  # the beginning of a stream and two more chunks
-            examples.append((_features(batch_size, num_frames, graph.encoder), *states))
+            examples.append(
+                (random_features(batch_size, num_frames, graph.encoder.num_features), *states)
+            )
             states = graph(*examples[-1])[1:]
     return Graph(
         "encoder",
@@ -156,11 +225,6 @@ def _streaming_encoder(graph: StreamingGraph) -> Graph:
         outputs={"encoder_out": {0: "N"}, "next_h": {1: "N"}, "next_c": {1: "N"}},
         metadata=graph.metadata,
     )
-
-
-def _features(batch_size: int, num_frames: int, encoder: Encoder) -> Tensor:
-    # Log energies of speech have about this mean and spread.
-    return 3.0 * torch.randn(batch_size, num_frames, encoder.num_features) - 8.0
 
 
 def _contexts(context_size: int, vocab_size: int, batch_size: int) -> Tensor:

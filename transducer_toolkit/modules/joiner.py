@@ -123,7 +123,16 @@ class Joiner(nn.Module):
 
     def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes :meth:`step` from the output of :meth:`project_encoder`."""
-        return self.normalized(self._logits(projected_frames, predictor_out))
+        return self.join_projected(projected_frames, self.project_predictor(predictor_out))
+
+    def project_predictor(self, predictor_out: Tensor) -> Tensor:
+        """Computes the part (..., D) of :meth:`step` that depends only on the symbols (..., P)."""
+        return self.predictor_projection(predictor_out)
+
+    def join_projected(self, projected_frames: Tensor, projected_predictor: Tensor) -> Tensor:
+        """Computes :meth:`step` from :meth:`project_encoder` and :meth:`project_predictor`."""
+        hidden = apply_activation(projected_frames + projected_predictor, self.activation)
+        return self.normalized(self.output(hidden))
 
     def _logits(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
         hidden = projected_frames + self.predictor_projection(predictor_out)
@@ -229,7 +238,15 @@ class AdditiveJoiner(nn.Module):
 
     def step_projected(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes :meth:`step` from the output of :meth:`project_encoder`."""
-        return projected_frames + self.lm(predictor_out)
+        return self.join_projected(projected_frames, self.project_predictor(predictor_out))
+
+    def project_predictor(self, predictor_out: Tensor) -> Tensor:
+        """Computes lm (..., V), the part of :meth:`step` that depends only on the symbols."""
+        return self.lm(predictor_out)
+
+    def join_projected(self, projected_frames: Tensor, projected_predictor: Tensor) -> Tensor:
+        """Computes :meth:`step` from :meth:`project_encoder` and :meth:`project_predictor`."""
+        return projected_frames + projected_predictor
 
     def internal_lm(self, predictor_out: Tensor, *, blank: int = 0) -> Tensor:
         """Computes log-probabilities (..., V) of the next label, as :meth:`Joiner.internal_lm`."""

@@ -91,7 +91,7 @@ class TransducerModule(LightningModule):
         recipe: data stored in checkpoints for
             :meth:`~transducer_toolkit.inference.recognizer.Recognizer.from_checkpoint`.
         search: a function from the model's predictor, its joiner and ``topology`` to the search
-            that validation and test use, such as ``partial(ModifiedBeamSearch, beam=8)``. The
+            that validation and test use, such as ``partial(BeamSearch, beam=8)``. The
             default is greedy search.
         num_logged_hypotheses: number of hypotheses that are logged with their references after
             each validation.
