@@ -94,9 +94,6 @@ class Recognizer:
             search, such as ``partial(BeamSearch, beam=8)``; greedy search by default.
         fusion: hotwords and language models, which the search gets as ``lm`` with the weight 1.
 
-    Attributes:
-        lm: the language model of the search, made of ``fusion``, or None.
-
     Example:
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
         >>> recognizer.transcribe([read_audio("three.wav")])  # doctest: +SKIP
@@ -226,8 +223,8 @@ class Recognizer:
         predictor, joiner = self.model.predictor, self.model.joiner
         if search is None:
             search = partial(GreedySearch, max_symbols_per_frame=self.max_symbols_per_frame)
-        self.lm = (fusion or Fusion()).load(self.tokenizer)(predictor, joiner)
-        options = lm_options(search, self.lm)
+        lm = (fusion or Fusion()).load(self.tokenizer)(predictor, joiner)
+        options = lm_options(search, lm)
         self.search = search(predictor, joiner, topology=self.topology, **options)
 
     @property
