@@ -172,3 +172,9 @@ def test_one_check_of_the_output_layer(weight, bias, message):
     indices = torch.ones(3, 3, dtype=torch.int64), *SHAPE.lengths
     with pytest.raises((TypeError, ValueError), match=message):
         fused_joiner_loss(enc, pred, weight, bias, *indices, 0)
+
+
+def test_an_input_of_another_device_and_dtype_is_named():
+    enc, pred = torch.zeros(3, 4, 5), torch.zeros(3, 4, 5, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match="pred: expected device cpu"):
+        joiner_logits(enc, pred, torch.zeros(4, 5), None, SHAPE)

@@ -78,7 +78,7 @@ def _nbest(
     encoder_lengths: Any,
     beam: Any = 4,
     topology: Any = "modified",
-    length_normalized: Any = True,
+    length_normalized: Any = False,
     lm: Any = None,
     lm_weight: Any = 0.3,
 ) -> dict[str, Tensor]:

@@ -124,6 +124,7 @@ def autocast(tensor: Tensor) -> Tensor:
     if (
         tensor.is_floating_point()
         and tensor.dtype != torch.float64
+        and device_type != "meta"  # which has no autocast
         and torch.is_autocast_enabled(device_type)
     ):
         return tensor.to(torch.get_autocast_dtype(device_type))
