@@ -176,5 +176,5 @@ def test_one_check_of_the_output_layer(weight, bias, message):
 
 def test_an_input_of_another_device_and_dtype_is_named():
     enc, pred = torch.zeros(3, 4, 5), torch.zeros(3, 4, 5, dtype=torch.bfloat16, device="meta")
-    with pytest.raises(ValueError, match="pred: expected device cpu"):
+    with pytest.raises(TypeError, match="enc, pred: expected the same dtype"):
         joiner_logits(enc, pred, torch.zeros(4, 5), None, SHAPE)
