@@ -173,7 +173,7 @@ OPTIONS: dict[str, Values] = {
     "prepare": {
         "data": refused("nothing", "lhotse", "librispeech"),
         "data.corpus.download": refused("true"),
-        "data.corpus.val": refused("null", "[]"),
+        "data.corpus.val": [("null", None), *refused("[]")],
         "colour": refused("red"),
     },
 }

@@ -38,7 +38,10 @@ def prepare(cfg: DictConfig) -> None:
     manifests = corpus.manifests()
     reads_cuts = str(cfg.data.get("_target_")).endswith("LhotseDataModule")
     print(f"{'set':16s} {'utterances':>10s} {'minutes':>9s} {'words':>9s}  manifest")
-    for name, path in {"train": manifests.train, "val": manifests.val, **manifests.test}.items():
+    sets = {"train": manifests.train, "val": manifests.val, **manifests.test}
+    for name, path in sets.items():
+        if path is None:  # data.corpus.val=null
+            continue
         if reads_cuts:
             from transducer_toolkit.data.lhotse_datamodule import open_texts
 
