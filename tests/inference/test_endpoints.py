@@ -51,6 +51,9 @@ class Scripted:
         frames = [frame for frame in self.frames if position <= frame < end]
         return [Hypothesis([2] * len(frames), frames)], end
 
+    def finish(self, position):
+        return [Hypothesis([], [])]
+
 
 @pytest.mark.parametrize(
     ("frames", "ends_s"),
