@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes every table and picture of docs/benchmarks.md for the CPU: about 40 minutes on two quiet cores:
+# Makes every table and picture of docs/benchmarks.md for the CPU: about an hour on two quiet cores:
 #
 #     make bench SUITES=                    # installs the peers, once
 #     benchmarks/full_run.sh --peers-dir build/peers --shapes shapes.npy
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-MINUTES=${MINUTES:-40}
+MINUTES=${MINUTES:-60}
 RESULTS=benchmarks/results
 FRESH=$(mktemp -d)
 trap 'rm -rf "$FRESH"' EXIT
@@ -34,11 +34,15 @@ run() {
 run step --peers "${FAST[@]}"
 run loss --peers all --repetitions 3
 run step --peers "${FAST[@]}" --lattice peaky
+run step --peers "${FAST[@]}" --lattice trained
 run pruned --peers all --rounds 5 --repetitions 7
 run pruned --peers all --rounds 5 --repetitions 7 --lattice peaky
+run pruned --peers all --rounds 5 --repetitions 7 --lattice trained
 run decode --peers all
 run tdt --peers transformers plain_torch --clock cpu --flush-denormal
-run parakeet --peers transformers
+run tdt --peers transformers plain_torch --clock cpu --flush-denormal --vocab-size 8193
+run parakeet --peers transformers --clock cpu
+run parakeet --peers transformers --clock cpu --vocab-size 8193
 run step --peers "${FAST[@]}" --threads 2
 run loss --peers "${FAST[@]}" --threads 2 --repetitions 3
 run memory --peers torchaudio optimized_transducer --repetitions 1
