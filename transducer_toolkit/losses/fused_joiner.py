@@ -316,10 +316,14 @@ def fused_joiner_loss(
             raise ValueError("ranges: expected None with alignment, got a tensor")
         # The windows decide how much memory is needed.
         restriction = restriction._replace(alignment=restriction.alignment.cpu())
-    check_shape(shape, targets.size(0))
+    check_shape(shape, logit_lengths, target_lengths)
     if shape is None:
         checks.check_lengths_fit(  # before they decide any size
-            logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
+            logit_lengths,
+            target_lengths,
+            max_frames=enc.size(1),
+            max_targets=targets.size(1),
+            frames_of="enc",
         )
         shape = LatticeShape.from_lengths(logit_lengths, target_lengths).to(enc.device)
     windows, num_cells = None, None
@@ -507,9 +511,11 @@ def _check_inputs(inputs: FusedInputs, options: FusedOptions) -> None:
             checks.check_dtype(tensor, name, (enc.dtype, *allowed))
     checks.check_targets_and_lengths(targets, logit_lengths, target_lengths, enc.device)
     if (targets.size(0), targets.size(1) + 1) != tuple(pred.shape[:2]):
+        has_no_start = targets.shape == pred.shape[:2]
+        remedy = "; the input of the predictor begins with a start symbol" if has_no_start else ""
         raise ValueError(
             f"pred: expected shape ({targets.size(0)}, {targets.size(1) + 1}, D), B and U + 1 from "
-            f"targets {tuple(targets.shape)}, got {tuple(pred.shape)}"
+            f"targets {tuple(targets.shape)}, got {tuple(pred.shape)}{remedy}"
         )
     vocab_size = options.vocab_size(weight.size(0))
     checks.check_blank(options.blank, vocab_size)

@@ -150,7 +150,7 @@ def transducer_loss(
     check_logits(logits, targets, logit_lengths, target_lengths, options)
     checks.check_flag(inplace, "inplace")
     restriction = Restriction.of(alignment, left, right, targets)
-    check_shape(shape, targets.size(0))
+    check_shape(shape, logit_lengths, target_lengths)
     lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
     index = None if shape is None else shape.index(logits.device)
     windows = None
