@@ -197,8 +197,8 @@ def fused_joiner_loss(
         enc: (B, T, D) encoder frames in joiner width, float16, bfloat16, float32 or float64; T is
             at least the longest logit length. Autocast casts enc, pred, and a 16-bit weight and
             bias, as it casts the inputs of a matrix product.
-        pred: (B, U + 1, D) predictor outputs in joiner width, dtype (after autocast) and device of
-            enc.
+        pred: (B, U + 1, D) predictor outputs in joiner width, of a start symbol and the targets,
+            dtype (after autocast) and device of enc.
         weight: (V, D) of the output layer, dtype of enc, or float32 with 16-bit enc. With
             `durations`, (V + K, D): the last K rows give the logits of the durations.
         bias: (V,) or (V + K,) of the output layer, dtype as weight, or None.
@@ -246,11 +246,11 @@ def fused_joiner_loss(
             BF16; a GPU of compute capability 8.0, where a product of all cells must have 2**40
             operations and TF32 be off). "full" never does. float64 and 16-bit tensors
             are always computed in their own precision, and so are CUDA graphs.
-        shape: the lattices, with the same lengths. With it, the lengths stay on the CPU, and
-            ``torch.compile(fullgraph=True)`` works; without it, that raises an error. After
-            ``shape.to(device)`` nothing is copied to the device, and the loss and its gradient can
-            be captured in a CUDA graph. Backward visits every cell in a capture, because it may not
-            wait for the number of kept cells.
+        shape: the lattices; other lengths than those of the call are an error, if both are on the
+            CPU. With a shape, the lengths stay on the CPU, and ``torch.compile(fullgraph=True)``
+            works; without it, that raises an error. After ``shape.to(device)`` nothing is copied to
+            the device, and the loss and its gradient can be captured in a CUDA graph. Backward
+            visits every cell in a capture, because it may not wait for the number of kept cells.
         validate: as in :func:`~transducer_toolkit.transducer_loss`, but lengths are always checked,
             because they decide how much memory is needed.
         return_kept: also return the fraction of cells that backward visits.
