@@ -66,7 +66,10 @@ class HuggingFaceTokenizer:
         """
         path = Path(folder) / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"no {FILE} in the folder {os.fspath(folder)}")
+            raise FileNotFoundError(
+                f"no {FILE} in the folder {os.fspath(folder)}; save_pretrained of the model's "
+                "processor writes it"
+            )
         config = read_config(folder)
         size, blank = config.get("vocab_size"), config.get("blank_token_id")
         if not isinstance(size, int) or not isinstance(blank, int):
