@@ -50,7 +50,7 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises no other class
             raise ValueError(f"{FILE} is no tokenizer: {error}") from error
         self._tokenizer.encode_special_tokens = True  # "<blank>" in a text is text
-        self._json, self._size, self.blank = json, vocab_size, blank
+        self.json, self._size, self.blank = json, vocab_size, blank
         symbols = [self._tokenizer.id_to_token(id_) for id_ in range(vocab_size)]
         self.symbols = tuple(
             f"<{id_}>" if symbol is None else symbol for id_, symbol in enumerate(symbols)
@@ -66,7 +66,10 @@ class HuggingFaceTokenizer:
         """
         path = Path(folder) / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"no {FILE} in the folder {os.fspath(folder)}")
+            raise FileNotFoundError(
+                f"no {FILE} in the folder {os.fspath(folder)}; save_pretrained of the model's "
+                "processor writes it"
+            )
         config = read_config(folder)
         size, blank = config.get("vocab_size"), config.get("blank_token_id")
         if not isinstance(size, int) or not isinstance(blank, int):
@@ -111,7 +114,7 @@ class HuggingFaceTokenizer:
         """Return the state that ``tokenizer_from_state`` takes, in plain values."""
         return {
             "kind": self.kind,
-            "json": self._json,
+            "json": self.json,
             "vocab_size": self._size,
             "blank": self.blank,
         }

@@ -136,7 +136,8 @@ def _icefall_graphs(recognizer: Recognizer, streaming: bool, chunk_frames: int) 
     if not isinstance(recognizer.fbank, Fbank):
         raise ValueError(
             f"the encoder reads features of {recognizer.fbank.kind}, and sherpa-onnx computes "
-            "those of the toolkit; use the model with transducer-transcribe"
+            "those of the toolkit; use the model with transducer-transcribe, or "
+            "write a Parakeet model for transformers with --type transformers"
         )
     advice = (
         "use the model with transducer-transcribe"

@@ -80,7 +80,10 @@ class HuggingFaceFeatures:
                 return cls(kind, config)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{os.fspath(folder)}/{name}: {error}") from error
-        raise FileNotFoundError(f"no {_FILES[0]} with a feature extractor in {os.fspath(folder)}")
+        raise FileNotFoundError(
+            f"no {' or '.join(_FILES)} with a feature extractor in {os.fspath(folder)}; "
+            "save_pretrained of the model's processor or feature extractor writes it"
+        )
 
     @property
     def is_waveform(self) -> bool:
