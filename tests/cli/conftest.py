@@ -16,6 +16,8 @@ from transducer_toolkit.data.manifest import Utterance, write_manifest
 SAMPLE_RATE = 16000
 PITCH_HZ = {"a": 300.0, "b": 700.0, "c": 1500.0}
 LETTER_S = 0.12
+# To draw them takes as long as the rest of a training.
+WITHOUT_PICTURES = ("~callbacks.learning_curves", "~callbacks.utterance_picture")
 
 
 def tone_waveform(text, rng):
@@ -61,6 +63,10 @@ def write_tones(folder):
         write_manifest(folder / f"{name}.jsonl", rows)
 
 
+def with_pictures(overrides):
+    return [text for text in overrides if text not in WITHOUT_PICTURES]
+
+
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory):
     """Folder of the corpus."""
@@ -94,6 +100,7 @@ def train_overrides(data_overrides):
         "trainer.accelerator=cpu",
         "trainer.log_every_n_steps=1",
         "num_threads=1",
+        *WITHOUT_PICTURES,
     ]
 
 
@@ -120,9 +127,9 @@ def console():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, console, train_overrides):
-    """The run folder of a finished training."""
+    """The run folder of a finished training, with pictures."""
     from transducer_toolkit.cli.train import main
 
     folder = tmp_path_factory.mktemp("trained")
-    console(main, folder, *train_overrides, "name=tones")
+    console(main, folder, *with_pictures(train_overrides), "name=tones")
     return folder / "outputs" / "tones" / "run"

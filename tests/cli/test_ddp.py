@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cli.conftest import with_pictures
 from tests.training.recorder import recorded
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ WEIGHTS = "+callbacks.record._target_=tests.training.ddp.RecordWeights"
 @pytest.fixture(scope="module")
 def options(train_overrides):
     return [
-        *train_overrides,
+        *with_pictures(train_overrides),
         "trainer.max_epochs=-1",
         f"+trainer.max_steps={STEPS}",
         "+trainer.check_val_every_n_epoch=12",

@@ -67,8 +67,8 @@ def composed(config_name: str, arguments: Sequence[str]) -> DictConfig | None:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            known = set(groups(GlobalHydra.instance().config_loader()))
-            chosen = [text for text in arguments if text.lstrip("+~").partition("=")[0] in known]
+            loader = GlobalHydra.instance().config_loader()
+            chosen = [text for text in arguments if _chooses_group(loader, text)]
             return compose(config_name, [*search, *map(_first, chosen)])
     except (HydraException, OmegaConfBaseException):
         return None
@@ -82,6 +82,12 @@ def groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
         group = f"{parent}/{name}" if parent else name
         yield group
         yield from groups(loader, group)
+
+
+def _chooses_group(loader: ConfigLoader, text: str) -> bool:
+    """Return whether an override is one of a config group."""
+    parent, _, name = text.lstrip("+~").partition("=")[0].rpartition("/")
+    return name in loader.list_groups(parent)  # faster than to list all groups
 
 
 def argument_names(target: str) -> list[str]:
