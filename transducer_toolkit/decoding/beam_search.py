@@ -160,6 +160,7 @@ class BeamSearch:
         self.score_window = math.inf if score_window is None else float(score_window)
         # A label that takes the blank of its frame is a label that stays, followed by blank.
         self._label_durations = (0,) if row.label_takes_blank else row.label_durations
+        self._label_with_blank_ends_nothing = row.label_takes_blank and not row.ends_with_label
         stays = 0 in self._label_durations and not row.label_takes_blank
         self.max_symbols_per_frame = max_symbols_per_frame if stays else 1
         self.length_normalized = length_normalized
@@ -326,7 +327,12 @@ class BeamSearch:
             rows = self._read_tokens(rows)
             cells = self._cells(projected.index_select(0, rows.utterance), rows.predictor_out)
             chunk.checks.append((rows.utterance, cells.is_bad))
-            parts.append(self._by_blank(rows, cells, best))
+            by_blank = self._by_blank(rows, cells, best)
+            if num_labels > 0 and self._label_with_blank_ends_nothing:
+                may_end = torch.full_like(by_blank.scores[:, 0], -torch.inf)
+                scores = torch.stack((by_blank.scores[:, 0], may_end), 1)
+                by_blank = by_blank._replace(scores=scores)
+            parts.append(by_blank)
             if num_labels == self.max_symbols_per_frame:
                 break
             by_label = self._by_label(rows, cells, best, chunk)
