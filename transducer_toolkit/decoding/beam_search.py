@@ -59,7 +59,8 @@ class BeamHypothesis(Hypothesis):
 class BeamState:
     """State of the beam search of a batch between two chunks.
 
-    It holds the partial hypotheses with those of their tokens that are not settled.
+    It holds the partial hypotheses and their tokens that :meth:`BeamSearch.advance` has not
+    returned yet.
 
     Attributes:
         rows: the partial hypotheses; their frames count from the start of the next chunk.
@@ -250,10 +251,10 @@ class BeamSearch:
                 modified.
 
         Returns:
-            The tokens of each utterance that this chunk has settled, because all hypotheses share
-            them, and the state after the chunk. Frames count from the start of the utterance. The
-            tokens of all chunks and of :meth:`finish` together are the hypothesis of the whole
-            utterance.
+            The next tokens of each utterance that all hypotheses share, so that no later chunk can
+            change them, and the state after the chunk. Frames count from the start of the
+            utterance. The tokens of all chunks and of :meth:`finish` together are the hypothesis of
+            the whole utterance.
 
         Raises:
             TypeError: as in :meth:`nbest`; also if ``state`` is not a :class:`BeamState`.
@@ -269,7 +270,7 @@ class BeamSearch:
 
     @torch.inference_mode()
     def finish(self, state: BeamState) -> list[BeamHypothesis]:
-        """Ends the utterances.
+        """Returns the rest of the best hypothesis of each utterance.
 
         Args:
             state: the state after the last chunk.
@@ -281,7 +282,7 @@ class BeamSearch:
         return [hypotheses[0] for hypotheses in self._ranked(state)]
 
     def _decode(self, encoder_out: Tensor, encoder_lengths: Tensor, state: BeamState) -> BeamState:
-        """Decodes a chunk without settling tokens."""
+        """Decodes a chunk and keeps all tokens in the state."""
         lengths = encoder_lengths.to(encoder_out.device)
         projected = self.joiner.project_encoder(encoder_out)
         num_places = projected.size(1) + max(self._label_durations + self.topology.blank_durations)
@@ -359,7 +360,7 @@ class BeamSearch:
         return rows if len(keep) == len(scores) else rows.take(keep)
 
     def _read_tokens(self, rows: Rows) -> Rows:
-        """Lets predictor and language model read the tokens that they have not read."""
+        """Runs predictor and language model on the tokens that they have not read."""
         is_unread = rows.unread >= 0
         index = is_unread.nonzero().squeeze(1)
         if len(index) == 0:
@@ -397,7 +398,10 @@ class BeamSearch:
         return _Cells(log_probs, of_durations, (log_probs[:, 0] + of_durations[:, 0]).isnan())
 
     def _by_blank(self, rows: Rows, cells: _Cells, best: Tensor) -> Rows:
-        """Continues hypotheses by the blanks of all durations; raises their `best` score (B,)."""
+        """Continues hypotheses by the blanks of all durations.
+
+        It raises the `best` score (B,) of each utterance to those of the continuations.
+        """
         durations = self.topology.blank_durations
         added = cells.log_probs[:, self._blanks]  # a copy, (N, number of blanks)
         if cells.of_durations is not None:
@@ -414,7 +418,9 @@ class BeamSearch:
         return rows._replace(frame=rows.frame + moves, scores=scores)
 
     def _by_label(self, rows: Rows, cells: _Cells, best: Tensor, chunk: _Chunk) -> Rows | None:
-        """Continues hypotheses by labels; raises their `best` score (B,).
+        """Continues hypotheses by labels.
+
+        It raises the `best` score (B,) of each utterance to those of the continuations.
 
         Returns:
             The best continuations of each duration, or None if there are none in the window.
@@ -468,8 +474,8 @@ class BeamSearch:
     def _ranked(self, state: BeamState) -> list[list[BeamHypothesis]]:
         """Returns the hypotheses of each utterance as if it ended here, the best first.
 
-        Those count whose paths end with the last frame. If an utterance has none, because all its
-        durations lead past the end, all of its hypotheses count.
+        A hypothesis counts if one of its paths ends with the last frame. If an utterance has no
+        such hypothesis, because all durations lead past the end, all of its hypotheses count.
         """
         rows = state.rows
         ending = rows.scores[:, 1].where(rows.frame == 0, -torch.inf)
@@ -513,7 +519,7 @@ class ModifiedBeamSearch(BeamSearch):
 
 
 class _Chunk(NamedTuple):
-    """What the search of a chunk reads and collects."""
+    """Inputs of the search in one chunk, and the results that it collects."""
 
     projected: Tensor  # (B, T, D) from project_encoder
     num_places: int  # frames at which a hypothesis can stand, with those after the chunk
