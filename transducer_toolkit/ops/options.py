@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from transducer_toolkit.ops import checks, native
@@ -80,6 +81,12 @@ class LossOptions:
             raise ValueError(f"normalization: expected 'softmax' with {other}, got 'hat'")
         for name in ("fastemit_lambda", "delay_penalty", "clamp", "sigma"):
             object.__setattr__(self, name, float(getattr(self, name)))  # operators want floats
+
+    @classmethod
+    def check(cls, arguments: Mapping[str, Any]) -> None:
+        """Checks those of the arguments that are options; raises the same errors."""
+        names = {field.name for field in fields(cls)}
+        cls(**{name: value for name, value in arguments.items() if name in names})
 
     @property
     def is_hat(self) -> bool:
