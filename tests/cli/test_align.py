@@ -108,8 +108,7 @@ def test_a_part_of_a_file(align, utterance, tmp_path, capsys):
 
 def test_a_topology_that_the_joiner_does_not_fit_is_an_error(align, tones, capsys):
     arguments = ["--manifest", tones / "test.jsonl", "--format", "ctm", "--topology", "tdt-0-1-2"]
-    with pytest.raises(SystemExit):
-        align(*arguments)
+    assert align(*arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "topology: 'tdt-0-1-2' needs a joiner with 3 logits" in line
 
