@@ -17,7 +17,7 @@ from transducer_toolkit.modules import (
 )
 from transducer_toolkit.ops.logits_loss import LogitsInputs, logits_loss
 from transducer_toolkit.ops.options import LossOptions
-from transducer_toolkit.ops.topology import K2_TOPOLOGIES
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES, TOPOLOGIES
 from transducer_toolkit.training import stages
 from transducer_toolkit.training.callbacks.clock import StepClock
 from transducer_toolkit.training.stages import LossInput
@@ -56,7 +56,7 @@ def test_all_exact_stages_agree_with_torchaudio(batch):
         check_same(run(stage, batch), yardstick)
 
 
-@pytest.mark.parametrize("topology", [*RNNT_TYPES, "one_sym_per_frame"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_stages_pass_their_options_on(batch, topology):
     options = {"fastemit_lambda": 0.5, "delay_penalty": 0.1}
     clamped = options | {"clamp": 0.01}
