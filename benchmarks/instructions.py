@@ -22,44 +22,40 @@ from pathlib import Path
 
 RECORD = Path(__file__).with_name("instruction_counts.json")
 TOLERANCE = 0.05
-# Stage -> pattern of its demangled name. It must not match the lambdas inside: every match toggles.
+# A stage's name as callgrind demangles it, up to its arguments.
 STAGES = {
-    "JoinForwardCpu": "void transducer::JoinForwardCpu<float>*",
-    "JoinBackwardCpu": "void transducer::JoinBackwardCpu<float>*",
-    "JoinQuantizedCpu": "transducer::JoinQuantizedCpu(*)",
-    "CellScoresCpu": "void transducer::CellScoresCpu<float>*",
-    "QuantizedCellScoresCpu": "transducer::QuantizedCellScoresCpu(*)",
-    "LatticeCpu": "transducer::LatticeCpu(*)",
-    "LogitsGradCpu": "void transducer::LogitsGradCpu<float>*",
-    "ShiftedExpCpu": "void transducer::ShiftedExpCpu<float>*",
-    "AdditiveScoresCpu": "void transducer::AdditiveScoresCpu<float>*",
-    "AdditiveWeightsCpu": "void transducer::AdditiveWeightsCpu<float>*",
-    "AdditiveGradientsCpu": "void transducer::AdditiveGradientsCpu<float>*",
+    "JoinForwardCpu": "void transducer::JoinForwardCpu<float>",
+    "JoinBackwardCpu": "void transducer::JoinBackwardCpu<float>",
+    "JoinQuantizedCpu": "transducer::JoinQuantizedCpu",
+    "CellScoresCpu": "void transducer::CellScoresCpu<float>",
+    "QuantizedCellScoresCpu": "transducer::QuantizedCellScoresCpu",
+    "LatticeCpu": "transducer::LatticeCpu",
+    "LogitsGradCpu": "void transducer::LogitsGradCpu<float>",
+    "ShiftedExpCpu": "void transducer::ShiftedExpCpu<float>",
+    "AdditiveScoresCpu": "void transducer::AdditiveScoresCpu<float>",
+    "AdditiveWeightsCpu": "void transducer::AdditiveWeightsCpu<float>",
+    "AdditiveGradientsCpu": "void transducer::AdditiveGradientsCpu<float>",
 }
 
 
 def count(driver: Path) -> dict[str, int]:
-    """Instructions inside each stage of one run of `driver`."""
+    """Instructions of each stage, with all that it calls, in one run of `driver`."""
+
+    def output_of(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/out"
+        output_of("valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", str(driver))
+        options = ("--inclusive=yes", "--threshold=100", "--show-percs=no")
+        table = output_of("callgrind_annotate", *options, out)
     counts = {}
-    for stage, pattern in STAGES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            process = subprocess.run(
-                [
-                    "valgrind",
-                    "--tool=callgrind",
-                    "--collect-atstart=no",
-                    f"--toggle-collect={pattern}",
-                    f"--callgrind-out-file={folder}/out",
-                    str(driver),
-                ],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-        collected = re.search(r"Collected : (\d+)", process.stderr)
-        if collected is None or int(collected[1]) == 0:
-            raise RuntimeError(f"nothing was counted in {stage}:\n{process.stderr}")
-        counts[stage] = int(collected[1])
+    for stage, name in STAGES.items():
+        # The table is sorted: a stage comes before the lambdas in it.
+        line = re.search(rf"^ *([\d,]+)\s+\S*?:{re.escape(name)}\(", table, re.MULTILINE)
+        if line is None:
+            raise RuntimeError(f"{stage} is not in the table of callgrind_annotate:\n{table}")
+        counts[stage] = int(line[1].replace(",", ""))
     return counts
 
 

@@ -166,6 +166,17 @@ def test_the_check_finds_what_the_coarse_scores_hid():
     assert of_first.double().mean() > of_second.double().mean()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_check_that_fails_is_followed_by_few_refinements(seed):
+    torch.manual_seed(seed)
+    shape, batch, blank, label = scored_batch([150, 150], [40, 44], 6.0)
+    noise = torch.randn(shape.num_cells, dtype=torch.float64)
+    _, _, rounds = refined_from(batch, blank, label, noise)
+    # The sample, the selection, and at most three for checks. Half of the cells matter here.
+    assert len(rounds) <= 5
+    assert sum(rows.numel() for rows in rounds) < 0.6 * shape.num_cells
+
+
 def test_backward_is_divided_within_the_budget():
     shape, batch, blank, label = scored_batch([50, 30, 8], [20, 12, 0], 3.0)
     noise = 0.02 * torch.randn(shape.num_cells, dtype=torch.float64)

@@ -33,6 +33,8 @@ TF32_LOW_BUDGET = 3.5e-5
 COARSE_BUDGET = LOW_BUDGET / 50
 # The check after a refinement allows this much more than the selection, so that it rarely fails.
 CHECK_SLACK = 4.0
+# Each time that the check fails, the next selection is stricter by this factor, so that it ends.
+STRICTER_BY = 10.0
 # Rows that are refined first, evenly spaced, to measure the error of the coarse scores before the
 # selection. The largest error of all selected rows is larger than that of the sample.
 NUM_SAMPLES = 256
@@ -44,8 +46,6 @@ EXPECTED_ERROR = 0.01
 PRODUCT_ERROR = 2.0**-8
 # Gradients below this part of (T + U) are not resolved by float32 either.
 LOWEST_GRADIENT = 1e-2
-# From this round on, the check gets stricter by a factor of 1000 a round, so that it ends.
-LAST_PLAIN_ROUND = 3
 # Smaller products are not worth it: the join and the log-sum-exp take longer (V * D).
 MIN_WEIGHT_SIZE = 2**14
 # Rows whose gradients are measured at once, so that temporary numbers stay in the cache.
@@ -157,25 +157,26 @@ def refine(
     error = make_fine(torch.arange(0, batch.num_rows, step, device=is_fine.device))
     error = error.mul_(SAMPLE_MARGIN).masked_fill_(error == 0, EXPECTED_ERROR)
     budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
-    index = 0
+    stricter = budget
+    is_check = False
     while True:
         sums = path_sums(scores, batch, options, with_uses=True, exact=False)
         # exp: the probability of a path through several coarse rows has the errors of all of them.
         strictness = error * (10 * error).exp() / _gradient_size(batch, scores, sums, options)
-        strictness *= 1000.0 ** max(0, index - LAST_PLAIN_ROUND)
         strictness.masked_fill_(~sums.losses.isfinite(), torch.nan)
         blank, label = occupancies(sums, options)
         weight = native.mapped(batch.num_rows, like=blank)
         torch.add(blank, label, out=weight)
         weight.mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
-        slack = CHECK_SLACK if index else 1.0
-        rows, num_rows = _heaviest_rows(weight, batch, slack * budget)
-        count = int(num_rows)
-        if count == 0:
+        rows, num_rows = _heaviest_rows(weight, batch, CHECK_SLACK * budget if is_check else budget)
+        if int(num_rows) == 0:
             return Refined(sums, is_fine, error)
+        if is_check:  # failed; to select only as many as it asks for would fail many times
+            stricter /= STRICTER_BY
+            rows, num_rows = _heaviest_rows(weight, batch, stricter)
         del sums  # frees its memory before the next ones
-        error = make_fine(rows[:count])
-        index += 1
+        error = make_fine(rows[: int(num_rows)])
+        is_check = True
 
 
 def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[Tensor, Tensor]:
@@ -184,8 +185,8 @@ def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[
     Returns:
         Rows as of :func:`stages.kept_rows`, and how many they are, a scalar.
     """
-    half = weight.mul_(0.5)
-    rows, counts = stages.kept_rows(half, half, batch, dropped_mass=budget)
+    # The sum of both arguments counts.
+    rows, counts = stages.kept_rows(weight, weight, batch, dropped_mass=2 * budget)
     return rows, counts.sum()
 
 
