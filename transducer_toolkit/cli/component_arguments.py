@@ -86,7 +86,10 @@ def groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
 
 def _chooses_group(loader: ConfigLoader, text: str) -> bool:
     """Return whether an override is one of a config group."""
-    parent, _, name = text.lstrip("+~").partition("=")[0].rpartition("/")
+    group = text.lstrip("+~").partition("=")[0]
+    if text.startswith("-") or group.startswith("/"):  # an option of Hydra, or its value
+        return False
+    parent, _, name = group.rpartition("/")
     return name in loader.list_groups(parent)  # faster than to list all groups
 
 
