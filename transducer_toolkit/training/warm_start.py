@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
+from transducer_toolkit.modules.weight_checks import check_kind
 from transducer_toolkit.training.lightning_module import TransducerModule
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def start_from(module: TransducerModule, path: str) -> None:
     for name, value in other.items():
         if name not in own:
             continue
+        check_kind(value, own[name], f"init_from: {path}: its weight {name}")
         axis = axes.get(name)
         if axis is not None and (before != now or own[name].shape != value.shape):
             rows = _copy_rows(own[name], value, axis, before, now)
