@@ -4,6 +4,7 @@
 import functools
 import importlib
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -101,6 +102,27 @@ def with_checkpoint_and_audio(folder):
     yield {"microphone": list(waveform.split(1600))}
 
 
+def with_a_model_folder(folder):
+    """A folder of transformers, and a manifest beside it."""
+    from tests.compat.hugging_face import save_folder
+
+    save_folder(folder / "FOLDER", "ParakeetForTDT")
+    rows = []
+    for number, text in enumerate(["one two", "seven", "nine of nine", "it is twelve"]):
+        path = str(folder / f"{number}.wav")
+        soundfile.write(path, 0.1 * torch.randn(16000 + 4000 * number).numpy(), 16000)
+        rows.append(json.dumps({"audio": path, "duration_s": 1 + number / 4, "text": text}) + "\n")
+    (folder / "train.jsonl").write_text("".join(rows))
+    (folder / "dev.jsonl").write_text("".join(rows[:2]))
+    yield {}
+    yield {}
+    yield {}
+    yield {}
+    recognizer = Recognizer.from_pretrained(folder / "TUNED")
+    assert recognizer.topology == "tdt-0-1-2-3-4"
+    assert isinstance(recognizer.transcribe([0.1 * torch.randn(16000)])[0], str)
+
+
 def with_exported_files(folder):
     pytest.importorskip("sherpa_onnx")
     from transducer_toolkit.export import export_for_sherpa
@@ -135,17 +157,21 @@ GIVEN = {
     "docs/decoding.md": with_checkpoint_and_audio,
     "docs/streaming.md": with_checkpoint_and_audio,
     "docs/export.md": with_exported_files,
+    "docs/huggingface.md": with_a_model_folder,
     "docs/cuda.md": with_a_graph,
 }
 
 
-NEEDED = {"docs/huggingface.md": "transformers", "docs/tensorflow.md": "tensorflow"}
+NEEDED = {
+    "docs/huggingface.md": ("transformers", "accelerate", "peft"),
+    "docs/tensorflow.md": ("tensorflow",),
+}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
-    if name_of(page) in NEEDED:
-        pytest.importorskip(NEEDED[name_of(page)])
+    for package in NEEDED.get(name_of(page), ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     makers = GIVEN.get(name_of(page), lambda folder: iter([{}]))(tmp_path)
     names = {}

@@ -129,9 +129,13 @@ def test_layer_decay_needs_layers(tmp_path, console, train_overrides, capfd):
 
 
 @pytest.mark.parametrize(
-    ("kind", "loss"), [("ParakeetForRNNT", "fused"), ("ParakeetForTDT", "fused_tdt")]
+    ("kind", "more"),
+    [
+        ("ParakeetForRNNT", ["model.encoder.frozen=true"]),
+        ("ParakeetForTDT", ["loss=fused_tdt", "loss.topology=tdt-0-1-2-3-4"]),
+    ],
 )
-def test_a_whole_parakeet(kind, loss, tmp_path, console, tones):
+def test_a_whole_parakeet(kind, more, tmp_path, console, tones, capfd):
     """The recipe: all weights come from a folder, and so does the tokenizer."""
     save_folder(tmp_path / "folder", kind)
     manifest = tmp_path / "train.jsonl"
@@ -150,9 +154,9 @@ def test_a_whole_parakeet(kind, loss, tmp_path, console, tones):
     options = [f"data.corpus.train={manifest}", f"data.corpus.val={manifest}", "data.num_workers=0"]
     options += [f"init_from={tmp_path / 'folder'}", "trainer.max_epochs=2", "test=false"]
     options += ["trainer.accelerator=cpu", "trainer.precision=32", "optimizer.lr=1e-3"]
-    options += [f"loss={loss}"]
     options += ["trainer.log_every_n_steps=1"]
-    console(train, tmp_path, *recipe, *options)
+    console(train, tmp_path, *recipe, *options, *more)
+    assert "was trained with the topology" not in "".join(capfd.readouterr())
     shutil.rmtree(tmp_path / "folder")
     (best,) = tmp_path.rglob("best.ckpt")
     recognizer = Recognizer.from_checkpoint(best)
@@ -160,3 +164,9 @@ def test_a_whole_parakeet(kind, loss, tmp_path, console, tones):
     (run_dir,) = {path.parent.parent for path in tmp_path.rglob("last.ckpt")}
     found = losses(run_dir)
     assert found[-1] < found[0]
+    arguments = [str(best), "--type", "transformers", "--output", str(tmp_path / "tuned")]
+    assert export.main(arguments) == 0
+    getattr(transformers, kind).from_pretrained(tmp_path / "tuned")
+    tuned = Recognizer.from_pretrained(tmp_path / "tuned")
+    for name, value in recognizer.model.state_dict().items():
+        assert torch.equal(tuned.model.state_dict()[name], value), name

@@ -270,8 +270,41 @@ def test_adapters_on_the_encoder():
     trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
     assert trained and all("lora" in name for name in trained)
     on_head = peft.get_peft_model(small_model(), peft.LoraConfig(target_modules=["head"]))
-    with pytest.raises(ValueError, match=r"joint.head: expected a plain .*target_modules"):
+    with pytest.raises(ValueError, match=r"joint.head: expected a plain .*lora.*target_modules"):
         use_fused_loss(on_head)
+
+
+def test_an_adapter_on_the_head_that_comes_later_is_refused():
+    peft = pytest.importorskip("peft")
+    model = small_model()
+    use_fused_loss(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "head"]))
+    with pytest.raises(ValueError, match=r"joint.head: expected a plain .*lora.*target_modules"):
+        adapted(**batch())
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_whole_head_beside_adapters(is_first):
+    """PEFT's modules_to_save trains a copy of the output layer."""
+    peft = pytest.importorskip("peft")
+    model, inputs = small_model(), batch()
+    expected = model(**inputs).loss
+    options = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["head"])
+    if is_first:
+        use_fused_loss(model)
+    adapted = peft.get_peft_model(model, options)
+    if not is_first:
+        use_fused_loss(adapted)
+    loss = adapted(**inputs).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    copied = adapted.get_submodule("base_model.model.joint.head.modules_to_save.default")
+    assert copied.weight.grad.abs().sum() > 0 and copied.bias.grad.abs().sum() > 0
+    with torch.no_grad():
+        copied.bias[0] += 5.0
+        assert not torch.isclose(adapted(**inputs).loss, expected)
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted(**inputs).loss, expected, rtol=1e-5, atol=0)
 
 
 class Examples(torch.utils.data.Dataset):

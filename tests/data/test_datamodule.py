@@ -200,6 +200,19 @@ def test_a_text_with_unknown_characters_is_named(noise_corpus):
     assert batch.word_starts_s == [None] * len(batch)
 
 
+def test_texts_with_symbols_that_stay_unknown_are_counted(noise_corpus, caplog):
+    texts = [row.text for row in read_manifest(noise_corpus / "train.jsonl")]
+    tokenizer = CharTokenizer.from_texts([" ".join(texts).replace("e", "")], unknown=True)
+    data_module(noise_corpus, tokenizer=tokenizer).setup("fit")
+    count = sum("e" in text for text in texts)
+    assert count > 0
+    assert f"train: {count} texts have characters that the model cannot write" in caplog.text
+    assert ": 'e'; data.text" in caplog.text
+    caplog.clear()
+    data_module(noise_corpus, tokenizer=CharTokenizer.from_texts(["one two six"])).setup("fit")
+    assert "cannot write" not in caplog.text
+
+
 class CountingTokenizer(CharTokenizer):
     def __init__(self, symbols):
         super().__init__(symbols)

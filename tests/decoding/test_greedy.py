@@ -135,6 +135,10 @@ def test_types_widths_and_vocabularies_are_named(make):
         make(3, joiner)
     with pytest.raises(TypeError, match=r"joiner: expected a Joiner of .* got NoneType"):
         make(predictor, None)
+    with_step = torch.nn.Module()
+    with_step.step = joiner.step
+    with pytest.raises(TypeError, match="an object with project_encoder, step_projected; got"):
+        make(predictor, with_step)
     with pytest.raises(ValueError, match="the same vocab_size, got 5 and 6"):
         make(predictor, Joiner(8, 16, 32, 6))
     search = make(predictor, joiner)

@@ -82,6 +82,12 @@ def conformer():
     return ConformerEncoder(**sizes, kernel_size=7)
 
 
+def test_a_model_in_place_of_a_recognizer_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"recognizer: expected a Recognizer, got Linear; use"):
+        export_for_sherpa(nn.Linear(2, 2), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 @pytest.mark.parametrize(
     ("make_encoder", "joiner", "context_size"),
     [

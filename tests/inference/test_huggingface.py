@@ -190,10 +190,10 @@ def test_configs_that_do_not_fit(copied, changes, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("config.json", "it is a folder, and it contains no checkpoint"),
+        ("config.json", "it is a folder, and it contains no checkpoint, nor the config.json of a"),
         ("model.safetensors", "no model.safetensors in the folder .*save_pretrained"),
-        ("tokenizer.json", "no tokenizer.json in the folder"),
-        ("processor_config.json", "no preprocessor_config.json with a feature extractor in"),
+        ("tokenizer.json", "no tokenizer.json in the folder .*; save_pretrained"),
+        ("processor_config.json", "no preprocessor_config.json or processor_config.json with a"),
     ],
 )
 def test_missing_files(copied, name, message):
@@ -214,6 +214,21 @@ def test_damaged_files(copied, name, message):
     (copied / name).write_bytes(b"\x00\x01 no such file")
     with pytest.raises(ValueError, match=message):
         Recognizer.from_pretrained(copied)
+
+
+def test_what_is_no_model_folder(tmp_path, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"an adapter of PEFT .* merge_and_unload"):
+        Recognizer.from_pretrained(tmp_path / "adapter")
+    (tmp_path / "model.nemo").write_bytes(b"an archive")
+    with pytest.raises(ValueError, match=r"model.nemo is a model of NeMo, .* transformers"):
+        Recognizer.from_pretrained(tmp_path / "model.nemo")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at a/b-0.6b; .*download a/b-0.6b"):
+        Recognizer.from_pretrained("a/b-0.6b")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at a/b.ckpt$"):
+        Recognizer.from_pretrained("a/b.ckpt")
 
 
 def test_an_index_may_not_name_files_elsewhere(copied):

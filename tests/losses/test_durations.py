@@ -446,3 +446,5 @@ def test_all_durations_of_a_processor():
     torch.testing.assert_close(actual, expected)
     grads = [grad_of(loss, batch.logits) for loss in (actual, expected)]
     torch.testing.assert_close(grads[0], zero_padding(batch, grads[1]))
+    with pytest.raises(ValueError, match="shape: expected the target_lengths of the call, got 2"):
+        loss_of(batch.logits, batch, kind, shape=LatticeShape.from_lengths([40], [2]))

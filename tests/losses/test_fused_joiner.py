@@ -403,7 +403,16 @@ def test_shape_of_another_batch_is_refused():
             "shape: expected 3 utterances, B of targets",
         ),
         ((FRAMES, SYMBOLS), TypeError, "shape: expected a LatticeShape, got tuple"),
-        (LatticeShape.from_lengths([7, 4, 10], [3, 0, 4]), ValueError, r"logit_lengths\[2\]"),
+        (
+            LatticeShape.from_lengths([7, 4, 8], SYMBOLS),
+            ValueError,
+            "the logit_lengths of the call, got 8 and not 9 for utterance 2",
+        ),
+        (
+            LatticeShape.from_lengths(FRAMES, [2, 0, 4]),
+            ValueError,
+            "the target_lengths of the call, got 2 and not 3 for utterance 0",
+        ),
     ):
         with pytest.raises(error, match=message):
             case.fused(shape=shape, validate=False)
@@ -424,10 +433,12 @@ def test_forward_mode_is_refused():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"enc": torch.zeros(3, 9)}, ValueError, r"enc: expected shape \(B, length, D\)"),
+        ({"enc": torch.zeros(3, 9)}, ValueError, r"enc: expected shape \(B, T, D\)"),
         ({"pred": torch.zeros(3, 5, 7).double()}, ValueError, r"pred: expected shape \(3, U \+ 1"),
-        ({"pred": torch.zeros(3, 4, 6).double()}, ValueError, r"pred: expected shape \(3, 5, D\)"),
-        ({"pred": torch.zeros(3, 5, 6)}, TypeError, "pred: expected dtype torch.float64"),
+        ({"pred": torch.zeros(3, 4, 6).double()}, ValueError, r"\(3, 5, D\), .* a start symbol$"),
+        ({"pred": torch.zeros(3, 3, 6).double()}, ValueError, r"got \(3, 3, 6\)$"),
+        ({"pred": torch.zeros(3, 5, 6)}, TypeError, "pred: .* torch.float64, .*autocast"),
+        ({"enc": torch.zeros(3, 8, 6).double()}, ValueError, r"1 to 8 \(the frames of enc\)"),
         ({"weight": torch.zeros(11, 5).double()}, ValueError, r"weight: expected shape \(V, 6\)"),
         ({"weight": torch.zeros(11, 6).half()}, TypeError, "weight: expected dtype"),
         ({"bias": torch.zeros(10).double()}, ValueError, r"bias: expected shape \(11,\)"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.losses.helpers import ragged_batch
-from transducer_toolkit import TransducerLoss, transducer_loss
+from transducer_toolkit import LatticeShape, TransducerLoss, transducer_loss
 
 pytestmark = pytest.mark.usefixtures("stages")
 
@@ -68,7 +68,7 @@ CASES = [
     ({"target_lengths": torch.tensor([3, 1])}, ValueError, r"target_lengths\[0\]: .* 0 to 2 .* 3"),
     ({"target_lengths": torch.tensor([2, -1])}, ValueError, r"target_lengths\[1\]: .* got -1"),
     ({"blank": 5}, ValueError, "blank: expected 0 <= blank < 5 .* got 5"),
-    ({"blank": -1}, ValueError, "blank: .* got -1"),
+    ({"blank": -1}, ValueError, r"blank: .* \(V\), got -1; the last symbol is 4"),
     ({"reduction": "avg"}, ValueError, "reduction: expected one of .* got 'avg'"),
     (
         {"fastemit_lambda": -0.1},
@@ -86,6 +86,11 @@ CASES = [
     ),
     ({"targets": lambda x: x.to("meta")}, ValueError, "targets: expected device cpu"),
     ({"target_lengths": lambda x: x.to("meta")}, ValueError, "target_lengths: expected device"),
+    (
+        {"shape": LatticeShape.from_lengths([4, 2], [2, 1])},
+        ValueError,
+        "shape: expected the logit_lengths of the call, got 2 and not 3 for utterance 1",
+    ),
 ]
 
 

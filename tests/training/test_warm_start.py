@@ -47,9 +47,12 @@ def module_of(tokenizer, *, loss=FusedLoss, ctc=False, width=8, joiner_dim=8):
     stage = loss()
     if stage.joiner_target is not None:
         config["joiner"] = {"_target_": stage.joiner_target, "_partial_": True}
+    config["joiner"] |= stage.joiner_options
     model = instantiate(config, _convert_="all")
     auxiliary = CtcLoss(width, tokenizer.vocab_size, weight=0.3) if ctc else None
-    recipe = recognizer_recipe(config, tokenizer, Fbank(), max_symbols_per_frame=10)
+    recipe = recognizer_recipe(
+        config, tokenizer, Fbank(), max_symbols_per_frame=10, topology=stage.topology
+    )
     return TransducerModule(model, tokenizer, loss=stage, ctc=auxiliary, recipe=recipe)
 
 
@@ -139,6 +142,30 @@ def test_what_does_not_fit_keeps_its_own_weights_and_is_named(tmp_path, caplog):
         other = module_of(now)
         other.state_dict = partial(dict, {})
         start_from(other, str(tmp_path / "old.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (
+            "regular",
+            "durations or big blanks are lost; loss=fused_tdt loss.topology=tdt-0-1-2 keeps",
+        ),
+        ("tdt-0-1", "durations or big blanks start anew; loss=fused_tdt"),
+        ("tdt-0-2-4", "durations or big blanks keep their weights under another meaning; loss="),
+        ("tdt-0-1-2", None),
+    ],
+)
+def test_durations_that_change_are_named(tmp_path, caplog, now, said):
+    tokenizer = characters("abc")
+    torch.manual_seed(1)
+    before = module_of(tokenizer, loss=partial(FusedLoss, topology="tdt-0-1-2"))
+    path = saved(before, tmp_path / "best.ckpt")
+    module = module_of(tokenizer, loss=partial(FusedLoss, topology=now))
+    start_from(module, path)
+    assert (said is None and "topology" not in caplog.text) or said in caplog.text
+    rows = module.model.joiner.output.weight[4:], before.model.joiner.output.weight[4:]
+    assert torch.equal(*rows) == (now in ("tdt-0-1-2", "tdt-0-2-4"))
 
 
 @pytest.mark.parametrize("texts", ["abc", "bcd"])

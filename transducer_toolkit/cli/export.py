@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transducer-export CHECKPOINT --output DIR``: write the files that sherpa-onnx loads."""
+"""``transducer-export CHECKPOINT --output DIR``: write files for sherpa-onnx or transformers."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give one CHECKPOINT")
     if args.chunk_frames is not None and not args.streaming:
         parser.error("--chunk-frames needs --streaming")
+    if args.type == "transformers":
+        return _export_for_transformers(parser, args, given[0])
     missing = [name for name in NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(name=missing[0])
@@ -70,6 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _export_for_transformers(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, checkpoint: str
+) -> int:
+    from transducer_toolkit.export.transformers_folder import export_for_transformers
+    from transducer_toolkit.inference.recognizer import Recognizer
+
+    for name in ("int8", "streaming", "hotwords"):
+        if getattr(args, name) not in (None, False):
+            parser.error(f"--{name} is for sherpa-onnx, not for --type transformers")
+    recognizer = Recognizer.from_checkpoint(checkpoint, trusted_packages=args.trust_package)
+    for path in export_for_transformers(recognizer, args.output):
+        print(f"{path.stat().st_size:12,d}  {path}")
+    return 0
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text("utf-8").splitlines()
@@ -93,10 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--type",
-        choices=("icefall", "nemo"),
+        choices=("icefall", "nemo", "transformers"),
         help="interface of sherpa-onnx: icefall (stateless predictor, one symbol a frame, the "
         "toolkit's own features) or nemo (several symbols a frame, LSTM predictors, durations); "
-        "default: icefall where its text is that of the model, otherwise nemo",
+        "default: icefall where its text is that of the model, otherwise nemo. transformers writes "
+        "a fine-tuned Parakeet model as a folder for from_pretrained",
     )
     parser.add_argument(
         "--hotwords",

@@ -31,6 +31,9 @@ def rnnt_loss(
     that are longer than the longest utterance. Backward may run twice. A label out of range raises
     an error instead of crashing the process.
 
+    The logits and their gradient take as much memory as with torchaudio's function.
+    :func:`~transducer_toolkit.fused_joiner_loss` computes the same loss without them.
+
     Args:
         logits: (B, T, U + 1, V) float16, bfloat16, float32 or float64.
         targets: (B, U) int32 or int64. Padding may hold any value.

@@ -146,12 +146,9 @@ def use_fused_loss(
     config = target.config
     original: Any = type(target)
     output_name, default_reduction = MODELS[original.__name__]
-    head: nn.Module = target.joint.head
-    if not is_plain_linear(head):
-        raise ValueError(
-            f"joint.head: expected a plain torch.nn.Linear, got {type(head).__name__}; leave it "
-            "out of the target_modules of adapters and of quantization"
-        )
+    for layer in _layers_of_head(target.joint.head):
+        if not is_plain_linear(layer):
+            raise _head_error(layer)
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(
             f"config.hidden_act: expected one of {', '.join(ACTIVATIONS)}, "
@@ -187,6 +184,26 @@ def use_fused_loss(
     target._fused_loss = settings
     target.__class__ = _fused_class(original)
     return FusedLossHandle(target, original)
+
+
+def _layers_of_head(head: nn.Module) -> list[nn.Module]:
+    """Returns the output layer, or the copies that PEFT's modules_to_save makes of it.
+
+    The weight and bias of PEFT's wrapper are those of the copy in use.
+    """
+    if type(head).__name__ != "ModulesToSaveWrapper":
+        return [head]
+    wrapper: Any = head
+    return [wrapper.original_module, *wrapper.modules_to_save.values()]
+
+
+def _head_error(layer: nn.Module) -> ValueError:
+    kind = type(layer)
+    return ValueError(
+        f"joint.head: expected a plain torch.nn.Linear, got {kind.__module__}.{kind.__qualname__}, "
+        "or one with hooks; leave it out of the target_modules of adapters and of quantization. "
+        "modules_to_save of PEFT may name it"
+    )
 
 
 def _find_model(model: nn.Module) -> Any:
@@ -301,6 +318,9 @@ def _loss(
     options: dict[str, Any],
 ) -> Tensor:
     settings: _Settings = model._fused_loss
+    for layer in _layers_of_head(model.joint.head):  # adapters may have come since
+        if type(layer) is not nn.Linear and not hasattr(layer, "parametrizations"):
+            raise _head_error(layer)
     enc = encoder_outputs.pooler_output
     mask = encoder_outputs.attention_mask
     if mask is None:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,13 @@ from transducer_toolkit.data.manifest import Utterance, read_manifest
 from transducer_toolkit.data.target_ids import TargetIds
 from transducer_toolkit.data.text import normalize_utterances
 from transducer_toolkit.data.tokenizer import (
+    UNKNOWN_SYMBOL,
     CharTokenizer,
     Tokenizer,
     TokenizerFactory,
     check_tokenizer,
+    unknown_characters,
+    unknown_ids,
 )
 from transducer_toolkit.ops.checks import check_at_least, check_int, check_number
 from transducer_toolkit.ops.topology import get_topology, is_feasible
@@ -334,9 +338,13 @@ class TransducerDataModule(lightning.LightningDataModule):
         num_output_frames = self.num_output_frames
         kept: list[Utterance] = []
         dropped: list[Utterance] = []
+        unwritable: list[Utterance] = []
+        unknown = unknown_ids(self.made_tokenizer())
         for utterance in self._not_too_long(name, self._read(path)):
             num_frames = num_output_frames(self._num_frames(utterance, speed=speed))
             ids = self._encode(utterance)
+            if not unknown.isdisjoint(ids):
+                unwritable.append(utterance)
             if is_feasible(num_frames, len(ids), topology=self.topology):
                 kept.append(utterance)
                 targets.append(ids)
@@ -352,11 +360,30 @@ class TransducerDataModule(lightning.LightningDataModule):
                 self.topology,
                 ", ".join(utterance.id for utterance in dropped[:3]),
             )
+        if unwritable:
+            self._warn_of_unknown(name, unwritable)
         _check_not_empty(name, path, kept)
         if name == "train" and self.alignments is not None:
             self.alignments.require([utterance.id for utterance in kept])
         self._utterances[name] = kept
         self._targets[name] = targets
+
+    def _warn_of_unknown(self, name: str, utterances: list[Utterance]) -> None:
+        """Log how many texts have characters that are ``<unk>``, and which characters."""
+        found: Counter[str] = Counter()
+        for utterance in utterances:
+            found.update(unknown_characters(self.made_tokenizer(), utterance.text))
+        shown = ", ".join(repr(character) for character, _ in found.most_common(20))
+        logger.warning(
+            "%s: %d texts have characters that the model cannot write and learns as %s, e.g. %s: "
+            "%s%s; data.text can change texts, another tokenizer has other symbols",
+            name,
+            len(utterances),
+            UNKNOWN_SYMBOL,
+            utterances[0].id,
+            shown,
+            " and others" if len(found) > 20 else "",
+        )
 
     def _not_too_long(self, name: str, utterances: list[Utterance]) -> list[Utterance]:
         limit_s = math.inf if self.max_duration_s is None else self.max_duration_s

@@ -55,7 +55,7 @@ class HuggingFaceTokenizer:
             raise
         except BaseException as error:  # a panic of the library is no Exception
             raise ValueError(f"{FILE} is no tokenizer: {one_line(error)}") from error
-        self._json, self._size, self.blank = json, vocab_size, blank
+        self.json, self._size, self.blank = json, vocab_size, blank
         symbols = [self._tokenizer.id_to_token(id_) for id_ in range(vocab_size)]
         self.symbols = tuple(
             f"<{id_}>" if symbol is None else symbol for id_, symbol in enumerate(symbols)
@@ -71,7 +71,10 @@ class HuggingFaceTokenizer:
         """
         path = local_file(folder, FILE)
         if not path.is_file():
-            raise FileNotFoundError(f"no {FILE} in the folder {os.fspath(folder)}")
+            raise FileNotFoundError(
+                f"no {FILE} in the folder {os.fspath(folder)}; save_pretrained of the model's "
+                "processor writes it"
+            )
         config = read_config(folder)
         size, blank = config.get("vocab_size"), config.get("blank_token_id")
         if not isinstance(size, int) or not isinstance(blank, int):
@@ -116,7 +119,7 @@ class HuggingFaceTokenizer:
         """Return the state that ``tokenizer_from_state`` takes, in plain values."""
         return {
             "kind": self.kind,
-            "json": self._json,
+            "json": self.json,
             "vocab_size": self._size,
             "blank": self.blank,
         }

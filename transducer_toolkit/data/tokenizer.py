@@ -63,6 +63,23 @@ def check_tokenizer(tokenizer: object) -> None:
         )
 
 
+def unknown_ids(tokenizer: Tokenizer) -> set[int]:
+    """Return the id of ``<unk>``, or nothing if the tokenizer has none."""
+    return {id_ for id_, symbol in enumerate(tokenizer.symbols) if symbol == UNKNOWN_SYMBOL}
+
+
+def unknown_characters(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Return the characters of a text that are ``<unk>`` to a tokenizer, sorted.
+
+    Example:
+        >>> unknown_characters(CharTokenizer.from_texts(["one"], unknown=True), "on!")
+        ['!']
+    """
+    characters = sorted({*"".join(text.split())})
+    unknown = unknown_ids(tokenizer)
+    return [character for character in characters if unknown & {*tokenizer.encode(character)}]
+
+
 def check_known(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
     """Raise a ValueError if a text has characters that are ``<unk>`` to a tokenizer.
 
@@ -78,11 +95,9 @@ def check_known(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
         Traceback (most recent call last):
         ValueError: the model has no symbol for '!' of 'on!': replace it, for example spell it out
     """
-    unknown = {id_ for id_ in ids if tokenizer.symbols[id_] == UNKNOWN_SYMBOL}
-    if not unknown:
+    if unknown_ids(tokenizer).isdisjoint(ids):
         return
-    characters = sorted({*"".join(text.split())})
-    missing = [character for character in characters if unknown & {*tokenizer.encode(character)}]
+    missing = unknown_characters(tokenizer, text)
     raise ValueError(
         f"the model has no symbol for {', '.join(map(repr, missing)) or 'a part'} of {text!r}: "
         "replace it, for example spell it out"

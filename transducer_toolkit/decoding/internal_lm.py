@@ -33,11 +33,11 @@ class InternalLanguageModel:
     """
 
     def __init__(self, predictor: Predictor, joiner: Joiner) -> None:
-        check_model(predictor, joiner)
         if not hasattr(joiner, "internal_lm"):
             raise TypeError(
                 f"joiner: expected one with the method internal_lm, got {type(joiner).__name__}"
             )
+        check_model(predictor, joiner)
         self.predictor, self.joiner = predictor, joiner
 
     def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor:

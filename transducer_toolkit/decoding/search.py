@@ -115,7 +115,7 @@ def check_model(predictor: object, joiner: object) -> None:
     """
     for name, module, needed in (
         ("predictor", predictor, ("blank", "vocab_size", "initial_state", "step")),
-        ("joiner", joiner, ("step",)),
+        ("joiner", joiner, ("project_encoder", "step_projected")),
     ):
         if not all(hasattr(module, attribute) for attribute in needed):
             raise TypeError(

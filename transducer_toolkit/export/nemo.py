@@ -51,7 +51,8 @@ def nemo_graphs(recognizer: Recognizer) -> list[Graph]:
     if not isinstance(recognizer.fbank, Fbank):
         raise ValueError(
             f"the encoder reads features of {recognizer.fbank.kind}, which cannot be computed from "
-            "those of sherpa-onnx; use the model with transducer-transcribe"
+            "those of sherpa-onnx; use the model with transducer-transcribe, or "
+            "write a Parakeet model for transformers with --type transformers"
         )
     order = torch.tensor([*(k for k in range(model.vocab_size) if k != model.blank), model.blank])
     predictor = _predictor_graph(model.predictor, order)

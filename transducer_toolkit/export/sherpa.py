@@ -62,6 +62,7 @@ def export_for_sherpa(
         The files written.
 
     Raises:
+        TypeError: if `recognizer` is another object, such as a model.
         ValueError: if sherpa-onnx does not support the model in this interface, or the model has no
             symbols for a hotword.
         RuntimeError: if the results of an exported graph differ from the model's.
@@ -70,6 +71,11 @@ def export_for_sherpa(
         >>> recognizer = Recognizer.from_checkpoint("best.ckpt")  # doctest: +SKIP
         >>> export_for_sherpa(recognizer, "exported", int8=True)  # doctest: +SKIP
     """
+    if not isinstance(recognizer, Recognizer):
+        raise TypeError(
+            f"recognizer: expected a Recognizer, got {type(recognizer).__name__}; use "
+            "Recognizer.from_checkpoint, or torch.onnx.export for a model that is not the toolkit's"
+        )
     folder = Path(folder)
     model_type = default_type(recognizer, streaming=streaming) if model_type is None else model_type
     check_choice(model_type, "model_type", TYPES)
@@ -130,7 +136,8 @@ def _icefall_graphs(recognizer: Recognizer, streaming: bool, chunk_frames: int) 
     if not isinstance(recognizer.fbank, Fbank):
         raise ValueError(
             f"the encoder reads features of {recognizer.fbank.kind}, and sherpa-onnx computes "
-            "those of the toolkit; use the model with transducer-transcribe"
+            "those of the toolkit; use the model with transducer-transcribe, or "
+            "write a Parakeet model for transformers with --type transformers"
         )
     advice = (
         "use the model with transducer-transcribe"

@@ -20,7 +20,7 @@ from transducer_toolkit.ops.topology import tdt_topology
 # model_type of the folders that can be read.
 TRANSDUCERS = ("parakeet_rnnt", "parakeet_tdt", "nemotron_asr_streaming")
 # Beginning of the names of weights in transformers -> here.
-_NAMES = {
+NAMES = {
     "encoder.": "encoder.model.",
     "encoder_projector.": "joiner.encoder_projection.",
     "decoder.embedding.": "predictor.embedding.",
@@ -29,7 +29,7 @@ _NAMES = {
     "joint.head.": "joiner.output.",
 }
 # transformers adds a bias to both projections; their sum is the bias of the encoder's here.
-_EXTRA_BIAS, _BIAS = "decoder.decoder_projector.bias", "joiner.encoder_projection.bias"
+EXTRA_BIAS, _BIAS = "decoder.decoder_projector.bias", "joiner.encoder_projection.bias"
 
 
 def recipe_and_weights(
@@ -138,16 +138,16 @@ def _weights(folder: str | os.PathLike[str], config: dict[str, Any]) -> dict[str
     expected = {
         theirs + name.removeprefix(ours): value
         for name, value in own.items()
-        for theirs, ours in _NAMES.items()
+        for theirs, ours in NAMES.items()
         if name.startswith(ours)
     }
-    expected[_EXTRA_BIAS] = own[_BIAS]
+    expected[EXTRA_BIAS] = own[_BIAS]
     check_shapes(weights, expected, folder)
-    bias = weights.pop(_EXTRA_BIAS).float()
+    bias = weights.pop(EXTRA_BIAS).float()
     renamed = {}
     for name, value in weights.items():
-        theirs = next(it for it in _NAMES if name.startswith(it))
+        theirs = next(it for it in NAMES if name.startswith(it))
         value = value.float() if value.is_floating_point() else value
-        renamed[_NAMES[theirs] + name.removeprefix(theirs)] = value
+        renamed[NAMES[theirs] + name.removeprefix(theirs)] = value
     renamed[_BIAS] = renamed[_BIAS] + bias
     return renamed

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -362,13 +363,25 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = local_checkpoint(path, show_progress=True)
     if path.is_dir() and not (path / CONFIG).is_file():
-        found = [*sorted(path.glob("*.ckpt")), *sorted(path.glob("checkpoints/*.ckpt"))]
-        advice = f"give a file, such as {found[0]}" if found else "and it contains no checkpoint"
-        raise FileNotFoundError(f"no checkpoint at {path}: it is a folder, {advice}")
+        raise FileNotFoundError(f"no checkpoint at {path}: it is a folder, {_advice(path)}")
     checkpoint = _checkpoint_of_folder(path) if path.is_dir() else _checkpoint_of_file(path)
     for name, value in checkpoint["state_dict"].items():
         check_weight(value, f"{path}: its weight {name}")
     return checkpoint
+
+
+def _advice(folder: Path) -> str:
+    """Return how to go on from a folder that is no model folder."""
+    found = [*sorted(folder.glob("*.ckpt")), *sorted(folder.glob("checkpoints/*.ckpt"))]
+    if found:
+        return f"give a file, such as {found[0]}"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "and it contains an adapter of PEFT without its model; save the whole model: "
+            "merge_and_unload() of the adapted model, then save_pretrained of the result and of "
+            "the processor"
+        )
+    return f"and it contains no checkpoint, nor the {CONFIG} of a model of transformers"
 
 
 def _checkpoint_of_folder(path: Path) -> dict[str, Any]:
@@ -382,7 +395,18 @@ def _checkpoint_of_folder(path: Path) -> dict[str, Any]:
 
 def _checkpoint_of_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        advice = ""
+        if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.suffix not in (".ckpt", ".pt"):
+            advice = (
+                "; a model of the Hugging Face Hub must be downloaded first: "
+                f"hf download {path} --local-dir FOLDER"
+            )
+        raise FileNotFoundError(f"no checkpoint at {path}{advice}")
+    if path.suffix == ".nemo":
+        raise ValueError(
+            f"{path} is a model of NeMo, which cannot be read here; give a folder of the same "
+            "model in the format of transformers"
+        )
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint of transducer-train, nor of torch at all")
     with open(path, "rb") as file:

@@ -332,7 +332,7 @@ def _loss(
     checks.check_reduction(reduction)
     checks.check_flag(inplace, "inplace")
     check_logits(*tensors, options)
-    check_shape(shape, targets.size(0))
+    check_shape(shape, logit_lengths, target_lengths)
     lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
     index = None if shape is None else shape.index(logits.device)
     inputs = LogitsInputs(logits, targets, *lengths, shape_index=index)

@@ -197,8 +197,8 @@ def fused_joiner_loss(
         enc: (B, T, D) encoder frames in joiner width, float16, bfloat16, float32 or float64; T is
             at least the longest logit length. Autocast casts enc, pred, and a 16-bit weight and
             bias, as it casts the inputs of a matrix product.
-        pred: (B, U + 1, D) predictor outputs in joiner width, dtype (after autocast) and device of
-            enc.
+        pred: (B, U + 1, D) predictor outputs in joiner width, of a start symbol and the targets,
+            dtype (after autocast) and device of enc.
         weight: (V, D) of the output layer, dtype of enc, or float32 with 16-bit enc. With
             `durations`, (V + K, D): the last K rows give the logits of the durations.
         bias: (V,) or (V + K,) of the output layer, dtype as weight, or None.
@@ -246,11 +246,11 @@ def fused_joiner_loss(
             BF16; a GPU of compute capability 8.0, where a product of all cells must have 2**40
             operations and TF32 be off). "full" never does. float64 and 16-bit tensors
             are always computed in their own precision, and so are CUDA graphs.
-        shape: the lattices, with the same lengths. With it, the lengths stay on the CPU, and
-            ``torch.compile(fullgraph=True)`` works; without it, that raises an error. After
-            ``shape.to(device)`` nothing is copied to the device, and the loss and its gradient can
-            be captured in a CUDA graph. Backward visits every cell in a capture, because it may not
-            wait for the number of kept cells.
+        shape: the lattices; other lengths than those of the call are an error, if both are on the
+            CPU. With a shape, the lengths stay on the CPU, and ``torch.compile(fullgraph=True)``
+            works; without it, that raises an error. After ``shape.to(device)`` nothing is copied to
+            the device, and the loss and its gradient can be captured in a CUDA graph. Backward
+            visits every cell in a capture, because it may not wait for the number of kept cells.
         validate: as in :func:`~transducer_toolkit.transducer_loss`, but lengths are always checked,
             because they decide how much memory is needed.
         return_kept: also return the fraction of cells that backward visits.
@@ -316,10 +316,14 @@ def fused_joiner_loss(
             raise ValueError("ranges: expected None with alignment, got a tensor")
         # The windows decide how much memory is needed.
         restriction = restriction._replace(alignment=restriction.alignment.cpu())
-    check_shape(shape, targets.size(0))
+    check_shape(shape, logit_lengths, target_lengths)
     if shape is None:
         checks.check_lengths_fit(  # before they decide any size
-            logit_lengths, target_lengths, max_frames=enc.size(1), max_targets=targets.size(1)
+            logit_lengths,
+            target_lengths,
+            max_frames=enc.size(1),
+            max_targets=targets.size(1),
+            frames_of="enc",
         )
         shape = LatticeShape.from_lengths(logit_lengths, target_lengths).to(enc.device)
     windows, num_cells = None, None
@@ -507,9 +511,11 @@ def _check_inputs(inputs: FusedInputs, options: FusedOptions) -> None:
             checks.check_dtype(tensor, name, (enc.dtype, *allowed))
     checks.check_targets_and_lengths(targets, logit_lengths, target_lengths, enc.device)
     if (targets.size(0), targets.size(1) + 1) != tuple(pred.shape[:2]):
+        has_no_start = targets.shape == pred.shape[:2]
+        remedy = "; the input of the predictor begins with a start symbol" if has_no_start else ""
         raise ValueError(
             f"pred: expected shape ({targets.size(0)}, {targets.size(1) + 1}, D), B and U + 1 from "
-            f"targets {tuple(targets.shape)}, got {tuple(pred.shape)}"
+            f"targets {tuple(targets.shape)}, got {tuple(pred.shape)}{remedy}"
         )
     vocab_size = options.vocab_size(weight.size(0))
     checks.check_blank(options.blank, vocab_size)

@@ -92,8 +92,9 @@ def transducer_loss(
             value. None: no restriction.
         left: >= 0, frames that a label may be emitted before its frame in the alignment.
         right: >= 0, frames that a label may be emitted behind its frame in the alignment.
-        shape: the lattices, with the same lengths. After ``shape.to(device)`` the loss copies
-            nothing to the device, so that it can be captured in a CUDA graph.
+        shape: the lattices; other lengths than those of the call are an error, if both are on the
+            CPU. After ``shape.to(device)`` the loss copies nothing to the device, so that it can be
+            captured in a CUDA graph.
         validate: whether to check lengths, labels and the alignment. None checks those that can be
             read without waiting for a device. Without a check, an invalid label or length gives its
             utterance a NaN loss and never reads outside of a tensor.
@@ -150,7 +151,7 @@ def transducer_loss(
     check_logits(logits, targets, logit_lengths, target_lengths, options)
     checks.check_flag(inplace, "inplace")
     restriction = Restriction.of(alignment, left, right, targets)
-    check_shape(shape, targets.size(0))
+    check_shape(shape, logit_lengths, target_lengths)
     lengths = (logit_lengths, target_lengths) if shape is None else shape.lengths
     index = None if shape is None else shape.index(logits.device)
     windows = None

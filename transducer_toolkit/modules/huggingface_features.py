@@ -95,7 +95,10 @@ class HuggingFaceFeatures:
             except Exception as error:  # a wrong option can raise any error
                 raise ValueError(f"{os.fspath(folder)}/{name}: {one_line(error)}") from error
             return features
-        raise FileNotFoundError(f"no {_FILES[0]} with a feature extractor in {os.fspath(folder)}")
+        raise FileNotFoundError(
+            f"no {' or '.join(_FILES)} with a feature extractor in {os.fspath(folder)}; "
+            "save_pretrained of the model's processor or feature extractor writes it"
+        )
 
     @property
     def is_waveform(self) -> bool:

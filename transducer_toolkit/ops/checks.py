@@ -134,13 +134,16 @@ def check_joint(enc: Tensor, pred: Tensor) -> None:
         TypeError: if one of them is not a tensor, or the dtypes do not fit.
         ValueError: if the shapes or the devices do not match.
     """
-    for name, tensor in (("enc", enc), ("pred", pred)):
+    for name, tensor, length in (("enc", enc, "T"), ("pred", pred, "U + 1")):
         check_tensor(tensor, name)
         check_dtype(tensor, name, native.SUPPORTED_DTYPES)
         if tensor.dim() != 3:
-            raise ValueError(f"{name}: expected shape (B, length, D), got {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected shape (B, {length}, D), got {tuple(tensor.shape)}")
     if pred.dtype != enc.dtype:
-        raise TypeError(f"pred: expected dtype {enc.dtype}, that of enc, got {pred.dtype}")
+        raise TypeError(
+            f"pred: expected dtype {enc.dtype}, that of enc, got {pred.dtype}; cast one of them, "
+            "or call the function under torch.autocast"
+        )
     if pred.device != enc.device:
         raise ValueError(f"pred: expected device {enc.device}, that of enc, got {pred.device}")
     if (pred.size(0), pred.size(2)) != (enc.size(0), enc.size(2)):
@@ -244,15 +247,14 @@ def check_blank(blank: int, vocab_size: int, name: str = "blank") -> None:
     """Raises a TypeError unless blank is an int, and a ValueError unless 0 <= blank < V."""
     check_int(blank, name)
     if not 0 <= blank < vocab_size:
-        raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V of logits), got {blank}")
+        last = f"; the last symbol is {vocab_size - 1}" if blank == -1 else ""
+        raise ValueError(f"{name}: expected 0 <= {name} < {vocab_size} (V), got {blank}{last}")
 
 
 def check_big_blanks(num_big_blanks: int, vocab_size: int) -> None:
     """Raises a ValueError unless there are fewer big blanks than symbols beside blank."""
     if num_big_blanks >= vocab_size:
-        raise ValueError(
-            f"big blanks: expected fewer than {vocab_size} (V of logits), got {num_big_blanks}"
-        )
+        raise ValueError(f"big blanks: expected fewer than {vocab_size} (V), got {num_big_blanks}")
 
 
 def check_labels_of_hat(is_hat: bool, vocab_size: int) -> None:
@@ -265,21 +267,27 @@ def check_labels_of_hat(is_hat: bool, vocab_size: int) -> None:
 
 
 def check_lengths_fit(
-    logit_lengths: Tensor, target_lengths: Tensor, *, max_frames: int, max_targets: int
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    *,
+    max_frames: int,
+    max_targets: int,
+    frames_of: str = "logits",
 ) -> None:
     """Raises a ValueError that names the first utterance whose lengths are out of range.
 
     Args:
         logit_lengths: (B,), expected to be in [1, max_frames].
         target_lengths: (B,), expected to be in [0, max_targets].
-        max_frames: T of padded logits, or the number of rows of packed logits.
+        max_frames: T of padded logits or of enc, or the number of rows of packed logits.
         max_targets: U, the width of targets.
+        frames_of: the argument that has these frames, for the message.
     """
     frames, symbols = logit_lengths.tolist(), target_lengths.tolist()
     for b, (num_frames, num_targets) in enumerate(zip(frames, symbols, strict=True)):
         if not 1 <= num_frames <= max_frames:
             raise ValueError(
-                f"logit_lengths[{b}]: expected 1 to {max_frames} (the frames of logits), "
+                f"logit_lengths[{b}]: expected 1 to {max_frames} (the frames of {frames_of}), "
                 f"got {num_frames}"
             )
         if not 0 <= num_targets <= max_targets:

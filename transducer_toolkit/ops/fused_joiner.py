@@ -206,7 +206,9 @@ def _joint_tiles(
 def _validate(inputs: FusedInputs, options: FusedOptions) -> None:
     lengths = inputs.logit_lengths, inputs.target_lengths
     max_targets = inputs.targets.size(1)
-    checks.check_lengths_fit(*lengths, max_frames=inputs.enc.size(1), max_targets=max_targets)
+    checks.check_lengths_fit(
+        *lengths, max_frames=inputs.enc.size(1), max_targets=max_targets, frames_of="enc"
+    )
     if options.validate is not False:
         checks.check_feasible(*lengths, options.arcs)
     if not checks.may_read(options.validate, inputs.targets, inputs.ranges):

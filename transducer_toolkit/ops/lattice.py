@@ -210,21 +210,40 @@ class LatticeShape:
         return (frames[:, :, None] & columns[:, None, :]).to(device)
 
 
-def check_shape(shape: object, num_utterances: int) -> None:
-    """Checks that `shape` is None or a LatticeShape of `num_utterances` utterances.
+def check_shape(shape: object, logit_lengths: Tensor, target_lengths: Tensor) -> None:
+    """Checks that `shape` is None or a LatticeShape of these lengths (B,).
+
+    Lengths on a device are not read, because that would synchronize with the device. While
+    torch.compile traces, no length is read.
 
     Raises:
         TypeError: if it is another object.
-        ValueError: if it has another number of utterances.
+        ValueError: if it has another number of utterances, or other lengths.
     """
     if shape is None:
         return
     if not isinstance(shape, LatticeShape):
         raise TypeError(f"shape: expected a LatticeShape, got {type(shape).__name__}")
+    num_utterances = logit_lengths.size(0)
     if shape.num_utterances != num_utterances:
         raise ValueError(
             f"shape: expected {num_utterances} utterances, B of targets, got {shape.num_utterances}"
         )
+    if torch.compiler.is_compiling():
+        return
+    for name, given, own in (
+        ("logit_lengths", logit_lengths, shape.logit_lengths),
+        ("target_lengths", target_lengths, shape.target_lengths),
+    ):
+        if given is own or given.device.type != "cpu":
+            continue
+        different = (given != own).nonzero()
+        if different.numel():
+            b = int(different[0])
+            raise ValueError(
+                f"shape: expected the {name} of the call, got {int(own[b])} and not "
+                f"{int(given[b])} for utterance {b}"
+            )
 
 
 def refuse_tracing(remedy: str) -> None:

@@ -28,7 +28,7 @@ except ImportError as error:
         ) from error
     raise ImportError(
         "the compiled module transducer_toolkit._C is missing or was built for another Python: "
-        "reinstall with `pip install --force-reinstall --no-deps transducer_toolkit` "
+        "reinstall it in a clone with `pip install --force-reinstall --no-deps .` "
         f"(original error: {error})"
     ) from error
 
@@ -92,8 +92,8 @@ def require_supported_device(device: torch.device) -> None:
     if device.type == "cuda":
         raise RuntimeError(
             "the tensors are on a CUDA device, but this transducer_toolkit was built without CUDA. "
-            "Add nvcc to the PATH and rebuild: CMAKE_ARGS=-DTRANSDUCER_CUDA=ON pip install "
-            "--force-reinstall --no-deps --no-cache-dir transducer_toolkit"
+            "Add nvcc to the PATH and rebuild it in a clone: CMAKE_ARGS=-DTRANSDUCER_CUDA=ON "
+            "pip install --force-reinstall --no-deps --no-cache-dir ."
         )
     raise RuntimeError(f"device: expected type cpu or cuda, got {device.type!r}")
 

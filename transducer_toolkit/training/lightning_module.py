@@ -166,7 +166,7 @@ class TransducerModule(LightningModule):
             source: Any = self if takes_module else self.parameters()
             optimizer = self.make_optimizer(source)
         except BAD_OPTION as error:
-            raise _named(error)(f"optimizer {self.make_optimizer}: {error}") from error
+            raise _named(error)(f"optimizer {_call_of(self.make_optimizer)}: {error}") from error
         self._optimizer_options = [
             {name: value for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
@@ -177,7 +177,7 @@ class TransducerModule(LightningModule):
         try:
             scheduler = self.make_scheduler(optimizer, total_steps=total_steps)
         except BAD_OPTION as error:
-            raise _named(error)(f"scheduler {self.make_scheduler}: {error}") from error
+            raise _named(error)(f"scheduler {_call_of(self.make_scheduler)}: {error}") from error
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -454,6 +454,13 @@ class TransducerModule(LightningModule):
 def _shown(text: str) -> str:
     """Returns a text without its end if it is long: untrained models emit thousands of symbols."""
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def _call_of(make: Any) -> str:
+    """Returns the name and the options of a function that was made of a config."""
+    function = getattr(make, "func", make)
+    options = ", ".join(f"{name}={value}" for name, value in getattr(make, "keywords", {}).items())
+    return f"{getattr(function, '__qualname__', function)}({options})"
 
 
 def _named(error: Exception) -> type[Exception]:

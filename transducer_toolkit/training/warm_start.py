@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
 from transducer_toolkit.modules.weight_checks import check_kind
+from transducer_toolkit.ops.topology import get_topology
 from transducer_toolkit.training.lightning_module import TransducerModule
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ def start_from(module: TransducerModule, path: str) -> None:
         if names:
             logger.warning("%s: %s", what, ", ".join(names))
     _report_symbols(before, now, path)
+    if module.loss is not None:
+        _report_durations(checkpoint[CHECKPOINT_KEY]["topology"], module.loss.topology, path)
 
 
 def _symbol_axes(module: TransducerModule) -> dict[str, int]:
@@ -142,3 +145,21 @@ def _report_symbols(before: Sequence[str], now: Sequence[str], path: str) -> Non
             path,
             " ".join(lost),
         )
+
+
+def _report_durations(before: str, now: str, path: str) -> None:
+    """Logs that durations or big blanks of the checkpoint are not those of the new training."""
+    num_before, num_now = get_topology(before).num_extra, get_topology(now).num_extra
+    if before == now or num_before == 0:
+        return
+    same = "keep their weights under another meaning"
+    logger.warning(
+        "the model of %s was trained with the topology %s, and this training uses %s: its outputs "
+        "for durations or big blanks %s; loss=%s loss.topology=%s keeps them",
+        path,
+        before,
+        now,
+        same if num_before == num_now else "are lost" if num_now == 0 else "start anew",
+        "fused_tdt" if get_topology(before).num_durations else "multi_blank",
+        before,
+    )
