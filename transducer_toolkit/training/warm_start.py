@@ -79,7 +79,12 @@ def start_from(module: TransducerModule, path: str) -> None:
             logger.warning("%s: %s", what, ", ".join(names))
     _report_symbols(before, now, path)
     if module.loss is not None:
-        _report_durations(checkpoint[CHECKPOINT_KEY]["topology"], module.loss.topology, path)
+        # The first checkpoints have no "topology"; all were regular.
+        topology = checkpoint[CHECKPOINT_KEY].get("topology", "regular")
+        try:
+            _report_durations(topology, module.loss.topology, path)
+        except ValueError as error:
+            raise ValueError(f"init_from: {path}: {error}") from error
 
 
 def _symbol_axes(module: TransducerModule) -> dict[str, int]:
