@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of NeMo, SpeechBrain and ESPnet: their joint network and loss, and the adapters.
+"""A training step of NeMo, SpeechBrain and ESPnet, with their losses and with our adapters.
 
     python -m benchmarks.frameworks lengths.npy  # 4 utterances of 200 frames and 40 labels
     python -m benchmarks.run --suite step --extra benchmarks.frameworks --peers nemo torchaudio \\
         --shapes lengths.npy --frames 800 --vocab-size 1024 --joiner-dim 640 --clock cpu
 
-Run it in an environment with the project; a project that is absent has a row that says so. The
-projections of the joint networks are identities, because the suite starts behind them. SpeechBrain
-1.1 and ESPnet have no loss on the CPU that PyPI has: torchaudio's takes its place, which
-SpeechBrain 1.0 calls, too.
+Run it in an environment with the project. If a project is not installed, its row says so. The
+projections of the joint networks are identities, because the inputs of the suite are projected
+already. PyPI has no CPU loss for SpeechBrain 1.1 and ESPnet, so their rows take torchaudio's loss,
+which SpeechBrain 1.0 calls, too.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ LENGTHS = [(200, 40)] * 8  # a batch begins in the middle of a corpus
 
 
 def step(workload: Workload, make: Callable[[Workload], Any], *, blank_is_last: bool) -> Job:
-    """enc, pred, weight, bias -> losses and the gradients of all four.
+    """Returns the job that computes the losses and the gradients of enc, pred, weight and bias.
 
-    `make` returns the output layer, and a function of enc and pred that computes the losses with
-    it. The rows of the output layer are rolled for a project whose blank is the last symbol.
+    Args:
+        workload: sizes and inputs.
+        make: returns the output layer of a project, and a function that computes the losses from
+            enc and pred with this layer.
+        blank_is_last: the project's blank is the last symbol, so the rows of its layer are rolled.
     """
     enc, pred, weight, bias = workload.joiner_inputs()
     shift = -1 if blank_is_last else 0
@@ -122,7 +125,7 @@ def espnet(workload: Workload, *, fused: bool) -> tuple[nn.Linear, Callable[...,
 
 
 def own_loss(workload: Workload) -> Callable[[Tensor], Tensor]:
-    """What a change of the import does: logits stay padded."""
+    """Returns the loss with torchaudio's signature, a function of padded logits."""
     from transducer_toolkit.compat.torchaudio import rnnt_loss
 
     indices = int32_indices(workload)
@@ -139,7 +142,7 @@ def torchaudio_loss(workload: Workload) -> Callable[..., Tensor]:
 def pair(
     name: str, make: Callable[..., Any], module: str, distribution: str, theirs: str
 ) -> list[Implementation]:
-    """Two rows of a project: its own step and that of the adapter."""
+    """Returns two rows of a project: with its own loss and with the adapter."""
 
     def job(workload: Workload, fused: bool) -> Job:
         return step(

@@ -10,6 +10,7 @@ namespace transducer {
 enum class Topology : int { kRegular = 0, kModified = 1, kConstrained = 2, kOneSymPerFrame = 3 };
 
 // A blank arc leads from (t, u) to (t + blank_frames, u), a label arc to (t + label_frames, u + 1).
+// The two flags may be set only where label_frames is 1: Python's Topology refuses other rows.
 struct TopologyTraits {
   const char* name;
   int blank_frames;        // 1

@@ -14,8 +14,8 @@ from transducer_toolkit import LatticeShape, transducer_loss
 class GatedJoiner(nn.Module):
     """``Linear(tanh(Linear(encoder)) * sigmoid(Linear(predictor)))``.
 
-    It has the methods of :class:`~transducer_toolkit.modules.Joiner`, so that loss stages, searches
-    and transducer-train (``model.joiner._target_=...``) take it.
+    It has the methods that ``loss=packed``, ``loss=full`` and the searches call, so that
+    transducer-train (``model.joiner._target_=...``) takes it. ``docs/own_parts.md`` lists them.
     """
 
     def __init__(

@@ -138,7 +138,7 @@ def with_exported_files(folder):
 
 
 def with_a_graph(folder):
-    """Pretended CUDA: autograd's engine does not know it (tests/losses/test_no_traffic.py does)."""
+    """Pretended CUDA: autograd's engine does not know it (tests/ops/test_no_traffic.py does)."""
     lengths, target_lengths = torch.tensor([6, 4]), torch.tensor([3, 2])
     with pretend_cuda() as traffic, mock.patch.object(torch.Tensor, "backward", return_value=None):
         sizes = {"enc": (2, 6, 16), "pred": (2, 4, 16), "weight": (9, 16), "bias": (9,)}
@@ -203,6 +203,15 @@ def test_links_lead_to_something(page):
         assert meant.exists() and meant.is_relative_to(ROOT), target
         if anchor:
             assert anchor in anchors(meant), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/losses.md"])
+def test_the_tables_of_losses_have_every_option(page):
+    rows = re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+)(?: \(default\))? \|", (ROOT / page).read_text(), re.M
+    )
+    options = {path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml")}
+    assert options <= set(re.findall(r"`(\w+)`", " ".join(rows)))
 
 
 def test_every_page_stands_in_the_menu_of_the_site():

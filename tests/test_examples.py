@@ -19,6 +19,12 @@ from tests.cli.conftest import write_tones
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "from_torchaudio.ipynb"
+TINY_TRAINING = [
+    "data=manifest", "data.corpus.train=tones/train.jsonl", "data.corpus.val=tones/val.jsonl",
+    "data.num_workers=0", "model.encoder.conv_channels=4", "model.encoder.hidden_dim=16",
+    "model.predictor.embedding_dim=8", "model.joiner.joiner_dim=16", "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "num_threads=1",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -36,7 +42,8 @@ def example(monkeypatch):
 def test_every_example_is_in_the_readme_and_here():
     scripts = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
     own = {"plain_loop.py", "custom_joiner.py", "microphone.py"}
-    assert scripts == own | {"custom_encoder/gru_encoder.py"}
+    folders = {"custom_encoder/gru_encoder.py", "custom_loss/confidence_penalty.py"}
+    assert scripts == own | folders
     linked = re.findall(r"\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text())
     assert scripts <= set(linked) and NOTEBOOK.name in linked
 
@@ -118,6 +125,42 @@ def test_the_custom_joiner_suits_loss_stages_and_searches(example):
     torch.testing.assert_close(packed, full)
     for search in (GreedySearch, BeamSearch):
         assert len(search(predictor, joiner)(batch.encoder_out, shape.logit_lengths)) == 2
+
+
+def test_the_custom_loss_is_the_packed_loss_and_the_entropy(example):
+    from transducer_toolkit import LatticeShape
+    from transducer_toolkit.modules import Joiner
+    from transducer_toolkit.training.stages import LossInput, PackedLoss
+
+    torch.manual_seed(0)
+    module = example("confidence_penalty", EXAMPLES / "custom_loss")
+    shape = LatticeShape.from_lengths([4, 3], [2, 1])
+    joiner = Joiner(8, 6, 16, 5)
+    encoder_out, predictor_out = torch.randn(2, 4, 8), torch.randn(2, 3, 6)
+    batch = LossInput(joiner, encoder_out, predictor_out, torch.tensor([[1, 4], [2, 0]]), shape)
+    losses, metrics = module.ConfidencePenaltyLoss(weight=0.3)(batch)
+    entropy = torch.distributions.Categorical(logits=joiner(encoder_out, predictor_out, shape))
+    first, second = entropy.entropy().split([12, 6])
+    expected = torch.stack([first.sum() / 3, second.sum() / 2])
+    torch.testing.assert_close(losses, PackedLoss()(batch).losses - 0.3 * expected)
+    torch.testing.assert_close(metrics["entropy"], entropy.entropy().mean())
+
+
+def test_the_custom_loss_trains_from_the_command_line(tmp_path, monkeypatch):
+    write_tones(tmp_path / "tones")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES / "custom_loss"), str(ROOT)]))
+
+    def train(*options):
+        command = [sys.executable, "-m", "transducer_toolkit.cli.train", *TINY_TRAINING, *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    conf = ["--config-dir", str(EXAMPLES / "custom_loss" / "conf"), "loss=confidence_penalty"]
+    done = train(*conf, "loss.weight=0.05", "loss.topology=modified", "name=own")
+    assert done.returncode == 0, done.stderr
+    (checkpoint,) = tmp_path.glob("outputs/own/*/checkpoints/best.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["recognizer"]["topology"] == "modified"
+    (metrics,) = tmp_path.glob("outputs/own/*/metrics/metrics.csv")
+    assert "train/entropy" in metrics.read_text().splitlines()[0]
 
 
 def test_the_custom_encoder_keeps_padding_out(example):

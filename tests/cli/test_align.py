@@ -106,6 +106,13 @@ def test_a_part_of_a_file(align, utterance, tmp_path, capsys):
     assert capsys.readouterr().out == part
 
 
+def test_a_topology_that_the_joiner_does_not_fit_is_an_error(align, tones, capsys):
+    arguments = ["--manifest", tones / "test.jsonl", "--format", "ctm", "--topology", "tdt-0-1-2"]
+    assert align(*arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "topology: 'tdt-0-1-2' needs a joiner with 3 logits" in line
+
+
 def test_goes_on_after_what_cannot_be_aligned(align, tones, tmp_path, capsys):
     rows = read_manifest(tones / "test.jsonl")[:2]
     rows += [
@@ -143,7 +150,7 @@ def test_goes_on_after_what_cannot_be_aligned(align, tones, tmp_path, capsys):
         ),
         (["--manifest", "m", "--format", "png"], "--format png needs --output-dir"),
         (["--manifest", "m", "--format", "ctm,json"], "--format ctm,json needs --output-dir"),
-        (["--manifest", "m", "--topology", "ctc"], "--topology: expected one of regular, "),
+        (["--manifest", "m", "--topology", "ctc"], "--topology: expected one of ('regular', "),
     ],
 )
 def test_usage(align, capsys, arguments, message):

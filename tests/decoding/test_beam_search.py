@@ -19,7 +19,7 @@ from transducer_toolkit.decoding import (
 )
 from transducer_toolkit.losses.reference import reference_duration_loss, reference_loss
 from transducer_toolkit.modules import Joiner, StatelessPredictor
-from transducer_toolkit.ops.topology import get_topology
+from transducer_toolkit.ops.topology import Topology, get_topology
 
 NAMES = [*TOPOLOGIES, "tdt-0-1-2", "tdt-1-3", "tdt-0-20", "tdt-0-1-2-3-4", "multi_blank-2-4",
          "multi_blank-2"]  # fmt: skip
@@ -187,10 +187,13 @@ def test_equals_the_reference_on_400_models():
     assert num_hypotheses > 1500
 
 
-@pytest.mark.parametrize("topology", NAMES)
+@pytest.mark.parametrize("topology", [*NAMES, "forced_blanks"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_beam_of_all_sequences_gives_the_likelihoods_of_the_loss(topology, seed):
+def test_a_beam_of_all_sequences_gives_the_likelihoods_of_the_loss(topology, seed, monkeypatch):
     torch.manual_seed(seed)
+    # The table can also express this one: a blank follows every label, and ends the path.
+    forced_blanks = Topology("forced_blanks", label_takes_blank=True, ends_with_label=False)
+    monkeypatch.setitem(TOPOLOGIES, forced_blanks.name, forced_blanks)
     row = get_topology(topology)
     vocab_size, num_frames, limit = 3, 3, 3
     blank = 0 if row.num_big_blanks else 1  # as the reference of that loss

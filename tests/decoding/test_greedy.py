@@ -7,6 +7,7 @@ import torch
 
 from tests.decoding.models import ENCODER_DIM, random_model
 from transducer_toolkit.decoding import (
+    TOPOLOGIES,
     BeamSearch,
     GreedySearch,
     Hypothesis,
@@ -93,7 +94,9 @@ def test_a_chunk_leaves_the_state_before_it_as_it_was():
     assert first == again and any(h.tokens for h in first)
 
 
-@pytest.mark.parametrize("topology", ["modified", "constrained", "one_sym_per_frame"])
+@pytest.mark.parametrize(
+    "topology", [name for name, row in TOPOLOGIES.items() if not row.labels_share_frames]
+)
 def test_in_topologies_where_a_label_moves_on_a_frame_emits_one_at_most(topology):
     predictor, joiner, encoder_out, lengths = random_model(3, max_frames=30)
     found = GreedySearch(predictor, joiner, topology=topology)(encoder_out, lengths)

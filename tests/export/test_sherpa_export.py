@@ -213,3 +213,12 @@ def test_a_graph_that_froze_is_not_kept(tmp_path, module, message):
     with pytest.raises(RuntimeError, match=message):
         write_graph(graph, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model_type", ["icefall", "nemo"])
+def test_a_joiner_of_another_formula_is_an_error(model_type, tmp_path):
+    recognizer = random_recognizer(conv_lstm())
+    recognizer.model.joiner = nn.Bilinear(16, 12, len(SYMBOLS))
+    message = "joiner must be a Joiner or an AdditiveJoiner with unmodified forward, got Bilinear"
+    with pytest.raises(ValueError, match=message):
+        export_for_sherpa(recognizer, tmp_path, model_type=model_type)

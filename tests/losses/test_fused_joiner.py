@@ -126,7 +126,7 @@ def test_activations_and_bias(activation, bias):
 )
 def test_any_batch_equals_unfused(lengths, topology, band, tile_cells, scale, dropped_mass, seed):
     torch.manual_seed(seed)
-    lengths = [(t, u if topology == "regular" else min(u, t - 1)) for t, u in lengths]
+    lengths = [(max(t, TOPOLOGIES[topology].min_frames(u)), u) for t, u in lengths]
     frames, symbols = ([pair[i] for pair in lengths] for i in (0, 1))
     case = Case(frames, symbols, scale=scale, band=min(band, max(symbols) + 1))
     expected = case.unfused(topology=topology)

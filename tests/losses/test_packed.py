@@ -13,6 +13,7 @@ from transducer_toolkit import Joiner, LatticeShape, TransducerLoss, transducer_
 from transducer_toolkit.losses.reference import reference_loss
 from transducer_toolkit.ops.logits_loss import LogitsInputs, LogitsPlan, operator
 from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 pytestmark = pytest.mark.usefixtures("stages")
 
@@ -27,10 +28,6 @@ SHAPES = {
 def grad_of(loss, tensor, weights=None):
     value = (loss * weights).sum() if weights is not None else loss.sum()
     return torch.autograd.grad(value, tensor, retain_graph=True)[0]
-
-
-def topology_options(topology):
-    return {"one_sym_per_frame": topology == "one_sym_per_frame"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -57,20 +54,16 @@ def test_float64_equals_oracle(shape, vocab_size, from_log_softmax, enumerate_pa
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=4),
     vocab_size=st.integers(2, 9),
-    one_sym_per_frame=st.booleans(),
+    topology=st.sampled_from(tuple(TOPOLOGIES)),
     delay_penalty=st.sampled_from([0.0, 0.3]),
     scale=st.sampled_from([0.1, 3.0, 40.0]),
     seed=st.integers(0, 2**31),
 )
-def test_any_batch_equals_oracle(
-    lengths, vocab_size, one_sym_per_frame, delay_penalty, scale, seed
-):
+def test_any_batch_equals_oracle(lengths, vocab_size, topology, delay_penalty, scale, seed):
     torch.manual_seed(seed)
-    if one_sym_per_frame:
-        lengths = [(t, min(u, t - 1)) for t, u in lengths]
+    lengths = [(max(t, TOPOLOGIES[topology].min_frames(u)), u) for t, u in lengths]
     frames, symbols = ([pair[i] for pair in lengths] for i in (0, 1))
     batch = ragged_batch(frames, symbols, vocab_size, scale=scale)
-    topology = "one_sym_per_frame" if one_sym_per_frame else "regular"
     expected = reference_loss(
         batch.logits,
         *batch.index_arguments,
@@ -82,7 +75,7 @@ def test_any_batch_equals_oracle(
     actual = transducer_loss(
         packed,
         *batch.index_arguments,
-        one_sym_per_frame=one_sym_per_frame,
+        topology=topology,
         reduction="none",
         delay_penalty=delay_penalty,
     )
@@ -95,7 +88,7 @@ def test_any_batch_equals_oracle(
     )
 
 
-@pytest.mark.parametrize("topology", ["regular", "one_sym_per_frame"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("from_log_softmax", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradcheck(topology, from_log_softmax, packed):
@@ -109,7 +102,7 @@ def test_gradcheck(topology, from_log_softmax, packed):
             from_log_softmax=from_log_softmax,
             reduction="none",
             delay_penalty=0.2,
-            **topology_options(topology),
+            topology=topology,
         )
 
     assert torch.autograd.gradcheck(loss_of, (logits,), atol=1e-8)
@@ -395,10 +388,10 @@ def test_targets_changed_behind_autograds_back_give_nan():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("topology", ["regular", "one_sym_per_frame"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_one_bad_utterance_leaves_the_others_alone(value, topology):
     batch = ragged_batch([5, 4, 3], [2, 1, 0], 6, dtype=torch.float32)
-    options = {"reduction": "none", **topology_options(topology)}
+    options = {"reduction": "none", "topology": topology}
     clean = transducer_loss(batch.logits, *batch.index_arguments, **options)
     clean_grad = grad_of(clean, batch.logits)
     for cell in [(0, 0), (0, 1), (2, 1), (3, 0)]:

@@ -28,8 +28,9 @@ def random_case(seed):
     choose = random.Random(seed)
     topology = choose.choice(tuple(TOPOLOGIES))
     frames = [choose.choice([1, 2, 5, 20, 50, 90]) for _ in range(choose.choice([1, 2, 3]))]
-    symbols = [
-        choose.randint(0, min(40, t if topology == "regular" else max(0, t - 1))) for t in frames
+    symbols = [choose.randint(0, min(40, t)) for t in frames]
+    frames = [
+        max(t, TOPOLOGIES[topology].min_frames(u)) for t, u in zip(frames, symbols, strict=True)
     ]
     vocab_size, width = choose.choice([7, 30, 64, 129]), choose.choice([8, 32, 64])
     scale = 10 ** choose.uniform(0, 2)

@@ -4,6 +4,7 @@ import torch
 
 from transducer_toolkit import Joiner, LatticeShape, fused_joiner_loss, join, joiner_logits
 from transducer_toolkit.modules import AdditiveJoiner
+from transducer_toolkit.modules.joiner import FORMULA
 from transducer_toolkit.ops.join import _ACTIVATIONS
 from transducer_toolkit.ops.native import ACTIVATIONS
 
@@ -178,3 +179,14 @@ def test_an_input_of_another_device_and_dtype_is_named():
     enc, pred = torch.zeros(3, 4, 5), torch.zeros(3, 4, 5, dtype=torch.bfloat16, device="meta")
     with pytest.raises(TypeError, match="enc, pred: expected the same dtype"):
         joiner_logits(enc, pred, torch.zeros(4, 5), None, SHAPE)
+
+
+@pytest.mark.parametrize("name", ["forward", "padded", "join_projected", "step", "project_encoder"])
+def test_a_subclass_that_changes_a_part_of_the_formula_is_an_error(name):
+    with pytest.raises(TypeError, match="Half: expected a subclass of Joiner that overrides"):
+        type("Half", (Joiner,), {name: lambda self, *inputs: None})
+
+
+def test_a_subclass_may_change_the_layers_or_all_of_the_formula():
+    type("Layers", (Joiner,), {"__init__": lambda self: Joiner.__init__(self, 8, 4, 16, 10)})
+    type("Formula", (Joiner,), dict.fromkeys(FORMULA, lambda self, *inputs: None))

@@ -12,6 +12,7 @@ from transducer_toolkit.ops.topology import (
     MAX_BIG_BLANKS,
     MAX_DURATIONS,
     TOPOLOGIES,
+    Topology,
     get_topology,
     is_feasible,
     multi_blank_topology,
@@ -36,6 +37,18 @@ def test_the_compiled_stages_have_the_same_table():
             "ends_with_label": row.ends_with_label,
         }
         assert len(row.blank_durations) == len(row.label_durations) == 1
+
+
+@pytest.mark.parametrize("column", ["label_takes_blank", "ends_with_label"])
+@pytest.mark.parametrize("durations", [(0,), (0, 1), (2,)])
+def test_a_row_that_no_stage_implements_is_an_error(column, durations):
+    options = {"ends_with_label": False} | {column: True}
+    with pytest.raises(ValueError, match=f"{column}: expected False with label_durations"):
+        Topology("mine", label_durations=durations, **options)
+
+
+def test_the_functions_with_names_of_k2_refuse_a_topology_that_does_not_say_is_k2():
+    assert not Topology("mine").is_k2
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

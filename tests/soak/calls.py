@@ -100,8 +100,10 @@ def _options(random_: random.Random, **choices: tuple[Any, ...]) -> dict[str, An
 
 
 def _transducer_loss(random_: random.Random) -> dict[str, Any]:
-    one_sym_per_frame = random_.random() < 0.3
-    sizes = Sizes(random_, "one_sym_per_frame" if one_sym_per_frame else "regular")
+    topology = random_.choice(tuple(TOPOLOGIES))
+    # Another way to write this topology.
+    has_flag = topology == "one_sym_per_frame" and random_.random() < 0.5
+    sizes = Sizes(random_, topology)
     padded = random_.random() < 0.5
     rows = (sizes.B, sizes.T, sizes.U + 1) if padded else (sizes.shape().num_cells,)
     frames, symbols = sizes.lengths()
@@ -111,7 +113,8 @@ def _transducer_loss(random_: random.Random) -> dict[str, Any]:
         "logit_lengths": frames,
         "target_lengths": symbols,
         "blank": sizes.blank,
-        "one_sym_per_frame": one_sym_per_frame,
+        "one_sym_per_frame": has_flag,
+        "topology": "regular" if has_flag else topology,
         **_options(
             random_,
             from_log_softmax=(False, True),
@@ -133,10 +136,12 @@ def _alignment(random_: random.Random, sizes: Sizes) -> dict[str, Any]:
     """Windows about the frames of a path."""
     frames = torch.zeros(sizes.B, sizes.U, dtype=torch.int64)
     for b, symbols in enumerate(sizes.symbols):
-        if sizes.topology == "one_sym_per_frame":
-            chosen = torch.randperm(sizes.frames[b] - 1)[:symbols]
+        row = get_topology(sizes.topology)
+        last = sizes.frames[b] - (not row.may_label_last_frame)
+        if row.labels_share_frames:
+            chosen = torch.randint(0, last, (symbols,))
         else:
-            chosen = torch.randint(0, sizes.frames[b], (symbols,))
+            chosen = torch.randperm(last)[:symbols]
         frames[b, :symbols] = chosen.sort().values
     return {
         "alignment": frames.to(random_.choice([torch.int32, torch.int64])),

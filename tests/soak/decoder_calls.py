@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.decoding.models import random_model
 from tests.decoding.test_beam_search import BigramModel
 from transducer_toolkit import LatticeShape, decoding
+from transducer_toolkit.decoding import TOPOLOGIES
 
 NOTHING = -9.0  # where an utterance has fewer symbols or hypotheses than another
 MAX_SYMBOLS = 12  # a frame: some models never say blank, and 2^62 symbols take their time
@@ -142,7 +143,7 @@ def _advance_call(random_: random.Random) -> dict[str, Any]:
     call = _model(random_)
     return call | {
         "state": len(call["encoder_out"]),
-        "topology": random_.choice(tuple(decoding.TOPOLOGIES)),
+        "topology": random_.choice(tuple(TOPOLOGIES)),
     }
 
 
@@ -150,7 +151,7 @@ def _nbest_call(random_: random.Random) -> dict[str, Any]:
     call = _model(random_)
     options = {
         "beam": random_.choice([1, 2, 4, 7]),
-        "topology": random_.choice(tuple(decoding.TOPOLOGIES)),
+        "topology": random_.choice(tuple(TOPOLOGIES)),
         "length_normalized": random_.random() < 0.5,
         "lm": BigramModel(call["predictor"].vocab_size, random_.randrange(100)),
         "lm_weight": random_.choice([0.0, 0.3, -0.3]),
@@ -159,13 +160,12 @@ def _nbest_call(random_: random.Random) -> dict[str, Any]:
 
 
 def _lattices(random_: random.Random) -> dict[str, Any]:
-    topology = random_.choice(tuple(decoding.TOPOLOGIES))
+    topology = random_.choice(tuple(TOPOLOGIES))
     size, vocab_size = random_.choice([1, 2, 3]), random_.choice([2, 3, 6])
     frames = [random_.choice([1, 2, 4, 6]) for _ in range(size)]
     symbols = [random_.choice([0, 1, 3]) for _ in range(size)]
-    if topology != "regular":
-        less = topology == "one_sym_per_frame"
-        symbols = [min(u, t - less) for u, t in zip(symbols, frames, strict=True)]
+    min_frames = TOPOLOGIES[topology].min_frames
+    frames = [max(t, min_frames(u)) for t, u in zip(frames, symbols, strict=True)]
     shape, blank = LatticeShape.from_lengths(frames, symbols), random_.randrange(vocab_size)
     targets = torch.randint(0, vocab_size - 1, (size, max(symbols) + random_.choice([0, 1])))
     targets += targets >= blank
@@ -178,11 +178,10 @@ def _lattices(random_: random.Random) -> dict[str, Any]:
 
 
 def _one_lattice(random_: random.Random) -> dict[str, Any]:
-    topology = random_.choice(tuple(decoding.TOPOLOGIES))
+    topology = random_.choice(tuple(TOPOLOGIES))
     frames = random_.choice([1, 2, 5, 8])
     symbols = random_.choice([0, 1, 4])
-    if topology != "regular":
-        symbols = min(symbols, frames - (topology == "one_sym_per_frame"))
+    frames = max(frames, TOPOLOGIES[topology].min_frames(symbols))
     dtype = random_.choice([torch.float64, torch.float32])
     return {
         "blank_log_probs": torch.randn(frames, symbols + 1).to(dtype),

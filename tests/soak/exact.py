@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transducer_toolkit.ops.topology import TOPOLOGIES, Topology
+
 Exact = np.longdouble
 LOG_ZERO = Exact(-np.inf)
 
@@ -28,15 +30,16 @@ def exact_posteriors(
         topology: one of TOPOLOGIES.
     """
     num_frames, columns = blank.shape
-    if topology == "constrained":
+    row = TOPOLOGIES[topology]
+    if row.label_takes_blank:
         label = label + blank[:, 1:]
-    elif topology == "one_sym_per_frame":
+    if not row.may_label_last_frame:
         label = label.copy()
         label[-1] = LOG_ZERO
     # alpha and beta have a node (T, U) behind the last frame; labels that lead beyond are -inf.
     alpha, beta = (np.full((num_frames + 1, columns), LOG_ZERO) for _ in range(2))
     alpha[0, 0] = beta[num_frames, columns - 1] = 0
-    if topology == "regular":
+    if row.labels_share_frames:
         for d in range(1, num_frames + columns):
             u = np.arange(max(0, d - num_frames), min(columns - 1, d) + 1)
             t = d - u
@@ -84,7 +87,7 @@ def exact_solution(
     )[..., 0]
     loss, use_blank, use_label = exact_posteriors(log_probs[:, :, blank], label, topology)
     post_blank = use_blank.copy()
-    if topology == "constrained":  # the blank that a label drags along is used too
+    if TOPOLOGIES[topology].label_takes_blank:  # the blank of a label arc is a use, too
         use_blank[:, 1:] += use_label
     grad = use_blank[..., None] * np.exp(log_probs)
     grad[:, :-1] += use_label[..., None] * np.exp(log_probs[:, :-1])
@@ -105,10 +108,11 @@ def plain_solution(
     stop = log_probs[:, :, blank]
     index = targets.long().expand(num_frames, columns - 1)[..., None]
     label = log_probs[:, :-1].gather(2, index).squeeze(2)
-    if topology == "constrained":
+    row = TOPOLOGIES[topology]
+    if row.label_takes_blank:
         label = label + stop[:, 1:]
-    is_regular = topology == "regular"
-    score = _regular(stop, label) if is_regular else _advancing(stop, label, topology)
+    stays = row.labels_share_frames
+    score = _regular(stop, label) if stays else _advancing(stop, label, row)
     (grad,) = torch.autograd.grad(-score, x)
     return -float(score.detach()), grad.double()
 
@@ -143,13 +147,13 @@ def _runs(first: int, last: int, low: int, high: int):
         yield columns[0], columns[-1], blank, label
 
 
-def _advancing(stop: Tensor, label: Tensor, topology: str) -> Tensor:
+def _advancing(stop: Tensor, label: Tensor, row: Topology) -> Tensor:
     num_frames, columns = stop.shape
     alpha = stop.new_zeros(1)
     for t in range(num_frames):
         count = len(alpha)
         by_blank = alpha + stop[t, :count]
-        if topology == "one_sym_per_frame" and t + 1 == num_frames:
+        if not row.ends_with_label and t + 1 == num_frames:
             alpha = by_blank
             break
         by_label = alpha[: columns - 1] + label[t, : min(count, columns - 1)]

@@ -20,6 +20,7 @@ from tests.soak.truth import (
     loss_results,
     number,
 )
+from transducer_toolkit.ops.topology import get_topology
 
 
 def utterance_is_valid(
@@ -112,9 +113,9 @@ def log_prob_results(
     log_probs: list[Tensor | None], exists: list, common: tuple, num_frames: int, error: float
 ) -> Results:
     symbols, options, rows = common
-    blank, regular = options.blank, options.topology == "regular"
+    blank, row = options.blank, get_topology(options.topology)
     shapes = (
-        (len(rows), symbols.size(1), num_frames + regular),
+        (len(rows), symbols.size(1), num_frames + row.labels_share_frames),
         (len(rows), symbols.size(1) + 1, num_frames),
     )
     values = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
@@ -127,7 +128,7 @@ def log_prob_results(
             x = torch.where(exists[b][..., None], x, -math.inf)
         index = symbols[b, s_begin:s_end].long().expand(len(x), -1)[..., None]
         label, stop = x[:, :-1].gather(2, index).squeeze(2), x[:, :, blank]
-        if options.topology == "constrained":
+        if row.label_takes_blank:
             label = label + stop[:, 1:]
         places = (
             (b, slice(s_begin, s_end), slice(t_begin, t_end)),

@@ -22,7 +22,7 @@ from tests.soak.truth import (
     solve,
 )
 from transducer_toolkit import LatticeShape
-from transducer_toolkit.decoding import ModifiedBeamSearch
+from transducer_toolkit.decoding import TOPOLOGIES, ModifiedBeamSearch
 
 
 def _float64(values: Any) -> Tensor:
@@ -79,7 +79,8 @@ def greedy_search(a: dict[str, Any], weights: Tensor) -> Results:
 
 def advance(a: dict[str, Any], weights: Tensor) -> Results:
     batch = _batch(a)
-    results = _greedy(batch, MAX_SYMBOLS if a.get("topology", "regular") == "regular" else 1)
+    stays = TOPOLOGIES[a.get("topology", "regular")].labels_share_frames
+    results = _greedy(batch, MAX_SYMBOLS if stays else 1)
     return results | {"num_frames": Expected(_float64(batch[3]))}
 
 
@@ -102,8 +103,8 @@ def nbest(a: dict[str, Any], weights: Tensor) -> Results:
 def _viterbi(blank: Tensor, label: Tensor, topology: str) -> tuple[float, list[int]]:
     """The best path, from a table of the best scores to the end of the lattice."""
     num_frames, num_symbols = len(blank), blank.size(1) - 1
-    here = 1 if topology == "regular" else 0  # a label stays on its frame, or leads on
-    if topology == "constrained":
+    row = TOPOLOGIES[topology]
+    if row.label_takes_blank:
         label = label + blank[:, 1:]
     end = torch.full((num_frames + 1, num_symbols + 1), -math.inf, dtype=torch.float64)
     end[num_frames, num_symbols] = 0
@@ -111,9 +112,9 @@ def _viterbi(blank: Tensor, label: Tensor, topology: str) -> tuple[float, list[i
     for t in range(num_frames - 1, -1, -1):
         for u in range(num_symbols, -1, -1):
             by_blank, by_label = float(blank[t, u] + end[t + 1, u]), -math.inf
-            last = topology == "one_sym_per_frame" and t == num_frames - 1
-            if u < num_symbols and not last:
-                by_label = float(label[t, u] + end[t if here else t + 1, u + 1])
+            may_label = t < num_frames - 1 or row.may_label_last_frame
+            if u < num_symbols and may_label:
+                by_label = float(label[t, u] + end[t + row.label_durations[0], u + 1])
             end[t, u], steps[t, u] = max(by_blank, by_label), by_label > by_blank
             if by_blank == by_label != -math.inf:
                 raise Undecided  # a tie
@@ -122,7 +123,7 @@ def _viterbi(blank: Tensor, label: Tensor, topology: str) -> tuple[float, list[i
     while t < num_frames:
         if steps[t, u]:
             frames.append(t)
-            t, u = (t if here else t + 1), u + 1
+            t, u = t + row.label_durations[0], u + 1
         else:
             t += 1
     return float(end[0, 0]), frames
@@ -189,7 +190,7 @@ def lattice_posteriors(a: dict[str, Any], weights: Tensor) -> Results:
         labels[b, :t, :u] = solution.label_posterior
         occupancy[b, :t, : u + 1] = solution.blank_posterior
         occupancy[b, :t, :u] += solution.label_posterior
-        if topology == "constrained":  # a label drags a blank along
+        if TOPOLOGIES[topology].label_takes_blank:
             occupancy[b, :t, 1 : u + 1] += solution.label_posterior
     size = largest(logits)
     eps = torch.finfo(torch.float64 if logits.dtype == torch.float64 else torch.float32).eps

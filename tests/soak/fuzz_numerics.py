@@ -22,7 +22,7 @@ from torch import Tensor
 
 import transducer_toolkit as tt
 from tests.soak.exact import exact_solution, plain_solution
-from transducer_toolkit.ops.topology import TOPOLOGIES
+from transducer_toolkit.ops.topology import K2_TOPOLOGIES, TOPOLOGIES
 
 # What is allowed beyond the error of plain torch: of the loss relatively, of a gradient entry.
 TOLERANCE = {
@@ -60,8 +60,7 @@ def make_case(seed: int, *, large: bool = False) -> Case:
     torch.manual_seed(seed)
     topology = random_.choice(tuple(TOPOLOGIES))
     frames, symbols = random_.choice(LARGE_SIZES if large else SIZES)
-    if topology != "regular":
-        symbols = min(symbols, frames - (topology == "one_sym_per_frame"))
+    frames = max(frames, TOPOLOGIES[topology].min_frames(symbols))
     vocab = random_.choice([2, 5, 16, 32] if frames * symbols < 10**5 else [2, 7])
     dtype = random_.choice(list(TOLERANCE))
     scale = random_.choice([0.1, 1.0, 10.0, 100.0, 2500.0])
@@ -81,10 +80,9 @@ def make_case(seed: int, *, large: bool = False) -> Case:
 def _packed_loss(case: Case, logits: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """The loss of one lattice: packed, or padded with NaN by so many frames and symbols."""
     frames, columns, vocab = logits.shape
-    one_sym = case.topology == "one_sym_per_frame"
     lengths = torch.tensor([frames]), torch.tensor([columns - 1])
     targets = torch.nn.functional.pad(case.targets, (0, padding[1]), value=10**8)[None]
-    if case.topology not in ("regular", "one_sym_per_frame"):
+    if case.topology in K2_TOPOLOGIES and case.topology != "regular":
         padded = _padded(logits, padding)[None]
         boundary = torch.tensor([[0, 0, columns - 1, frames]])
         loss = tt.rnnt_loss(padded, targets, case.blank, boundary, case.topology, reduction="sum")
@@ -92,7 +90,7 @@ def _packed_loss(case: Case, logits: Tensor, padding: tuple[int, int] = (0, 0)) 
         return loss
     x = logits.reshape(-1, vocab) if padding == (0, 0) else _padded(logits, padding)[None]
     return tt.transducer_loss(
-        x, targets, *lengths, case.blank, one_sym_per_frame=one_sym, reduction="sum"
+        x, targets, *lengths, case.blank, topology=case.topology, reduction="sum"
     )
 
 
@@ -136,7 +134,8 @@ def problems(case: Case) -> list[str]:
     if not grad_error <= plain_grad_error + grad_allowed:
         found.append(f"gradient off by {grad_error:.3g} (plain torch {plain_grad_error:.3g})")
     arcs = float(post_blank.sum() + post_label.sum())
-    expected = frames + columns - 1 if case.topology == "regular" else frames
+    stays = TOPOLOGIES[case.topology].labels_share_frames
+    expected = frames + columns - 1 if stays else frames
     if not abs(arcs - expected) < 1e-9 * expected:
         found.append(f"the exact posteriors sum to {arcs}, not {expected}")
     if not float(loss) >= -loss_allowed:
@@ -156,8 +155,8 @@ def problems(case: Case) -> list[str]:
 
 def _company(case: Case, loss: Tensor, grad: Tensor) -> list[str]:
     """The utterance between two others, packed: the same bits."""
-    if case.topology not in ("regular", "one_sym_per_frame"):
-        return []
+    if case.topology in K2_TOPOLOGIES and case.topology != "regular":
+        return []  # rnnt_loss takes no packed logits
     frames, columns, vocab = case.logits.shape
     others = torch.randn(2, 3 * 2, vocab).to(case.logits.dtype)
     x = torch.cat([others[0], case.logits.reshape(-1, vocab), others[1]]).requires_grad_()
@@ -169,7 +168,7 @@ def _company(case: Case, loss: Tensor, grad: Tensor) -> list[str]:
         torch.tensor([3, frames, 3]),
         torch.tensor([1, columns - 1, 1]),
         case.blank,
-        one_sym_per_frame=case.topology == "one_sym_per_frame",
+        topology=case.topology,
         reduction="none",
     )
     (all_grads,) = torch.autograd.grad(losses.sum(), x)
@@ -180,7 +179,7 @@ def _company(case: Case, loss: Tensor, grad: Tensor) -> list[str]:
 
 def _posteriors(case: Case, post_blank: Tensor, post_label: Tensor, allowed: float) -> list[str]:
     """return_grad, and the band that is everything."""
-    if case.topology == "one_sym_per_frame":
+    if case.topology not in K2_TOPOLOGIES:
         return []
     frames, columns, _ = case.logits.shape
     arguments = case.logits[None], case.targets[None], case.blank

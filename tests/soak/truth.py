@@ -169,7 +169,7 @@ def solve(
             strict=True,
         )
     )
-    if options.topology == "constrained":  # without the blank that a label drags along
+    if topology.label_takes_blank:  # without the blanks of label arcs
         blank_grad = blank_grad.clone()
         blank_grad[:, 1:] -= label_grad
     if options.clamp > 0:

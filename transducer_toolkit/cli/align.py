@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device,
         trusted_packages=args.trust_package,
     )
+    from transducer_toolkit.decoding.search import check_extra
+    from transducer_toolkit.ops.topology import get_topology
+
+    if args.topology is not None:  # before the first of many utterances
+        check_extra(recognizer.model.joiner, get_topology(args.topology))
     if args.output_dir is not None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -205,12 +210,12 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[st
 
 def _topology(name: str) -> str:
     # Imported here: it imports torch, which would make --help slow.
-    from transducer_toolkit.ops.topology import TOPOLOGIES
+    from transducer_toolkit.ops.topology import get_topology
 
-    if name not in TOPOLOGIES:
-        names = ", ".join(TOPOLOGIES)
-        raise argparse.ArgumentTypeError(f"expected one of {names}, got {name!r}")
-    return name
+    try:
+        return get_topology(name).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("topology: ")) from error
 
 
 def _parser() -> argparse.ArgumentParser:

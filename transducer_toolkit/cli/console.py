@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands share: ``--debug``, errors of one sentence, output to any terminal or pipe."""
+"""Shared by all commands: ``--debug``, errors of one sentence, output to any terminal or pipe."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transducer_toolkit.data.tokenizer import Tokenizer
     from transducer_toolkit.decoding import Search
     from transducer_toolkit.training.lightning_module import TransducerModule
+    from transducer_toolkit.training.stages import LossStage
 
 logger = logging.getLogger(__name__)
 VALIDATION_METRICS = ("val/wer", "val/cer", "val/loss")
@@ -241,6 +242,7 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
     from transducer_toolkit.ops.topology import get_topology
     from transducer_toolkit.training.ctc import CtcLoss
     from transducer_toolkit.training.lightning_module import TransducerModule
+    from transducer_toolkit.training.stages import LossStage
 
     tokenizer = datamodule.made_tokenizer()
     model_config: Any = OmegaConf.to_container(cfg.model, resolve=True)
@@ -250,12 +252,12 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         model_config = OmegaConf.to_container(OmegaConf.merge(base, model_config))
     model_config |= {"vocab_size": tokenizer.vocab_size, "blank": tokenizer.blank}
     loss = instantiate(cfg.loss, blank=tokenizer.blank, _convert_="all")
-    if loss.joiner_target is not None:
-        model_config["joiner"] = {"_target_": loss.joiner_target, "_partial_": True}
-    elif "joiner" in model_config:
-        for name in ("num_extra", "normalization", "blank"):  # of the loss of a checkpoint
-            model_config["joiner"].pop(name, None)
-        model_config["joiner"] |= loss.joiner_options
+    if not isinstance(loss, LossStage):
+        raise TypeError(f"loss: expected a LossStage, got {type(loss).__name__}")
+    if "topology" not in cfg.loss and datamodule.topology == "regular":
+        datamodule.topology = loss.topology  # data.topology cannot follow what no config says
+    if "joiner" in model_config or loss.joiner_target is not None:
+        model_config["joiner"] = _joiner_config(model_config.get("joiner") or {}, loss)
     shares = get_topology(loss.topology).labels_share_frames
     model = instantiate(model_config, _convert_="all")
     check_extra(model.joiner, get_topology(loss.topology))
@@ -290,6 +292,43 @@ def build_module(cfg: DictConfig, datamodule: TransducerDataModule) -> Transduce
         search=make_search(cfg.search, cfg.max_symbols_per_frame, tokenizer),
         normalize=instantiate(cfg.scoring, _convert_="all"),
     )
+
+
+def _joiner_config(config: dict[str, Any], loss: LossStage) -> dict[str, Any]:
+    """Return the config of the joiner that a loss needs.
+
+    Args:
+        config: that of the model, maybe with options for the loss of a checkpoint.
+        loss: the loss.
+
+    Raises:
+        ValueError: the loss does not train the joiner of the config, which is the user's own.
+    """
+    import inspect
+
+    from hydra.utils import get_class
+
+    target = config.get("_target_", "")
+    is_own = target != "" and not target.startswith("transducer_toolkit.")
+    if loss.joiner_target is not None:
+        if is_own:
+            raise ValueError(
+                f"model.joiner: {type(loss).__name__} trains {loss.joiner_target}, got {target}; "
+                "loss=packed and loss=full accept any joiner"
+            )
+        return {"_target_": loss.joiner_target, "_partial_": True}
+    if is_own and loss.joiner_options:
+        taken = inspect.signature(get_class(target)).parameters
+        missing = [name for name in loss.joiner_options if name not in taken]
+        if missing and not any(it.kind == it.VAR_KEYWORD for it in taken.values()):
+            raise ValueError(
+                f"model.joiner: {target} has no argument {', '.join(missing)}, which this loss "
+                "needs; add it (docs/own_parts.md), or take a loss with normalization=softmax and "
+                "without durations"
+            )
+    of_losses = ("num_extra", "normalization", "blank")
+    rest = {name: value for name, value in config.items() if name not in of_losses}
+    return rest | loss.joiner_options
 
 
 def make_search(

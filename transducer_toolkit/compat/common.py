@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the adapters share: logits that are not computed, activations, and reductions by labels."""
+"""Shared parts of the adapters: stand-ins for logits, activations, and reductions by labels."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ REDUCTION_NAMES = ("mean_volume", "mean_batch", "mean", "sum", "none")
 class JointInputs:
     """The inputs of a joint network, in the place of its logits (B, T, U + 1, V).
 
-    A joint network returns it, and the loss computes :func:`~transducer_toolkit.fused_joiner_loss`
-    of it.
+    A joint network returns this object instead of logits, and the loss calls its method
+    :meth:`loss`.
 
     Attributes:
         enc: (B, T, D) encoder frames in joiner width.
@@ -42,7 +42,7 @@ class JointInputs:
         return self
 
     def loss(self, *args: Any, **options: Any) -> Tensor:
-        """Computes the fused loss; arguments are those behind bias."""
+        """Computes :func:`~transducer_toolkit.fused_joiner_loss` from its arguments after bias."""
         if self.weight is None:
             raise ValueError("logits: expected the output of an output layer, got its input")
         parts = self.enc, self.pred, self.weight, self.bias
@@ -50,10 +50,15 @@ class JointInputs:
 
 
 def joint_summands(enc: Tensor, pred: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Returns (B, T, D) and (B, U + 1, D) of (B, T, 1, D) and (B, 1, U + 1, D), or None.
+    """Removes the axes of size 1 from the arguments of a joint network.
 
-    None means that the arguments of a joint network are not those of a training step: they have
-    other shapes, or a single cell, as in a search.
+    Args:
+        enc: (B, T, 1, D) in a training step.
+        pred: (B, 1, U + 1, D) in a training step.
+
+    Returns:
+        Tensors (B, T, D) and (B, U + 1, D), or None if the arguments have other shapes or a single
+        cell, as in a search.
     """
     if enc.dim() != 4 or pred.dim() != 4 or enc.size(2) != 1 or pred.size(1) != 1:
         return None
@@ -66,11 +71,11 @@ def activation_of(module: nn.Module, name: str) -> str:
     """Returns the name of the activation that `module` computes.
 
     Args:
-        module: any class of any library; its values decide.
-        name: how the error calls it.
+        module: a module of any library; its outputs are compared with those of each activation.
+        name: name of the module in the error message.
 
     Raises:
-        ValueError: the fused loss lacks this activation.
+        ValueError: if it computes no activation of the fused loss.
     """
     values = torch.linspace(-6, 6, 97)
     if not any(True for _ in module.parameters()):
@@ -94,7 +99,10 @@ def check_reduction_name(reduction: str) -> None:
 
 
 def reduce_by_labels(losses: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
-    """Reduces (B,) losses; an utterance without labels counts as one label."""
+    """Reduces losses (B,) as a name of REDUCTION_NAMES says.
+
+    An utterance without labels counts as one with a single label.
+    """
     lengths = target_lengths.to(losses)
     if reduction == "mean_volume":
         return losses.sum() / lengths.sum().clamp(min=1)

@@ -299,7 +299,7 @@ def mutual_information_recursion(
 
 
 class _Output(NamedTuple):
-    """What a graph has to know of an output before it is computed."""
+    """The properties of an output that a graph needs before it is computed."""
 
     dtype: Any
     shape: tuple[int | None, ...]

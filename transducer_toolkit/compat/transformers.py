@@ -46,7 +46,7 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What :func:`use_fused_loss` was given, and what it read from the model's config."""
+    """The arguments of :func:`use_fused_loss`, and values from the model's config."""
 
     blank: int
     padding_ids: tuple[int, ...]

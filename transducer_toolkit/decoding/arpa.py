@@ -68,7 +68,7 @@ class Ngrams:
         self._tables = DeviceCopies(tables)
 
     def index(self, word: str) -> int:
-        """Returns the index of a word, that of ``<unk>`` if the file has no such word."""
+        """Returns the index of a word, or that of ``<unk>`` if the file has no such word."""
         return self._index_of.get(word, self.unknown)
 
     def log_prob(self, words: Sequence[str], *, start: bool = True, end: bool = True) -> float:
@@ -204,7 +204,7 @@ class _Lines:
         return f"{self.name}, line {number}"
 
     def next(self, expected: str) -> str:
-        """Returns the next line; ``expected`` says what it should be if the file ends."""
+        """Returns the next line. If the file ends, the error message contains ``expected``."""
         if self._kept is not None:
             line, self._kept = self._kept, None
             return line
@@ -213,7 +213,7 @@ class _Lines:
         raise ValueError(f"{self.at(self.number)}: expected {expected}, but the file ends")
 
     def keep(self, line: str) -> None:
-        """Lets :meth:`next` return a line again."""
+        """Makes :meth:`next` return this line once more."""
         self._kept = line
 
     def expect(self, text: str) -> None:
@@ -342,7 +342,7 @@ def _first_repeated(items: Sequence[object]) -> int:
 
 
 def _build(orders: Sequence[_Order], index_of: dict[str, int], lines: _Lines) -> _Tables:
-    """Returns the tables of the n-grams, whose words are given an index."""
+    """Builds the tables from the n-grams of each length and the index of each word."""
     num_words = len(index_of)
     _add_beginnings(orders)
     # The contexts of all n-grams but the longest, each with its index.
@@ -351,7 +351,7 @@ def _build(orders: Sequence[_Order], index_of: dict[str, int], lines: _Lines) ->
     arcs: dict[int, tuple[float, int]] = {}  # key -> log10, context after the word
 
     def after(context: int, word: int) -> int:
-        """Returns the longest known context that ends in a context and a word."""
+        """Returns the longest known context that is a suffix of the context and the word."""
         while context:
             if (found := context_of.get(context * num_words + word)) is not None:
                 return found
@@ -406,9 +406,9 @@ def _build(orders: Sequence[_Order], index_of: dict[str, int], lines: _Lines) ->
 
 
 def _add_beginnings(orders: Sequence[_Order]) -> None:
-    """Adds n-grams that pruned files lack although longer ones begin with them.
+    """Adds the first n - 1 words of each n-gram where the file lacks them, as pruned files do.
 
-    Their log-probability is NaN, which stands for that of the shorter n-grams.
+    Their log-probability is NaN here; :func:`_build` computes it from shorter n-grams.
     """
     for longer, order in zip(reversed(orders[2:]), reversed(orders[1:-1]), strict=True):
         known = set(order.grams)
@@ -422,7 +422,7 @@ def _add_beginnings(orders: Sequence[_Order]) -> None:
 
 
 def _find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the places of keys in a sorted tensor, and whether they are there."""
+    """Returns the index of each wanted key in sorted keys, and whether the key is there."""
     if not len(keys):
         return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
     place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)

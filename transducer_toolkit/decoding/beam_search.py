@@ -59,7 +59,8 @@ class BeamHypothesis(Hypothesis):
 class BeamState:
     """State of the beam search of a batch between two chunks.
 
-    It holds the partial hypotheses with those of their tokens that are not settled.
+    It holds the partial hypotheses and their tokens that :meth:`BeamSearch.advance` has not
+    returned yet.
 
     Attributes:
         rows: the partial hypotheses; their frames count from the start of the next chunk.
@@ -160,6 +161,7 @@ class BeamSearch:
         self.score_window = math.inf if score_window is None else float(score_window)
         # A label that takes the blank of its frame is a label that stays, followed by blank.
         self._label_durations = (0,) if row.label_takes_blank else row.label_durations
+        self._label_with_blank_ends_nothing = row.label_takes_blank and not row.ends_with_label
         stays = 0 in self._label_durations and not row.label_takes_blank
         self.max_symbols_per_frame = max_symbols_per_frame if stays else 1
         self.length_normalized = length_normalized
@@ -249,10 +251,10 @@ class BeamSearch:
                 modified.
 
         Returns:
-            The tokens of each utterance that this chunk has settled, because all hypotheses share
-            them, and the state after the chunk. Frames count from the start of the utterance. The
-            tokens of all chunks and of :meth:`finish` together are the hypothesis of the whole
-            utterance.
+            The next tokens of each utterance that all hypotheses share, so that no later chunk can
+            change them, and the state after the chunk. Frames count from the start of the
+            utterance. The tokens of all chunks and of :meth:`finish` together are the hypothesis of
+            the whole utterance.
 
         Raises:
             TypeError: as in :meth:`nbest`; also if ``state`` is not a :class:`BeamState`.
@@ -268,7 +270,7 @@ class BeamSearch:
 
     @torch.inference_mode()
     def finish(self, state: BeamState) -> list[BeamHypothesis]:
-        """Ends the utterances.
+        """Returns the rest of the best hypothesis of each utterance.
 
         Args:
             state: the state after the last chunk.
@@ -280,7 +282,7 @@ class BeamSearch:
         return [hypotheses[0] for hypotheses in self._ranked(state)]
 
     def _decode(self, encoder_out: Tensor, encoder_lengths: Tensor, state: BeamState) -> BeamState:
-        """Decodes a chunk without settling tokens."""
+        """Decodes a chunk and keeps all tokens in the state."""
         lengths = encoder_lengths.to(encoder_out.device)
         projected = self.joiner.project_encoder(encoder_out)
         num_places = projected.size(1) + max(self._label_durations + self.topology.blank_durations)
@@ -326,7 +328,12 @@ class BeamSearch:
             rows = self._read_tokens(rows)
             cells = self._cells(projected.index_select(0, rows.utterance), rows.predictor_out)
             chunk.checks.append((rows.utterance, cells.is_bad))
-            parts.append(self._by_blank(rows, cells, best))
+            by_blank = self._by_blank(rows, cells, best)
+            if num_labels > 0 and self._label_with_blank_ends_nothing:
+                may_end = torch.full_like(by_blank.scores[:, 0], -torch.inf)
+                scores = torch.stack((by_blank.scores[:, 0], may_end), 1)
+                by_blank = by_blank._replace(scores=scores)
+            parts.append(by_blank)
             if num_labels == self.max_symbols_per_frame:
                 break
             by_label = self._by_label(rows, cells, best, chunk)
@@ -353,7 +360,7 @@ class BeamSearch:
         return rows if len(keep) == len(scores) else rows.take(keep)
 
     def _read_tokens(self, rows: Rows) -> Rows:
-        """Lets predictor and language model read the tokens that they have not read."""
+        """Runs predictor and language model on the tokens that they have not read."""
         is_unread = rows.unread >= 0
         index = is_unread.nonzero().squeeze(1)
         if len(index) == 0:
@@ -391,7 +398,10 @@ class BeamSearch:
         return _Cells(log_probs, of_durations, (log_probs[:, 0] + of_durations[:, 0]).isnan())
 
     def _by_blank(self, rows: Rows, cells: _Cells, best: Tensor) -> Rows:
-        """Continues hypotheses by the blanks of all durations; raises their `best` score (B,)."""
+        """Continues hypotheses by the blanks of all durations.
+
+        It raises the `best` score (B,) of each utterance to those of the continuations.
+        """
         durations = self.topology.blank_durations
         added = cells.log_probs[:, self._blanks]  # a copy, (N, number of blanks)
         if cells.of_durations is not None:
@@ -408,7 +418,9 @@ class BeamSearch:
         return rows._replace(frame=rows.frame + moves, scores=scores)
 
     def _by_label(self, rows: Rows, cells: _Cells, best: Tensor, chunk: _Chunk) -> Rows | None:
-        """Continues hypotheses by labels; raises their `best` score (B,).
+        """Continues hypotheses by labels.
+
+        It raises the `best` score (B,) of each utterance to those of the continuations.
 
         Returns:
             The best continuations of each duration, or None if there are none in the window.
@@ -462,8 +474,8 @@ class BeamSearch:
     def _ranked(self, state: BeamState) -> list[list[BeamHypothesis]]:
         """Returns the hypotheses of each utterance as if it ended here, the best first.
 
-        Those count whose paths end with the last frame. If an utterance has none, because all its
-        durations lead past the end, all of its hypotheses count.
+        A hypothesis counts if one of its paths ends with the last frame. If an utterance has no
+        such hypothesis, because all durations lead past the end, all of its hypotheses count.
         """
         rows = state.rows
         ending = rows.scores[:, 1].where(rows.frame == 0, -torch.inf)
@@ -507,7 +519,7 @@ class ModifiedBeamSearch(BeamSearch):
 
 
 class _Chunk(NamedTuple):
-    """What the search of a chunk reads and collects."""
+    """Inputs of the search in one chunk, and the results that it collects."""
 
     projected: Tensor  # (B, T, D) from project_encoder
     num_places: int  # frames at which a hypothesis can stand, with those after the chunk

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is added to the scores of a model when it decodes: hotwords and language models."""
+"""Hotwords and language models, whose scores a search adds to those of the model."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class Fusion:
             tokenizer: tokenizer of the model.
 
         Returns:
-            A function from the predictor and the joiner of the model to the sum of all parts, to
-            be used with the weight 1; None if there are no parts.
+            A function of the model's predictor and joiner. It returns the weighted sum of hotwords
+            and language models, which a search takes with ``lm_weight=1``, or None without any.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -148,8 +148,11 @@ def lm_options(search: Callable[..., Any], lm: LanguageModel | None) -> dict[str
     """Returns the options that give a language model of :meth:`Fusion.load` to a search.
 
     Args:
-        search: makes the search.
-        lm: the language model, or None, which gives no options.
+        search: the function that makes the search.
+        lm: the language model, or None.
+
+    Returns:
+        The options, none if the language model is None.
 
     Raises:
         ValueError: if the search has another language model already.
@@ -164,11 +167,14 @@ def lm_options(search: Callable[..., Any], lm: LanguageModel | None) -> dict[str
 def fused(
     search: Callable[..., Any], lm_of: Callable[[Predictor, Joiner], LanguageModel | None]
 ) -> Callable[..., Any]:
-    """Returns a function that makes a search with the language model of its model.
+    """Returns a function that makes a search with a language model.
 
     Args:
-        search: makes a search of a predictor, a joiner and ``topology``.
-        lm_of: result of :meth:`Fusion.load`.
+        search: a function of a predictor, a joiner and options that makes a search.
+        lm_of: the result of :meth:`Fusion.load`, which makes the language model.
+
+    Returns:
+        A function with the arguments of `search`.
     """
     return partial(_make_search, search, lm_of)
 

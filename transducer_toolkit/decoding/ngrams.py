@@ -91,7 +91,7 @@ class NgramModel:
 
     @property
     def scores_words(self) -> bool:
-        """Whether the model scores words at their ends, which greedy search cannot use."""
+        """Whether it is a model of words, which the greedy search does not accept."""
         return isinstance(self._bound, _Words)
 
     def initial_state(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -145,10 +145,10 @@ class _Symbols:
 
 
 class _Letters(NamedTuple):
-    """What the symbols do to the current word, each (V,), and the words by their hashes, (W,)."""
+    """Tables to hash the current word: three of symbols, (V,), and two of known words, (W,)."""
 
     begins: Tensor  # bool, whether the symbol begins a word
-    factor: Tensor  # int64, see _hash_of
+    factor: Tensor  # int64; a symbol makes a hash to hash * factor + addend, see _hash_of
     addend: Tensor  # int64
     hashes: Tensor  # int64, ascending
     entries: Tensor  # int64, the entry of the n-grams for each hash
@@ -208,7 +208,10 @@ class _Words:
         return log_probs + _end_scores(self.ngrams, context)
 
     def _follow(self, context: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
-        """Ends a word: returns its log-probability and the context after it, if there is one."""
+        """Returns the log-probabilities (N,) of words that end, and the contexts after them.
+
+        Where the word is empty, the log-probability is 0 and the context stays.
+        """
         letters = self._tables.on(word.device)
         place = torch.searchsorted(letters.hashes, word).clamp(max=len(letters.hashes) - 1)
         is_known = letters.hashes[place] == word

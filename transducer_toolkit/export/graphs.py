@@ -17,9 +17,19 @@ from transducer_toolkit.ops.join import apply_activation
 def joiner_parts(
     joiner: Joiner | AdditiveJoiner,
 ) -> tuple[nn.Linear, nn.Linear, Callable[[Tensor], Tensor]]:
-    """Return the projections of encoder and predictor, and the function applied to their sum."""
+    """Return the projections of encoder and predictor, and the function applied to their sum.
+
+    Raises:
+        ValueError: if the joiner computes another formula.
+    """
     if isinstance(joiner, AdditiveJoiner):
         return joiner.am, joiner.lm, lambda total: total + 0.0  # a graph must compute something
+    # A subclass that changes the formula overrides forward, too: Joiner makes sure of it.
+    if not isinstance(joiner, Joiner) or type(joiner).forward is not Joiner.forward:
+        raise ValueError(
+            "joiner must be a Joiner or an AdditiveJoiner with unmodified forward, got "
+            f"{type(joiner).__name__}; use the model with transducer-transcribe"
+        )
     return (
         joiner.encoder_projection,
         joiner.predictor_projection,

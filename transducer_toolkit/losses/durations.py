@@ -243,16 +243,7 @@ class TDTLoss(_DurationLoss):
         validate: bool | None = None,
     ) -> None:
         checks.check_reduction(reduction)
-        LossOptions(
-            blank=blank,
-            topology=_tdt(durations),
-            sigma=sigma,
-            normalization=normalization,
-            fastemit_lambda=fastemit_lambda,
-            delay_penalty=delay_penalty,
-            clamp=clamp,
-        )
-        options = {
+        options: dict[str, Any] = {
             "sigma": sigma,
             "normalization": normalization,
             "reduction": reduction,
@@ -262,6 +253,7 @@ class TDTLoss(_DurationLoss):
             "inplace": inplace,
             "validate": validate,
         }
+        LossOptions.check(options | {"blank": blank, "topology": _tdt(durations)})
         super().__init__(tdt_loss, blank, durations, options)
 
 
@@ -290,15 +282,7 @@ class MultiBlankLoss(_DurationLoss):
         validate: bool | None = None,
     ) -> None:
         checks.check_reduction(reduction)
-        LossOptions(
-            blank=blank,
-            topology=_multi_blank(big_blank_durations),
-            sigma=sigma,
-            fastemit_lambda=fastemit_lambda,
-            delay_penalty=delay_penalty,
-            clamp=clamp,
-        )
-        options = {
+        options: dict[str, Any] = {
             "sigma": sigma,
             "reduction": reduction,
             "fastemit_lambda": fastemit_lambda,
@@ -307,6 +291,7 @@ class MultiBlankLoss(_DurationLoss):
             "inplace": inplace,
             "validate": validate,
         }
+        LossOptions.check(options | {"blank": blank, "topology": _multi_blank(big_blank_durations)})
         super().__init__(multi_blank_loss, blank, big_blank_durations, options)
 
 

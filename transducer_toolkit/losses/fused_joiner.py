@@ -384,19 +384,6 @@ class FusedJoinerLoss(nn.Module):
         super().__init__()
         checks.check_reduction(reduction)
         checks.check_at_least(0, left=left, right=right)
-        FusedOptions(
-            blank=blank,
-            topology=_topology(topology, durations, big_blank_durations),
-            sigma=sigma,
-            normalization=normalization,
-            fastemit_lambda=fastemit_lambda,
-            delay_penalty=delay_penalty,
-            clamp=clamp,
-            activation=activation,
-            dropped_mass=dropped_mass,
-            tile_cells=tile_cells,
-            precision=precision,
-        )
         self.options: dict[str, Any] = {
             "blank": blank,
             "activation": activation,
@@ -418,6 +405,8 @@ class FusedJoinerLoss(nn.Module):
             "return_kept": return_kept,
             "return_parts": return_parts,
         }
+        name = _topology(topology, durations, big_blank_durations)
+        FusedOptions.check(self.options | {"topology": name})
 
     def forward(
         self,

@@ -194,15 +194,6 @@ class TransducerLoss(nn.Module):
         super().__init__()
         checks.check_reduction(reduction)
         checks.check_at_least(0, left=left, right=right)
-        LossOptions(
-            blank=blank,
-            topology=_topology(topology, one_sym_per_frame),
-            normalization=normalization,
-            from_log_softmax=from_log_softmax,
-            fastemit_lambda=fastemit_lambda,
-            delay_penalty=delay_penalty,
-            clamp=clamp,
-        )
         self.options: dict[str, Any] = {
             "blank": blank,
             "from_log_softmax": from_log_softmax,
@@ -218,6 +209,7 @@ class TransducerLoss(nn.Module):
             "right": right,
             "validate": validate,
         }
+        LossOptions.check(self.options | {"topology": _topology(topology, one_sym_per_frame)})
 
     def forward(
         self,

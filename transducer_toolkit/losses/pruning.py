@@ -192,10 +192,9 @@ def _check_arguments(
         )
     num_utterances, num_columns, num_frames = py_grad.shape
     shapes = {
-        "regular": (num_utterances, num_columns - 1, num_frames + 1),
-        "modified": (num_utterances, num_columns - 1, num_frames),
+        name: (num_utterances, num_columns - 1, num_frames + row.labels_share_frames)
+        for name, row in K2_TOPOLOGIES.items()
     }
-    shapes["constrained"] = shapes["modified"]
     if rnnt_type is None:
         rnnt_type = next((t for t in shapes if shapes[t] == tuple(px_grad.shape)), None)
         expected = f"{shapes['regular']} or {shapes['modified']}"

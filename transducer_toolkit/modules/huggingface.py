@@ -141,7 +141,7 @@ class HuggingFaceEncoder(Encoder):
 
     @property
     def plain_config(self) -> dict[str, Any]:
-        """What makes this encoder without a folder, in plain values, for a checkpoint."""
+        """The config of a checkpoint in plain values, which makes this encoder without a folder."""
         config = json.loads(self.config.to_json_string(use_diff=True))
         features = {"kind": self._features.kind, "options": self._features.options}
         return {

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joiners, which compute logits from encoder and predictor outputs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +16,10 @@ from transducer_toolkit.ops.join import (
 )
 from transducer_toolkit.ops.lattice import LatticeShape
 from transducer_toolkit.ops.options import NORMALIZATIONS
+
+# The methods of a joiner that compute logits, and those that are made from them.
+FORMULA = ("forward", "padded", "join_projected", "internal_lm")
+STEPS = ("step", "step_projected", "project_encoder", "project_predictor")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -31,6 +37,10 @@ def is_plain_linear(module: nn.Module) -> bool:
 class Joiner(nn.Module):
     """Computes ``Linear(activation(Linear(encoder) + Linear(predictor)))`` of each lattice cell.
 
+    Write a class of its own for a joiner of another formula; `docs/own_parts.md` lists its methods.
+    A subclass that changes the formula has to override :meth:`forward`, :meth:`padded`,
+    :meth:`join_projected` and :meth:`internal_lm`, all of them.
+
     Args:
         encoder_dim: E, width of the encoder's output.
         predictor_dim: P, width of the predictor's output.
@@ -45,7 +55,8 @@ class Joiner(nn.Module):
         blank: index of blank; read for "hat" only.
 
     Raises:
-        TypeError: if a size is not an int.
+        TypeError: if a size is not an int; when a subclass is defined that overrides only a part of
+            the formula.
         ValueError: if a size is below 1 or the activation is unknown.
 
     Example:
@@ -54,6 +65,20 @@ class Joiner(nn.Module):
         >>> joiner(torch.zeros(2, 3, 8), torch.zeros(2, 3, 4), shape).shape
         torch.Size([12, 10])
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A training calls forward or padded, a search join_projected: they must agree.
+        changed = {
+            name for name in FORMULA + STEPS if getattr(cls, name) is not getattr(Joiner, name)
+        }
+        missing = [name for name in FORMULA if name not in changed]
+        if changed and missing:
+            raise TypeError(
+                f"{cls.__name__}: expected a subclass of Joiner that overrides "
+                f"{', '.join(FORMULA)} or none of them, got one without {', '.join(missing)}, so "
+                "that trainings and searches would compute different logits"
+            )
 
     def __init__(
         self,
@@ -111,7 +136,8 @@ class Joiner(nn.Module):
 
     def padded(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes padded logits (B, T, U + 1, V) from (B, T, E) and (B, U + 1, P)."""
-        return self._logits(self.project_encoder(encoder_out[:, :, None]), predictor_out[:, None])
+        frames = self.project_encoder(encoder_out[:, :, None])
+        return self._logits(frames, self.project_predictor(predictor_out[:, None]))
 
     def step(self, encoder_frames: Tensor, predictor_out: Tensor) -> Tensor:
         """Computes logits (..., V) from (..., E) and (..., P), which broadcast; for decoding."""
@@ -131,12 +157,11 @@ class Joiner(nn.Module):
 
     def join_projected(self, projected_frames: Tensor, projected_predictor: Tensor) -> Tensor:
         """Computes :meth:`step` from :meth:`project_encoder` and :meth:`project_predictor`."""
-        hidden = apply_activation(projected_frames + projected_predictor, self.activation)
-        return self.normalized(self.output(hidden))
+        return self.normalized(self._logits(projected_frames, projected_predictor))
 
-    def _logits(self, projected_frames: Tensor, predictor_out: Tensor) -> Tensor:
-        hidden = projected_frames + self.predictor_projection(predictor_out)
-        return self.output(apply_activation(hidden, self.activation))
+    def _logits(self, projected_frames: Tensor, projected_predictor: Tensor) -> Tensor:
+        hidden = apply_activation(projected_frames + projected_predictor, self.activation)
+        return self.output(hidden)
 
     def normalized(self, logits: Tensor) -> Tensor:
         """Returns logits (..., V + num_extra) whose softmax is the distribution of the symbols.
@@ -167,7 +192,8 @@ class Joiner(nn.Module):
             E. Variani et al., "Hybrid Autoregressive Transducer (HAT)", 2020, section 2.3.
         """
         frame = predictor_out.new_zeros(self.encoder_dim)
-        logits = self._logits(self.project_encoder(frame), predictor_out)[..., : self.vocab_size]
+        logits = self._logits(self.project_encoder(frame), self.project_predictor(predictor_out))
+        logits = logits[..., : self.vocab_size]
         blank = self.blank if blank is None else blank
         is_blank = torch.arange(self.vocab_size, device=logits.device) == blank
         return logits.masked_fill(is_blank, -torch.inf).log_softmax(-1)

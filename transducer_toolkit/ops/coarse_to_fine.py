@@ -258,7 +258,7 @@ def _gradient_size(
 
 
 class Visit(NamedTuple):
-    """What backward visits.
+    """The rows that backward visits.
 
     Attributes:
         rows: (rows,) int64: num_full rows, then num_low rows, then zeros.

@@ -51,7 +51,7 @@ class FusedInputs(NamedTuple):
 
 
 class FusedPlan(NamedTuple):
-    """What is known before the operator runs.
+    """The decisions that are made before the operator runs.
 
     Attributes:
         num_rows: rows of the batch.

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.topology import Topology, get_topology
@@ -14,20 +16,21 @@ NORMALIZATIONS = ("softmax", "hat")
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What every transducer loss can be told, from the public function down to stage 3.
+    """The options of a transducer loss, from the public function down to stage 3.
 
     Attributes:
         blank: index of the blank.
-        topology: a name that :func:`~transducer_toolkit.ops.topology.get_topology` knows. That of a
-            token-and-duration transducer makes the last columns of the logits those of durations,
-            that of a multi-blank transducer makes some of the symbols big blanks.
+        topology: a name that :func:`~transducer_toolkit.ops.topology.get_topology` knows. With a
+            token-and-duration topology, the last columns of the logits are those of durations;
+            with a multi-blank topology, some of the symbols are big blanks.
         from_log_softmax: the logits are log-probabilities already.
         fastemit_lambda: label posteriors count ``1 + fastemit_lambda`` times in the gradient.
         delay_penalty: is added to label scores times ``(T - 1) / 2 - t``.
-        clamp: bound of the magnitude of d loss_b / d logit; 0 or less is off.
+        clamp: bound on the magnitude of d loss_b / d logit; 0 or less is off.
         validate: read labels and lengths to check them; None does so where they are on the CPU.
         blank_may_be_target: accept labels equal to blank, as k2 does.
-        sigma: is subtracted from the log-probability of every symbol, in these two only.
+        sigma: is subtracted from the log-probability of every symbol; 0 unless the topology has
+            durations or big blanks.
         normalization: "softmax" of all symbols, or "hat": blank has a sigmoid of its own, and the
             labels share the rest by their softmax.
 
@@ -79,6 +82,12 @@ class LossOptions:
         for name in ("fastemit_lambda", "delay_penalty", "clamp", "sigma"):
             object.__setattr__(self, name, float(getattr(self, name)))  # operators want floats
 
+    @classmethod
+    def check(cls, arguments: Mapping[str, Any]) -> None:
+        """Checks those of the arguments that are options; raises the same errors."""
+        names = {field.name for field in fields(cls)}
+        cls(**{name: value for name, value in arguments.items() if name in names})
+
     @property
     def is_hat(self) -> bool:
         return self.normalization == "hat"
@@ -129,3 +138,9 @@ class FusedOptions(LossOptions):
         if cells is not None and (not is_int or cells < 1):
             raise ValueError(f"tile_cells: expected None or an int of at least 1, got {cells}")
         object.__setattr__(self, "dropped_mass", float(self.dropped_mass))
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of :func:`~transducer_toolkit.fused_joiner_loss`."""
+        options = asdict(self)
+        del options["from_log_softmax"], options["blank_may_be_target"]  # it computes the logits
+        return options

@@ -45,7 +45,7 @@ class NoPlan(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What an operator's backward gets.
+    """The arguments of an operator's backward.
 
     Attributes:
         inputs: the Inputs. Tensors that are not saved have no elements.

@@ -31,7 +31,7 @@ class Joint(NamedTuple):
 
 
 class Posteriors(NamedTuple):
-    """What stage 3 needs of each row, beside the logits.
+    """The inputs of stage 3 beside the logits.
 
     Attributes:
         normalizer: (rows,) float64.

@@ -28,17 +28,28 @@ class Topology:
     `blank_durations`, a label arc to (t + d, u + 1) for one of `label_durations`. The path ends
     when it leaves the last frame with all labels emitted.
 
+    ``csrc/topology.h`` calls the only duration of a row without durations `blank_frames` and
+    `label_frames`.
+
     Attributes:
         name: the name that users write.
         blank_durations: frames that a blank arc may advance, each at least 1, the smallest first.
         label_durations: frames that a label arc may advance, ascending, each at least 0.
         label_takes_blank: a label arc from (t, u) also takes the blank of cell (t, u + 1), so that
-            a blank follows every label.
+            a blank follows every label. Only where every label advances 1 frame.
         ends_with_label: a label arc may leave the last frame; otherwise a path ends with a blank.
-        is_k2: k2 has this topology, as an ``rnnt_type``.
+            Only where every label advances 1 frame.
+        is_k2: k2 has this topology, as an ``rnnt_type``. The functions with k2's names accept it.
         predicts_durations: a cell has a score for each of `label_durations`, which is added to that
             of the symbol. Otherwise an arc has the score of its symbol alone, and there is a blank
             symbol for each of `blank_durations`.
+
+    Raises:
+        ValueError: no stage implements this combination.
+
+    Example:
+        >>> Topology("mine", label_takes_blank=True).min_frames(3)
+        3
     """
 
     name: str
@@ -46,8 +57,16 @@ class Topology:
     label_durations: tuple[int, ...] = (1,)
     label_takes_blank: bool = False
     ends_with_label: bool = True
-    is_k2: bool = True
+    is_k2: bool = False
     predicts_durations: bool = False
+
+    def __post_init__(self) -> None:
+        for column in ("label_takes_blank", "ends_with_label"):
+            if getattr(self, column) and self.label_durations != (1,):
+                raise ValueError(
+                    f"{column}: expected False with label_durations {self.label_durations}, got "
+                    "True: only a label that advances 1 frame can do so"
+                )
 
     @property
     def num_durations(self) -> int:
@@ -168,7 +187,6 @@ def tdt_topology(durations: Sequence[int]) -> Topology:
         blank_durations=tuple(frames for frames in durations if frames > 0),
         label_durations=durations,
         ends_with_label=False,
-        is_k2=False,
         predicts_durations=True,
     )
 
@@ -203,7 +221,6 @@ def multi_blank_topology(big_blank_durations: Sequence[int]) -> Topology:
         blank_durations=(1, *durations),
         label_durations=(0,),
         ends_with_label=False,
-        is_k2=False,
     )
 
 
@@ -226,10 +243,10 @@ _FAMILIES = {"tdt": tdt_topology, "multi_blank": multi_blank_topology}
 TOPOLOGIES = {
     topology.name: topology
     for topology in (
-        Topology("regular", label_durations=(0,), ends_with_label=False),
-        Topology("modified"),
-        Topology("constrained", label_takes_blank=True),
-        Topology("one_sym_per_frame", ends_with_label=False, is_k2=False),
+        Topology("regular", label_durations=(0,), ends_with_label=False, is_k2=True),
+        Topology("modified", is_k2=True),
+        Topology("constrained", label_takes_blank=True, is_k2=True),
+        Topology("one_sym_per_frame", ends_with_label=False),
     )
 }
 K2_TOPOLOGIES = {name: topology for name, topology in TOPOLOGIES.items() if topology.is_k2}

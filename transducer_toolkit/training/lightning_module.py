@@ -213,6 +213,11 @@ class TransducerModule(LightningModule):
                     self._alignment(batch, encoder_lengths),
                 )
             )
+        if not isinstance(output, StageOutput):
+            raise TypeError(
+                f"loss: expected {type(self.loss).__name__}.forward to return a StageOutput, got "
+                f"{type(output).__name__}"
+            )
         return output, shape, encoder_out
 
     def _alignment(self, batch: Batch, encoder_lengths: Tensor) -> Tensor | None:

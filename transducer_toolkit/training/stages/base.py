@@ -68,7 +68,9 @@ class StageOutput(NamedTuple):
 class LossStage(nn.Module, ABC):
     """Base class of the loss stages.
 
-    A stage may have parameters, which are trained together with the model.
+    A training makes a stage from its config, with ``blank`` as one more keyword argument. The
+    other attributes have defaults, which the ``__init__`` of a stage replaces. A stage may have
+    parameters, which are trained together with the model.
 
     The warm-up of a stage lasts for 2000 steps, but at most for 20 % of all steps. Without a call
     of :meth:`set_progress`, the warm-up counts as complete.
@@ -79,8 +81,8 @@ class LossStage(nn.Module, ABC):
             model is aligned and decoded in the topology it was trained with.
         normalization: how the joiner's logits become probabilities, "softmax" or "hat". Checkpoints
             contain it, as an option of the joiner.
-        joiner_target: dotted path of the joiner class that replaces the model's joiner, or None to
-            keep the model's joiner.
+        joiner_target: dotted path of the joiner class that replaces the model's :class:`Joiner`,
+            or None to keep the model's joiner. A joiner class of the user's own is an error then.
         blank: id of blank.
         delay_penalty: penalty per frame of delay, applied after the warm-up. During the warm-up,
             the model has not aligned the symbols yet, and the penalty would misplace them.
@@ -133,35 +135,36 @@ class LossStage(nn.Module, ABC):
 
 
 def require_joiner(joiner: nn.Module, stage: LossStage) -> Joiner:
-    """Returns the joiner if it is a :class:`Joiner`, whose submodules a stage may call.
+    """Returns the joiner if it computes the formula of :class:`Joiner`, from whose layers a stage
+    computes the logits.
 
     Raises:
-        TypeError: if it is another module.
+        TypeError: if it is another module, or a subclass with another formula.
     """
-    if not isinstance(joiner, Joiner):
+    # A subclass that changes the formula overrides forward, too: Joiner makes sure of it.
+    if not isinstance(joiner, Joiner) or type(joiner).forward is not Joiner.forward:
         raise TypeError(
-            f"joiner: expected a Joiner for {type(stage).__name__}, which calls its submodules, "
-            f"got {type(joiner).__name__}; loss=packed accepts any joiner"
+            f"joiner: expected a Joiner with unmodified forward for {type(stage).__name__}, which "
+            f"computes its logits from its layers, got {type(joiner).__name__}; loss=packed and "
+            "loss=full accept any joiner"
         )
     return joiner
 
 
 def require_plain_output(joiner: nn.Module, stage: LossStage) -> Joiner:
-    """Returns the joiner if its logits depend only on the weight and bias of its output layer.
+    """Returns the joiner if its output layer also is nothing but its weight and bias.
 
     Raises:
-        TypeError: if the joiner is not a :class:`Joiner`, overrides ``forward`` or ``step``, or if
-            its output layer is not a plain ``nn.Linear`` (a subclass, hooks, pruning, weight norm).
+        TypeError: as :func:`require_joiner`, and if the output layer is not a plain ``nn.Linear``
+            (a subclass, hooks, pruning, weight norm).
     """
     plain = require_joiner(joiner, stage)
-    kind = type(plain)
-    overridden = kind.forward is not Joiner.forward or kind.step is not Joiner.step
-    if overridden or not is_plain_linear(plain.output):
+    if not is_plain_linear(plain.output):
         raise TypeError(
-            f"joiner: expected a Joiner with unmodified forward and step and a plain nn.Linear as "
-            f"output, because {type(stage).__name__} multiplies by joiner.output.weight directly, "
-            f"got {kind.__name__} with {type(plain.output).__name__}; loss=packed accepts any "
-            "joiner"
+            f"joiner: expected a Joiner with a plain nn.Linear as output for "
+            f"{type(stage).__name__}, which multiplies by its weight, got an output layer "
+            f"{type(plain.output).__name__} with code of its own; loss=packed and loss=full accept "
+            "any joiner"
         )
     return plain
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transducer_toolkit.losses import fused_joiner_loss
@@ -67,7 +68,7 @@ class FusedLoss(LossStage):
         normalization: str = "softmax",
     ) -> None:
         super().__init__()
-        options = FusedOptions(
+        self.options = FusedOptions(
             blank=blank,
             topology=topology,
             fastemit_lambda=fastemit_lambda,
@@ -79,26 +80,24 @@ class FusedLoss(LossStage):
             normalization=normalization,
         )
         self.normalization = normalization
-        check_blank_of_big_blanks(options)
-        check_omega(omega, options)
+        self.blank = blank
+        check_blank_of_big_blanks(self.options)
+        check_omega(omega, self.options)
         self.omega = omega
-        self.sigma = sigma
-        self.blank = options.blank
         self.topology = topology
         self.delay_penalty = delay_penalty
-        self.options: dict[str, Any] = {
-            "fastemit_lambda": fastemit_lambda,
-            "clamp": clamp,
-            "dropped_mass": dropped_mass,
-            "precision": precision,
-            "normalization": normalization,
-        }
 
     def forward(self, batch: LossInput) -> StageOutput:
         joiner = require_plain_output(batch.joiner, self)
-        topology, sigma, num_columns = self.topology, self.sigma, joiner.output.out_features
+        options = replace(
+            self.options,
+            activation=joiner.activation,
+            delay_penalty=self.current_delay_penalty,
+        )
+        num_columns = joiner.output.out_features
         if self.training and takes_regular_loss(self.omega):
-            topology, sigma, num_columns = "regular", 0.0, joiner.vocab_size
+            options = replace(options, topology="regular", sigma=0.0)
+            num_columns = joiner.vocab_size
         bias = joiner.output.bias
         losses, parts = fused_joiner_loss(
             joiner.encoder_projection(batch.encoder_out),
@@ -108,15 +107,10 @@ class FusedLoss(LossStage):
             batch.targets,
             batch.shape.logit_lengths,
             batch.shape.target_lengths,
-            self.blank,
-            activation=joiner.activation,
             reduction="none",
             shape=batch.shape,
             return_parts=True,
-            delay_penalty=self.current_delay_penalty,
-            topology=topology,
-            sigma=sigma,
-            **self.options,
+            **options.arguments(),
             **self.restriction(batch),
         )
         return StageOutput(losses, parts._asdict())
