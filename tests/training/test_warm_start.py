@@ -203,8 +203,6 @@ def test_recipes_and_weights_of_hostile_checkpoints(tmp_path):
     name = "model.joiner.output.weight"
     checkpoint["state_dict"][name] = checkpoint["state_dict"][name].int()
     torch.save(checkpoint, path)
-    message = (
-        r"init_from: .*hostile\.ckpt: its weight model\.joiner\.output\.weight is of "
-    )
+    message = r"init_from: .*hostile\.ckpt: its weight model\.joiner\.output\.weight is of "
     with pytest.raises(ValueError, match=message):
         start_from(module_of(tokenizer), path)
