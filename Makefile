@@ -60,6 +60,7 @@ soak: $(INSTALLED)
 	$(BIN)/python csrc/kernel_report.py
 	$(BIN)/python -m tests.soak.mutants
 	$(BIN)/python -m tests.soak.fuzz_inputs --cases 20000
+	$(BIN)/python -m tests.soak.fuzz_files --cases 3000
 	$(BIN)/python -m tests.soak.fuzz_numerics --cases 400
 	$(BIN)/python -m tests.soak.fuzz_numerics --cases 40 --large
 	$(BIN)/python -m tests.soak.kill_and_resume --kills 20

@@ -4,7 +4,7 @@ import json
 import pytest
 import soundfile
 
-from transducer_toolkit.cli.align import file_names, main
+from transducer_toolkit.cli.align import main
 from transducer_toolkit.data.manifest import Utterance, read_manifest, write_manifest
 
 TOKEN_FIELDS = ["symbol", "frame", "time_s", "posterior", "expected_time_s"]
@@ -177,12 +177,6 @@ def test_says_what_is_wrong_with_its_files(align, tones, tmp_path, capsys):
     wave = tones / "test-0.wav"
     assert "no checkpoint at" in complaint("--text", "a", wave, "--checkpoint", tmp_path / "no")
     assert "exists" in complaint("--text", "a", wave, "--output-dir", text)
-
-
-def test_file_names():
-    assert file_names(["a/b c", "../up", "\u00e9.1-2+3"]) == ["a_b_c", ".._up", "\u00e9.1-2+3"]
-    with pytest.raises(ValueError, match="the ids 'a b' and 'a/b' would share the file 'a_b'"):
-        file_names(["a b", "a/b"])
 
 
 def test_help(capsys):

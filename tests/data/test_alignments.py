@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from transducer_toolkit.data.alignments import Alignments
+from transducer_toolkit.data.alignments import Alignments, file_names
 
 
 def write(folder, name, tokens):
@@ -61,3 +61,26 @@ def test_files_that_are_no_alignments(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a.json: expected an object with 'tokens'"):
         Alignments(tmp_path).times_s("a", ["a"], 1.0)
+
+
+def test_times_that_fall_and_deep_files(tmp_path):
+    write(tmp_path, "a.json", [{"time_s": 0.5}, {"time_s": 0.4}])
+    with pytest.raises(
+        ValueError, match=r"a.json: expected times that do not fall, got \[0.5, 0.4"
+    ):
+        Alignments(tmp_path).times_s("a", ["a", "b"], 1.0)
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a.json: expected an object .* RecursionError"):
+        Alignments(tmp_path).times_s("a", ["a"], 1.0)
+    write(tmp_path, "a.json", [{"symbol": "x" * 10**6, "time_s": 0.0}] * 1000)
+    with pytest.raises(ValueError, match=r"a.json: expected the 1 symbols") as raised:
+        Alignments(tmp_path).times_s("a", ["a"], 1.0)
+    assert len(str(raised.value)) < 1000
+
+
+def test_file_names(tmp_path):
+    assert file_names(["a/b c", "../up", "\u00e9.1-2+3"]) == ["a_b_c", ".._up", "\u00e9.1-2+3"]
+    with pytest.raises(ValueError, match="the ids 'a b' and 'a/b' would share the file 'a_b'"):
+        file_names(["a b", "a/b"])
+    with pytest.raises(ValueError, match=r"the ids 'a b' and 'a/b' would.*rename one of them"):
+        Alignments(tmp_path).require(["a b", "a/b"])

@@ -96,3 +96,5 @@ def test_errors():
         Fbank()(torch.zeros(199))
     with pytest.raises(ValueError, match="num_mel_bins must be positive, got 0"):
         Fbank(num_mel_bins=0)
+    with pytest.raises(ValueError, match="num_mel_bins must be at most 512, got 513"):
+        Fbank(num_mel_bins=513)

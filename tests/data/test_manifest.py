@@ -282,3 +282,14 @@ def test_channels_of_lines_that_name_none(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="line 4: id 'a#1' already stands in line 1"):
         channels("each")
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, json.dumps({"id": "a", "audio": "x" * 10**6, "text": ""})]
+)
+def test_deep_and_long_lines(tmp_path, line):
+    path = tmp_path / "hostile.jsonl"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match=r"hostile\.jsonl, line 2: ") as raised:
+        read_manifest(path)
+    assert len(str(raised.value)) < 1000

@@ -128,8 +128,13 @@ def test_errors(tokenizer, tmp_path):
             SentencePieceTokenizer.from_texts(TEXTS, **options)
     with pytest.raises(ValueError, match="texts must hold at least one that is not empty"):
         SentencePieceTokenizer.from_texts(["", " "], vocab_size=24)
+    with pytest.raises(TypeError, match="model must be bytes, got int"):
+        SentencePieceTokenizer(10**12)
     with pytest.raises(FileNotFoundError, match="no SentencePiece model at"):
         SentencePieceTokenizer.load(tmp_path / "none.model")
+    (tmp_path / "junk.model").touch()
+    with pytest.raises(ValueError, match=r"junk\.model: .*; it has no pieces"):
+        SentencePieceTokenizer.load(tmp_path / "junk.model")
     (tmp_path / "junk.model").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"junk\.model: model must be a SentencePiece model"):
         SentencePieceTokenizer.load(tmp_path / "junk.model")

@@ -68,6 +68,7 @@ def test_errors(tokenizer, tmp_path):
         ([], "must be '<blk>', got \\[\\]"),
         (["a"], "symbols\\[0\\] must be '<blk>'"),
         (["<blk>", "ab"], "symbols\\[1\\] must be one character"),
+        (["<blk>", b"x"], "symbols\\[1\\] must be one character.* got b'x'"),
         (["<blk>", " "], "symbols\\[1\\] must be one character"),
         (["<blk>", "a", "a"], "symbols must not repeat, got \\['a'\\]"),
     ]:

@@ -163,6 +163,34 @@ GARBAGE = {
     "few": (SMALL.replace("-1.1\ta a\n", ""), r"line 20: expected 5 2-grams, .* got 4"),
     "many": (SMALL.replace("ngram 2=5", "ngram 2=4"), r"line 19: expected \\3-grams:, got"),
     "end": (SMALL.replace("\\end\\\n", ""), r"line 24: expected \\end\\, but the file ends"),
+    "overflow": (
+        SMALL.replace("-0.9\tc", "-1e39\tc"),
+        r"line 12: expected a .* at most 1e\+06 in si",
+    ),
+    "back-off size": (
+        SMALL.replace("\t-0.4\n", "\t1e300\n"),
+        r"line 10: expected a back-off weight",
+    ),
+    "underscore": (
+        SMALL.replace("-0.9\tc", "-0_9\tc"),
+        r"line 12: expected a log-prob.* got '-0_9'",
+    ),
+    "digits": (
+        SMALL.replace("ngram 2=5", "ngram 2=" + "5" * 5000),
+        "line 3: expected 'ngram 2=NUM",
+    ),
+    "script": (SMALL.replace("ngram 2=5", "ngram 2=\u0665"), "line 3: expected 'ngram 2=NUMBER'"),
+    "two unknown": (SMALL.replace("-0.9\tc", "-0.9\t<UNK>"), "line 9: the file has both <UNK>"),
+    "long line": (
+        SMALL.replace("\tc\n", f"\t{'c' * 2**20}\n"),
+        "line 12: expected at most 1048576 by",
+    ),
+    "empty lines": (SMALL.replace("\n\n", "\n" * 10_003, 1), "line 10005: more than 10000 empty"),
+    "orders": (
+        SMALL.replace("\n\n", "\n" + "".join(f"ngram {n}=0\n" for n in range(4, 40)) + "\n", 1),
+        r"line 34: expected n-grams of at most 32 words, got 'ngram 33=0'",
+    ),
+    "more": (SMALL + "\nmore\n", r"line 27: expected no more after \\end\\, got 'more'"),
     "backoff": (SMALL.replace("b a c", "b a c\t-1"), r"line 23: back-off weight of a longest"),
 }
 
@@ -193,6 +221,20 @@ def test_files_of_other_kinds(tmp_path):
     path.with_suffix(".gz").write_bytes(gzip.compress(SMALL.encode())[:60])
     with pytest.raises(ValueError, match="cannot be read as a gzip file"):
         read_arpa(path.with_suffix(".gz"))
+
+
+def test_damaged_and_endless_gzip_files(tmp_path):
+    path = tmp_path / "lm.arpa.gz"
+    content = gzip.compress(SMALL.encode())
+    for place in range(10, len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"lm\.arpa\.gz"):
+            read_arpa(path)
+    path.write_bytes(gzip.compress(b"a" * 2**24) * 20)
+    with pytest.raises(ValueError, match=r"lm\.arpa\.gz, line 1: expected at most 1048576 byt"):
+        read_arpa(path)
 
 
 def test_random_bytes_never_raise_another_error(tmp_path):

@@ -190,6 +190,8 @@ def test_files(tmp_path):
         (b"\t1\n", "line 1: expected a phrase, got an empty one"),
         (b"ab\t1\t2\n", "line 1: expected a phrase, or a phrase, a tab and its weight"),
         (b"ab\n\xff\xfe\n", "line 2: expected text in UTF-8"),
+        (b"ab\t1_0\n", "line 1: expected a weight after the tab, got '1_0'"),
+        (b"ab\n" + b"a" * 1001, "line 2: expected at most 1000 characters, got 1001: 'aaaa"),
         (b"RIFF\x00\x01\n", "line 1: expected a phrase, or a phrase, a tab"),
     ],
 )
@@ -212,6 +214,8 @@ def test_wrong_arguments(characters, monkeypatch, tmp_path):
         HotwordModel(["ab", 3], characters)
     with pytest.raises(ValueError, match=r"hotwords\[0\]: expected a weight above 0, got inf"):
         HotwordModel([("ab", math.inf)], characters)
+    with pytest.raises(ValueError, match=r"hotwords\[0\]: the bonus of the phrase is 4e\+06"):
+        HotwordModel([("ab", 2e6)], characters, score=1)
     with pytest.raises(ValueError, match="score: expected a number of at least 0, got -1"):
         HotwordModel(["ab"], characters, score=-1)
     with pytest.raises(TypeError, match="depth_score: expected a number, got str"):

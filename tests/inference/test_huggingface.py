@@ -10,6 +10,7 @@ import sys
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.compat.hugging_face import save_folder, transformers
 from transducer_toolkit.cli import align, transcribe
@@ -158,6 +159,26 @@ def edit(path, **changes):
         ({"encoder_config__num_hidden_layers": 1}, r"its weight encoder.layers.1\S+ is not of the"),
         ({"encoder_config__model_type": "bert"}, "expected a model_type of parakeet_encoder"),
         ({"hidden_act": "mish"}, "activation"),
+        (
+            {"encoder_config__num_hidden_layers": 10**6},
+            "json: num_hidden_layers=1000000, and",
+        ),
+        (
+            {"encoder_config__hidden_size": 2**40},
+            "json: hidden_size=1099511627776, and",
+        ),
+        ({"encoder_config__hidden_size": "x"}, "config.json: .*hidden_size"),
+        ({"vocab_size": 10**12}, "vocab_size: expected at most 1048576, got 1000000000000"),
+        (
+            {"model_type": "parakeet_tdt", "durations": ["x"]},
+            "json: durations: expected integ",
+        ),
+        (
+            {"encoder_config__attn_implementation": "user/repo"},
+            "expected 'eager' or 'sdpa', got",
+        ),
+        ({"encoder_config__quantization_config": {"bits": 4}}, "quantized, which is not supported"),
+        ({"max_symbols_per_step": 10**9}, "max_symbols_per_frame: expected at most 1000"),
     ],
 )
 def test_configs_that_do_not_fit(copied, changes, message):
@@ -214,7 +235,72 @@ def test_an_index_may_not_name_files_elsewhere(copied):
     (copied / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../a.safetensors"}}'
     )
-    with pytest.raises(ValueError, match=r"expected names of files, got '../a.safetensors'"):
+    with pytest.raises(ValueError, match=r"expected names of files .*, got '../a.safetensors'"):
+        Recognizer.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "expected a JSON object"),
+        ("{}", "expected a weight_map"),
+        ('{"weight_map": ["a.safetensors"]}', "expected a weight_map"),
+        ('{"weight_map": {"a": 3}}', "expected names of files of safetensors, got 3"),
+        ('{"weight_map": {"a": ".."}}', r"expected names .* got '\.\.'"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', "expected names .*got 'pytorch_model.bin'"),
+        ('{"weight_map": {"a": "b\\u0000.safetensors"}}', "expected names"),
+        ("[" * 100_000, "expected JSON: maximum recursion depth"),
+    ],
+)
+def test_an_index_that_is_none(copied, index, message):
+    (copied / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=rf"index\.json: {message}"):
+        Recognizer.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_links_out_of_the_folder_are_not_followed(folder, copied, tmp_path, name):
+    (copied / name).unlink()
+    (copied / name).symlink_to(folder / name)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*, outside of the folder; copy"):
+        Recognizer.from_pretrained(copied)
+    # The Hub's cache: snapshots/REVISION has links to blobs.
+    cached = tmp_path / "cache" / "snapshots" / "1a2b"
+    shutil.copytree(folder, cached)
+    (tmp_path / "cache" / "blobs").mkdir()
+    (cached / name).rename(tmp_path / "cache" / "blobs" / "3c4d")
+    (cached / name).symlink_to("../../blobs/3c4d")
+    assert (
+        load_checkpoint(cached)["state_dict"].keys() == load_checkpoint(folder)["state_dict"].keys()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.to(torch.int32), "is of torch.int32, and the model asks for torch.float32"),
+        (lambda x: x * torch.nan, "holds NaN"),
+        (lambda x: x.to(torch.float8_e4m3fn), "must be of one of .* got torch.float8_e4m3fn"),
+    ],
+)
+def test_numbers_that_are_none(copied, change, message):
+    path = copied / "model.safetensors"
+    weights = {name: value.clone() for name, value in load_file(path).items()}
+    weights["joint.head.bias"] = change(weights["joint.head.bias"])
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=f"its weight joint.head.bias {message}"):
+        Recognizer.from_pretrained(copied)
+
+
+def test_a_tokenizer_with_which_the_library_panics(copied):
+    path = copied / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    (precompiled,) = [
+        part for part in tokenizer["normalizer"]["normalizers"] if part["type"] == "Precompiled"
+    ]
+    precompiled["precompiled_charsmap"] = "\u20ac" + precompiled["precompiled_charsmap"][1:]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer: PanicException"):
         Recognizer.from_pretrained(copied)
 
 
@@ -226,6 +312,18 @@ def test_other_features_are_refused(copied):
     edit(path, feature_extractor__feature_extractor_type="ClapFeatureExtractor")
     with pytest.raises(ValueError, match=r"features: expected one of .*'ClapFeatureExtractor'"):
         Recognizer.from_pretrained(copied)
+    edit(path, feature_extractor__feature_extractor_type="ParakeetFeatureExtractor")
+    for options, message in (
+        ({"sampling_rate": 16000, "n_fft": 2**40}, "n_fft: expected at most 1000000"),
+        ({"n_fft": 10**6}, "expected mel filters of at most 16777216 numbers"),
+        ({"n_fft": 512, "preemphasis": 1e300}, "features of noise are not finite"),
+        ({"preemphasis": "x"}, "processor_config.json: "),
+        ({"preemphasis": 0.97, "feature_size": 81}, "its model cannot be restored"),
+    ):
+        edit(path, **{f"feature_extractor__{name}": value for name, value in options.items()})
+        with pytest.raises(ValueError, match=message) as raised:
+            Recognizer.from_pretrained(copied)
+        assert str(copied) in str(raised.value)
 
 
 def test_text_that_names_a_special_token_is_text(folder):

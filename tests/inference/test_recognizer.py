@@ -182,6 +182,30 @@ def _change_weight(saved, change):
             lambda c: c["recognizer"]["model"]["encoder"].update(num_layers=10**6),
             "num_layers=1000000, and .* weights",
         ),
+        (
+            lambda c: c["recognizer"]["model"]["encoder"].update(hidden_dim=2**40),
+            "hidden_dim=1099511627776, and weights of",
+        ),
+        (
+            lambda c: c["recognizer"]["model"]["encoder"].update(hidden_dim=300),
+            "size mismatch for encoder",
+        ),
+        (lambda c: _change_weight(c, Tensor.int), "is of torch.int32, and the model asks for"),
+        (lambda c: _change_weight(c, lambda x: x.to(torch.float8_e5m2)), "must be of one of"),
+        (
+            lambda c: _change_weight(c, lambda x: x.flatten()[:1].expand(2**40)),
+            "has 1099511627776 numbers, and its file holds fewer",
+        ),
+        (lambda c: c["recognizer"].update(num_mel_bins=2**40), "num_mel_bins must be at most 512"),
+        (lambda c: c["recognizer"].update(num_mel_bins=40), "its model cannot be restored"),
+        (
+            lambda c: c["recognizer"].update(max_symbols_per_frame=10**9),
+            "max_symbols_per_frame: expected at most 1000",
+        ),
+        (
+            lambda c: c["recognizer"]["tokenizer"].update(kind="sentencepiece", model=10**12),
+            "model must be bytes, got int",
+        ),
         (lambda c: c["recognizer"].update(num_mel_bins="x"), "its model cannot be restored"),
         (lambda c: c["recognizer"].update(topology=3), "topology: expected one of"),
         (lambda c: c["recognizer"].update(max_symbols_per_frame=0), "expected at least 1"),

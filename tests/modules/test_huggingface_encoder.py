@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import json
+import math
+import pathlib
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.compat.hugging_face import ENCODER, save_folder, transformers
 from transducer_toolkit.data.audio import SAMPLE_RATE
@@ -220,12 +225,83 @@ def test_folders_whose_weights_do_not_fit(tmp_path):
     model = transformers.HubertModel(transformers.HubertConfig(**options))
     model.save_pretrained(tmp_path)
     for changes, message in (
-        ({"num_hidden_layers": 3}, "its weights lack encoder.layers.2"),
+        ({"num_hidden_layers": 3}, "its weights cannot be used: they lack encoder.layers.2"),
         ({"intermediate_size": 47}, "its weights cannot be used: "),
     ):
         transformers.HubertConfig(**{**options, **changes}).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=message):
             HuggingFaceEncoder(folder=str(tmp_path))
+
+
+class Code:
+    """A pickle of it makes a file where it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_code_of_a_folder_is_not_run(tmp_path):
+    folder, canary = tmp_path / "folder", tmp_path / "canary"
+    options = {key: value for key, value in CONFIGS["hubert"].items() if key != "model_type"}
+    model = transformers.HubertModel(transformers.HubertConfig(**options))
+    model.save_pretrained(folder)
+    expected = model.state_dict()
+    for name in (".metadata", "pytorch_model.bin", "adapter_model.bin"):
+        (folder / name).write_bytes(pickle.dumps(Code(canary)))
+    # from_pretrained of transformers reads this file instead of model.safetensors.
+    zeros = {key: torch.zeros_like(value) for key, value in expected.items()}
+    save_file(zeros, folder / "shard-00001-model-00001-of-00001.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    names = {"transformers_weights": "adapter_model.bin", "_attn_implementation": "user/repo"}
+    path.write_text(json.dumps(config | names | {"trust_remote_code": True}))
+    found = HuggingFaceEncoder(folder=str(folder)).model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert not canary.exists()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors in the folder"):
+        HuggingFaceEncoder(folder=str(folder))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_implementation": "user/repo"}, "expected 'eager' or 'sdpa', got 'user/repo'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantized"),
+        ({"hidden_size": 2**40}, "hidden_size=1099511627776, and weights of 24112 numbers"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000, and 51 weights"),
+        (
+            {"num_hidden_layers": 40},
+            "json asks for .* numbers, and the weights are 24112",
+        ),
+        ({"hidden_size": "x"}, "config.json: .*hidden_size"),
+        ({"layer_norm_eps": math.nan}, "the encoded frames of noise are NaN"),
+        ({"conv_stride": [5, 2, 2, 2, 2, 2, 0]}, "cannot be used: "),
+        ({"model_type": ["hubert"]}, "expected a model_type"),
+    ],
+)
+def test_configs_of_folders(tmp_path, changes, message):
+    options = {key: value for key, value in CONFIGS["hubert"].items() if key != "model_type"}
+    transformers.HubertModel(transformers.HubertConfig(**options)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message) as raised:
+        HuggingFaceEncoder(folder=str(tmp_path))
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_weights_that_are_nan(tmp_path):
+    options = {key: value for key, value in CONFIGS["hubert"].items() if key != "model_type"}
+    model = transformers.HubertModel(transformers.HubertConfig(**options))
+    model.encoder.layer_norm.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its weight encoder.layer_norm.weight holds NaN"):
+        HuggingFaceEncoder(folder=str(tmp_path))
 
 
 def test_whisper_takes_no_longer_utterances():

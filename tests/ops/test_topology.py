@@ -139,3 +139,18 @@ def test_padding_and_the_smoothed_loss(am_only_scale):
     assert torch.equal(losses(), first)
     lm[1, 0] += torch.arange(5)
     assert torch.equal(losses()[0], first[0]) == (am_only_scale == 0)
+
+
+@pytest.mark.parametrize("durations", [(0, 10_001), (0, 2**40), (0, 1.5), ("x",), (0, True)])
+def test_durations_that_are_none(durations):
+    with pytest.raises(ValueError, match="durations: expected integers of at most 10000, got"):
+        tdt_topology(durations)
+    with pytest.raises(ValueError, match="big_blank_durations: expected integers of at most 10000"):
+        multi_blank_topology(durations)
+
+
+def test_names_with_long_durations():
+    with pytest.raises(ValueError, match="topology: expected one of"):
+        get_topology("tdt-0-" + "1" * 5000)
+    with pytest.raises(ValueError, match="durations: expected integers of at most 10000"):
+        get_topology("tdt-0-10001")

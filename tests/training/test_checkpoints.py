@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import threading
+import zipfile
 from datetime import timedelta
 
 import pytest
@@ -364,3 +365,13 @@ def test_the_handler_of_a_launcher_is_called_after_the_checkpoint(tmp_path):
         assert signal.getsignal(signal.SIGUSR2) is requeue
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_forged_archives_are_named(tmp_path):
+    path = tmp_path / "forged.ckpt"
+    for content in (b"", b"garbage", b"\x80\x02K\x01"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", b"3\n")
+        with pytest.raises(ValueError, match=r"forged\.ckpt is not a checkpoint of"):
+            AtomicCheckpointIO().load_checkpoint(path)

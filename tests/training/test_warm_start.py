@@ -187,3 +187,22 @@ def test_the_tokenizer_of_a_checkpoint(tmp_path):
         tokenizer_from_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match=r"got null; set init_from=CHECKPOINT"):
         tokenizer_from_checkpoint(None)
+
+
+def test_recipes_and_weights_of_hostile_checkpoints(tmp_path):
+    tokenizer = characters("abc")
+    path = saved(module_of(tokenizer), tmp_path / "hostile.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint[CHECKPOINT_KEY].pop("topology")  # as in the first checkpoints
+    torch.save(checkpoint, path)
+    start_from(module_of(tokenizer), path)
+    checkpoint[CHECKPOINT_KEY]["topology"] = "linear"
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"init_from: .*hostile\.ckpt: topology: expected one of"):
+        start_from(module_of(tokenizer), path)
+    name = "model.joiner.output.weight"
+    checkpoint["state_dict"][name] = checkpoint["state_dict"][name].int()
+    torch.save(checkpoint, path)
+    message = r"init_from: .*hostile\.ckpt: its weight model\.joiner\.output\.weight is of "
+    with pytest.raises(ValueError, match=message):
+        start_from(module_of(tokenizer), path)

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Late imports keep --help fast.
     import torch
 
+    from transducer_toolkit.data.alignments import file_names
     from transducer_toolkit.inference.recognizer import Recognizer
 
     if args.num_threads is not None:
@@ -154,29 +155,6 @@ def ctm_lines(name: str, aligned: AlignedUtterance) -> list[str]:
         f"{name} 1 {word.start_s:.3f} {word.end_s - word.start_s:.3f} {word.word}"
         for word in aligned.words
     ]
-
-
-def file_names(ids: Sequence[str]) -> list[str]:
-    """Return names for files and CTM lines: the ids, with ``_`` for special characters.
-
-    Args:
-        ids: ids of the utterances.
-
-    Raises:
-        ValueError: if two ids get the same name.
-
-    Example:
-        >>> file_names(["a1", "set/a 2"])
-        ['a1', 'set_a_2']
-    """
-    from transducer_toolkit.data.alignments import file_stem
-
-    names = [file_stem(id_) for id_ in ids]
-    id_of: dict[str, str] = {}
-    for name, id_ in zip(names, ids, strict=True):
-        if id_of.setdefault(name, id_) != id_:
-            raise ValueError(f"the ids {id_of[name]!r} and {id_!r} would share the file {name!r}")
-    return names
 
 
 def _utterances(args: argparse.Namespace) -> list[Utterance]:

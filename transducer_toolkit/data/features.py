@@ -15,6 +15,7 @@ FRAME_LENGTH_MS = 25.0
 LOWEST_HZ = 20.0
 HIGHEST_HZ = SAMPLE_RATE / 2 - 400.0
 PREEMPHASIS = 0.97
+MAX_MEL_BINS = 512  # twice the bins of the Fourier transform
 
 
 class Fbank:
@@ -28,7 +29,7 @@ class Fbank:
         num_mel_bins: number of mel bins, F.
 
     Raises:
-        ValueError: ``num_mel_bins`` is not positive.
+        ValueError: ``num_mel_bins`` is not in [1, 512].
 
     Example:
         >>> fbank = Fbank()
@@ -45,6 +46,8 @@ class Fbank:
     def __init__(self, *, num_mel_bins: int = 80) -> None:
         if num_mel_bins < 1:
             raise ValueError(f"num_mel_bins must be positive, got {num_mel_bins}")
+        if num_mel_bins > MAX_MEL_BINS:
+            raise ValueError(f"num_mel_bins must be at most {MAX_MEL_BINS}, got {num_mel_bins}")
         self.num_mel_bins = num_mel_bins
         self._shift = round(SAMPLE_RATE * FRAME_SHIFT_MS / 1000)
         self._length = round(SAMPLE_RATE * FRAME_LENGTH_MS / 1000)

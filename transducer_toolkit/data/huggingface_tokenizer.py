@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from transducer_toolkit.data.tokenizer import check_ids, save_symbols
-from transducer_toolkit.modules.huggingface_files import read_config
-from transducer_toolkit.ops.checks import check_at_least
+from transducer_toolkit.modules.huggingface_files import local_file, read_config
+from transducer_toolkit.ops.checks import check_at_least, one_line
 
 __all__ = ["HuggingFaceTokenizer"]
 
 FILE = "tokenizer.json"
+MAX_SYMBOLS = 2**20
 
 
 class HuggingFaceTokenizer:
@@ -37,6 +37,8 @@ class HuggingFaceTokenizer:
 
     def __init__(self, json: str, *, vocab_size: int, blank: int) -> None:
         check_at_least(1, vocab_size=vocab_size)
+        if vocab_size > MAX_SYMBOLS:
+            raise ValueError(f"vocab_size: expected at most {MAX_SYMBOLS}, got {vocab_size}")
         if not 0 <= blank < vocab_size:
             raise ValueError(f"blank must be in [0, {vocab_size}), got {blank}")
         try:
@@ -47,9 +49,12 @@ class HuggingFaceTokenizer:
             ) from error
         try:
             self._tokenizer = Tokenizer.from_str(json)
-        except Exception as error:  # the library raises no other class
-            raise ValueError(f"{FILE} is no tokenizer: {error}") from error
-        self._tokenizer.encode_special_tokens = True  # "<blank>" in a text is text
+            self._tokenizer.encode_special_tokens = True  # "<blank>" in a text is text
+            self._tokenizer.decode(self._tokenizer.encode("a text").ids)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
+            raise ValueError(f"{FILE} is no tokenizer: {one_line(error)}") from error
         self.json, self._size, self.blank = json, vocab_size, blank
         symbols = [self._tokenizer.id_to_token(id_) for id_ in range(vocab_size)]
         self.symbols = tuple(
@@ -64,7 +69,7 @@ class HuggingFaceTokenizer:
             FileNotFoundError: there is none.
             ValueError: it is damaged, or the folder is not that of a transducer.
         """
-        path = Path(folder) / FILE
+        path = local_file(folder, FILE)
         if not path.is_file():
             raise FileNotFoundError(
                 f"no {FILE} in the folder {os.fspath(folder)}; save_pretrained of the model's "

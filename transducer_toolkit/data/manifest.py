@@ -16,6 +16,7 @@ from typing import Any
 
 from transducer_toolkit.data.audio import check_channel, open_audio
 from transducer_toolkit.data.durations import Durations
+from transducer_toolkit.ops.checks import shortened
 
 __all__ = ["Utterance", "read_manifest", "write_manifest"]
 
@@ -163,15 +164,15 @@ def read_manifest(path: str | os.PathLike[str], *, channel: int | str = "mix") -
                     row = {**row, "channel": channel}
                 utterance = _utterance(row, path.parent, durations)
                 found = _channels(utterance) if "channel" not in row else [utterance]
-            except (TypeError, ValueError, OSError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+            except (TypeError, ValueError, OSError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {shortened(str(error))}") from error
             for utterance in found:
                 if utterance.id in line_of_id:
                     first = line_of_id[utterance.id]
                     advice = "" if has_id else ", made of the audio path: give both lines an id"
                     raise ValueError(
-                        f"{path}, line {number}: id {utterance.id!r} already stands in line {first}"
-                        f"{advice}"
+                        f"{path}, line {number}: id {shortened(repr(utterance.id))} already stands "
+                        f"in line {first}{advice}"
                     )
                 line_of_id[utterance.id] = number
             utterances += found

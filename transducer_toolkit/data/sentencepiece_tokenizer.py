@@ -48,6 +48,8 @@ class SentencePieceTokenizer:
     blank = 0
 
     def __init__(self, model: bytes) -> None:
+        if not isinstance(model, bytes | bytearray | memoryview):  # bytes(10**12) would be a TB
+            raise TypeError(f"model must be bytes, got {type(model).__name__}")
         self._model = bytes(model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
@@ -56,6 +58,8 @@ class SentencePieceTokenizer:
         size = self._processor.get_piece_size()
         self.symbols = tuple(self._processor.id_to_piece(id_) for id_ in range(size))
         self._has_bytes = any(byte_of(symbol) is not None for symbol in self.symbols)
+        if not self.symbols:  # of an empty file
+            raise ValueError("model must be a SentencePiece model; it has no pieces")
         if self.symbols[0] != BLANK_SYMBOL:
             raise ValueError(
                 f"piece 0 of the model must be {BLANK_SYMBOL!r}, got {self.symbols[0]!r}; train it "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from transducer_toolkit.ops.checks import check_flag
+from transducer_toolkit.ops.checks import check_flag, shortened
 
 __all__ = ["CharTokenizer", "Tokenizer", "TokenizerFactory"]
 
@@ -146,10 +146,11 @@ class CharTokenizer:
         if not self.symbols or self.symbols[0] != BLANK_SYMBOL:
             raise ValueError(f"symbols[0] must be {BLANK_SYMBOL!r}, got {list(self.symbols[:1])}")
         for id_, symbol in enumerate(self.symbols[1:], start=1):
-            if symbol != UNKNOWN_SYMBOL and (len(symbol) != 1 or symbol.isspace()):
+            is_character = isinstance(symbol, str) and len(symbol) == 1 and not symbol.isspace()
+            if symbol != UNKNOWN_SYMBOL and not is_character:
                 raise ValueError(
                     f"symbols[{id_}] must be one character (space as {SPACE_SYMBOL!r}) or "
-                    f"{UNKNOWN_SYMBOL!r}, got {symbol!r}"
+                    f"{UNKNOWN_SYMBOL!r}, got {shortened(repr(symbol))}"
                 )
         self._id_of = {symbol: id_ for id_, symbol in enumerate(self.symbols)}
         if len(self._id_of) != len(self.symbols):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,13 @@ START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 # Log-probability of unknown words, base 10, where the file has none. KenLM has the same.
 UNKNOWN_LOG10 = -100.0
 LN_10 = math.log(10)
+# Bounds of a file, so that a hostile one takes neither all memory nor forever.
+MAX_ORDER = 32
+MAX_LINE = 2**20  # bytes
+MAX_DIGITS = 18  # of a count
+MAX_EMPTY_LINES = 10_000  # one after another
+# Bound of log-probabilities and back-off weights, base 10: float32 holds sums of them.
+MAX_LOG10 = 1e6
 _BINARY = b"mmap lm http://kheafield.com/code"
 
 
@@ -130,11 +138,12 @@ def read_arpa(path: str | os.PathLike[str]) -> Ngrams:
     """Reads an ARPA file, which may be compressed by gzip (``.gz``).
 
     If the file has no ``<unk>``, unknown words have the log-probability -100 to the base 10, as in
-    KenLM.
+    KenLM. A file may have n-grams of up to 32 words, lines of up to 1 MiB, and log-probabilities
+    and back-off weights of up to 1e6 in size.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an ARPA file; names file and line.
+        ValueError: if it is not an ARPA file, or exceeds a bound; names file and line.
 
     Example:
         >>> ngrams = read_arpa("words.arpa")  # doctest: +SKIP
@@ -148,14 +157,20 @@ def read_arpa(path: str | os.PathLike[str]) -> Ngrams:
     counts = _read_counts(lines)
     orders = [_read_order(lines, n, counts) for n in range(1, len(counts) + 1)]
     lines.expect("\\end\\")
+    lines.expect_no_more()
 
     words = [gram[0] for gram in orders[0].grams]
     index_of = {word: index for index, word in enumerate(words)}
     if len(index_of) != len(words):
         number = _first_repeated(words)
-        raise ValueError(f"{lines.at(orders[0].lines[number])}: {words[number]!r} is there twice")
+        repeated = f"{words[number][:50]!r}"
+        raise ValueError(f"{lines.at(orders[0].lines[number])}: {repeated} is there twice")
     unigrams = orders[0]
-    unknown = next((word for word in ("<UNK>", UNKNOWN) if word in index_of), None)
+    spelled = [word for word in ("<UNK>", UNKNOWN) if word in index_of]
+    unknown = spelled[0] if spelled else None
+    if len(spelled) > 1:
+        line = unigrams.lines[index_of[UNKNOWN]]
+        raise ValueError(f"{lines.at(line)}: the file has both <UNK> and <unk>; remove one")
     if unknown is None:
         unigrams.grams.append((UNKNOWN,))
         unigrams.log10.append(UNKNOWN_LOG10)
@@ -206,11 +221,24 @@ class _Lines:
         if line != text:
             raise ValueError(f"{self.at(self.number)}: expected {text}, got {line[:50]!r}")
 
+    def expect_no_more(self) -> None:
+        """Reads to the end of the file, where gzip has its checksum."""
+        for line in self._lines:
+            raise ValueError(
+                f"{self.at(self.number)}: expected no more after \\end\\, got {line[:50]!r}"
+            )
+
     def _read(self, path: Path) -> Iterator[str]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            num_empty = 0
             try:
-                for line in file:
+                while line := file.readline(MAX_LINE + 1):
                     self.number += 1
+                    if len(line) > MAX_LINE:
+                        raise ValueError(
+                            f"{self.at(self.number)}: expected at most {MAX_LINE} bytes, got "
+                            f"{line[:20]!r} and more"
+                        )
                     if self.number == 1 and line.startswith(_BINARY):
                         raise ValueError(
                             f"{self.name} is a binary file of KenLM; give the ARPA file that it "
@@ -218,13 +246,18 @@ class _Lines:
                         )
                     text = line.decode("utf-8-sig" if self.number == 1 else "utf-8")
                     text = text.strip(" \t\r\n")
+                    num_empty = 0 if text else num_empty + 1
+                    if num_empty > MAX_EMPTY_LINES:
+                        raise ValueError(
+                            f"{self.at(self.number)}: more than {MAX_EMPTY_LINES} empty lines"
+                        )
                     if text:
                         yield text
             except UnicodeDecodeError:
                 raise ValueError(
                     f"{self.at(self.number)}: expected text in UTF-8, got {line[:20]!r}"
                 ) from None
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{self.name} cannot be read as a gzip file: {error}") from error
 
 
@@ -234,12 +267,19 @@ def _read_counts(lines: _Lines) -> list[int]:
     while not (line := lines.next("\\1-grams:")).startswith("\\"):
         before, equals, count = line.partition("=")
         is_next = before.split() == ["ngram", str(len(counts) + 1)]
-        if not is_next or not equals or not count.strip().isdecimal():
+        count = count.strip()
+        is_count = count.isascii() and count.isdecimal() and len(count) <= MAX_DIGITS
+        if not is_next or not equals or not is_count:
             raise ValueError(
                 f"{lines.at(lines.number)}: expected 'ngram {len(counts) + 1}=NUMBER' or "
                 f"\\1-grams:, got {line[:50]!r}"
             )
         counts.append(int(count))
+        if len(counts) > MAX_ORDER:
+            raise ValueError(
+                f"{lines.at(lines.number)}: expected n-grams of at most {MAX_ORDER} words, got "
+                f"{line[:50]!r}"
+            )
     lines.keep(line)
     if not counts or counts[0] == 0:
         raise ValueError(f"{lines.at(lines.number)}: expected 'ngram 1=NUMBER', got {line[:50]!r}")
@@ -264,7 +304,7 @@ def _read_order(lines: _Lines, n: int, counts: Sequence[int]) -> _Order:
                 f"{lines.at(lines.number)}: expected a log-probability, {n} words and a back-off "
                 f"weight, got {line[:50]!r}"
             )
-        log10 = _number(fields[0], "a log-probability of at most 0", lines)
+        log10 = _number(fields[0], "a log-probability", lines)
         backoff = 0.0
         if len(fields) == n + 2:
             backoff = _number(fields[-1], "a back-off weight", lines)
@@ -280,11 +320,15 @@ def _read_order(lines: _Lines, n: int, counts: Sequence[int]) -> _Order:
 
 def _number(text: str, what: str, lines: _Lines) -> float:
     try:
-        value = float(text)
+        # float() would also take 1_000 and the digits of other scripts.
+        value = math.nan if "_" in text or not text.isascii() else float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{lines.at(lines.number)}: expected {what}, got {text!r}")
+    if not abs(value) <= MAX_LOG10:
+        raise ValueError(
+            f"{lines.at(lines.number)}: expected {what} of at most {MAX_LOG10:g} in size, got "
+            f"{text[:50]!r}"
+        )
     return value
 
 
@@ -331,14 +375,14 @@ def _build(orders: Sequence[_Order], index_of: dict[str, int], lines: _Lines) ->
                 *before, word = (index_of[part] for part in gram)
             except KeyError as error:
                 raise ValueError(
-                    f"{lines.at(line)}: {error} is not among the 1-grams of the file"
+                    f"{lines.at(line)}: {error.args[0][:50]!r} is not among the 1-grams of the file"
                 ) from None
             context = 1 + before[0]
             for part in before[1:]:
                 context = context_of[context * num_words + part]
             key = context * num_words + word
             if key in arcs:
-                raise ValueError(f"{lines.at(line)}: {' '.join(gram)!r} is there twice")
+                raise ValueError(f"{lines.at(line)}: {' '.join(gram)[:50]!r} is there twice")
             if math.isnan(log10):
                 log10 = log10_of(context, word)
             longer = after(shorter[context], word)

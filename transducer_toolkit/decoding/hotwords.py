@@ -26,6 +26,8 @@ __all__ = ["CASES", "Hotword", "HotwordModel", "read_hotwords"]
 CASES = ("as_is", "variants")
 SCORE_OF_LETTER = 0.2
 MAX_TABLE = 2**27  # entries of 8 bytes: 1 GiB
+MAX_PHRASE = 1000  # characters
+MAX_BONUS = 1e6  # of a phrase: beside a larger one, float32 would lose the scores of the model
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Hotword:
 def read_hotwords(path: str | os.PathLike[str]) -> list[Hotword]:
     """Reads a file with one phrase a line, optionally followed by a tab and its weight.
 
-    The file is UTF-8. Blank lines and lines that begin with ``#`` are skipped.
+    The file is UTF-8. Blank lines and lines that begin with ``#`` are skipped. A phrase has at most
+    1000 characters.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -108,7 +111,7 @@ class HotwordModel:
     Raises:
         TypeError: if a phrase is no text, or a number is none.
         ValueError: if there are no phrases, the model has no symbols for one, a weight is not above
-            0, or the tables would exceed 1 GiB.
+            0, the bonus of a phrase exceeds 1e6, or the tables would exceed 1 GiB.
 
     Example:
         >>> from transducer_toolkit.data.tokenizer import CharTokenizer
@@ -178,6 +181,7 @@ class _Tables(NamedTuple):
 class _Pattern(NamedTuple):
     tokens: tuple[int, ...]
     weight: float
+    source: str
     needs_end: bool  # whether it must be followed by the end of a word
 
 
@@ -193,6 +197,7 @@ class _Node:
         self.total = 0.0  # sum of the scores of the symbols
         self.kept = 0.0  # part of it that belongs to a complete phrase, so is not taken back
         self.is_end, self.needs_end = False, False
+        self.source = ""  # where a phrase stands that ends here
 
     @property
     def pending(self) -> float:
@@ -216,17 +221,25 @@ def _hotword(entry: object, index: int) -> Hotword:
 def _check_phrase(entry: Hotword) -> None:
     if not entry.phrase.strip():
         raise ValueError(f"{entry.source}: expected a phrase, got an empty one")
+    if len(entry.phrase) > MAX_PHRASE:
+        raise ValueError(
+            f"{entry.source}: expected at most {MAX_PHRASE} characters, got {len(entry.phrase)}: "
+            f"{entry.phrase[:20]!r} and more"
+        )
     if not 0 < entry.weight < math.inf:
         raise ValueError(
-            f"{entry.source}: expected a weight above 0, got {entry.weight} for {entry.phrase!r}"
+            f"{entry.source}: expected a weight above 0, got {entry.weight} for "
+            f"{entry.phrase[:50]!r}"
         )
 
 
 def _weight(text: str, source: str) -> float:
     try:
+        if "_" in text or not text.isascii():  # float() takes 1_000 and digits of other scripts
+            raise ValueError
         return float(text)
     except ValueError:
-        raise ValueError(f"{source}: expected a weight after the tab, got {text!r}") from None
+        raise ValueError(f"{source}: expected a weight after the tab, got {text[:50]!r}") from None
 
 
 def _patterns(entry: Hotword, tokenizer: Tokenizer, with_variants: bool) -> list[_Pattern]:
@@ -249,7 +262,7 @@ def _patterns(entry: Hotword, tokenizer: Tokenizer, with_variants: bool) -> list
             continue
         needs_end = not has_no_spaces(text[-1])
         for form in _forms(tokens, text, tokenizer):
-            patterns.append(_Pattern(tuple(form), entry.weight, needs_end))
+            patterns.append(_Pattern(tuple(form), entry.weight, entry.source, needs_end))
     if not patterns:
         hint = "" if with_variants else "; hotwords_case=variants tries other cases, too"
         raise ValueError(f"{entry.source}: {problem}{hint}") from problem
@@ -293,6 +306,7 @@ def _trie(
                 bonus = pattern.weight * (score + depth_score * math.log(node.depth))
                 node.token_score = max(node.token_score, bonus)
         node.is_end, node.needs_end = True, pattern.needs_end
+        node.source = pattern.source
 
     nodes: list[_Node] = []
     queue = deque([root])
@@ -309,6 +323,11 @@ def _trie(
             fail = fail.fail
         node.fail = fail.children.get(node.token, root) if parent.parent is not None else root
         node.total = parent.total + node.token_score
+        if node.is_end and not node.total <= MAX_BONUS:
+            raise ValueError(
+                f"{node.source}: the bonus of the phrase is {node.total:g}, expected at most "
+                f"{MAX_BONUS:g}; lower its weight or hotwords_score"
+            )
         ends_phrase = parent.is_end and not (
             parent.needs_end and _continues_word(tokenizer.symbols[node.token])
         )

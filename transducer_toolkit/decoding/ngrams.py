@@ -77,7 +77,7 @@ class NgramModel:
             has_bytes = any(byte_of(symbol) is not None for symbol in tokenizer.symbols)
             can_write = has_bytes or any(letters.issuperset(entry) for entry in entries)
         if not can_write:
-            first = f", such as {entries[0]!r}" if entries else ""
+            first = f", such as {entries[0][:50]!r}" if entries else ""
             raise ValueError(
                 f"{self.path}: the model can write none of its {units}{first}; give an ARPA file "
                 "of texts that are spelled as those of the training"

@@ -7,13 +7,14 @@ import os
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor
 
 from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.modules.huggingface_features import HuggingFaceFeatures
 from transducer_toolkit.modules.huggingface_files import check_shapes, read_config, read_weights
+from transducer_toolkit.modules.weight_checks import check_sizes
+from transducer_toolkit.ops.checks import one_line
 from transducer_toolkit.ops.topology import tdt_topology
 
 # model_type of the folders that can be read.
@@ -55,7 +56,10 @@ def recipe_and_weights(
     config = _checked_config(folder)
     topology = "regular"
     if config["model_type"] == "parakeet_tdt":
-        topology = tdt_topology(config["durations"]).name
+        try:
+            topology = tdt_topology(config["durations"]).name
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(folder)}/config.json: {error}") from error
     features = HuggingFaceFeatures.load(folder)
     model = _model_config(config, features)
     tokenizer = HuggingFaceTokenizer.load(folder)
@@ -79,11 +83,14 @@ def _checked_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         )
     for name in ("vocab_size", "decoder_hidden_size", "num_decoder_layers", "blank_token_id"):
         if not isinstance(config.get(name), int):
-            raise ValueError(f"{where}: {name}: expected an int, got {config.get(name)!r}")
+            value = repr(config.get(name))[:100]
+            raise ValueError(f"{where}: {name}: expected an int, got {value}")
     if not isinstance(config.get("encoder_config"), dict):
         raise ValueError(f"{where}: expected an encoder_config")
     if config["model_type"] == "parakeet_tdt" and not isinstance(config.get("durations"), list):
-        raise ValueError(f"{where}: durations: expected a list, got {config.get('durations')!r}")
+        raise ValueError(
+            f"{where}: durations: expected a list, got {repr(config.get('durations'))[:100]}"
+        )
     return config
 
 
@@ -120,11 +127,13 @@ def _model_config(config: dict[str, Any], features: HuggingFaceFeatures) -> dict
 
 def _weights(folder: str | os.PathLike[str], config: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a folder under the names of this toolkit."""
+    weights = read_weights(folder)
     try:
+        check_sizes(config, weights)
         with torch.device("meta"):  # names and shapes only
             own = instantiate(config, _convert_="all").state_dict()
-    except InstantiationException as error:
-        reason = error.__cause__ or error
+    except Exception as error:  # a wrong config can raise any error
+        reason = one_line(error.__cause__ or error)
         raise ValueError(f"{os.fspath(folder)}/config.json: {reason}") from error
     expected = {
         theirs + name.removeprefix(ours): value
@@ -133,7 +142,6 @@ def _weights(folder: str | os.PathLike[str], config: dict[str, Any]) -> dict[str
         if name.startswith(ours)
     }
     expected[EXTRA_BIAS] = own[_BIAS]
-    weights = read_weights(folder)
     check_shapes(weights, expected, folder)
     bias = weights.pop(EXTRA_BIAS).float()
     renamed = {}

@@ -30,15 +30,24 @@ from transducer_toolkit.inference.long_audio import (
     transcribe_files,
 )
 from transducer_toolkit.inference.pretrained import local_checkpoint
-from transducer_toolkit.inference.trust import all_trusted, check_archive, check_model_config
+from transducer_toolkit.inference.trust import (
+    all_trusted,
+    check_model_config,
+    load_plain,
+    needed_packages,
+)
 from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, recognized_words
+from transducer_toolkit.modules.encoder import try_encoder
 from transducer_toolkit.modules.huggingface_files import CONFIG
 from transducer_toolkit.modules.transducer import Transducer
-from transducer_toolkit.ops.native import SUPPORTED_DTYPES
+from transducer_toolkit.modules.weight_checks import check_kind, check_sizes, check_weight
+from transducer_toolkit.ops.checks import one_line
 from transducer_toolkit.ops.topology import get_topology
 
 CHECKPOINT_KEY = "recognizer"
 FORMAT_VERSION = 1
+# Bound for a checkpoint, whose model may never emit a blank.
+MAX_SYMBOLS_PER_FRAME = 1000
 # Keys of every recipe; newer recipes have more.
 RECIPE_KEYS = ("model", "symbols", "num_mel_bins", "max_symbols_per_frame")
 
@@ -154,15 +163,16 @@ class Recognizer:
         try:
             recognizer = cls._restored(recipe, checkpoint["state_dict"])
         except Exception as error:  # a wrong recipe can raise any error in the classes it names
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{path}: its model cannot be restored: {type(error).__name__}: {reason}"
-            ) from error
+            raise _not_restored(path, error) from error
         try:
             recognizer.model.to(device)
         except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or no room
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
+        try:
+            try_encoder(recognizer.model.encoder, recognizer.fbank)
+        except Exception as error:  # a wrong recipe can raise any error
+            raise _not_restored(path, error) from error
         if search is not None or fusion is not None:
             recognizer._set_search(search, fusion)
         return recognizer
@@ -197,13 +207,20 @@ class Recognizer:
         recipe: Mapping[str, Any],
         weights: Mapping[str, Tensor],
     ) -> Recognizer:
-        _check_depth(recipe["model"], len(weights))
-        model = instantiate(recipe["model"], _convert_="all")
         own = {
             name.removeprefix("model."): value
             for name, value in weights.items()
             if name.startswith("model.")
         }
+        check_sizes(recipe["model"], weights)
+        if not needed_packages(recipe["model"]):  # classes of others may need numbers
+            # Shapes only: weights that the file lacks may be larger than the memory.
+            with torch.device("meta"):
+                shapes = instantiate(recipe["model"], _convert_="all")
+            _check_kinds(own, shapes)
+            shapes.load_state_dict(own, assign=True)
+        model = instantiate(recipe["model"], _convert_="all")
+        _check_kinds(own, model)
         model.load_state_dict(own)
         tokenizer = recipe_tokenizer(recipe)
         if (tokenizer.vocab_size, tokenizer.blank) != (model.vocab_size, model.blank):
@@ -212,6 +229,11 @@ class Recognizer:
                 f"the model {model.vocab_size} and {model.blank}"
             )
         features = model.encoder.make_features()
+        if recipe["max_symbols_per_frame"] > MAX_SYMBOLS_PER_FRAME:
+            raise ValueError(
+                f"max_symbols_per_frame: expected at most {MAX_SYMBOLS_PER_FRAME}, got "
+                f"{recipe['max_symbols_per_frame']}"
+            )
         return cls(
             model,
             tokenizer,
@@ -312,6 +334,17 @@ class Recognizer:
         return found
 
 
+def _check_kinds(weights: Mapping[str, Tensor], model: Transducer) -> None:
+    for name, value in model.state_dict().items():
+        if name in weights:
+            check_kind(weights[name], value, f"its weight {name}")
+
+
+def _not_restored(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    reason = one_line(error.__cause__ or error)  # Hydra names the class, its cause says why
+    return ValueError(f"{path}: its model cannot be restored: {reason}")
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint of ``transducer-train``, or a model folder, without running its code.
 
@@ -333,7 +366,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}: it is a folder, {_advice(path)}")
     checkpoint = _checkpoint_of_folder(path) if path.is_dir() else _checkpoint_of_file(path)
     for name, value in checkpoint["state_dict"].items():
-        _check_weight(value, f"{path}: its weight {name}")
+        check_weight(value, f"{path}: its weight {name}")
     return checkpoint
 
 
@@ -377,14 +410,7 @@ def _checkpoint_of_file(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint of transducer-train, nor of torch at all")
     with open(path, "rb") as file:
-        check_archive(file, path)
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # a forged file can raise any error in the unpickler
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
+        checkpoint = load_plain(file, path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
         raise ValueError(
             f"{path} is not a checkpoint of transducer-train: it holds no {CHECKPOINT_KEY!r} entry"
@@ -448,30 +474,3 @@ def tokenizer_from_checkpoint(path: str | os.PathLike[str] | None) -> Tokenizer:
     if (Path(path) / CONFIG).is_file():  # a folder, whose weights are not read here
         return HuggingFaceTokenizer.load(path)
     return recipe_tokenizer(load_checkpoint(path)[CHECKPOINT_KEY])
-
-
-def _check_weight(value: Tensor, what: str) -> None:
-    """Raise an error for a weight that a model could not take without loss, and for NaN."""
-    is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
-    if not is_dense or value.is_complex() or value.device.type != "cpu":
-        raise ValueError(
-            f"{what} must be a dense tensor of real numbers, got {value.dtype}, {value.layout}, on "
-            f"device {value.device.type}"
-        )
-    # An infinite weight may be intended: a bias of -inf masks a symbol.
-    if value.dtype in SUPPORTED_DTYPES and bool(value.isnan().any()):
-        raise ValueError(f"{what} holds NaN")
-
-
-def _check_depth(config: Any, num_weights: int) -> None:
-    """Raise an error for more layers than weights: making a million layers takes hours."""
-    if isinstance(config, Mapping):
-        for name in ("num_layers", "num_hidden_layers"):
-            num_layers = config.get(name)
-            if isinstance(num_layers, int) and num_layers > num_weights:
-                raise ValueError(f"{name}={num_layers}, and {num_weights} weights")
-        for value in config.values():
-            _check_depth(value, num_weights)
-    elif isinstance(config, (list, tuple)):
-        for value in config:
-            _check_depth(value, num_weights)

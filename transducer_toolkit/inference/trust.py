@@ -9,12 +9,15 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+import torch
+
 __all__ = [
     "TRUSTED_PACKAGES",
     "UntrustedClassError",
     "all_trusted",
     "check_archive",
     "check_model_config",
+    "load_plain",
     "needed_packages",
 ]
 
@@ -82,6 +85,27 @@ def check_archive(file: IO[bytes], path: str | os.PathLike[str]) -> None:
             "written with torch.serialization.set_crc32_options(False))"
         )
     file.seek(0)
+
+
+def load_plain(file: IO[bytes], path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
+    """Read a file of ``torch.save`` that holds tensors and plain values; run no code from it.
+
+    Args:
+        file: open for reading.
+        path: path of the checkpoint, for the message.
+        map_location: as for :func:`torch.load`.
+
+    Raises:
+        ValueError: it is damaged, or holds other objects.
+    """
+    check_archive(file, path)
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a forged file can raise any error in the unpickler
+        reason = str(error).partition("\n")[0][:300] or type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
 
 
 def check_model_config(

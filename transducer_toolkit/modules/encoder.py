@@ -161,6 +161,35 @@ class Encoder(nn.Module, ABC):
                     )
 
 
+def try_encoder(encoder: Encoder, features: Any) -> None:
+    """Raise an error if an encoder cannot encode a second of noise.
+
+    A config from a file may have values that fail only here, such as sizes that do not match or a
+    NaN.
+
+    Args:
+        encoder: the encoder; it is in eval mode afterwards.
+        features: computes the features of a waveform, as
+            :class:`~transducer_toolkit.data.features.Fbank` does.
+
+    Raises:
+        ValueError: the features or the results are not finite, or not of the shapes that the
+            encoder says.
+        Exception: whatever a layer raises.
+    """
+    noise = torch.rand(features.sample_rate, generator=torch.Generator().manual_seed(0)) - 0.5
+    frames = features(noise)
+    if not bool(frames.isfinite().all()):
+        raise ValueError("the features of noise are NaN or infinite")
+    weight = next(encoder.parameters(), frames)
+    lengths = torch.tensor([len(frames)])
+    with torch.no_grad():
+        out, out_lengths = encoder.eval()(frames[None].to(weight.device), lengths)
+    encoder.check_output(lengths, out, out_lengths)
+    if bool(out.isnan().any()):
+        raise ValueError("the encoded frames of noise are NaN")
+
+
 class FrontEndEncoder(Encoder):
     """An encoder of the common front end, with layers of its own after it.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from transducer_toolkit.modules.encoder import Encoder
+from transducer_toolkit.modules.encoder import Encoder, try_encoder
 from transducer_toolkit.modules.encoder_frontend import NumFrames, frame_mask
 from transducer_toolkit.modules.huggingface_features import (
     FRAME_SAMPLES,
@@ -23,8 +23,14 @@ from transducer_toolkit.modules.huggingface_features import (
     WHISPER,
     HuggingFaceFeatures,
 )
-from transducer_toolkit.modules.huggingface_files import check_shapes, read_config, read_weights
-from transducer_toolkit.ops.checks import check_flag
+from transducer_toolkit.modules.huggingface_files import (
+    CONFIG,
+    check_shapes,
+    read_config,
+    read_weights,
+)
+from transducer_toolkit.modules.weight_checks import check_sizes
+from transducer_toolkit.ops.checks import check_flag, one_line
 from transducer_toolkit.optional import import_transformers
 
 # model_type of a config -> class of the encoder, class of its feature extractor.
@@ -39,6 +45,8 @@ MODELS = {
 }
 OF_WAVEFORMS = ("wav2vec2", "hubert", "wavlm")
 SUBSAMPLED_BY_CONVOLUTIONS = ("parakeet_encoder", "nemotron_asr_streaming_encoder")
+# Options of transformers' loaders, not of a model. The weights become float32.
+_OF_LOADERS = {"dtype", "return_dict", "output_hidden_states", "output_attentions"}
 WHISPER_FRAMES = 3000  # 30 seconds, of which a Whisper encoder has positions
 # Whisper's features lie within this of the largest one of an utterance.
 WHISPER_RANGE = 2.0
@@ -95,19 +103,18 @@ class HuggingFaceEncoder(Encoder):
             )
         transformers = import_transformers("HuggingFaceEncoder")
         whole = read_config(folder) if folder is not None else dict(config or {})
-        options = {**whole.get("encoder_config", whole)}
-        kind = options.pop("model_type", None)
-        if kind not in MODELS:
+        where = "HuggingFaceEncoder" if folder is None else f"{os.fspath(folder)}/{CONFIG}"
+        options = whole.get("encoder_config", whole)
+        kind = options.get("model_type") if isinstance(options, Mapping) else None
+        if not isinstance(kind, str) or kind not in MODELS:
             raise ValueError(
-                f"HuggingFaceEncoder: expected a model_type of {', '.join(MODELS)}, got {kind!r}"
+                f"{where}: expected a model_type of {', '.join(MODELS)}, got {repr(kind)[:100]}"
             )
         self.kind: str = kind
         class_name, features_kind = MODELS[kind]
-        made = getattr(transformers, class_name).config_class(
-            **options | {"layerdrop": 0.0, "apply_spec_augment": False}
-        )
+        made = _make_config(getattr(transformers, class_name).config_class, options, where)
         if getattr(made, "add_adapter", False):
-            raise ValueError("HuggingFaceEncoder: expected add_adapter of the config to be false")
+            raise ValueError(f"{where}: expected add_adapter of the config to be false")
         self.model = _make_model(getattr(transformers, class_name), made, kind, folder, whole)
         self.config: Any = self.model.config
         self.output_dim = self.config.hidden_size
@@ -120,6 +127,12 @@ class HuggingFaceEncoder(Encoder):
         self._features = found
         self.num_features = found.num_mel_bins
         self.frozen, self.gradient_checkpointing = frozen, gradient_checkpointing
+        if folder is not None:
+            try:
+                try_encoder(self, found)
+            except Exception as error:  # a wrong config can raise any error
+                raise ValueError(f"{where}: its model cannot be used: {one_line(error)}") from error
+            self.train()
         if frozen:
             self.model.requires_grad_(False)
             self.model.eval()
@@ -232,46 +245,84 @@ class HuggingFaceEncoder(Encoder):
         return self.model(features.transpose(1, 2)).last_hidden_state
 
 
+def _make_config(config_class: Any, options: Mapping[str, Any], where: str) -> Any:
+    """Make the config of the encoder; options that its class does not know are left out.
+
+    Among those are names of other files and of code, which loaders of transformers follow.
+    """
+    if options.get("quantization_config") is not None:
+        raise ValueError(f"{where}: the weights are quantized, which is not supported")
+    attention = options.get("attn_implementation")
+    if attention not in (None, "eager", "sdpa"):  # others are code, perhaps downloaded
+        raise ValueError(
+            f"{where}: attn_implementation: expected 'eager' or 'sdpa', got {repr(attention)[:100]}"
+        )
+    default = config_class()
+    known = {*vars(default), *default.attribute_map, "attn_implementation"} - _OF_LOADERS
+    own = {
+        name: value for name, value in options.items() if name in known and not name.startswith("_")
+    }
+    try:
+        return config_class(**own | {"layerdrop": 0.0, "apply_spec_augment": False})
+    except Exception as error:  # a wrong value can raise any error
+        raise ValueError(f"{where}: {one_line(error)}") from error
+
+
 def _make_model(
     kind_class: Any, config: Any, kind: str, folder: str | None, whole: Mapping[str, Any]
 ) -> Any:
     """Make the encoder with the weights of the folder, or random ones."""
     if folder is None:
         model = kind_class(config)
-    elif kind in SUBSAMPLED_BY_CONVOLUTIONS:
-        model = kind_class(config)
-        weights = read_weights(folder)
-        prefix = "encoder." if "encoder_config" in whole else ""
-        own = {
-            name.removeprefix(prefix): value
-            for name, value in weights.items()
-            if name.startswith(prefix)
-        }
-        check_shapes(own, model.state_dict(), folder)
-        model.load_state_dict(own)
-    else:
-        read_weights(folder)  # names damaged and missing files
-        try:
-            model, report = kind_class.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{os.fspath(folder)}: its weights cannot be used: {reason}"
-            ) from error
-        missing = sorted(name for name in report["missing_keys"] if "masked_spec" not in name)
-        if missing:
-            raise ValueError(
-                f"{os.fspath(folder)}: its weights lack {missing[0]}, which its config.json asks "
-                "for"
-            )
+        return model.encoder if kind == "whisper" else model.float()
+    weights = read_weights(folder)
+    try:
+        check_sizes(config.to_dict(), weights)
+        # Shapes only: weights that the files lack may be larger than the memory.
+        with torch.device("meta"):
+            expected = kind_class(config).state_dict()
+        if kind in SUBSAMPLED_BY_CONVOLUTIONS:
+            prefix = "encoder." if "encoder_config" in whole else ""
+            own = {
+                name.removeprefix(prefix): value
+                for name, value in weights.items()
+                if name.startswith(prefix)
+            }
+            check_shapes(own, expected, folder)
+            model = kind_class(config)
+            model.load_state_dict(own)
+        else:
+            model = _load(kind_class, config, weights, expected)
+    except Exception as error:  # a wrong config can raise any error
+        if isinstance(error, ValueError) and str(error).startswith(os.fspath(folder)):
+            raise  # of check_shapes
+        where = os.fspath(folder)
+        raise ValueError(f"{where}: its weights cannot be used: {one_line(error)}") from error
     return model.encoder if kind == "whisper" else model.float()
+
+
+def _load(
+    kind_class: Any, config: Any, weights: dict[str, Tensor], expected: Mapping[str, Tensor]
+) -> Any:
+    """Make a model with weights whose names transformers converts; reads no files."""
+    num_expected = sum(
+        value.numel() for name, value in expected.items() if "masked_spec" not in name
+    )
+    num_given = sum(value.numel() for value in weights.values())
+    if num_expected > 2 * num_given:  # a file that lacks less is told below
+        raise ValueError(
+            f"{CONFIG} asks for {num_expected} numbers, and the weights are {num_given}"
+        )
+    for name, value in weights.items():
+        if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise ValueError(f"the weight {name[:100]} is of {value.dtype}")
+    model, report = kind_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(name for name in report["missing_keys"] if "masked_spec" not in name)
+    if missing:
+        raise ValueError(f"they lack {missing[0]}, which its {CONFIG} asks for")
+    return model
 
 
 def _features_of_folder(folder: str, kind: str, config: Any) -> HuggingFaceFeatures:

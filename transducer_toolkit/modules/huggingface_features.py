@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.modules.huggingface_files import read_json
+from transducer_toolkit.ops.checks import one_line
 from transducer_toolkit.optional import import_transformers
 
 __all__ = ["HuggingFaceFeatures"]
@@ -23,6 +25,8 @@ PARAKEET, NEMOTRON = "ParakeetFeatureExtractor", "NemotronAsrStreamingFeatureExt
 WHISPER, SEAMLESS = "WhisperFeatureExtractor", "SeamlessM4TFeatureExtractor"
 WAVEFORM = "Wav2Vec2FeatureExtractor"
 KINDS = (PARAKEET, NEMOTRON, WHISPER, SEAMLESS, WAVEFORM)
+# Bounds of the options: numbers, and the size of the mel filters.
+MAX_NUMBER, MAX_FILTERS = 10**6, 2**24
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -49,6 +53,7 @@ class HuggingFaceFeatures:
             raise ValueError(f"features: expected one of {', '.join(KINDS)}, got {kind!r}")
         transformers = import_transformers("HuggingFaceFeatures")
         self.kind, self.options = kind, dict(options or {})
+        _check_sizes(self.options)
         self._extractor = getattr(transformers, kind)(**self.options)
         rate = self._extractor.sampling_rate
         shift = getattr(self._extractor, "hop_length", FRAME_SAMPLES)
@@ -71,15 +76,25 @@ class HuggingFaceFeatures:
             if config is None:
                 continue
             config = config.get("feature_extractor", config)
+            if not isinstance(config, dict):
+                raise ValueError(
+                    f"{os.fspath(folder)}/{name}: feature_extractor: expected an object"
+                )
             kind = config.pop("feature_extractor_type", None)
             if kind is None:
                 continue
             for ignored in ("processor_class", "image_processor_type", "auto_map"):
                 config.pop(ignored, None)
             try:
-                return cls(kind, config)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{os.fspath(folder)}/{name}: {error}") from error
+                features = cls(kind, config)
+                noise = torch.rand(SAMPLE_RATE, generator=torch.Generator().manual_seed(0)) - 0.5
+                if not bool(features(noise).isfinite().all()):
+                    raise ValueError("the features of noise are not finite")
+            except ImportError:
+                raise
+            except Exception as error:  # a wrong option can raise any error
+                raise ValueError(f"{os.fspath(folder)}/{name}: {one_line(error)}") from error
+            return features
         raise FileNotFoundError(
             f"no {' or '.join(_FILES)} with a feature extractor in {os.fspath(folder)}; "
             "save_pretrained of the model's processor or feature extractor writes it"
@@ -145,3 +160,16 @@ class HuggingFaceFeatures:
         if self.kind == WHISPER:  # not cut at 30 seconds; the encoder fills up what is missing
             return {"padding": "longest", "truncation": False}
         return {}
+
+
+def _check_sizes(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for numbers with which making the features would fill the memory."""
+    for name, value in options.items():
+        if isinstance(value, int) and abs(value) > MAX_NUMBER:
+            raise ValueError(f"features: {name}: expected at most {MAX_NUMBER}, got {value}")
+    sizes = [options.get(name, 1) for name in ("feature_size", "num_mel_bins", "n_fft")]
+    num_filters = math.prod(size for size in sizes if isinstance(size, int))
+    if num_filters > MAX_FILTERS:
+        raise ValueError(
+            f"features: expected mel filters of at most {MAX_FILTERS} numbers, got {num_filters}"
+        )

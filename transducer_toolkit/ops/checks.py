@@ -57,6 +57,18 @@ def check_number(value: object, name: str) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the message of another library's error as one line of at most 400 characters."""
+    text, _, _ = str(error).partition("Exception raised from")  # torch's trace of C++
+    text = " ".join(text.split())
+    return shortened(text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")
+
+
+def shortened(text: str) -> str:
+    """Returns the first 400 characters of a text: a hostile file holds values of any length."""
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
 def check_flag(value: object, name: str) -> None:
     """Raises a TypeError unless `value` is a bool."""
     if not isinstance(value, bool):

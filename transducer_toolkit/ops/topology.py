@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Limits of csrc/logits.h.
 MAX_DURATIONS = 32
 MAX_BIG_BLANKS = 30
+MAX_DURATION = 10_000  # frames of an arc
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def tdt_topology(durations: Sequence[int]) -> Topology:
 
     Args:
         durations: frames that an arc may advance, distinct and ascending, at least 0, the last at
-            least 1. Those of 0 are for labels only.
+            least 1 and at most 10000. Those of 0 are for labels only.
 
     Raises:
         ValueError: these are no such durations.
@@ -171,6 +173,7 @@ def tdt_topology(durations: Sequence[int]) -> Topology:
         ('tdt-0-1-2', (1, 2))
     """
     durations = tuple(durations)
+    _check_durations(durations, "durations")
     ascending = all(left < right for left, right in itertools.pairwise(durations))
     if not durations or not ascending or durations[0] < 0 or durations[-1] < 1:
         raise ValueError(
@@ -192,7 +195,8 @@ def multi_blank_topology(big_blank_durations: Sequence[int]) -> Topology:
     """Return the topology of a multi-blank transducer.
 
     Args:
-        big_blank_durations: frames that the big blanks advance, distinct, each at least 2.
+        big_blank_durations: frames that the big blanks advance, distinct, each at least 2 and at
+            most 10000.
 
     Raises:
         ValueError: these are no such durations.
@@ -202,6 +206,7 @@ def multi_blank_topology(big_blank_durations: Sequence[int]) -> Topology:
         ('multi_blank-2-4', (1, 2, 4))
     """
     durations = tuple(big_blank_durations)
+    _check_durations(durations, "big_blank_durations")
     too_short = any(frames < 2 for frames in durations)
     if not durations or too_short or len(set(durations)) < len(durations):
         raise ValueError(
@@ -217,6 +222,15 @@ def multi_blank_topology(big_blank_durations: Sequence[int]) -> Topology:
         label_durations=(0,),
         ends_with_label=False,
     )
+
+
+def _check_durations(durations: tuple[int, ...], name: str) -> None:
+    for frames in durations:
+        is_int = isinstance(frames, numbers.Integral) and not isinstance(frames, bool)
+        if not is_int or frames > MAX_DURATION:
+            raise ValueError(
+                f"{name}: expected integers of at most {MAX_DURATION}, got {repr(frames)[:50]}"
+            )
 
 
 def _name_of(kind: str, durations: tuple[int, ...]) -> str:
@@ -257,7 +271,9 @@ def get_topology(name: object, argument: str = "topology", *, k2: bool = False) 
     table = K2_TOPOLOGIES if k2 else TOPOLOGIES
     if isinstance(name, str) and not k2 and "-" in name:
         kind, *durations = name.split("-")
-        if kind in _FAMILIES and all(part.isdecimal() for part in durations):
+        if kind in _FAMILIES and all(
+            part.isascii() and part.isdecimal() and len(part) < 10 for part in durations
+        ):
             return _FAMILIES[kind](tuple(int(part) for part in durations))
     if not isinstance(name, str) or name not in table:
         remedy = ""

@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from transducer_toolkit.inference.trust import load_plain
 from transducer_toolkit.ops.checks import check_int
 
 __all__ = ["BestCheckpoint"]
@@ -96,6 +96,7 @@ class BestCheckpoint(ModelCheckpoint):
         for stored, score in state["best_k_models"].items():
             source = _first_file(Path(stored), beside / Path(stored).name)
             if source is not None:
+                _score(source, str(state["monitor"]))  # whether it is a checkpoint
                 target = Path(str(self.dirpath)) / f"{source.stem}_by_{metric}.ckpt"
                 _copy(source, target)
                 logger.warning(
@@ -120,8 +121,15 @@ def _first_file(*paths: Path) -> Path | None:
 
 
 def _score(path: Path, monitor: str) -> Tensor | None:
-    """Returns the score that a checkpoint had when it was written as one of the best."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """Returns the score that a checkpoint had when it was written as one of the best.
+
+    Raises:
+        ValueError: the file is no checkpoint; a hostile one may name any file to be copied.
+    """
+    with path.open("rb") as file:
+        checkpoint = load_plain(file, path)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} is not a checkpoint of transducer-train")
     for state in checkpoint.get("callbacks", {}).values():
         if isinstance(state, dict) and state.get("monitor") == monitor:
             score = state.get("current_score")

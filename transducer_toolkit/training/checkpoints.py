@@ -7,7 +7,6 @@ import copy
 import io
 import logging
 import os
-import pickle
 import signal
 import subprocess
 import threading
@@ -28,7 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
-from transducer_toolkit.inference.trust import check_archive
+from transducer_toolkit.inference.trust import load_plain
 from transducer_toolkit.ops.checks import check_number
 
 __all__ = ["AtomicCheckpointIO", "LastCheckpoint"]
@@ -99,16 +98,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         filesystem = get_filesystem(path)
         if not filesystem.exists(str(path)):
             raise FileNotFoundError(f"no checkpoint at {path}")
-        try:
-            with filesystem.open(str(path), "rb") as source:
-                # A remote file may not be seekable, but check_archive and torch.load seek.
-                is_local = isinstance(filesystem, LocalFileSystem)
-                file = source if is_local else io.BytesIO(source.read())
-                check_archive(file, path)
-                return torch.load(file, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{path} is not a checkpoint of transducer-train: {reason}") from error
+        with filesystem.open(str(path), "rb") as source:
+            # A remote file may not be seekable, but load_plain seeks.
+            is_local = isinstance(filesystem, LocalFileSystem)
+            return load_plain(source if is_local else io.BytesIO(source.read()), path, map_location)
 
 
 class LastCheckpoint(Checkpoint):

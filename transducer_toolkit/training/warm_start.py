@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
+from transducer_toolkit.modules.weight_checks import check_kind
 from transducer_toolkit.ops.topology import get_topology
 from transducer_toolkit.training.lightning_module import TransducerModule
 
@@ -44,6 +45,7 @@ def start_from(module: TransducerModule, path: str) -> None:
     for name, value in other.items():
         if name not in own:
             continue
+        check_kind(value, own[name], f"init_from: {path}: its weight {name}")
         axis = axes.get(name)
         if axis is not None and (before != now or own[name].shape != value.shape):
             rows = _copy_rows(own[name], value, axis, before, now)
@@ -77,7 +79,12 @@ def start_from(module: TransducerModule, path: str) -> None:
             logger.warning("%s: %s", what, ", ".join(names))
     _report_symbols(before, now, path)
     if module.loss is not None:
-        _report_durations(checkpoint[CHECKPOINT_KEY]["topology"], module.loss.topology, path)
+        # The first checkpoints have no "topology"; all were regular.
+        topology = checkpoint[CHECKPOINT_KEY].get("topology", "regular")
+        try:
+            _report_durations(topology, module.loss.topology, path)
+        except ValueError as error:
+            raise ValueError(f"init_from: {path}: {error}") from error
 
 
 def _symbol_axes(module: TransducerModule) -> dict[str, int]:
