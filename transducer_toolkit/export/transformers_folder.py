@@ -46,9 +46,11 @@ def export_for_transformers(recognizer: Recognizer, folder: str | os.PathLike[st
     model, tokenizer, features = recognizer.model, recognizer.tokenizer, recognizer.fbank
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     assert isinstance(features, HuggingFaceFeatures)
+    assert isinstance(model.predictor, LstmPredictor)
     topology = get_topology(recognizer.topology)
     is_tdt, kind = topology.num_durations > 0, "TDT" if topology.num_durations else "RNNT"
-    encoder_config = model.encoder.config.to_dict()
+    encoder: Any = model.encoder
+    encoder_config = encoder.config.to_dict()
     encoder_config.pop("apply_spec_augment")  # of other encoders
     options: dict[str, Any] = {"durations": list(topology.label_durations)} if is_tdt else {}
     config = getattr(transformers, f"Parakeet{kind}Config")(

@@ -147,20 +147,24 @@ def _validate(inputs: LogitsInputs, options: LossOptions) -> None:
     if not checks.may_read(options.validate, logit_lengths, target_lengths, begins):
         return
     max_frames = logits.size(1 if logits.dim() == 4 else 0)
-    sizes = {"max_frames": max_frames, "max_targets": targets.size(1)}
+    max_targets = targets.size(1)
     first_symbol = first_frame = None
     if begins is None:
-        checks.check_lengths_fit(logit_lengths, target_lengths, **sizes)
+        checks.check_lengths_fit(
+            logit_lengths, target_lengths, max_frames=max_frames, max_targets=max_targets
+        )
     else:
         lengths = torch.stack([target_lengths, logit_lengths], 1).to(begins)
         boundary = torch.cat([begins, begins + lengths], 1)
-        checks.check_boundary_values(boundary, **sizes, min_frames=1)
+        checks.check_boundary_values(
+            boundary, max_frames=max_frames, max_targets=max_targets, min_frames=1
+        )
         first_symbol, first_frame = begins.unbind(1)
     checks.check_feasible(logit_lengths, target_lengths, options.arcs)
     if not checks.may_read(options.validate, targets, ranges):
         return
     if ranges is not None:
-        checks.check_ranges_values(ranges, logit_lengths, targets.size(1), first_frame)
+        checks.check_ranges_values(ranges, logit_lengths, max_targets, first_frame)
     checks.check_labels(
         targets,
         target_lengths,
