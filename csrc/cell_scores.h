@@ -45,8 +45,8 @@ struct QuantizedLogits {
   int64_t pitch;               // at least V
 };
 
-// The same from quantized logits; without from_log_softmax. Replaces all columns of `data` by the
-// logits in float32.
+// The same from quantized logits, with a normalizer to 1e-4; without from_log_softmax. Replaces all
+// columns of `data` by the logits in float32.
 void QuantizedCellScoresCpu(const LatticeBatch& batch, const RowTile& tile,
                             const QuantizedLogits& logits, const LogitsOptions& options,
                             int num_threads, const CellScoresOut& out);

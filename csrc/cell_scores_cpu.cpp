@@ -24,13 +24,17 @@ Score LogSigmoid(Score x) {
   return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x));
 }
 
+template <typename T>
+using MaxAndSumExp = decltype(RowKernels<T>::max_and_sum_exp);
+
 // Maximum and log of the sum of exp(x - maximum) of all symbols, or of all but `skipped`.
 template <typename T>
-void MaxAndLogSum(const T* x, int64_t size, int64_t skipped, Score* max, Score* log_sum) {
+void MaxAndLogSum(MaxAndSumExp<T> max_and_sum_exp, const T* x, int64_t size, int64_t skipped,
+                  Score* max, Score* log_sum) {
   const auto part = [&](int64_t begin, int64_t end, Score* top, Score* sum) {
     if (begin == end) return;
     Compute<T> part_max, part_sum;
-    GetRowKernels<T>().max_and_sum_exp(x + begin, end - begin, &part_max, &part_sum);
+    max_and_sum_exp(x + begin, end - begin, &part_max, &part_sum);
     *top = static_cast<Score>(part_max);
     *sum = static_cast<Score>(part_sum);
   };
@@ -65,11 +69,13 @@ void LogSoftmax(const T* x, int64_t size, Score* out) {
 
 // The scores of a cell from its logits x.
 template <typename T>
-void ScoreCell(const LatticeBatch& batch, const Cell& cell, int64_t row, const T* x,
-               int64_t vocab_size, const LogitsOptions& options, const CellScoresOut& out) {
+void ScoreCell(MaxAndSumExp<T> max_and_sum_exp, const LatticeBatch& batch, const Cell& cell,
+               int64_t row, const T* x, int64_t vocab_size, const LogitsOptions& options,
+               const CellScoresOut& out) {
   Score max = 0, log_sum = 0;
   if (!options.from_log_softmax) {
-    MaxAndLogSum(x, vocab_size, options.is_hat ? options.blank : -1, &max, &log_sum);
+    const int64_t skipped = options.is_hat ? options.blank : -1;
+    MaxAndLogSum(max_and_sum_exp, x, vocab_size, skipped, &max, &log_sum);
   }
   out.normalizer[row] = max + log_sum;
   Score any_label = 0;  // log of the probability that the cell emits a label, which HAT models
@@ -101,13 +107,15 @@ void ScoreCell(const LatticeBatch& batch, const Cell& cell, int64_t row, const T
 template <typename T>
 void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
                    const LogitsOptions& options, int num_threads, const CellScoresOut& out) {
+  const auto max_and_sum_exp = GetRowKernels<T>().max_and_sum_exp;
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);
     Cell cell;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = tile.Row(i);
       if (!cursor.Find(row, &cell)) continue;
-      ScoreCell(batch, cell, row, logits.data + i * logits.pitch, logits.vocab_size, options, out);
+      ScoreCell(max_and_sum_exp, batch, cell, row, logits.data + i * logits.pitch,
+                logits.vocab_size, options, out);
     }
   });
 }
@@ -115,7 +123,7 @@ void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRo
 void QuantizedCellScoresCpu(const LatticeBatch& batch, const RowTile& tile,
                             const QuantizedLogits& logits, const LogitsOptions& options,
                             int num_threads, const CellScoresOut& out) {
-  const auto dequantize = GetRowKernelSet().dequantize;
+  const RowKernelSet& kernels = GetRowKernelSet();
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     CellCursor cursor(batch);
     Cell cell;
@@ -123,9 +131,10 @@ void QuantizedCellScoresCpu(const LatticeBatch& batch, const RowTile& tile,
       const int64_t row = tile.Row(i);
       if (!cursor.Find(row, &cell)) continue;
       int32_t* data = logits.data + i * logits.pitch;
-      dequantize(data, logits.pitch, logits.row_scales[i], logits.column_scales, logits.bias);
-      ScoreCell(batch, cell, row, reinterpret_cast<const float*>(data), logits.vocab_size, options,
-                out);
+      kernels.dequantize(data, logits.pitch, logits.row_scales[i], logits.column_scales,
+                         logits.bias);
+      ScoreCell(kernels.coarse_max_and_sum_exp, batch, cell, row,
+                reinterpret_cast<const float*>(data), logits.vocab_size, options, out);
     }
   });
 }

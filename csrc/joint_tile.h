@@ -34,8 +34,8 @@ void JoinForwardCpu(const LatticeBatch& batch, const RowTile& tile, const JoinIn
                     int num_threads, T* hidden);
 
 // The same, quantized: hidden (tile rows, D) is round(activation(...) / scale), with a scale for each
-// row, scales (tile rows,). The scale of a row with NaN or an infinity is NaN. D is at most
-// kMaxQuantizedWidth.
+// row, scales (tile rows,). The scale of a row with NaN or an infinity is NaN. tanh is computed to
+// 3e-4, less than a tenth of what is rounded. D is at most kMaxQuantizedWidth.
 constexpr int64_t kMaxQuantizedWidth = 4096;
 void JoinQuantizedCpu(const LatticeBatch& batch, const RowTile& tile,
                       const JoinInputs<float>& inputs, int num_threads, int8_t* hidden,

@@ -35,8 +35,7 @@ void JoinQuantizedCpu(const LatticeBatch& batch, const RowTile& tile,
                       float* scales) {
   const int64_t width = inputs.width;
   TRANSDUCER_CHECK(width <= kMaxQuantizedWidth, "too many channels for a quantized join");
-  const RowKernels<float>& kernels = GetRowKernels<float>();
-  const auto quantize = GetRowKernelSet().quantize;
+  const RowKernelSet& kernels = GetRowKernelSet();
   ParallelForRows(tile.size, num_threads, [&](int64_t begin, int64_t end) {
     alignas(64) float row[kMaxQuantizedWidth];
     CellCursor cursor(batch);
@@ -44,10 +43,11 @@ void JoinQuantizedCpu(const LatticeBatch& batch, const RowTile& tile,
     for (int64_t i = begin; i < end; ++i) {
       int8_t* out = hidden + i * width;
       if (cursor.Find(tile.Row(i), &cell)) {
-        kernels.add_activation(inputs.enc + (cell.b * batch.max_frames + cell.t) * width,
-                               inputs.pred + (cell.b * (batch.max_targets + 1) + cell.u) * width,
-                               width, inputs.activation, row);
-        quantize(row, width, out, &scales[i]);
+        kernels.coarse_add_activation(inputs.enc + (cell.b * batch.max_frames + cell.t) * width,
+                                      inputs.pred +
+                                          (cell.b * (batch.max_targets + 1) + cell.u) * width,
+                                      width, inputs.activation, row);
+        kernels.quantize(row, width, out, &scales[i]);
       } else {
         std::fill_n(out, width, int8_t{0});
         scales[i] = 0;

@@ -57,6 +57,11 @@ struct RowKernelSet {
   void (*dequantize)(void* x_and_out, int64_t size, float scale, const float* scales,
                      const float* bias);
 
+  // As add_activation, with tanh to 3e-4, and as max_and_sum_exp, with exponentials to 1e-4.
+  void (*coarse_add_activation)(const float* a, const float* b, int64_t size, Activation activation,
+                                float* out);
+  void (*coarse_max_and_sum_exp)(const float* x, int64_t size, float* max, float* sum);
+
   template <typename T>
   const RowKernels<T>& Of() const;
 };

@@ -89,6 +89,25 @@ struct Simd<float> {
     return (V)((I)(expm1 / (expm1 + 2.0f)) | sign);
   }
 
+  // tanh(x) to 3e-4 and exp(x) for x <= 0 to 1e-4, for rows that are quantized or were. NaN stays.
+  static inline V CoarseTanh(V x) {
+    const V limit = V{} + 4.5f;
+    x = x > limit ? limit : x;
+    x = x < -limit ? -limit : x;
+    const V s = x * x;
+    const V p = (7.202200e-4f * s + 0.10395823f) * s + 1.0f;  // fitted to 3e-5 up to the limit
+    const V q = (1.329952e-2f * s + 0.43713187f) * s + 1.0f;
+    return x * p / q;
+  }
+  static inline V CoarseExpDown(V x) {
+    constexpr float kRound = 12582912.0f;
+    const I underflow = x < V{} - 87.3365447f;
+    const V shifted = x * 1.44269504f + kRound;
+    const V f = x * 1.44269504f - (shifted - kRound);
+    const V p = ((5.50089246e-2f * f + 0.242210962f) * f + 0.693282928f) * f + 1.0f;  // 2^f
+    return underflow ? V{} : p * (V)(((U)shifted << 23) + (127u << 23));
+  }
+
   // The normal distribution's Phi(x) to 1e-7, far below zero too: with a = |x| / sqrt(2) and
   // t = 1 / (1 + a / 2), erfc(a) = t * exp(p(t - 1) - a^2), p fitted at Chebyshev nodes to a = 9.4.
   static inline V NormalCdf(V x) {
@@ -237,9 +256,13 @@ inline Compute<T> MaxOf(const T* x, int64_t whole, Vec<T> tail) {
   return top;
 }
 
-template <typename T>
+template <typename T, bool kIsCoarse = false>
 void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
   using C = Compute<T>;
+  const auto exp = [](Vec<T> v) {
+    if constexpr (kIsCoarse) return Simd<C>::CoarseExpDown(v);
+    return Simd<C>::ExpDown(v);
+  };
   constexpr int64_t kLanes = Simd<C>::kLanes;
   const int64_t whole = size - size % kLanes;
   const Vec<T> tail = LoadPart(x + whole, size - whole, -std::numeric_limits<C>::infinity());
@@ -249,8 +272,8 @@ void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
     *sum = std::numeric_limits<C>::quiet_NaN();
     return;
   }
-  Vec<T> total = Simd<C>::ExpDown(tail - top);
-  for (int64_t i = 0; i < whole; i += kLanes) total = total + Simd<C>::ExpDown(Load(x + i) - top);
+  Vec<T> total = exp(tail - top);
+  for (int64_t i = 0; i < whole; i += kLanes) total = total + exp(Load(x + i) - top);
   C result = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) result += total[lane];
   *sum = result;
@@ -300,8 +323,9 @@ inline Vec<C> Sigmoid(Vec<C> x) {
 
 constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 
-template <typename C, Activation A>
+template <typename C, Activation A, bool kIsCoarse>
 inline Vec<C> Apply(Vec<C> x) {
+  if constexpr (A == Activation::kTanh && kIsCoarse) return Simd<C>::CoarseTanh(x);
   if constexpr (A == Activation::kTanh) return Simd<C>::Tanh(x);
   if constexpr (A == Activation::kRelu) return x < C(0) ? Vec<C>{} : x;  // NaN stays
   if constexpr (A == Activation::kGelu) {
@@ -326,17 +350,17 @@ inline Vec<C> Derivative(Vec<C> x, Vec<C> y) {
   return Vec<C>{} + C(1);
 }
 
-template <typename T, Activation A>
+template <typename T, Activation A, bool kIsCoarse>
 void AddActivationOf(const T* a, const T* b, int64_t size, T* out) {
   using C = Compute<T>;
   constexpr int64_t kLanes = Simd<C>::kLanes;
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    Store<T>(out + i, Apply<C, A>(Load(a + i) + Load(b + i)));
+    Store<T>(out + i, Apply<C, A, kIsCoarse>(Load(a + i) + Load(b + i)));
   }
   const int64_t rest = size - i;
-  StorePart<T>(out + i, rest,
-               Apply<C, A>(LoadPart(a + i, rest, C(0)) + LoadPart(b + i, rest, C(0))));
+  const Vec<C> sum = LoadPart(a + i, rest, C(0)) + LoadPart(b + i, rest, C(0));
+  StorePart<T>(out + i, rest, Apply<C, A, kIsCoarse>(sum));
 }
 
 template <typename T, Activation A>
@@ -373,10 +397,10 @@ void Dispatch(Activation activation, F f) {
   }
 }
 
-template <typename T>
+template <typename T, bool kIsCoarse = false>
 void AddActivation(const T* a, const T* b, int64_t size, Activation activation, T* out) {
   Dispatch(activation,
-           [&](auto tag) { AddActivationOf<T, decltype(tag)::value>(a, b, size, out); });
+           [&](auto tag) { AddActivationOf<T, decltype(tag)::value, kIsCoarse>(a, b, size, out); });
 }
 
 template <typename T>
@@ -483,8 +507,16 @@ void Dequantize(void* x_and_out, int64_t size, float scale, const float* scales,
   }
 }
 
-constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME, kTable<float>, kTable<double>, kTable<Half>,
-                                kTable<BFloat16>,    Posteriors,    Quantize,       Dequantize};
+constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME,
+                                kTable<float>,
+                                kTable<double>,
+                                kTable<Half>,
+                                kTable<BFloat16>,
+                                Posteriors,
+                                Quantize,
+                                Dequantize,
+                                AddActivation<float, true>,
+                                MaxAndSumExp<float, true>};
 
 }  // namespace
 

@@ -74,9 +74,10 @@ void TestJoin(Activation activation, Layout layout, int64_t width) {
     EXPECT_TRUE(std::isnan(scales[row]) == !is_finite);
     if (b == 2 && t == 1) EXPECT_TRUE(scales[row] == 0);
     if (!is_finite) return;
-    EXPECT_TRUE(scales[row] == max / 127.0f);
+    const float slack = activation == Activation::kTanh ? 3e-4f : 0.0f;
+    EXPECT_NEAR(scales[row], max / 127.0f, slack / 127.0f);
     for (int64_t d = 0; d < width; ++d) {
-      EXPECT_NEAR(hidden[row * width + d] * scales[row], x[d], 0.5001 * scales[row]);
+      EXPECT_NEAR(hidden[row * width + d] * scales[row], x[d], 0.5001 * scales[row] + slack);
     }
   });
   for (int64_t row = 0; row < batch.num_rows; ++row) {
@@ -165,7 +166,7 @@ void TestScores(Layout layout, int64_t vocab, bool has_bias) {
     const double max = *std::max_element(x.begin(), x.end());
     double sum = 0;
     for (const double value : x) sum += std::exp(value - max);
-    const double expected = row == nan_row ? NAN : max + std::log(sum), room = 1e-5 + 1e-6 * size;
+    const double expected = row == nan_row ? NAN : max + std::log(sum), room = 1.2e-4 + 1e-6 * size;
     EXPECT_NEAR(normalizer[row], expected, room);
     EXPECT_NEAR(by_blank[row], x[blank] - expected, room);
     if (u == batch.num_targets[b]) {
