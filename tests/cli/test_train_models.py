@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from tests.cli.conftest import with_pictures
 from transducer_toolkit.cli.train import main
 from transducer_toolkit.inference.recognizer import Recognizer
 
@@ -27,7 +28,7 @@ def conformer(tmp_path_factory, console, train_overrides):
     folder = tmp_path_factory.mktemp("conformer")
     options = ["ctc.weight=0.3", "averaging=ema", "scheduler=noam"]
     options += ["trainer.accumulate_grad_batches=2", "scheduler.warmup_steps=2"]
-    console(main, folder, *train_overrides, *CONFORMER, *options)
+    console(main, folder, *with_pictures(train_overrides), *CONFORMER, *options)
     return folder / "outputs" / "transducer" / "run"
 
 
