@@ -30,6 +30,8 @@ PARTS = {
     "low": "bfloat16 in backward",
 }
 
+WINDOW = 20  # logged steps of a median in the picture
+
 
 def train(arguments: list[str]) -> None:
     """Runs transducer-train with a coarse pass for every batch of float32."""
@@ -65,7 +67,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def draw(metrics: Path, path: Path) -> None:
-    """Draws the parts of the cells over the epochs of a run."""
+    """Draws the parts of the cells over the epochs of a run, and their running medians."""
     from matplotlib.figure import Figure
 
     with metrics.open() as file:
@@ -76,7 +78,11 @@ def draw(metrics: Path, path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name, label in PARTS.items():
-        axes.plot(epochs, [100 * float(row[f"train/{name}"]) for row in rows], label=label)
+        values = [100 * float(row[f"train/{name}"]) for row in rows]
+        ends = range(1, len(values) + 1)
+        medians = [median(values[max(0, end - WINDOW) : end]) for end in ends]
+        (line,) = axes.plot(epochs, medians, label=label)
+        axes.plot(epochs, values, color=line.get_color(), linewidth=0.7, alpha=0.3)
     axes.set(xlabel="epoch", ylabel="% of the cells", xlim=(0, num_epochs), ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
