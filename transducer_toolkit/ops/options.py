@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transducer_toolkit.ops import checks, native
@@ -85,7 +85,7 @@ class LossOptions:
     @classmethod
     def check(cls, arguments: Mapping[str, Any]) -> None:
         """Checks those of the arguments that are options; raises the same errors."""
-        names = {field.name for field in fields(cls)}
+        names = cls.__dataclass_fields__  # torch.compile traces this, but not dataclasses.fields
         cls(**{name: value for name, value in arguments.items() if name in names})
 
     @property
