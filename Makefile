@@ -63,6 +63,7 @@ soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak.fuzz_files --cases 3000
 	$(BIN)/python -m tests.soak.fuzz_numerics --cases 400
 	$(BIN)/python -m tests.soak.fuzz_numerics --cases 40 --large
+	$(BIN)/python -m tests.soak.fuzz_precision --cases 2000
 	$(BIN)/python -m tests.soak.kill_and_resume --kills 20
 	csrc/tests/fuzz.sh build/fuzz -max_total_time=900
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -52,6 +54,15 @@ def checkpoint(tmp_path):
         return tmp_path / "model.ckpt", model
 
     return write
+
+
+def test_loading_does_not_import_the_compiler(checkpoint):
+    code = (
+        "import sys; from transducer_toolkit.inference import Recognizer;"
+        "Recognizer.from_checkpoint(sys.argv[1]);"
+        "assert 'torch._dynamo' not in sys.modules, 'a second of each command'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(checkpoint()[0])], check=True)
 
 
 def test_the_topology_travels_with_the_checkpoint(checkpoint):

@@ -6,14 +6,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
 from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.modules.huggingface_features import HuggingFaceFeatures
 from transducer_toolkit.modules.huggingface_files import check_shapes, read_config, read_weights
-from transducer_toolkit.modules.weight_checks import check_sizes
+from transducer_toolkit.modules.weight_checks import check_sizes, shapes_only
 from transducer_toolkit.ops.checks import one_line
 from transducer_toolkit.ops.topology import tdt_topology
 
@@ -130,7 +129,7 @@ def _weights(folder: str | os.PathLike[str], config: dict[str, Any]) -> dict[str
     weights = read_weights(folder)
     try:
         check_sizes(config, weights)
-        with torch.device("meta"):  # names and shapes only
+        with shapes_only():  # names and shapes only
             own = instantiate(config, _convert_="all").state_dict()
     except Exception as error:  # a wrong config can raise any error
         reason = one_line(error.__cause__ or error)

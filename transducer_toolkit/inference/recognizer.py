@@ -40,7 +40,12 @@ from transducer_toolkit.inference.words import RecognizedWord, encoder_frame_s, 
 from transducer_toolkit.modules.encoder import try_encoder
 from transducer_toolkit.modules.huggingface_files import CONFIG
 from transducer_toolkit.modules.transducer import Transducer
-from transducer_toolkit.modules.weight_checks import check_kind, check_sizes, check_weight
+from transducer_toolkit.modules.weight_checks import (
+    check_kind,
+    check_sizes,
+    check_weight,
+    shapes_only,
+)
 from transducer_toolkit.ops.checks import one_line
 from transducer_toolkit.ops.topology import get_topology
 
@@ -215,7 +220,7 @@ class Recognizer:
         check_sizes(recipe["model"], weights)
         if not needed_packages(recipe["model"]):  # classes of others may need numbers
             # Shapes only: weights that the file lacks may be larger than the memory.
-            with torch.device("meta"):
+            with shapes_only():
                 shapes = instantiate(recipe["model"], _convert_="all")
             _check_kinds(own, shapes)
             shapes.load_state_dict(own, assign=True)

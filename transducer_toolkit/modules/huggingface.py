@@ -29,7 +29,7 @@ from transducer_toolkit.modules.huggingface_files import (
     read_config,
     read_weights,
 )
-from transducer_toolkit.modules.weight_checks import check_sizes
+from transducer_toolkit.modules.weight_checks import check_sizes, shapes_only
 from transducer_toolkit.ops.checks import check_flag, one_line
 from transducer_toolkit.optional import import_transformers
 
@@ -279,7 +279,7 @@ def _make_model(
     try:
         check_sizes(config.to_dict(), weights)
         # Shapes only: weights that the files lack may be larger than the memory.
-        with torch.device("meta"):
+        with shapes_only():
             expected = kind_class(config).state_dict()
         if kind in SUBSAMPLED_BY_CONVOLUTIONS:
             prefix = "encoder." if "encoder_config" in whole else ""

@@ -3,13 +3,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from transducer_toolkit.ops.native import SUPPORTED_DTYPES
+
+
+class _WithoutInitialization(TorchFunctionMode):
+    """Skips random initialization: on the meta device it imports torch's compiler, for a second."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_random = getattr(function, "__name__", "") in ("normal_", "uniform_")
+        if is_random or getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Makes the modules of a block without memory for their weights (on torch's meta device)."""
+    with torch.device("meta"), _WithoutInitialization():
+        yield
 
 
 def check_weight(value: Tensor, what: str) -> None:
