@@ -35,7 +35,7 @@ def test_no_two_names_in_the_picture_of_the_readme_overlap(tmp_path, monkeypatch
     report.main()
     assert Image.open(tmp_path / "step.png").size[0] > 1000
     assert not (tmp_path / "step.md").exists()
-    assert len(boxes) == 9
+    assert len(boxes) == 10
     assert not any(one.overlaps(two) for one in boxes for two in boxes if one is not two)
 
 

@@ -352,8 +352,8 @@ MUTANTS = [
     Mutant(
         "HAT: the blank is in the softmax of the labels",
         "csrc/cell_scores_cpu.cpp",
-        "options.is_hat ? options.blank : -1, &max",
-        "-1, &max",
+        "options.is_hat ? options.blank : -1;",
+        "-1;",
         (HAT,),
     ),
     Mutant(
