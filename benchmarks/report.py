@@ -98,6 +98,7 @@ def _suite_table(rows: list[Row], workload: Workload, suite: str) -> list[str]:
     peers = {
         "pruned": "fast_rnnt",
         "parakeet": "transformers: Parakeet",
+        "parakeet_tdt": "transformers: Parakeet",
         "tdt": "transformers: tdt_loss",
     }
     peer_name = peers.get(suite, "torchaudio")

@@ -40,12 +40,16 @@ from benchmarks.workloads import (
     utterance_shapes,
 )
 
-SUITES = ("loss", "step", "pruned", "parakeet", "tdt", "decode", "accuracy", "scaling", "memory")
+SUITES = (
+    *("loss", "step", "pruned", "parakeet", "parakeet_tdt", "tdt", "decode"),
+    *("accuracy", "scaling", "memory"),
+)
 # Where a suite's own default differs from that of the others.
 DEFAULTS = {
     "accuracy": {"frames": 3000, "vocab_size": 16},
     "decode": {"frames": 11_000},
     "parakeet": {"vocab_size": 1025},
+    "parakeet_tdt": {"vocab_size": 1025},
     "tdt": {"frames": 376, "vocab_size": 1025, "joiner_dim": 640},
     "memory": {"frames": 343, "factors": MEMORY_FACTORS},
 }
@@ -77,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         help="of all utterances of the batch (1400; decode: 11000; tdt: 376); accuracy: largest T "
         "(3000); memory: T of the one utterance (343)")  # fmt: skip
     add("--batch", choices=("sorted", "unsorted"), default="sorted", help="corpus order")
-    add("--vocab-size", type=int, help="500; accuracy: 16; parakeet and tdt: 1025")
+    add("--vocab-size", type=int, help="500; accuracy: 16; parakeet, parakeet_tdt, tdt: 1025")
     add("--joiner-dim", type=int, help="512; tdt: 640")
     add("--lattice", choices=LATTICES,
         help="weights or logits of an untrained model, times 3 or 12, so that few paths count, "

@@ -25,6 +25,7 @@ FLOORS = {
     "step": "GEMM unit",
     "pruned": "GEMM unit of the band",
     "parakeet": "GEMM unit of the joiner",
+    "parakeet_tdt": "GEMM unit of the joiner",
     "tdt": "GEMM unit",
     "decode": "GEMM of every frame once",
 }
@@ -109,13 +110,13 @@ class Session:
     def rows(self, suite: str, workload: Workload, skip: dict[str, Row] | None = None) -> list[Row]:
         """The floor and every implementation of a suite on one workload.
 
-        The reference is float64, of "decode" the transcripts. In the suites "pruned" and
-        "parakeet", and where memory is too small for float64, it is the first implementation that
-        works. A result that disagrees gives no time. What took longer than SLOW_S is measured in
-        the first round only.
+        The reference is float64, of "decode" the transcripts. In the suites "pruned",
+        "parakeet" and "parakeet_tdt", and where memory is too small for float64, it is the first
+        implementation that works. A result that disagrees gives no time. What took longer than
+        SLOW_S is measured in the first round only.
         """
         reference = None
-        if suite not in ("pruned", "parakeet"):
+        if suite not in ("pruned", "parakeet", "parakeet_tdt"):
             progress("truth")
             truth = self.measure(suite, "truth", workload)
             if truth["status"] == "ok":

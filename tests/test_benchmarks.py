@@ -195,11 +195,12 @@ def test_pruned_implementations_agree_with_each_other():
         assert disagreement(other, first) == "", name
 
 
-def test_parakeet_implementations_agree_with_each_other():
+@pytest.mark.parametrize("suite", ["parakeet", "parakeet_tdt"])
+def test_parakeet_implementations_agree_with_each_other(suite):
     pytest.importorskip("transformers")
     pytest.importorskip("torchaudio", exc_type=ImportError)
-    theirs = ask("parakeet", "transformers: Parakeet")
-    assert disagreement(ask("parakeet", "ours: Parakeet, fused loss"), theirs) == ""
+    theirs = ask(suite, "transformers: Parakeet")
+    assert disagreement(ask(suite, "ours: Parakeet, fused loss"), theirs) == ""
 
 
 def test_accuracy_is_the_error_of_the_gradient():
@@ -300,8 +301,9 @@ def test_suite_runs_end_to_end(suite, tmp_path, capsys, monkeypatch):
         "tdt": ("ours: TDT, fused", "plain torch"),
         "decode": ("ours: greedy, batched",),
         "parakeet": ("ours: Parakeet, fused loss",),
+        "parakeet_tdt": ("ours: Parakeet, fused loss",),
     }
-    if suite == "parakeet":
+    if suite in ("parakeet", "parakeet_tdt"):
         pytest.importorskip("transformers")
     wanted = special.get(suite, ("ours: packed",))
     monkeypatch.setattr(run, "implementations", lambda extra: {n: every[n] for n in wanted})

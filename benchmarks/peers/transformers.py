@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers: its TDT loss, and a training step of its Parakeet RNN-T with its own or our loss.
+"""transformers: its TDT loss, and a training step of its Parakeet with its own or our loss.
 
 In the training step, the whole model runs forward and backward, and AdamW takes a step of learning
 rate zero, so that every run starts from the same weights.
@@ -32,21 +32,23 @@ ENCODER = {
 SUBSAMPLING = 8
 
 
-def make_step(workload: Workload, *, fused: bool) -> Job:
-    from transformers import ParakeetForRNNT, ParakeetRNNTConfig
+def make_step(workload: Workload, kind: str, *, fused: bool) -> Job:
+    import transformers
 
     from transducer_toolkit.compat.transformers import use_fused_loss
 
     torch.manual_seed(workload.seed)
     blank = workload.vocab_size - 1
-    config = ParakeetRNNTConfig(
+    options = {"durations": list(tdt.DURATIONS)} if kind == "TDT" else {}
+    config = getattr(transformers, f"Parakeet{kind}Config")(
         vocab_size=workload.vocab_size,
         decoder_hidden_size=workload.joiner_dim,
         blank_token_id=blank,
         pad_token_id=blank,
         encoder_config=ENCODER,
+        **options,
     )
-    model = ParakeetForRNNT(config).to(workload.device)
+    model = getattr(transformers, f"ParakeetFor{kind}")(config).to(workload.device)
     if fused:
         use_fused_loss(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
@@ -104,9 +106,12 @@ def _entry(name: str, project: str, *, fused: bool) -> Implementation:
         name,
         project=project,
         module="transformers",
-        needs=("ParakeetForRNNT",),
+        needs=("ParakeetForRNNT", "ParakeetForTDT"),
         distribution="transformers",
-        jobs={"parakeet": lambda workload: make_step(workload, fused=fused)},
+        jobs={
+            "parakeet": lambda workload: make_step(workload, "RNNT", fused=fused),
+            "parakeet_tdt": lambda workload: make_step(workload, "TDT", fused=fused),
+        },
     )
 
 
