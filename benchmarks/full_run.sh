@@ -43,7 +43,7 @@ run tdt --peers transformers plain_torch --clock cpu --flush-denormal
 run tdt --peers transformers plain_torch --clock cpu --flush-denormal --vocab-size 8193
 run parakeet --peers transformers --clock cpu
 run parakeet --peers transformers --clock cpu --vocab-size 8193
-run parakeet_tdt --peers transformers --clock cpu --vocab-size 8193
+run parakeet_tdt --peers transformers --clock cpu --vocab-size 8193 --frames 700
 run step --peers "${FAST[@]}" --threads 2
 run loss --peers "${FAST[@]}" --threads 2 --repetitions 3
 run memory --peers torchaudio optimized_transducer --repetitions 1
