@@ -171,7 +171,8 @@ std::vector<T> Converted(const std::vector<double>& values) {
   return converted;
 }
 
-constexpr Score kUnwritten = -12345;
+// No float32, because the fuzzer would find out that it may pass the number itself as a value.
+constexpr Score kUnwritten = -12345.6789;
 
 template <typename T>
 Results Forward(const Problem& p, const std::vector<T>& logits, const RowTile& tile, int threads) {
