@@ -18,4 +18,4 @@ def test_every_search_and_the_client_decode_a_manifest(trained, tones, monkeypat
     assert len(rows) == 6 and rows[-1][0].startswith("| sherpa-onnx, greedy")
     assert all(float(seconds) > 0 for _, seconds, _ in rows[1:])
     errors = [float(wer.rstrip(" |")) for *_, wer in rows[1:]]
-    assert errors[0] == errors[1] and errors[2] == errors[3]  # whatever the batch
+    assert errors[0] == errors[1] and errors[2] == errors[3]  # for any batch

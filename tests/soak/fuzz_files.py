@@ -3,7 +3,7 @@
 
     python -m tests.soak.fuzz_files --cases 3000 [--seed 0] [--kind NAME ...] [--repeat SEED]
 
-A case is one file, or one folder of a model, that nobody should trust. It is right if the reader
+A case is one file, or one folder of a model, from an untrusted source. It is right if the reader
 returns what the file says, or raises a ValueError or an OSError with one short line that names the
 file, and its line where there are lines. All else is a finding: another error, a crash, more than a
 few seconds or GiB, code that runs, a file outside of the folder that is opened, a connection, a

@@ -175,7 +175,7 @@ def try_encoder(encoder: Encoder, features: Any) -> None:
     Raises:
         ValueError: the features or the results are not finite, or not of the shapes that the
             encoder says.
-        Exception: whatever a layer raises.
+        Exception: any error that a layer raises.
     """
     noise = torch.rand(features.sample_rate, generator=torch.Generator().manual_seed(0)) - 0.5
     frames = features(noise)

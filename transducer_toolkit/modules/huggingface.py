@@ -309,7 +309,7 @@ def _load(
         value.numel() for name, value in expected.items() if "masked_spec" not in name
     )
     num_given = sum(value.numel() for value in weights.values())
-    if num_expected > 2 * num_given:  # a file that lacks less is told below
+    if num_expected > 2 * num_given:  # if fewer are missing, the error below names one
         raise ValueError(
             f"{CONFIG} asks for {num_expected} numbers, and the weights are {num_given}"
         )
