@@ -319,9 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
     )
     for batch in options.batches:
-        for row in batch_rows(
-            batch, workloads[batch], bandwidth, rates, options.projects, deadline_s
-        ):
+        for row in batch_rows(batch, workloads[batch], bandwidth, rates, options, deadline_s):
             record.add({"batch": batch, **row})
             print(".", end="", flush=True)
     print()
