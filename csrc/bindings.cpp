@@ -12,6 +12,7 @@
 #include "device.h"
 #include "pages.h"
 #include "row_kernels.h"
+#include "visit.h"
 
 namespace py = pybind11;
 
@@ -49,6 +50,33 @@ void BindQuantized(py::module_& m, py::module_& cpu) {
           arg("num_threads"), arg("hidden"), arg("scales"));
   cpu.def("quantized_cell_scores", &QuantizedCellScoresCpu, no_gil, arg("batch"), arg("tile"),
           named, arg("logits"), arg("options"), arg("num_threads"), arg("out"));
+}
+
+int64_t VisitWave(const LatticeBatch& batch, const LatticeOptions& options,
+                  const LatticeScores& scores, const VisitLimits& limits, int64_t wave,
+                  int num_threads, const VisitState& state, Address rows, Address num_rows) {
+  return VisitWaveCpu(batch, options, scores, limits, wave, num_threads, state, As<int64_t>(rows),
+                      As<int64_t>(num_rows));
+}
+
+void BindVisit(py::module_& m, py::module_& cpu) {
+  using py::arg;
+  const py::kw_only named;
+  BindStruct<VisitLimits>(m, "VisitLimits", FieldOf("threshold", &VisitLimits::threshold),
+                          FieldOf("below_largest", &VisitLimits::below_largest),
+                          FieldOf("max_visited", &VisitLimits::max_visited));
+  BindStruct<VisitState>(m, "VisitState", FieldOf("has_scores", &VisitState::has_scores),
+                         FieldOf("num_visited", &VisitState::num_visited),
+                         FieldOf("alpha", &VisitState::alpha), FieldOf("total", &VisitState::total),
+                         FieldOf("left_out", &VisitState::left_out),
+                         FieldOf("largest", &VisitState::largest));
+  m.attr("BLOCK_FRAMES") = static_cast<int64_t>(kBlockFrames);
+  m.attr("BLOCK_SYMBOLS") = static_cast<int64_t>(kBlockSymbols);
+  cpu.def("visit_wave", &VisitWave, py::call_guard<py::gil_scoped_release>(), arg("batch"), named,
+          arg("options"), arg("scores"), arg("limits"), arg("wave"), arg("num_threads"),
+          arg("state"), arg("rows"), arg("num_rows"));
+  cpu.def("left_out", &LeftOutCpu, py::call_guard<py::gil_scoped_release>(), arg("batch"), named,
+          arg("options"), arg("scores"), arg("num_threads"), arg("state"));
 }
 
 void AdditiveScores(const AnyAdditiveCells& cells, const AdditiveTerms& terms, Address am_max,
@@ -180,6 +208,7 @@ PYBIND11_MODULE(_C, m) {
   BindStages<CpuBackend>(cpu);
   BindAdditiveScores(cpu);
   BindQuantized(m, cpu);
+  BindVisit(m, cpu);
   cpu.def(
       "advise_huge_pages",
       [](Address data, int64_t bytes) { AdviseHugePages(As<void>(data), bytes); }, py::kw_only(),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.backends import Backend
-from transducer_toolkit.ops import coarse_to_fine
+from transducer_toolkit.ops import coarse_to_fine, visited_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +37,4 @@ def coarse_pass(monkeypatch):
     monkeypatch.setattr(
         coarse_to_fine, "pays", lambda enc, vocab_size, num_rows: enc.dtype == torch.float32
     )
+    monkeypatch.setattr(visited_blocks, "MIN_OPERATIONS_PER_WAVE", 0)

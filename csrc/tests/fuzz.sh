@@ -12,7 +12,7 @@ flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -DTRA
        -Wno-missing-field-initializers -pthread)
 sources=(additive_scores_cpu cell_scores_cpu duration_lattice_cpu lattice_cpu logits_grad_cpu joint_tile_cpu
          normalizer_repair_cpu occupancy_cpu parallel row_kernels row_kernels_baseline row_kernels_avx2
-         row_kernels_avx512 tests/fuzz_stages)
+         row_kernels_avx512 visit_cpu tests/fuzz_stages)
 objects=()
 for source in "${sources[@]}"; do
   object="$folder/$(basename "$source").o"

@@ -58,7 +58,7 @@ def test_scores(vocab_size, bias):
     weight[1] *= 50  # does not make the other rows less accurate
     offset = torch.randn(vocab_size) if bias else None
     actual, expected = (CellScores.zeros(batch, joint.enc.device) for _ in range(2))
-    quantized.score(joint, JointWeights(weight, offset), batch, options, actual, tile_cells=100)
+    quantized.Scorer(joint, JointWeights(weight, offset), batch, options, actual, 100)()
     tile = batch.all_rows()
     logits = linear(hidden_of(joint, batch, tile), weight, offset)
     stages.cell_scores(logits, batch, tile, options, expected)
@@ -69,7 +69,7 @@ def test_scores(vocab_size, bias):
         difference = (mine[finite] - wanted[finite]).abs()
         assert difference.max() < 1.0 and difference.median() < 0.2
     weight[1] /= 50
-    quantized.score(joint, JointWeights(weight, offset), batch, options, actual)
+    quantized.Scorer(joint, JointWeights(weight, offset), batch, options, actual)()
     logits = linear(hidden_of(joint, batch, tile), weight, offset)
     stages.cell_scores(logits, batch, tile, options, expected)
     for name in ("normalizer", "blank", "label"):

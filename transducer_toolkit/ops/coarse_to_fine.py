@@ -113,6 +113,7 @@ def refine(
     scores: CellScores,
     options: FusedOptions,
     score_rows: Callable[[Tensor], None],
+    has_scores: Tensor | None = None,
 ) -> Refined:
     """Computes the losses from coarse scores, of which it replaces those that matter.
 
@@ -128,6 +129,7 @@ def refine(
         scores: coarse scores of all rows; changed.
         options: of the loss.
         score_rows: computes the fine scores of rows (N,) and writes them to `scores`.
+        has_scores: (rows,) bool, the scores of the other rows are -inf; None if there are none.
     """
     is_fine = torch.zeros_like(scores.blank, dtype=torch.bool)
     deviation = native.mapped(
@@ -153,8 +155,13 @@ def refine(
         deviation.index_copy_(0, rows, largest.nan_to_num_(nan=torch.inf))
         return batch.per_utterance(deviation, "max")
 
-    step = max(MIN_SAMPLE_STEP, batch.num_rows // NUM_SAMPLES)
-    error = make_fine(torch.arange(0, batch.num_rows, step, device=is_fine.device))
+    if has_scores is None:
+        step = max(MIN_SAMPLE_STEP, batch.num_rows // NUM_SAMPLES)
+        sample = torch.arange(0, batch.num_rows, step, device=is_fine.device)
+    else:
+        rows = has_scores.nonzero().flatten()
+        sample = rows[:: max(MIN_SAMPLE_STEP, rows.numel() // NUM_SAMPLES)].contiguous()
+    error = make_fine(sample)
     error = error.mul_(SAMPLE_MARGIN).masked_fill_(error == 0, EXPECTED_ERROR)
     budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
     stricter = budget

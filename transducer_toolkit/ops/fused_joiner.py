@@ -4,12 +4,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import checks, coarse_to_fine, durations, native, quantized, stages
+from transducer_toolkit.ops import (
+    checks,
+    coarse_to_fine,
+    durations,
+    native,
+    quantized,
+    stages,
+    visited_blocks,
+)
 from transducer_toolkit.ops.joint_tiles import (
     JointTiles,
     JointWeights,
@@ -291,6 +300,32 @@ def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatc
     )
 
 
+def _coarse_scorer(
+    inputs: FusedInputs, options: FusedOptions, batch: LatticeBatch, scores: CellScores
+) -> Callable[[Tensor | None], None]:
+    """Returns a function that writes the coarse scores of rows (N,), or of all rows for None."""
+    if quantized.can_score(inputs.enc) and native.runs_on_cpu(inputs.enc):
+        joint = stages.Joint(inputs.enc, inputs.pred, options.activation)
+        weights = JointWeights(inputs.weight, inputs.bias)
+        return quantized.Scorer(joint, weights, batch, options, scores, options.tile_cells)
+    low = _coarse_tiles(inputs, options, batch)
+
+    def score(rows: Tensor | None) -> None:
+        for tile in low.tiles(rows):
+            stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
+
+    return score
+
+
+def _visits_blocks(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatch) -> bool:
+    """Returns whether the coarse pass leaves out the cells that hardly any path reaches."""
+    return (
+        native.runs_on_cpu(inputs.enc)
+        and inputs.ranges is None
+        and visited_blocks.pays(batch, options, inputs.weight)
+    )
+
+
 def _forward_coarse_to_fine(
     inputs: FusedInputs,
     options: FusedOptions,
@@ -299,16 +334,16 @@ def _forward_coarse_to_fine(
     scores: CellScores,
     logits: Tensor,
 ) -> FusedLoss:
-    enc, cell_rows = inputs.enc, _cell_rows(batch, plan)
-    if quantized.can_score(enc) and native.runs_on_cpu(enc):
+    enc = inputs.enc
+    score_coarse = _coarse_scorer(inputs, options, batch, scores)
+    visited = None
+    if _visits_blocks(inputs, options, batch):
         joint = stages.Joint(enc, inputs.pred, options.activation)
-        weights = JointWeights(inputs.weight, inputs.bias)
-        quantized.score(joint, weights, batch, options, scores, cell_rows, options.tile_cells)
+        may_leave_out = visited_blocks.cannot_overflow(joint, inputs.weight)
+        visited = visited_blocks.visit(batch, scores, options, score_coarse, may_leave_out)
     else:
-        low = _coarse_tiles(inputs, options, batch)
-        for tile in low.tiles(cell_rows):
-            stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
-        del low  # frees its buffers before the lattice takes memory
+        score_coarse(_cell_rows(batch, plan))
+    del score_coarse  # frees its buffers before the lattice takes memory
     places = inputs.targets.new_zeros(plan.num_rows if plan.keep_logits else 0, dtype=torch.int64)
     num_fine = num_kept = 0
 
@@ -325,7 +360,12 @@ def _forward_coarse_to_fine(
             out = logits[begin : begin + tile.size] if keeps else None
             stages.cell_scores(fine.logits(fine.hidden(tile), out), batch, tile, options, scores)
 
-    refined = coarse_to_fine.refine(batch, scores, options, score_rows)
+    has_scores = None if visited is None else visited.has_scores
+    refined = coarse_to_fine.refine(batch, scores, options, score_rows, has_scores)
+    if visited is not None and not visited_blocks.still_holds(visited, batch, scores, options):
+        del refined  # frees its memory before the next one
+        _coarse_scorer(inputs, options, batch, scores)(None)
+        refined = coarse_to_fine.refine(batch, scores, options, score_rows)
     visit = coarse_to_fine.plan_backward(batch, scores, options, refined)
     return FusedLoss(
         refined.sums.losses.to(enc.dtype),

@@ -476,20 +476,18 @@ class LatticeBatch:
         return self._num_frames + self._num_targets
 
     @property
-    def _rows_of_utterances(self) -> Tensor:
+    def rows_of_utterances(self) -> Tensor:
         """(B,) int64, of the packed layout."""
         return self._num_frames * (self._stride or self._num_targets + 1)
 
     def per_row(self, values: Tensor) -> Tensor:
         """Returns values (B,) of utterances for each of their rows (rows,), in packed layout."""
-        return values.repeat_interleave(self._rows_of_utterances, output_size=self.num_rows)
+        return values.repeat_interleave(self.rows_of_utterances, output_size=self.num_rows)
 
     def per_utterance(self, values: Tensor, reduction: str) -> Tensor:
         """Reduces values (rows,) in packed layout to (B,) in a fixed order, by "sum" or "max"."""
         # unsafe: without a wait for the sum of the lengths.
-        return torch.segment_reduce(
-            values, reduction, lengths=self._rows_of_utterances, unsafe=True
-        )
+        return torch.segment_reduce(values, reduction, lengths=self.rows_of_utterances, unsafe=True)
 
 
 def _shift(rows: Tensor, begins: Tensor) -> Tensor:

@@ -54,15 +54,7 @@ def _quantize(weight: Tensor) -> _Weight:
     return _Weight(rows.t(), scales)
 
 
-def score(
-    joint: Joint,
-    weights: JointWeights,
-    batch: LatticeBatch,
-    options: LossOptions,
-    out: CellScores,
-    rows: Tensor | None = None,
-    tile_cells: int | None = None,
-) -> None:
+class Scorer:
     """Writes the scores of rows of a batch.
 
     Args:
@@ -71,26 +63,42 @@ def score(
         batch: the lattices.
         options: of the loss.
         out: the scores of the batch.
-        rows: (N,) int64, ascending; None for all rows.
         tile_cells: rows of a tile; None chooses.
     """
-    width, vocab_size = joint.enc.size(-1), weights.weight.size(0)
-    weight = _quantize(weights.weight)
-    bias = None if weights.bias is None else weights.bias.contiguous()
-    if tile_cells is None:
-        tile_cells = max(MIN_TILE_ROWS, TILE_BYTES // (width + 4 * vocab_size))
-    total = batch.num_rows if rows is None else rows.numel()
-    count = max(1, -(-total // tile_cells))
-    size = -(-total // count)
-    hidden = joint.enc.new_empty(size, width, dtype=torch.int8)
-    scales = joint.enc.new_empty(size)
-    logits = native.mapped(size * vocab_size, like=joint.enc).view(torch.int32)
-    logits = logits.view(size, vocab_size)
-    for index in range(count):
-        begin, end = index * total // count, (index + 1) * total // count
-        tile = RowTile(begin, end - begin, rows)
-        used = slice(0, tile.size)
-        stages.join_quantized(joint, batch, tile, hidden[used], scales[used])
-        torch._int_mm(hidden[used], weight.rows, out=logits[used])
-        quantized = stages.QuantizedLogits(logits[used], scales[used], weight.scales, bias)
-        stages.quantized_cell_scores(quantized, batch, tile, options, out)
+
+    def __init__(
+        self,
+        joint: Joint,
+        weights: JointWeights,
+        batch: LatticeBatch,
+        options: LossOptions,
+        out: CellScores,
+        tile_cells: int | None = None,
+    ) -> None:
+        self._joint, self._batch, self._options, self._out = joint, batch, options, out
+        width, vocab_size = joint.enc.size(-1), weights.weight.size(0)
+        self._weight = _quantize(weights.weight)
+        self._bias = None if weights.bias is None else weights.bias.contiguous()
+        if tile_cells is None:
+            tile_cells = max(MIN_TILE_ROWS, TILE_BYTES // (width + 4 * vocab_size))
+        count = max(1, -(-batch.num_rows // tile_cells))
+        self._tile_rows = size = -(-batch.num_rows // count)
+        self._hidden = joint.enc.new_empty(size, width, dtype=torch.int8)
+        self._scales = joint.enc.new_empty(size)
+        logits = native.mapped(size * vocab_size, like=joint.enc).view(torch.int32)
+        self._logits = logits.view(size, vocab_size)
+
+    def __call__(self, rows: Tensor | None = None) -> None:
+        """Writes the scores of rows (N,) int64, ascending; None for all rows."""
+        total = self._batch.num_rows if rows is None else rows.numel()
+        count = -(-total // max(1, self._tile_rows))
+        for index in range(count):
+            begin, end = index * total // count, (index + 1) * total // count
+            tile = RowTile(begin, end - begin, rows)
+            hidden, scales, logits = (
+                part[: tile.size] for part in (self._hidden, self._scales, self._logits)
+            )
+            stages.join_quantized(self._joint, self._batch, tile, hidden, scales)
+            torch._int_mm(hidden, self._weight.rows, out=logits)
+            quantized = stages.QuantizedLogits(logits, scales, self._weight.scales, self._bias)
+            stages.quantized_cell_scores(quantized, self._batch, tile, self._options, self._out)

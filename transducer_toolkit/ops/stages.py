@@ -76,6 +76,47 @@ class QuantizedLogits(NamedTuple):
     bias: Tensor | None
 
 
+class VisitState(NamedTuple):
+    """What :func:`visit_wave` carries from wave to wave (csrc/visit.h).
+
+    Attributes:
+        has_scores: (B, blocks of T, blocks of U + 1) uint8, the visited blocks.
+        num_visited: (B,) int64, rows of the visited blocks.
+        alpha: (rows,) float64.
+        total: (B,) float64, log-probability of the paths through visited blocks.
+        left_out: (B,) float64, log of the sum of the masses that enter other blocks.
+        largest: (B,) float64, the largest entering mass of the wave.
+    """
+
+    has_scores: Tensor
+    num_visited: Tensor
+    alpha: Tensor
+    total: Tensor
+    left_out: Tensor
+    largest: Tensor
+
+    @property
+    def native(self) -> native.extension.VisitState:
+        parts = self._asdict()
+        return native.extension.VisitState(
+            **{name: native.address(part) for name, part in parts.items()}
+        )
+
+
+class VisitLimits(NamedTuple):
+    """Which blocks :func:`visit_wave` visits beside those that have scores (csrc/visit.h).
+
+    Attributes:
+        threshold: (B,) float64, the least entering mass.
+        max_visited: (B,) int64, as soon as more rows are visited, no other blocks are.
+        below_largest: how much less than the largest of the wave the mass may be.
+    """
+
+    threshold: Tensor
+    max_visited: Tensor
+    below_largest: float = torch.inf
+
+
 def _scratch(num_bytes: int, like: Tensor) -> Tensor:
     """Memory for a stage on the device of `like`. It may contain anything."""
     return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
@@ -188,6 +229,12 @@ def _lattice_options(options: LossOptions, exact: bool) -> native.extension.Latt
     )
 
 
+def _lattice_scores(scores: CellScores) -> native.extension.LatticeScores:
+    return native.extension.LatticeScores(
+        blank=native.address(scores.blank), label=native.address(scores.label)
+    )
+
+
 def lattice(
     scores: CellScores,
     batch: LatticeBatch,
@@ -210,7 +257,7 @@ def lattice(
         Loss (B,), expected uses of the blank score and of the label score (rows,), float64. The
         uses have no elements without `with_uses`.
     """
-    blank, label = scores.blank, scores.label
+    blank = scores.blank
     loss = blank.new_empty(batch.num_utterances)
     use_blank, use_label = (
         native.mapped(batch.num_rows if with_uses else 0, like=blank).zero_() for _ in range(2)
@@ -224,9 +271,7 @@ def lattice(
         backend.stages.lattice(
             batch.native,
             options=_lattice_options(options, exact),
-            scores=native.extension.LatticeScores(
-                blank=native.address(blank), label=native.address(label)
-            ),
+            scores=_lattice_scores(scores),
             **backend.queue,
             scratch=native.address(scratch),
             out=native.extension.LatticeOut(
@@ -236,6 +281,61 @@ def lattice(
             ),
         )
     return loss, use_blank, use_label
+
+
+def visit_wave(
+    scores: CellScores,
+    batch: LatticeBatch,
+    options: LossOptions,
+    wave: int,
+    limits: VisitLimits,
+    state: VisitState,
+    rows: Tensor,
+) -> int:
+    """Goes on to a wave of blocks, and lists the rows that need scores, on the CPU.
+
+    Args:
+        scores: those of all listed rows so far.
+        batch: full lattices.
+        options: topology is used.
+        wave: 0 to the number of waves.
+        limits: which blocks are visited.
+        state: changed.
+        rows: (rows,) int64, the list.
+
+    Returns:
+        How many rows are in the list.
+    """
+    counts = torch.empty_like(state.num_visited)
+    num_rows: int = native.extension.cpu.visit_wave(
+        batch.native,
+        options=_lattice_options(options, True),
+        scores=_lattice_scores(scores),
+        limits=native.extension.VisitLimits(
+            threshold=native.address(limits.threshold),
+            below_largest=limits.below_largest,
+            max_visited=native.address(limits.max_visited),
+        ),
+        wave=wave,
+        num_threads=torch.get_num_threads(),
+        state=state.native,
+        rows=native.address(rows),
+        num_rows=native.address(counts),
+    )
+    return num_rows
+
+
+def left_out(
+    scores: CellScores, batch: LatticeBatch, options: LossOptions, state: VisitState
+) -> None:
+    """Goes through all waves with the blocks that have scores: writes `total` and `left_out`."""
+    native.extension.cpu.left_out(
+        batch.native,
+        options=_lattice_options(options, True),
+        scores=_lattice_scores(scores),
+        num_threads=torch.get_num_threads(),
+        state=state.native,
+    )
 
 
 def duration_lattice(
