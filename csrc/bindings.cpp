@@ -54,9 +54,8 @@ void BindQuantized(py::module_& m, py::module_& cpu) {
 
 int64_t VisitWave(const LatticeBatch& batch, const LatticeOptions& options,
                   const LatticeScores& scores, const VisitLimits& limits, int64_t wave,
-                  int num_threads, const VisitState& state, Address rows, Address num_rows) {
-  return VisitWaveCpu(batch, options, scores, limits, wave, num_threads, state, As<int64_t>(rows),
-                      As<int64_t>(num_rows));
+                  int num_threads, const VisitState& state, Address rows) {
+  return VisitWaveCpu(batch, options, scores, limits, wave, num_threads, state, As<int64_t>(rows));
 }
 
 void BindVisit(py::module_& m, py::module_& cpu) {
@@ -69,12 +68,13 @@ void BindVisit(py::module_& m, py::module_& cpu) {
                          FieldOf("num_visited", &VisitState::num_visited),
                          FieldOf("alpha", &VisitState::alpha), FieldOf("total", &VisitState::total),
                          FieldOf("left_out", &VisitState::left_out),
+                         FieldOf("num_listed", &VisitState::num_listed),
                          FieldOf("largest", &VisitState::largest));
   m.attr("BLOCK_FRAMES") = static_cast<int64_t>(kBlockFrames);
   m.attr("BLOCK_SYMBOLS") = static_cast<int64_t>(kBlockSymbols);
   cpu.def("visit_wave", &VisitWave, py::call_guard<py::gil_scoped_release>(), arg("batch"), named,
           arg("options"), arg("scores"), arg("limits"), arg("wave"), arg("num_threads"),
-          arg("state"), arg("rows"), arg("num_rows"));
+          arg("state"), arg("rows"));
   cpu.def("left_out", &LeftOutCpu, py::call_guard<py::gil_scoped_release>(), arg("batch"), named,
           arg("options"), arg("scores"), arg("num_threads"), arg("state"));
 }

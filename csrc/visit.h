@@ -24,9 +24,10 @@ struct VisitState {
   uint8_t* has_scores;   // (B, NumFrameBlocks(T), NumSymbolBlocks(U)): blocks that were visited
   int64_t* num_visited;  // (B,) rows of these blocks
   Score* alpha;          // (num_rows,) forward variables
-  Score* total;     // (B,) log-probability of the paths through visited blocks; NaN after a NaN
-  Score* left_out;  // (B,) log of the sum of the masses that enter other blocks
-  Score* largest;   // (B,) the largest mass of the wave; -inf if the utterance has no block in it
+  Score* total;         // (B,) log-probability of the paths through visited blocks; NaN after a NaN
+  Score* left_out;      // (B,) log of the sum of the masses that enter other blocks
+  int64_t* num_listed;  // (B,) rows of the list of the last wave
+  Score* largest;  // (B,) the largest mass of the wave; -inf if the utterance has no block in it
 };
 
 // A sweep visits every block that has scores, and every other block whose entering mass is above
@@ -47,7 +48,7 @@ struct VisitLimits {
 // no label may take a blank. Utterances of invalid lengths have no rows.
 int64_t VisitWaveCpu(const LatticeBatch& batch, const LatticeOptions& options,
                      const LatticeScores& scores, const VisitLimits& limits, int64_t wave,
-                     int num_threads, const VisitState& state, int64_t* rows, int64_t* num_rows);
+                     int num_threads, const VisitState& state, int64_t* rows);
 
 // A whole sweep that visits the blocks that have scores and no others: `total` and `left_out` with
 // these scores.

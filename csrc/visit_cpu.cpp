@@ -188,8 +188,9 @@ void ForEachUtterance(const LatticeBatch& batch, const LatticeOptions& options, 
 
 int64_t VisitWaveCpu(const LatticeBatch& batch, const LatticeOptions& options,
                      const LatticeScores& scores, const VisitLimits& limits, int64_t wave,
-                     int num_threads, const VisitState& state, int64_t* rows, int64_t* num_rows) {
+                     int num_threads, const VisitState& state, int64_t* rows) {
   // Each utterance lists its rows where its own rows are, as in KeptRowsCpu.
+  int64_t* num_rows = state.num_listed;
   std::fill_n(num_rows, batch.num_utterances, int64_t{0});
   ForEachUtterance(batch, options, num_threads, state, [&](auto topology, int64_t b) {
     Wave<decltype(topology)::value> utterance(batch, scores, state, b, wave);

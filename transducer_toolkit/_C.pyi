@@ -76,6 +76,27 @@ class QuantizedLogits:
 
 MAX_QUANTIZED_WIDTH: int
 
+class VisitLimits:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, threshold: int, below_largest: float, max_visited: int) -> None: ...
+
+class VisitState:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(
+        self,
+        *,
+        has_scores: int,
+        num_visited: int,
+        alpha: int,
+        total: int,
+        left_out: int,
+        num_listed: int,
+        largest: int,
+    ) -> None: ...
+
+BLOCK_FRAMES: int
+BLOCK_SYMBOLS: int
+
 class LogitsOptions:
     fields: ClassVar[tuple[str, ...]]
     def __init__(
@@ -313,6 +334,27 @@ class cpu:  # a module
         options: LogitsOptions,
         num_threads: int,
         out: CellScoresOut,
+    ) -> None: ...
+    @staticmethod
+    def visit_wave(
+        batch: LatticeBatch,
+        *,
+        options: LatticeOptions,
+        scores: LatticeScores,
+        limits: VisitLimits,
+        wave: int,
+        num_threads: int,
+        state: VisitState,
+        rows: int,
+    ) -> int: ...
+    @staticmethod
+    def left_out(
+        batch: LatticeBatch,
+        *,
+        options: LatticeOptions,
+        scores: LatticeScores,
+        num_threads: int,
+        state: VisitState,
     ) -> None: ...
     @staticmethod
     def shifted_exp(

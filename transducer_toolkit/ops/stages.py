@@ -85,6 +85,7 @@ class VisitState(NamedTuple):
         alpha: (rows,) float64.
         total: (B,) float64, log-probability of the paths through visited blocks.
         left_out: (B,) float64, log of the sum of the masses that enter other blocks.
+        num_listed: (B,) int64, rows of the list.
         largest: (B,) float64, the largest entering mass of the wave.
     """
 
@@ -93,14 +94,8 @@ class VisitState(NamedTuple):
     alpha: Tensor
     total: Tensor
     left_out: Tensor
+    num_listed: Tensor
     largest: Tensor
-
-    @property
-    def native(self) -> native.extension.VisitState:
-        parts = self._asdict()
-        return native.extension.VisitState(
-            **{name: native.address(part) for name, part in parts.items()}
-        )
 
 
 class VisitLimits(NamedTuple):
@@ -229,6 +224,11 @@ def _lattice_options(options: LossOptions, exact: bool) -> native.extension.Latt
     )
 
 
+def _visit_state(state: VisitState) -> native.extension.VisitState:
+    parts = {name: native.address(part) for name, part in state._asdict().items()}
+    return native.extension.VisitState(**parts)
+
+
 def _lattice_scores(scores: CellScores) -> native.extension.LatticeScores:
     return native.extension.LatticeScores(
         blank=native.address(scores.blank), label=native.address(scores.label)
@@ -306,8 +306,7 @@ def visit_wave(
     Returns:
         How many rows are in the list.
     """
-    counts = torch.empty_like(state.num_visited)
-    num_rows: int = native.extension.cpu.visit_wave(
+    return native.extension.cpu.visit_wave(
         batch.native,
         options=_lattice_options(options, True),
         scores=_lattice_scores(scores),
@@ -318,11 +317,9 @@ def visit_wave(
         ),
         wave=wave,
         num_threads=torch.get_num_threads(),
-        state=state.native,
+        state=_visit_state(state),
         rows=native.address(rows),
-        num_rows=native.address(counts),
     )
-    return num_rows
 
 
 def left_out(
@@ -334,7 +331,7 @@ def left_out(
         options=_lattice_options(options, True),
         scores=_lattice_scores(scores),
         num_threads=torch.get_num_threads(),
-        state=state.native,
+        state=_visit_state(state),
     )
 
 

@@ -127,6 +127,7 @@ def visit(
         native.mapped(batch.num_rows, like=like),
         total,
         left_out,
+        torch.zeros_like(num_cells),
         largest,
     )
     max_visited = (num_cells * MAX_SHARE).long().masked_fill_(~may_leave_out, -1)
