@@ -11,7 +11,7 @@ namespace transducer {
 // j * kBlockSymbols, ... Wave w has the blocks i + j = w. Every arc stays in its block or leads to a
 // block of a later wave.
 constexpr int64_t kBlockFrames = 16;
-constexpr int64_t kBlockSymbols = 8;
+constexpr int64_t kBlockSymbols = 4;
 
 constexpr int64_t NumFrameBlocks(int64_t frames) {
   return (frames + kBlockFrames - 1) / kBlockFrames;

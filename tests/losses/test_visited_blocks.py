@@ -174,7 +174,7 @@ def test_utterances_that_must_be_visited_as_a_whole():
     assert result.is_whole.tolist() == [False, True, True, True, True]
     shares = result.has_scores.split((lattices.shape.cell_offsets.diff()).tolist())
     assert [bool(share.all()) for share in shares] == [False, True, True, True, True]
-    assert shares[0].float().mean() < 0.5 and rows.unique().numel() == rows.numel()
+    assert shares[0].float().mean() < 0.7 and rows.unique().numel() == rows.numel()
 
 
 def test_improbable_paths_are_given_up_soon():
