@@ -46,6 +46,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> idle;  // between two threads' lives
   bool block_vote = false;
   std::string error;
+  int64_t num_grids = 0;
 };
 Machine machine;
 
@@ -192,10 +193,16 @@ void SetOrder(Order order, unsigned seed) {
   machine.random.seed(seed);
 }
 
+int64_t NumGrids() {
+  const std::lock_guard<std::mutex> lock(machine.mutex);
+  return machine.num_grids;
+}
+
 void RunGrid(unsigned num_blocks, unsigned num_threads, const std::function<void()>& body) {
   TRANSDUCER_CHECK(num_threads % kWarpSize == 0 && num_threads <= 1024,
                    "CUDA emulation: blocks of whole warps only, up to 1024 threads");
   const std::lock_guard<std::mutex> lock(machine.mutex);
+  ++machine.num_grids;
   machine.body = &body;
   machine.error.clear();
   machine.threads.clear();

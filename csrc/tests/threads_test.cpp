@@ -71,10 +71,12 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
                 {normalizer.data(), use_blank.data(), use_label.data(), loss_grad.data()},
                 num_threads, grad.data());
   std::vector<int64_t> num_kept(size);
+  std::vector<Score> lowest(size);
+  int64_t total;
   outputs.kept.resize(rows);
   KeptRowsCpu(batch, {use_blank.data(), use_label.data()}, 1e-2, num_threads, nullptr,
-              {outputs.kept.data(), num_kept.data(), dropped.data()});
-  outputs.kept.resize(std::accumulate(num_kept.begin(), num_kept.end(), int64_t{0}));
+              {outputs.kept.data(), num_kept.data(), dropped.data(), lowest.data(), &total});
+  outputs.kept.resize(total);
 
   const auto am = RandomVector<float>(2 * 9 * kWidth, 90, 4);
   const auto lm = RandomVector<float>(2 * 5 * kWidth, 90, 5);

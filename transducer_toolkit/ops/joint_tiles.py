@@ -97,8 +97,12 @@ def _panels(
 
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Casts a weight. Numbers beyond the range of `dtype` become its largest, and not infinite."""
-    largest = torch.finfo(dtype).max
-    return weight.to(dtype).clamp_(-largest, largest)
+    return _finite(weight.to(dtype))
+
+
+def _finite(weight: Tensor) -> Tensor:
+    largest = torch.finfo(weight.dtype).max
+    return weight.clamp_(-largest, largest)
 
 
 # Since torch 2.8, a product of 16-bit matrices can be returned as float32, on CUDA only.
@@ -184,17 +188,18 @@ class JointTiles:
         self._panels = self._sum_panels = _panels(self.vocab_size, self.width, self._like)
         if dtype in native.SIXTEEN_BIT:
             # Adding 16-bit numbers to a float32 sum, torch makes a float32 copy of them.
-            like = self._like.to(torch.float32)
+            like = weight.new_empty(0, dtype=torch.float32)
             self._sum_panels = _panels(self.vocab_size, self.width, like, SUM_PANEL_BYTES)
         # A copy of a large weight in another dtype would need memory for the whole step.
-        self._casts_panels = product_dtype not in (None, weight.dtype) and len(self._panels) > 1
-        if self._casts_panels:
-            self.weight = weight
-        else:
-            is_same = product_dtype in (None, weight.dtype)
-            self.weight = weight.to(dtype) if is_same else _narrowed(weight, dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self._pad_vocab()
+        narrows = product_dtype not in (None, weight.dtype)
+        self._casts_panels = narrows and len(self._panels) > 1
+        self.weight = self._padded(weight, 0.0, weight.dtype if self._casts_panels else dtype)
+        if narrows and not self._casts_panels:
+            self.weight = _finite(self.weight)
+        if bias is None and self.vocab_size > self._num_columns:
+            bias = weight.new_zeros(self._num_columns)
+        # -inf does not change the softmax.
+        self.bias = None if bias is None else self._padded(bias, -torch.inf, dtype)
         # The hidden layer and its gradient in the dtype of the join, if that is another one.
         self._joins_apart = dtype != joint.enc.dtype
         self._joined: list[Tensor] = []
@@ -215,18 +220,18 @@ class JointTiles:
         if bias is not None:
             self._dtypes["bias"] = bias.dtype
 
-    def _pad_vocab(self) -> None:
-        """Appends columns to the logits. They are -inf, which does not change the softmax."""
-        padding = self.vocab_size - self._num_columns
-        if padding == 0:
-            return
-        if self.bias is None:
-            self.bias = self.weight.new_zeros(self._num_columns)
-        sizes = [self._num_columns - self._num_durations, self._num_durations]
-        symbols, durations = self.weight.split(sizes)
-        self.weight = torch.cat([symbols, symbols.new_zeros(padding, self.width), durations])
-        symbols, durations = self.bias.split(sizes)
-        self.bias = torch.cat([symbols, symbols.new_full((padding,), -torch.inf), durations])
+    def _padded(self, values: Tensor, padding: float, dtype: torch.dtype) -> Tensor:
+        """Casts numbers of the columns of the logits, and adds those of the additional columns."""
+        num_symbols = self._num_columns - self._num_durations
+        first = self.vocab_size - self._num_durations  # duration
+        if first == num_symbols:
+            return values.to(dtype)
+        wide = values.new_empty(self.vocab_size, *values.shape[1:], dtype=dtype)
+        wide[:num_symbols].copy_(values[:num_symbols])
+        wide[num_symbols:first].fill_(padding)
+        if self._num_durations:
+            wide[first:].copy_(values[num_symbols:])
+        return wide
 
     def _without_padding(self, total: Tensor) -> Tensor:
         """Returns the sum (columns, ...) of a gradient without the padding of the vocabulary."""
@@ -237,7 +242,13 @@ class JointTiles:
             return total[:num_symbols]
         return torch.cat([total[:num_symbols], total[-self._num_durations :]])
 
-    def tiles(self, rows: Tensor | None = None, *, whole_logits: bool = False) -> Iterator[RowTile]:
+    def tiles(
+        self,
+        rows: Tensor | None = None,
+        *,
+        whole_logits: bool = False,
+        places: Tensor | None = None,
+    ) -> Iterator[RowTile]:
         """Yields tiles of all rows of the batch, or of `rows`. The arguments are as in RowTile."""
         total = self.batch.num_rows if rows is None else rows.numel()
         # Equal tiles, because a short last tile would take nearly as long as a full one.
@@ -247,7 +258,7 @@ class JointTiles:
         self._joined = []
         for index in range(count):
             begin, end = index * total // count, (index + 1) * total // count
-            yield RowTile(begin, end - begin, rows, whole_logits=whole_logits)
+            yield RowTile(begin, end - begin, rows, whole_logits=whole_logits, places=places)
 
     def buffer(self, name: str, num_rows: int) -> Tensor:
         """Returns the memory (num_rows, width) of a buffer. All calls with a name share it."""
