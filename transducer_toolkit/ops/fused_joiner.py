@@ -192,7 +192,12 @@ def _cell_rows(batch: LatticeBatch, plan: FusedPlan) -> Tensor | None:
 
 
 def _joint_tiles(
-    inputs: FusedInputs, options: FusedOptions, batch: LatticeBatch, *, beside_kept: bool
+    inputs: FusedInputs,
+    options: FusedOptions,
+    batch: LatticeBatch,
+    *,
+    beside_kept: bool,
+    has_backward: bool = False,
 ) -> JointTiles:
     return JointTiles(
         stages.Joint(inputs.enc, inputs.pred, options.activation),
@@ -202,6 +207,7 @@ def _joint_tiles(
         beside_kept=beside_kept,
         pads_vocab=True,
         num_durations=options.arcs.num_durations,
+        has_backward=has_backward,
     )
 
 
@@ -271,14 +277,19 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
 def _without_uses(losses: Tensor, scores: CellScores, logits: Tensor) -> FusedLoss:
     """Returns the losses alone."""
     # Each from its own call: an operator may not return one tensor twice.
-    per_row = [scores.normalizer.new_empty(0) for _ in range(4)]
-    rows, low_rows, counts, places = (
-        scores.normalizer.new_empty(0, dtype=torch.int64) for _ in range(4)
-    )
-    return FusedLoss(losses, *per_row, rows, low_rows, counts, logits, places)
+    score = scores.normalizer.new_empty
+    index = functools.partial(score, dtype=torch.int64)
+    nothing = score(0), score(0), score(0), score(0), index(0), index(0), index(0)
+    return FusedLoss(losses, *nothing, logits, index(0))
 
 
-def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatch) -> JointTiles:
+def _coarse_tiles(
+    inputs: FusedInputs,
+    options: FusedOptions,
+    batch: LatticeBatch,
+    *,
+    has_backward: bool = False,
+) -> JointTiles:
     """Returns the tiles of the joiner with products in low precision."""
     enc, pred = inputs.enc, inputs.pred
     # A GPU gains from a join of 16 bits, which moves half of the memory. But rounding changes the
@@ -294,6 +305,7 @@ def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatc
         pads_vocab=True,
         num_durations=options.arcs.num_durations,
         product_dtype=coarse_to_fine.COARSE_DTYPE,
+        has_backward=has_backward,
     )
 
 
@@ -328,10 +340,9 @@ def _forward_coarse_to_fine(
     losses = refined.sums.losses.to(enc.dtype)
     if not plan.with_uses:
         return _without_uses(losses, scores, logits)
-    keeps_all = refined.num_fine <= logits.size(0)
-    counts = refined.places.new_empty(4)
-    counts[0].fill_(refined.num_fine)
-    counts[3].fill_(refined.num_fine if keeps_all else 0)
+    counts = refined.places.new_full((4,), refined.num_fine)
+    if refined.num_fine > logits.size(0):  # no memory for all of them
+        counts[3].zero_()
     visit = coarse_to_fine.plan_backward(batch, scores, options, refined, counts[1:3])
     return FusedLoss(
         losses,
@@ -417,9 +428,9 @@ def _backward(call: Backward) -> dict[str, Tensor]:
             _, num_full, num_low, num_logits = saved.counts.tolist()
             full_rows = saved.rows[:num_full]
         # A coarse plan has more numbers of each cell in memory, so its tiles are smaller.
-        full = _joint_tiles(inputs, options, batch, beside_kept=plan.is_coarse)
+        full = _joint_tiles(inputs, options, batch, beside_kept=plan.is_coarse, has_backward=True)
         if num_low:
-            low = _coarse_tiles(inputs, options, batch)
+            low = _coarse_tiles(inputs, options, batch, has_backward=True)
             low.start_backward(call.wanted)
             visit_low(low, saved.low_rows[:num_low])
             full.start_backward(call.wanted, sums_of=low)

@@ -555,9 +555,8 @@ class CellScores:
         """Returns zeros, into which stage 1 writes. Stage 1 does not write padding."""
         like = torch.empty(0, dtype=native.SCORE_DTYPE, device=device)
         size = batch.num_rows
-
-        def zeros(count: int) -> Tensor:
-            return native.mapped(count, like=like).zero_()
-
-        extra = zeros(size * num_extra).view(size, num_extra) if num_extra else None
-        return cls(zeros(size), zeros(size), zeros(size), extra)
+        # A loss may save the normalizer, and so not the scores, which share their memory.
+        scores = native.mapped(size * (2 + num_extra), like=like).zero_()
+        blank, label, extra = scores.split([size, size, size * num_extra])
+        normalizer = native.mapped(size, like=like).zero_()
+        return cls(blank, label, normalizer, extra.view(size, num_extra) if num_extra else None)
