@@ -25,6 +25,9 @@ from tests import stage_calls as stages
 from tests.backends import ORDERS, ROOT, build_emulated, load_emulated
 from tests.stage_cases import kept_rows, make_case, random_scores, random_uses, score
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.lattice import CellScores
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.stages import RowWeights
 from transducer_toolkit.ops.topology import TOPOLOGIES
 
 # __syncthreads_or(x) is x without its barrier, which is a vote too.
@@ -78,6 +81,20 @@ def run_everything() -> list[torch.Tensor]:
     for lattices in (batch, several_runs):
         for dropped_mass in (1e-6, 1e-2):
             results += kept_rows(random_uses(lattices), lattices, dropped_mass)
+        blank, label = random_scores(lattices)
+        uses = *random_uses(lattices), blank.new_empty(lattices.num_rows, 0)
+        results.append(
+            stages.row_weights(
+                CellScores(blank, label, blank),
+                uses,
+                lattices,
+                LossOptions(0),
+                RowWeights(False, 1.0, 0.0, 0.0, 10.0, 1e-2),
+                loss=None,
+                error=torch.full((lattices.num_utterances,), 0.1, dtype=torch.float64),
+                places=torch.full((lattices.num_rows,), -1),
+            )
+        )
     return results
 
 

@@ -48,10 +48,11 @@ PRODUCT_ERROR = 2.0**-8
 LOWEST_GRADIENT = 1e-2
 # Smaller products are not worth it: the join and the log-sum-exp take longer (V * D).
 MIN_WEIGHT_SIZE = 2**14
-# On a GPU the coarse path has 340 to 510 launches instead of 70 to 95. On an H100 whose host takes
-# 13 us for each, a product of 0.37e12 operations was not worth it on a peaky lattice: 13.7 instead
-# of 11.4 ms, of which the device worked 5.0 instead of 10.6. With TF32 it was never worth it.
-MIN_GPU_OPERATIONS = 2**40
+# Smaller products (operations of one forward pass) are not worth it on a GPU, by the precision of its
+# other products. On an H100 a peaky lattice of 0.37e12 operations took the device 5.0 instead of 10.6
+# ms in float32, and 4.6 instead of 3.4 with TF32. The coarse path has up to 135 launches, at most 27
+# us of the host each: 3.6 ms. A device that takes the plain path needs as long for 2**37 operations.
+MIN_GPU_OPERATIONS = {"float32": 2**37, "tf32": None}  # None: none is
 # Memory for the logits of the fine pass, which backward reuses if all of them fit.
 FINE_LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 # Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
@@ -67,10 +68,11 @@ def pays(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
     weight_size = vocab_size * enc.size(-1)
     if enc.dtype != torch.float32 or weight_size < MIN_WEIGHT_SIZE:
         return False
-    if enc.device.type == "cuda" and (
-        torch.backends.cuda.matmul.allow_tf32 or 2 * num_rows * weight_size < MIN_GPU_OPERATIONS
-    ):
-        return False
+    if enc.device.type == "cuda":
+        arithmetic = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+        least = MIN_GPU_OPERATIONS[arithmetic]
+        if least is None or 2 * num_rows * weight_size < least:
+            return False
     return not are_logits_few(enc, vocab_size, num_rows) and has_fast_bfloat16(enc.device)
 
 
