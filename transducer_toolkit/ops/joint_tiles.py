@@ -213,7 +213,7 @@ class JointTiles:
         if has_backward:
             self._widths["grad_hidden"] = self.width
         if tile_cells is None:
-            # The hidden layer, and its gradient. Without the gradient a GPU's tile has more rows; on
+            # The hidden layer and its gradient. Without the gradient a GPU's tile has more rows; on
             # the CPU, tiles of more rows took 2 % more time.
             num_hidden = 2 if has_backward or weight.device.type == "cpu" else 1
             num_numbers = num_hidden * self.width + self.vocab_size
