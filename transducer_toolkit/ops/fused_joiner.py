@@ -327,10 +327,10 @@ def _forward_coarse_to_fine(
         for tile in low.tiles(cell_rows):
             stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
         del low  # frees its buffers before the lattice takes memory
+    fine = _joint_tiles(inputs, options, batch, beside_kept=True)
 
     def score_rows(rows: Tensor, out: CellScores, first: int) -> None:
         keeps = first + rows.numel() <= logits.size(0)
-        fine = _joint_tiles(inputs, options, batch, beside_kept=True)
         for tile in fine.tiles(rows):
             begin = first + tile.begin
             kept = logits[begin : begin + tile.size] if keeps else None

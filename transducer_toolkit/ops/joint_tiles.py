@@ -270,6 +270,8 @@ class JointTiles:
         for index in range(count):
             begin, end = index * total // count, (index + 1) * total // count
             yield RowTile(begin, end - begin, rows, whole_logits=whole_logits, places=places)
+        self._workspace = None  # the lattice, or other tiles, may take its memory
+        self._joined = []
 
     def buffer(self, name: str, num_rows: int) -> Tensor:
         """Returns the memory (num_rows, width) of a buffer. All calls with a name share it."""
