@@ -11,6 +11,7 @@ from transducer_toolkit.ops import stages
 from transducer_toolkit.ops.durations import PathSums, path_sums
 from transducer_toolkit.ops.lattice import CellScores, RowTile
 from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.topology import TOPOLOGIES
 
 backends = pytest.mark.parametrize("name", ["cpu", "emulated", "cuda"])
 FRAMES, SYMBOLS = (60, 1, 26, 33), (70, 0, 9, 12)  # the first has several runs
@@ -91,6 +92,27 @@ def test_row_weights_without_losses_keep_utterances_apart(name):
     (weight,) = in_every_order(backend, run)
     end = FRAMES[0] * (SYMBOLS[0] + 1)
     assert weight[:end].isnan().all() and weight[end:].isfinite().all()
+
+
+@backends
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("layout", ["packed", "band"])
+def test_a_lattice_does_not_read_the_uses_that_it_overwrites(name, topology, layout):
+    backend, options = of(name), LossOptions(0, topology=topology)
+    symbols = [min(pair) for pair in zip(FRAMES, SYMBOLS, strict=True)]
+    batch = make_case(layout, FRAMES, symbols).batch(backend.device)
+    first, second = (copied(random_scores(batch.num_rows, options), backend.device) for _ in "12")
+    first.blank[5] = torch.nan
+    second.label[-20:] = -torch.inf
+
+    def run():
+        before = path_sums(first, batch, options, with_uses=True)
+        return tuple(path_sums(second, batch, options, with_uses=True, before=before))
+
+    with backend.active():
+        expected = path_sums(second, batch, options, with_uses=True)
+    for mine, wanted in zip(in_every_order(backend, run), expected, strict=True):
+        assert torch.equal(mine.nan_to_num(nan=7.0), wanted.cpu().nan_to_num(nan=7.0))
 
 
 @backends

@@ -164,8 +164,9 @@ def refine(
     budget = low_budget(like.device) * (COARSE_BUDGET / LOW_BUDGET)
     stricter = budget
     is_sample = True
+    sums = None
     while True:
-        sums = path_sums(scores, batch, options, with_uses=True, exact=False)
+        sums = path_sums(scores, batch, options, with_uses=True, exact=False, before=sums)
         refined = Refined(sums, places, error, is_sample, num_fine)
         # The exponent: a path through several coarse rows has the errors of all of them.
         weight = _weights(
@@ -180,7 +181,7 @@ def refine(
             kept = _heaviest_rows(weight, batch, stricter)
             num_rows = int(kept.total)
         rows = kept.rows[:num_rows]
-        del sums, refined, kept, weight  # frees their memory before the next ones
+        del refined, kept, weight  # frees their memory before the next ones
         make_fine(rows)
         is_sample = False
 

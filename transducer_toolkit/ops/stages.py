@@ -224,6 +224,7 @@ def lattice(
     *,
     with_uses: bool,
     exact: bool = True,
+    uses: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 2: sums up all paths.
 
@@ -234,6 +235,8 @@ def lattice(
         with_uses: compute the posteriors too.
         exact: for scores that were computed in float64. Otherwise CUDA adds the float64 logarithms
             with float32 exponentials, an error of 1e-7 a term. The CPU is always exact.
+        uses: results of an earlier call for the same batch, which are overwritten; None for new
+            ones.
 
     Returns:
         Loss (B,), expected uses of the blank score and of the label score (rows,), float64. The
@@ -241,9 +244,10 @@ def lattice(
     """
     blank, label = scores.blank, scores.label
     loss = blank.new_empty(batch.num_utterances)
-    use_blank, use_label = (
-        native.mapped(batch.num_rows if with_uses else 0, like=blank).zero_() for _ in range(2)
-    )
+    if uses is None:  # zeros, because stage 2 does not write padding
+        size = batch.num_rows if with_uses else 0
+        uses = native.mapped(size, like=blank).zero_(), native.mapped(size, like=blank).zero_()
+    use_blank, use_label = uses
     with native.backend_of(blank) as backend:
         topology = _native_topology(options)
         num_bytes = backend.stages.lattice_scratch(
