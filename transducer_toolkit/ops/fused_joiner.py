@@ -284,26 +284,20 @@ def _without_uses(losses: Tensor, scores: CellScores, logits: Tensor) -> FusedLo
 
 
 def _coarse_tiles(
-    inputs: FusedInputs,
-    options: FusedOptions,
-    batch: LatticeBatch,
-    *,
-    has_backward: bool = False,
+    fine: JointTiles, options: FusedOptions, *, has_backward: bool = False
 ) -> JointTiles:
-    """Returns the tiles of the joiner with products in low precision."""
-    enc, pred = inputs.enc, inputs.pred
+    """Returns the tiles of the same joiner with products in low precision."""
+    enc, pred, _ = fine.joint
     # A GPU gains from a join of 16 bits, which moves half of the memory. But rounding changes the
     # sign of some sums near zero, and with it the derivative of relu.
     if enc.device.type == "cuda" and options.activation != "relu":
         enc, pred = (side.to(coarse_to_fine.COARSE_DTYPE) for side in (enc, pred))
     return JointTiles(
         stages.Joint(enc, pred, options.activation),
-        JointWeights(inputs.weight, inputs.bias),
-        batch,
+        JointWeights(fine.weight, fine.bias),  # padded
+        fine.batch,
         tile_cells=options.tile_cells,
         beside_kept=True,
-        pads_vocab=True,
-        num_durations=options.arcs.num_durations,
         product_dtype=coarse_to_fine.COARSE_DTYPE,
         has_backward=has_backward,
     )
@@ -318,16 +312,16 @@ def _forward_coarse_to_fine(
     logits: Tensor,
 ) -> FusedLoss:
     enc, cell_rows = inputs.enc, _cell_rows(batch, plan)
+    fine = _joint_tiles(inputs, options, batch, beside_kept=True)
     if quantized.can_score(enc) and native.runs_on_cpu(enc):
         joint = stages.Joint(enc, inputs.pred, options.activation)
         weights = JointWeights(inputs.weight, inputs.bias)
         quantized.score(joint, weights, batch, options, scores, cell_rows, options.tile_cells)
     else:
-        low = _coarse_tiles(inputs, options, batch)
+        low = _coarse_tiles(fine, options)
         for tile in low.tiles(cell_rows):
             stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
         del low  # frees its buffers before the lattice takes memory
-    fine = _joint_tiles(inputs, options, batch, beside_kept=True)
 
     def score_rows(rows: Tensor, out: CellScores, first: int) -> None:
         keeps = first + rows.numel() <= logits.size(0)
@@ -429,14 +423,12 @@ def _backward(call: Backward) -> dict[str, Tensor]:
             full_rows = saved.rows[:num_full]
         # A coarse plan has more numbers of each cell in memory, so its tiles are smaller.
         full = _joint_tiles(inputs, options, batch, beside_kept=plan.is_coarse, has_backward=True)
+        full.start_backward(call.wanted)
         if num_low:
-            low = _coarse_tiles(inputs, options, batch, has_backward=True)
-            low.start_backward(call.wanted)
+            low = _coarse_tiles(full, options, has_backward=True)
+            low.start_backward(call.wanted, sums_of=full)
             visit_low(low, saved.low_rows[:num_low])
-            full.start_backward(call.wanted, sums_of=low)
             del low
-        else:
-            full.start_backward(call.wanted)
         keeps_all = plan.keep_logits and not plan.is_coarse
         has_logits = keeps_all or num_logits > 0
         visit(full, full_rows, saved.logits if has_logits else None, keeps_all)
