@@ -426,7 +426,7 @@ class LatticeBatch:
         self.max_frames = max_frames
         self.max_targets = max_targets
         self._num_frames, self._num_targets, self._stride = num_frames, num_targets, stride
-        tensors = {
+        tensors: dict[str, Tensor | None] = {
             "num_frames": num_frames,
             "num_targets": num_targets,
             "first_row": first_row,
@@ -435,13 +435,54 @@ class LatticeBatch:
             "windows": windows,
             "first_frame": first_frame,
         }
+        self._set_native(rows_per_utterance, tensors)
+
+    @classmethod
+    def of_grid(cls, lattices: Tensor, max_frames: int, max_targets: int) -> LatticeBatch:
+        """Returns the lattices in the padded layout (B, T, U + 1) for stage 2, without targets.
+
+        Args:
+            lattices: (4, B) int64 on the device of the stage, which AdditiveStages computes:
+                frames, symbols, first row and first frame of each utterance.
+            max_frames: T.
+            max_targets: U.
+        """
+        batch = cls.__new__(cls)
+        num_frames, num_targets, first_row, first_frame = lattices.unbind()
+        batch.num_utterances, batch.max_frames, batch.max_targets = (
+            lattices.size(1),
+            max_frames,
+            max_targets,
+        )
+        batch._num_frames, batch._num_targets, batch._stride = (
+            num_frames,
+            num_targets,
+            max_targets + 1,
+        )
+        rows_per_utterance = max_frames * (max_targets + 1)
+        batch.num_rows = batch.num_utterances * rows_per_utterance
+        batch._set_native(
+            rows_per_utterance,
+            {
+                "num_frames": num_frames,
+                "num_targets": num_targets,
+                "first_row": first_row,
+                "targets": None,
+                "band_start": None,
+                "windows": None,
+                "first_frame": first_frame,
+            },
+        )
+        return batch
+
+    def _set_native(self, rows_per_utterance: int, tensors: dict[str, Tensor | None]) -> None:
         self._keep_alive = tensors
         self.native = native.extension.LatticeBatch(
-            num_utterances=num_utterances,
-            max_frames=max_frames,
-            max_targets=max_targets,
-            num_rows=num_rows,
-            row_stride=stride,
+            num_utterances=self.num_utterances,
+            max_frames=self.max_frames,
+            max_targets=self.max_targets,
+            num_rows=self.num_rows,
+            row_stride=self._stride,
             rows_per_utterance=rows_per_utterance,
             **{name: 0 if t is None else native.address(t) for name, t in tensors.items()},
         )
