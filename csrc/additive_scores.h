@@ -54,10 +54,11 @@ struct AdditiveExponentials {
 
 // The parts of the scores that do not depend on the frame, and the lattices for stage 2.
 struct AdditiveContexts {
-  Score* blank;       // (B, S + 1), or null: nothing here is wanted
-  Score* label;       // (B, S)
-  int64_t* lattices;  // (4, B) num_frames, num_targets, first_row and first_frame of LatticeBatch in
-                      // the layout (B, T, S + 1); num_frames = -1 if the boundary is not inside
+  Score* blank;  // (B, S + 1), or null: nothing here is wanted
+  Score* label;  // (B, S)
+  int64_t*
+      lattices;  // (4, B) num_frames, num_targets, first_row and first_frame of LatticeBatch in
+                 // the layout (B, T, S + 1); num_frames = -1 if the boundary is not inside
 };
 
 struct AdditiveScoresOut {
@@ -163,8 +164,7 @@ TRANSDUCER_HD inline void SetLattice(const AdditiveTerms& terms, int64_t b, int6
   const int64_t columns = terms.num_symbols + 1;
   lattices[b] = is_inside ? t_end - t_begin : -1;
   lattices[num_utterances + b] = is_inside ? s_end - s_begin : 0;
-  lattices[2 * num_utterances + b] =
-      is_inside ? (b * num_frames + t_begin) * columns + s_begin : 0;
+  lattices[2 * num_utterances + b] = is_inside ? (b * num_frames + t_begin) * columns + s_begin : 0;
   lattices[3 * num_utterances + b] = is_inside ? t_begin : 0;
 }
 

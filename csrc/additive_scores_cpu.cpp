@@ -49,21 +49,20 @@ void AdditiveExponentialsCpu(const AdditiveCells<T>& cells, const AdditiveTerms&
                                    out.am_max);
                     }
                   });
-  ParallelForRows(
-      cells.num_utterances * columns, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i / columns, k = i - b * columns;
-          exponentials(cells.lm, i, terms.IsColumn(b, k), out.lm, out.lm_max);
-          out.lm_sum[i] = terms.lm_only_scale != 0 ? SumOf(out.lm + i * size, size) : 0;
-          if (contexts.blank == nullptr || k > symbols) continue;
-          const Score normalizer = std::log(out.lm_sum[i]) + static_cast<Score>(out.lm_max[i]);
-          contexts.blank[b * (symbols + 1) + k] =
-              ContextScore(cells, terms, b, k, terms.blank, normalizer);
-          if (k == symbols) continue;
-          contexts.label[b * symbols + k] =
-              ContextScore(cells, terms, b, k, terms.Symbol(b, k, size), normalizer);
-        }
-      });
+  ParallelForRows(cells.num_utterances * columns, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / columns, k = i - b * columns;
+      exponentials(cells.lm, i, terms.IsColumn(b, k), out.lm, out.lm_max);
+      out.lm_sum[i] = terms.lm_only_scale != 0 ? SumOf(out.lm + i * size, size) : 0;
+      if (contexts.blank == nullptr || k > symbols) continue;
+      const Score normalizer = std::log(out.lm_sum[i]) + static_cast<Score>(out.lm_max[i]);
+      contexts.blank[b * (symbols + 1) + k] =
+          ContextScore(cells, terms, b, k, terms.blank, normalizer);
+      if (k == symbols) continue;
+      contexts.label[b * symbols + k] =
+          ContextScore(cells, terms, b, k, terms.Symbol(b, k, size), normalizer);
+    }
+  });
   if (contexts.blank == nullptr) return;
   for (int64_t b = 0; b < cells.num_utterances; ++b) {
     SetLattice(terms, b, cells.num_utterances, cells.num_frames, contexts.lattices);
@@ -117,34 +116,36 @@ void AdditiveWeightsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& term
                         const AdditiveScoreGrads& grads, int num_threads, Score* grad_normalizer,
                         T* weight) {
   const int64_t columns = cells.num_columns, symbols = terms.num_symbols;
-  ParallelForRows(
-      cells.num_utterances * cells.num_frames, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const Score factor = grads.factor[i / cells.num_frames];
-          const Score* blank = grads.blank + i * (symbols + 1);
-          const Score* label = grads.label + i * (symbols + 1);
-          Score* grad = grad_normalizer + i * columns;
-          if (factor == 0) {
-            std::fill_n(grad, columns, 0);
-            std::fill_n(weight + i * columns, columns, T(0));
-            continue;
-          }
-          Score of_frame = 0;
-          for (int64_t u = 0; u <= symbols; ++u) {
-            const Score of_cell = blank[u] + label[u];
-            of_frame += of_cell;
-            grad[u] = -terms.combined_scale * of_cell;
-          }
-          if (terms.am_only_scale != 0) grad[symbols + 1] = -terms.am_only_scale * of_frame;
-          for (int64_t k = 0; k < columns; ++k) {
-            const T product = cells.product[i * columns + k];
-            weight[i * columns + k] = grad[k] == 0 || product < cells.threshold
-                                          ? T(0)
-                                          : static_cast<T>(grad[k] / static_cast<Score>(product));
-            grad[k] *= factor;
-          }
-        }
-      });
+  ParallelForRows(cells.num_utterances * cells.num_frames, num_threads,
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t i = begin; i < end; ++i) {
+                      const Score factor = grads.factor[i / cells.num_frames];
+                      const Score* blank = grads.blank + i * (symbols + 1);
+                      const Score* label = grads.label + i * (symbols + 1);
+                      Score* grad = grad_normalizer + i * columns;
+                      if (factor == 0) {
+                        std::fill_n(grad, columns, 0);
+                        std::fill_n(weight + i * columns, columns, T(0));
+                        continue;
+                      }
+                      Score of_frame = 0;
+                      for (int64_t u = 0; u <= symbols; ++u) {
+                        const Score of_cell = blank[u] + label[u];
+                        of_frame += of_cell;
+                        grad[u] = -terms.combined_scale * of_cell;
+                      }
+                      if (terms.am_only_scale != 0)
+                        grad[symbols + 1] = -terms.am_only_scale * of_frame;
+                      for (int64_t k = 0; k < columns; ++k) {
+                        const T product = cells.product[i * columns + k];
+                        weight[i * columns + k] =
+                            grad[k] == 0 || product < cells.threshold
+                                ? T(0)
+                                : static_cast<T>(grad[k] / static_cast<Score>(product));
+                        grad[k] *= factor;
+                      }
+                    }
+                  });
 }
 
 template <typename T>
@@ -167,26 +168,26 @@ void AdditiveGradientsCpu(const AdditiveCells<T>& cells, const AdditiveTerms& te
     }
     return true;
   };
-  ParallelForRows(
-      cells.num_utterances * cells.num_frames, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i / cells.num_frames, t = i - b * cells.num_frames;
-          T* grad = grad_am + i * size;
-          const Score scale = terms.AmScale() * grads.factor[b];
-          const bool has_grad = scaled(exponentials.am + i * size, terms.IsFrame(b, t),
-                                       grads.factor[b], 0, grad);
-          if (!has_grad || terms.AmScale() == 0) continue;
-          const Score* blank = grads.blank + i * (symbols + 1);
-          const Score* label = grads.label + i * (symbols + 1);
-          Score of_blank = 0;
-          for (int64_t u = 0; u <= symbols; ++u) of_blank += blank[u];
-          grad[terms.blank] += static_cast<T>(scale * of_blank);
-          for (int64_t u = 0; u < symbols; ++u) {
-            const int64_t symbol = terms.Symbol(b, u, size);
-            if (symbol >= 0) grad[symbol] += static_cast<T>(scale * label[u]);
-          }
-        }
-      });
+  ParallelForRows(cells.num_utterances * cells.num_frames, num_threads,
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t i = begin; i < end; ++i) {
+                      const int64_t b = i / cells.num_frames, t = i - b * cells.num_frames;
+                      T* grad = grad_am + i * size;
+                      const Score scale = terms.AmScale() * grads.factor[b];
+                      const bool has_grad = scaled(exponentials.am + i * size, terms.IsFrame(b, t),
+                                                   grads.factor[b], 0, grad);
+                      if (!has_grad || terms.AmScale() == 0) continue;
+                      const Score* blank = grads.blank + i * (symbols + 1);
+                      const Score* label = grads.label + i * (symbols + 1);
+                      Score of_blank = 0;
+                      for (int64_t u = 0; u <= symbols; ++u) of_blank += blank[u];
+                      grad[terms.blank] += static_cast<T>(scale * of_blank);
+                      for (int64_t u = 0; u < symbols; ++u) {
+                        const int64_t symbol = terms.Symbol(b, u, size);
+                        if (symbol >= 0) grad[symbol] += static_cast<T>(scale * label[u]);
+                      }
+                    }
+                  });
   // A task has a block of columns: sums over frames read whole cache lines.
   constexpr int64_t kBlock = 16;
   const int64_t num_blocks = (symbols + kBlock) / kBlock;  // of S + 1 columns

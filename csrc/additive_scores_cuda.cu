@@ -186,8 +186,7 @@ __device__ void AddAt(int64_t symbol, Score value, T* row) {
 // Sums over frames of the gradients of a column's scores; `begin` is its first frame, and the lanes
 // of `step` take turns.
 __device__ inline void AddFrames(const AdditiveScoreGrads& grads, int64_t cell, int64_t num_frames,
-                                 int64_t columns, int begin, int step, Score* blank,
-                                 Score* label) {
+                                 int64_t columns, int begin, int step, Score* blank, Score* label) {
   *blank = *label = 0;
 #pragma unroll 4
   for (int64_t t = begin; t < num_frames; t += step) {
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
   const bool has_grad = is_real && factor != 0;
   const bool is_column = !is_am && index <= symbols;
   const int64_t first_cell = b * cells.num_frames * columns;  // of the utterance
-  Score blank = 0, label = 0, of_softmax = 0;  // of the row's frame or column
+  Score blank = 0, label = 0, of_softmax = 0;                 // of the row's frame or column
   if (has_grad && is_column) {
     AddFrames(grads, first_cell + index, cells.num_frames, columns, Lane(), kWarp, &blank, &label);
     blank = WarpSum(blank);
@@ -232,12 +231,15 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     out[v] = value < kFlushBelow<T> && value > -kFlushBelow<T> ? T(0) : value;
   }
   __syncwarp();  // AddAt reads what other lanes wrote
-  const Score scale =
-      factor * (is_am ? terms.AmScale() : is_column ? terms.LmScale() : terms.am_only_scale);
+  const Score scale = factor * (is_am       ? terms.AmScale()
+                                : is_column ? terms.LmScale()
+                                            : terms.am_only_scale);
   if (!has_grad || scale == 0) return;
   if (is_column) {
     const int64_t symbol = index < symbols ? terms.Symbol(b, index, cells.vocab_size) : -1;
-    AddAt(Lane() == 0 ? terms.blank : Lane() == 1 ? symbol : -1,
+    AddAt(Lane() == 0   ? terms.blank
+          : Lane() == 1 ? symbol
+                        : -1,
           scale * (Lane() == 0 ? blank : label), out);
     return;
   }
@@ -341,18 +343,19 @@ void AdditiveGradientsCuda(const AdditiveCells<T>& cells, const AdditiveTerms& t
                     kRowThreads, stream, cells, saved.normalizer, saved.grad_normalizer, grad_lm);
 }
 
-#define TRANSDUCER_INSTANTIATE(T)                                                                \
-  template void AdditiveExponentialsCuda<T>(const AdditiveCells<T>&, const AdditiveTerms&,       \
-                                            void*, const AdditiveExponentials<T>&,               \
-                                            const AdditiveContexts&);                            \
-  template void AdditiveScoresCuda<T>(const AdditiveCells<T>&, const AdditiveTerms&,             \
-                                      const AdditiveExponentials<T>&, const AdditiveContexts&,   \
-                                      void*, const AdditiveScoresOut&);                          \
-  template void AdditiveWeightsCuda<T>(const AdditiveCells<T>&, const AdditiveTerms&,            \
-                                       const AdditiveScoreGrads&, void*, Score*, T*);            \
-  template void AdditiveGradientsCuda<T>(                                                        \
-      const AdditiveCells<T>&, const AdditiveTerms&, const AdditiveExponentials<T>&,             \
-      const AdditiveScoreGrads&, const AdditiveSaved&, void*, T*, T*);
+#define TRANSDUCER_INSTANTIATE(T)                                                                 \
+  template void AdditiveExponentialsCuda<T>(const AdditiveCells<T>&, const AdditiveTerms&, void*, \
+                                            const AdditiveExponentials<T>&,                       \
+                                            const AdditiveContexts&);                             \
+  template void AdditiveScoresCuda<T>(const AdditiveCells<T>&, const AdditiveTerms&,              \
+                                      const AdditiveExponentials<T>&, const AdditiveContexts&,    \
+                                      void*, const AdditiveScoresOut&);                           \
+  template void AdditiveWeightsCuda<T>(const AdditiveCells<T>&, const AdditiveTerms&,             \
+                                       const AdditiveScoreGrads&, void*, Score*, T*);             \
+  template void AdditiveGradientsCuda<T>(const AdditiveCells<T>&, const AdditiveTerms&,           \
+                                         const AdditiveExponentials<T>&,                          \
+                                         const AdditiveScoreGrads&, const AdditiveSaved&, void*,  \
+                                         T*, T*);
 TRANSDUCER_INSTANTIATE(float)
 TRANSDUCER_INSTANTIATE(double)
 #undef TRANSDUCER_INSTANTIATE

@@ -19,6 +19,7 @@
 #include "lattice.h"
 #include "logits_grad.h"
 #include "occupancy.h"
+#include "prune_windows.h"
 
 namespace transducer {
 
@@ -115,6 +116,23 @@ struct AnyAdditiveExponentials {
   }
 };
 
+struct AnyPrunePosteriors {
+  DType dtype;
+  int64_t num_utterances, num_symbols, num_frames, px_frames;
+  Address px, py, boundary;
+
+  template <typename T>
+  PrunePosteriors<T> Of() const {
+    return {num_utterances,
+            num_symbols,
+            num_frames,
+            px_frames,
+            As<const T>(px),
+            As<const T>(py),
+            As<const int64_t>(boundary)};
+  }
+};
+
 struct CpuBackend {
   using Queue = int;
   static constexpr const char* kQueueName = "num_threads";
@@ -134,6 +152,8 @@ struct CpuBackend {
   static constexpr auto kAdditiveWeights = &AdditiveWeightsCpu<T>;
   template <typename T>
   static constexpr auto kAdditiveGradients = &AdditiveGradientsCpu<T>;
+  template <typename T>
+  static constexpr auto kPruneWindows = &PruneWindowsCpu<T>;
   static constexpr auto kLattice = &LatticeCpu;
   static constexpr auto kDurationLattice = &DurationLatticeCpu;
   static constexpr auto kKeptRows = &KeptRowsCpu;
@@ -163,6 +183,8 @@ struct CudaBackend {
   static constexpr auto kAdditiveWeights = &AdditiveWeightsCuda<T>;
   template <typename T>
   static constexpr auto kAdditiveGradients = &AdditiveGradientsCuda<T>;
+  template <typename T>
+  static constexpr auto kPruneWindows = &PruneWindowsCuda<T>;
   static constexpr auto kLattice = &LatticeCuda;
   static constexpr auto kDurationLattice = &DurationLatticeCuda;
   static constexpr auto kKeptRows = &KeptRowsCuda;
@@ -281,6 +303,16 @@ void AdditiveGradients(const AnyAdditiveCells& cells, const AdditiveTerms& terms
   });
 }
 
+template <typename Backend>
+void PruneWindows(const AnyPrunePosteriors& posteriors, const PruneOptions& options, Address queue,
+                  Address ranges) {
+  ForDType(posteriors.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Backend::template kPruneWindows<T>(posteriors.Of<T>(), options, Backend::QueueOf(queue),
+                                       As<int64_t>(ranges));
+  });
+}
+
 // Binds the structs. Only _C calls it; _emulated uses the types of _C.
 inline void BindStageStructs(pybind11::module_& m) {
   BindStruct<LatticeBatch>(m, "LatticeBatch",
@@ -384,6 +416,16 @@ inline void BindStageStructs(pybind11::module_& m) {
                                  FieldOf("factor", &AdditiveScoreGrads::factor));
   BindStruct<AdditiveSaved>(m, "AdditiveSaved", FieldOf("normalizer", &AdditiveSaved::normalizer),
                             FieldOf("grad_normalizer", &AdditiveSaved::grad_normalizer));
+  BindStruct<AnyPrunePosteriors>(m, "PrunePosteriors", FieldOf("dtype", &AnyPrunePosteriors::dtype),
+                                 FieldOf("num_utterances", &AnyPrunePosteriors::num_utterances),
+                                 FieldOf("num_symbols", &AnyPrunePosteriors::num_symbols),
+                                 FieldOf("num_frames", &AnyPrunePosteriors::num_frames),
+                                 FieldOf("px_frames", &AnyPrunePosteriors::px_frames),
+                                 FieldOf("px", &AnyPrunePosteriors::px),
+                                 FieldOf("py", &AnyPrunePosteriors::py),
+                                 FieldOf("boundary", &AnyPrunePosteriors::boundary));
+  BindStruct<PruneOptions>(m, "PruneOptions", FieldOf("width", &PruneOptions::width),
+                           FieldOf("step", &PruneOptions::step));
 }
 
 // The stages of a backend.
@@ -421,6 +463,8 @@ void BindStages(pybind11::module_& m) {
   m.def("additive_gradients", &AdditiveGradients<Backend>, no_gil, arg("cells"), arg("terms"),
         named, arg("exponentials"), arg("grads"), arg("saved"), queue, arg("grad_am"),
         arg("grad_lm"));
+  m.def("prune_windows", &PruneWindows<Backend>, no_gil, arg("posteriors"), named, arg("options"),
+        queue, arg("ranges"));
 }
 
 }  // namespace transducer

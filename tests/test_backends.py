@@ -28,6 +28,7 @@ from transducer_toolkit.ops.additive_stages import (
     AdditiveStages,
     ScoreGrads,
 )
+from transducer_toolkit.ops.prune_windows import greedy_ranges
 from transducer_toolkit.ops.lattice import CellScores, RowTile
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -520,3 +521,24 @@ def test_lattices_of_a_boundary(name):
 
     assert torch.equal(in_every_order(backend, run)[0], expected)
     assert torch.equal(in_every_order(of("cpu"), run)[0], expected)
+
+
+@accelerated
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("num_frames", [1, 33, 600])
+@pytest.mark.parametrize("width, step", [(1, 1), (3, 2), (6, 1)])
+def test_prune_windows(name, dtype, num_frames, width, step):
+    backend = of(name)
+    px_grad, py_grad = torch.rand(3, 5, num_frames + 1), torch.rand(3, 6, num_frames)
+    px_grad[0, 2], py_grad[1, 3] = torch.nan, torch.inf
+    py_grad[2] = torch.round(py_grad[2])  # of several equal masses, the lowest
+    boundary = torch.tensor([[0, 0, 5, num_frames]] * 3)
+    boundary[1] = torch.tensor([1, num_frames // 3, 4, num_frames // 2 + 1])
+    tensors = px_grad.to(dtype), py_grad.to(dtype), boundary
+
+    def run(device):
+        return (greedy_ranges(*(x.to(device) for x in tensors), width, step),)
+
+    expected = run("cpu")[0]
+    assert torch.equal(in_every_order(backend, lambda: run(backend.device))[0], expected)
+    assert num_frames == 1 or width == 6 or len(expected[2, :, 0].unique()) > 1

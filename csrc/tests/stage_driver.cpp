@@ -70,8 +70,8 @@ int main() {
   const AdditiveTerms terms{kSymbols, symbols.data(), boundary.data(), 0, 0.75, 0.25, 0};
   std::vector<Score> norm(kCells), by_blank(kCells), by_label(kCells), lm_sum(lm.size());
   std::vector<Score> of_blank(lm.size()), of_label(lm.size());
-  const AdditiveExponentials<float> exps{am_exp.data(), lm_exp.data(), am_max.data(),
-                                         lm_max.data(), lm_sum.data()};
+  const AdditiveExponentials<float> exps{am_exp.data(), lm_exp.data(), am_max.data(), lm_max.data(),
+                                         lm_sum.data()};
   const AdditiveContexts contexts{of_blank.data(), of_label.data(), lattices.data()};
   AdditiveExponentialsCpu(cells, terms, 1, exps, contexts);
   AdditiveScoresCpu(cells, terms, exps, contexts, 1,

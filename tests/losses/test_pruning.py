@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from tests.losses.additive import additive_batch, boundary_row
 from transducer_toolkit import do_rnnt_pruning, get_rnnt_prune_ranges, rnnt_loss_simple
-from transducer_toolkit.ops.prune_windows import EQUAL_MASS
 from transducer_toolkit.ops.topology import K2_TOPOLOGIES
+
+pytestmark = pytest.mark.usefixtures("stages")
+EQUAL_MASS = 2.0**-20  # as in csrc/prune_windows.h
 
 
 def posteriors_of(batch, rnnt_type):
@@ -196,6 +198,8 @@ def test_long_batches_and_dtypes(method):
     assert ranges.shape == (2, 1101, 5) and torch.equal(ranges, same)
     half = get_rnnt_prune_ranges(*(g.half() for g in grads), batch.boundary, 5, method=method)
     assert half.shape == ranges.shape
+    mixed = get_rnnt_prune_ranges(grads[0].double(), grads[1], batch.boundary, 5, method=method)
+    assert torch.equal(mixed, ranges)
 
 
 def test_range_is_raised_with_one_warning():

@@ -18,6 +18,7 @@ from transducer_toolkit.ops.additive_stages import (
     ScoreGrads,
 )
 from transducer_toolkit.ops.lattice import CellScores
+from transducer_toolkit.ops.prune_windows import greedy_ranges
 
 HANDLE = 0x7E57
 
@@ -85,6 +86,8 @@ def call_every_stage():
     additive = AdditiveStages(inputs, AdditiveOptions(0, 1.0, 0.0, 0.0), with_scores=True)
     blank, label, normalizer, product = additive.scores()
     additive.gradients(product, normalizer, ScoreGrads(blank, label, loss_grad))
+    posteriors = (uses.transpose(1, 2).contiguous() for uses in (label[:, :, :-1], blank))
+    greedy_ranges(*posteriors, inputs.boundary, 2, 1)
 
 
 def test_every_stage_gets_the_current_stream():
