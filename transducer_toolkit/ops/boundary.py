@@ -76,9 +76,7 @@ def real_symbols(symbols: Tensor, boundary: Tensor) -> Tensor:
     return (begin <= positions) & (positions < end)
 
 
-def _checked_symbols(
-    symbols: Tensor, boundary: Tensor, max_frames: int, vocab_size: int
-) -> Tensor:
+def _checked_symbols(symbols: Tensor, boundary: Tensor, max_frames: int, vocab_size: int) -> Tensor:
     """Checks the symbols; returns them with 0 in padding, clamped to [-1, V]."""
     check_symbols(symbols, boundary, max_frames=max_frames, vocab_size=vocab_size)
     is_padding = ~real_symbols(symbols, boundary)

@@ -584,9 +584,7 @@ class CellScores:
         """Returns zeros, into which stage 1 writes. Stage 1 does not write padding."""
         like = torch.empty(0, dtype=native.SCORE_DTYPE, device=device)
         size = batch.num_rows
-
-        def zeros(count: int) -> Tensor:
-            return native.mapped(count, like=like).zero_()
-
-        extra = zeros(size * num_extra).view(size, num_extra) if num_extra else None
-        return cls(zeros(size), zeros(size), zeros(size), extra)
+        blank, label, normalizer, *extra = native.zeros(
+            size, size, size, *([size * num_extra] if num_extra else []), like=like
+        )
+        return cls(blank, label, normalizer, extra[0].view(size, num_extra) if extra else None)
