@@ -28,8 +28,8 @@ from transducer_toolkit.ops.additive_stages import (
     AdditiveStages,
     ScoreGrads,
 )
-from transducer_toolkit.ops.prune_windows import greedy_ranges
 from transducer_toolkit.ops.lattice import CellScores, RowTile
+from transducer_toolkit.ops.prune_windows import greedy_ranges
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of single numbers that were computed in float32, and rounded to 16 bits once.

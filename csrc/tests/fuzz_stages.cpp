@@ -23,6 +23,7 @@
 #include "../additive_scores.h"
 #include "../occupancy.h"
 #include "../parallel.h"
+#include "../prune_windows.h"
 #include "../row_kernels.h"
 
 namespace transducer {
@@ -757,13 +758,42 @@ void Additive(Bytes* bytes) {
   }
 }
 
+// Windows for the pruned loss: posteriors of any bits give runs of columns, the same on two threads.
+template <typename T>
+void Prune(Bytes* bytes) {
+  const int64_t size = 1 + bytes->Below(3), frames = 1 + bytes->Below(9);
+  const int64_t symbols = bytes->Below(7), px_frames = frames + bytes->Below(2);
+  const int64_t width = 1 + bytes->Below(symbols + 1), step = bytes->Below(width + 1);
+  std::vector<double> px, py;
+  for (int64_t i = 0; i < size * symbols * px_frames; ++i) px.push_back(bytes->Logit());
+  for (int64_t i = 0; i < size * (symbols + 1) * frames; ++i) py.push_back(bytes->Logit());
+  const auto px_grad = Converted<T>(px), py_grad = Converted<T>(py);
+  std::vector<int64_t> boundary;
+  for (int64_t b = 0; b < size; ++b) {
+    const int64_t s_end = bytes->Below(symbols + 1), t_end = 1 + bytes->Below(frames);
+    boundary.insert(boundary.end(), {bytes->Below(s_end + 1), bytes->Below(t_end), s_end, t_end});
+  }
+  std::vector<int64_t> ranges[2];
+  for (const int threads : {1, 2}) {
+    ranges[threads - 1].assign(static_cast<size_t>(size * frames * width), -1);
+    PruneWindowsCpu<T>({size, symbols, frames, px_frames, px_grad.data(), py_grad.data(),
+                        boundary.data()},
+                       {width, step}, threads, ranges[threads - 1].data());
+  }
+  REQUIRE(ranges[0] == ranges[1]);
+  for (size_t i = 0; i < ranges[0].size(); ++i) {
+    REQUIRE(ranges[0][i] >= 0 && ranges[0][i] <= symbols);
+    REQUIRE(i % static_cast<size_t>(width) == 0 || ranges[0][i] == ranges[0][i - 1] + 1);
+  }
+}
+
 }  // namespace
 }  // namespace transducer
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace transducer;
   Bytes bytes(data, size);
-  switch (bytes.Below(12)) {
+  switch (bytes.Below(14)) {
     case 0: Repair<float>(&bytes); break;
     case 1: Repair<double>(&bytes); break;
     case 2: Run<float>(MakeProblem(&bytes), &bytes); break;
@@ -775,6 +805,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 8: RunDurations<float>(MakeProblem(&bytes), &bytes); break;
     case 9: RunDurations<double>(MakeProblem(&bytes), &bytes); break;
     case 10: RunDurations<BFloat16>(MakeProblem(&bytes), &bytes); break;
+    case 11: Prune<float>(&bytes); break;
+    case 12: Prune<Half>(&bytes); break;
     default: Additive<double>(&bytes);
   }
   return 0;

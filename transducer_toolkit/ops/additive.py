@@ -213,7 +213,7 @@ def _forward(
     blank, label, normalizer, product = stage.scores()
     lattices = stage.lattices
     del stage  # frees the exponentials
-    losses, *uses = stages.lattice(
+    losses, use_blank, use_label = stages.lattice(
         CellScores(blank, label, normalizer),
         LatticeBatch.of_grid(lattices, blank.size(1), blank.size(2) - 1),
         LossOptions(blank=0, topology=options.topology, delay_penalty=options.delay_penalty),
@@ -221,9 +221,10 @@ def _forward(
         exact=inputs.am.dtype == torch.float64,
     )
     if not plan.with_uses:
-        return AdditiveLosses(losses, *uses, normalizer.new_empty(0), product.new_empty(0))
-    use_blank, use_label = (use.view(blank.shape) for use in uses)
-    return AdditiveLosses(losses, use_blank, use_label, normalizer, product)
+        nothing = normalizer.new_empty(0), product.new_empty(0)
+        return AdditiveLosses(losses, use_blank, use_label, *nothing)
+    size = blank.shape
+    return AdditiveLosses(losses, use_blank.view(size), use_label.view(size), normalizer, product)
 
 
 def _fake(
@@ -231,9 +232,10 @@ def _fake(
 ) -> AdditiveLosses:
     losses = inputs.am.new_empty(inputs.am.size(0), dtype=native.SCORE_DTYPE)
     if plan.with_uses:
-        return AdditiveLosses(losses, *_scores_fake(inputs, options, NoPlan()))
-    nothing = (losses.new_empty(0) for _ in range(3))
-    return AdditiveLosses(losses, *nothing, inputs.am.new_empty(0))
+        blank, label, normalizer, product = _scores_fake(inputs, options, NoPlan())
+        return AdditiveLosses(losses, blank, label, normalizer, product)
+    empty = losses.new_empty
+    return AdditiveLosses(losses, empty(0), empty(0), empty(0), inputs.am.new_empty(0))
 
 
 def _backward(call: Backward) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ class AdditiveStages:
         boundary = native.to_device(boundary, am.device).contiguous()
         self._inputs = inputs._replace(boundary=boundary)
         self._am_exp, self._lm_exp = torch.empty_like(am), torch.empty_like(contexts)
-        num_utterances, num_columns, _ = contexts.shape
+        num_utterances = am.size(0)
         am_max, lm_max = am.new_empty(am.shape[:2]), am.new_empty(contexts.shape[:2])
         lm_sum = am.new_empty(contexts.shape[:2], dtype=native.SCORE_DTYPE)
         num_symbols = symbols.size(1)

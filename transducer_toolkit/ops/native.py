@@ -195,7 +195,7 @@ def mapped(size: int, like: Tensor) -> Tensor:
 
 
 def zeros(*sizes: int, like: Tensor) -> list[Tensor]:
-    """Returns tensors like those of :func:`mapped`, with zeros. One launch on a GPU fills them all."""
+    """Returns zeros in memory of :func:`mapped`. On a GPU, one launch fills all tensors."""
     tensors = [mapped(size, like=like) for size in sizes]
     torch._foreach_zero_(tensors)
     return tensors
