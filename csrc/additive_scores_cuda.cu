@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
 }
 
 // Adds the values of the lanes to row[symbol], in the order of the lanes; symbol -1 adds nothing.
-// Called by all lanes of the warp, whose later reads of the row see the sums.
+// Called by all lanes of the warp.
 template <typename T>
 __device__ void AddAt(int64_t symbol, Score value, T* row) {
   Score sum = 0;
@@ -179,8 +179,8 @@ __device__ void AddAt(int64_t symbol, Score value, T* row) {
     sum += of_other;
     if (lane < Lane()) is_first = false;
   }
+  __syncwarp();  // other lanes may have written the row, and shuffles do not order memory
   if (is_first) row[symbol] += static_cast<T>(sum);
-  __syncwarp();
 }
 
 // Sums over frames of the gradients of a column's scores; `begin` is its first frame, and the lanes
@@ -230,17 +230,17 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     if (has_grad) value = (out[v] + static_cast<T>(of_softmax)) * exps[v] * static_cast<T>(factor);
     out[v] = value < kFlushBelow<T> && value > -kFlushBelow<T> ? T(0) : value;
   }
-  __syncwarp();  // AddAt reads what other lanes wrote
   const Score scale = factor * (is_am       ? terms.AmScale()
                                 : is_column ? terms.LmScale()
                                             : terms.am_only_scale);
   if (!has_grad || scale == 0) return;
   if (is_column) {
     const int64_t symbol = index < symbols ? terms.Symbol(b, index, cells.vocab_size) : -1;
-    AddAt(Lane() == 0   ? terms.blank
-          : Lane() == 1 ? symbol
-                        : -1,
-          scale * (Lane() == 0 ? blank : label), out);
+    const bool is_blank = Lane() == 0;  // the label is lane 1's
+    AddAt(Lane() > 1 ? -1
+          : is_blank ? terms.blank
+                     : symbol,
+          scale * (is_blank ? blank : label), out);
     return;
   }
   for (int64_t begin = 0; begin <= symbols; begin += kWarp) {
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     AddAt(u < symbols ? terms.Symbol(b, u, cells.vocab_size) : -1, scale * of_label, out);
   }
   blank = WarpSum(blank);
-  if (Lane() == 0) out[terms.blank] += static_cast<T>(scale * blank);
+  AddAt(Lane() == 0 ? terms.blank : -1, scale * blank, out);
 }
 
 // One warp a row of grad_am (kOfFrames: frame t, adds over u) or of grad_lm (symbol u, adds over
