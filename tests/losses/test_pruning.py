@@ -136,6 +136,25 @@ def test_ranges_obey_the_rules(parts, rnnt_type, s_range, scale, extra, index_dt
             assert results["greedy"][b, t_begin:t_end, 0].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    "rnnt_type, width", [("modified", 1), ("modified", 4), ("regular", 2), ("regular", 4)]
+)
+def test_any_masses_are_repaired(rnnt_type, width):
+    """The best windows of posteriors hardly ever go back; those of random numbers do."""
+    step = width - 1 if rnnt_type == "regular" else 1
+    row = (1, 2, 12, 38)
+    px_grad = torch.rand(1, 14, 40 + (rnnt_type == "regular"))
+    py_grad = torch.rand(1, 15, 40)
+    ranges = get_rnnt_prune_ranges(px_grad, py_grad, torch.tensor([row]), width)
+    best = [
+        max(range(16 - width), key=lambda s: window_mass(px_grad[0], py_grad[0], t, s, width))
+        for t in range(row[1], row[3])
+    ]
+    assert any(b < a for a, b in itertools.pairwise(best))
+    expected = repaired(best, row, width, step)
+    assert ranges[0, row[1] : row[3], 0].tolist() == expected
+
+
 def test_optimal_can_be_strictly_better():
     # The best window of frame 1 is far up, and the repair drags its neighbours along.
     torch.manual_seed(0)
