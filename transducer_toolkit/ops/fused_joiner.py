@@ -228,13 +228,13 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
     enc, num_columns = inputs.enc, inputs.weight.size(0)
     _validate(inputs, options)
     targets, vocab_size = inputs.targets, options.vocab_size(num_columns)
-    if padded_vocab_size(enc, num_columns) > num_columns or plan.is_coarse:
+    if padded_vocab_size(enc.device, num_columns) > num_columns or plan.is_coarse:
         # A label in the padding must give a NaN loss, as any other label out of range does.
         inputs = inputs._replace(targets=targets.masked_fill(targets >= vocab_size, -1))
     batch = _lattice_batch(inputs, plan)
     scores = CellScores.zeros(batch, enc.device, options.num_extra)
     logits = native.empty(
-        _num_kept_logits(inputs, plan), padded_vocab_size(enc, num_columns), like=enc
+        _num_kept_logits(inputs, plan), padded_vocab_size(enc.device, num_columns), like=enc
     )
     # A refinement has to wait for the device, which graph capture forbids.
     is_coarse = plan.is_coarse and not native.is_capturing(enc.device)
@@ -356,7 +356,7 @@ def _fake(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedL
         index(rows),
         index(4 if plan.with_uses else 0),
         enc.new_empty(
-            _num_kept_logits(inputs, plan), padded_vocab_size(enc, inputs.weight.size(0))
+            _num_kept_logits(inputs, plan), padded_vocab_size(enc.device, inputs.weight.size(0))
         ),
         index(plan.num_rows if plan.is_coarse and plan.keep_logits else 0),
     )

@@ -40,8 +40,9 @@ SUM_PANEL_BYTES = {"cpu": 2**20}
 KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 # Narrower products are slow: at D = 8192, panels of 2 MiB took 40 % more time.
 MIN_PANEL_ROWS = 256
-# cuBLAS uses its fast 16-bit kernels only if every row begins at a multiple of 16 bytes. So the
-# tiles of a fused loss get a vocabulary that is a multiple of this.
+# cuBLAS uses its fast kernels for 16 bits and TF32 only if every row begins at a multiple of 16
+# bytes. So the tiles of a fused loss get a vocabulary that is a multiple of this, in every dtype:
+# the tiles of two precisions add to the same sums.
 VOCAB_MULTIPLE = {"cuda": 8}
 
 
@@ -64,16 +65,16 @@ def within_share_of_device(num_bytes: int, device: torch.device) -> int:
     return min(num_bytes, int(memory * TILE_SHARE_OF_DEVICE))
 
 
-def padded_vocab_size(enc: Tensor, vocab_size: int) -> int:
+def padded_vocab_size(device: torch.device, vocab_size: int) -> int:
     """Returns the number of columns of a tile's logits: V, rounded up to VOCAB_MULTIPLE."""
-    multiple = VOCAB_MULTIPLE.get(enc.device.type, 1) if enc.dtype in native.SIXTEEN_BIT else 1
+    multiple = VOCAB_MULTIPLE.get(device.type, 1)
     return -(-vocab_size // multiple) * multiple
 
 
 def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
     """Returns whether `num_rows` rows of logits fit into KEPT_LOGITS_BYTES."""
     budget = KEPT_LOGITS_BYTES.get(enc.device.type, 0)
-    row_bytes = padded_vocab_size(enc, vocab_size) * enc.element_size()
+    row_bytes = padded_vocab_size(enc.device, vocab_size) * enc.element_size()
     # Not bool(...): torch 2.4 cannot trace it for a symbolic size.
     return True if num_rows * row_bytes <= budget else False  # noqa: SIM210
 
@@ -180,7 +181,7 @@ class JointTiles:
         self._num_columns = self.vocab_size  # without padding
         self._num_durations = num_durations
         if pads_vocab:
-            self.vocab_size = padded_vocab_size(self._like, self._num_columns)
+            self.vocab_size = padded_vocab_size(weight.device, self._num_columns)
         self._panels = self._sum_panels = _panels(self.vocab_size, self.width, self._like)
         if dtype in native.SIXTEEN_BIT:
             # Adding 16-bit numbers to a float32 sum, torch makes a float32 copy of them.
@@ -308,12 +309,10 @@ class JointTiles:
         Args:
             wanted: names of the gradients.
             sums_of: the tiles of the same joiner in another precision, whose sums are used
-                instead. Only they may have padding.
+                instead.
         """
         if sums_of is not None:
-            self._wanted, self._sums = wanted, dict(sums_of._sums)
-            for name in self._sums.keys() & {"weight", "bias"}:
-                self._sums[name] = self._without_padding(self._sums[name])
+            self._wanted, self._sums = wanted, sums_of._sums
             return
         dtype = native.compute_dtype(self.joint.enc.dtype)
         enc, pred = self.joint.enc, self.joint.pred
