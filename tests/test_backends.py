@@ -497,7 +497,8 @@ def test_additive_stages(name, dtype, vocab_size, scales, num_symbols):
         expected = run("cpu", upstream)
         actual = in_every_order(backend, lambda factor=upstream: run(backend.device, factor))
         names = "blank", "label", "normalizer", "product", "grad_contexts", "grad_am"
-        check_close(actual, expected, 1e-11 if dtype == torch.float64 else 3e-6, names)
+        # Gradients are sums of up to 70 terms of about 1.
+        check_close(actual, expected, 1e-11 if dtype == torch.float64 else 3e-5, names)
         assert expected[0].isnan().any() and expected[5][2, 4].eq(0).all()
     assert expected[4][1].eq(0).all() and expected[5][1].eq(0).all()
 
