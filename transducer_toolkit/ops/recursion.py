@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator that runs stage 2 on dense scores (B, T, S + 1), for the k2-compatible losses."""
+"""The operator that runs stage 2 on dense scores (B, T, S + 1), for mutual_information_recursion."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ operator = Operator(
         unsaved=("blank", "label", "boundary", "losses"),
         shapes={"blank": "blank_posteriors", "label": "label_posteriors"},
     ),
-    functions="mutual_information_recursion, rnnt_loss_*",
+    functions="mutual_information_recursion, joint_mutual_information_recursion",
 )
 
 
