@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator that runs stage 2 on dense scores (B, T, S + 1), for mutual_information_recursion."""
+"""Stage 2 on dense scores (B, T, S + 1), as an operator, for mutual_information_recursion."""
 
 from __future__ import annotations
 
