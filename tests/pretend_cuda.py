@@ -33,12 +33,8 @@ aten = torch.ops.aten
 # Their result, or its size, is a matter of values: a device must have finished before.
 WAITING = {"item", "tolist", "__int__", "__float__", "__bool__", "__index__", "equal", "nonzero"}
 WAITING |= {"masked_select", "argwhere", "unique", "is_nonzero"}
+ALLOCATIONS = ("aten::empty", "aten::new_empty")
 SIZED_BY_VALUES = {aten._local_scalar_dense, aten.repeat_interleave, aten.nonzero}
-# Kernels and copies of an operator on CUDA in torch 2.11, where they are not one. A view has none.
-LAUNCHES = {aten.segment_reduce: 5, aten.repeat_interleave: 3, aten.cumsum: 2}
-LAUNCHES |= dict.fromkeys((aten.masked_fill, aten.index_fill), 2)  # a copy and the operator
-LAUNCHES |= dict.fromkeys((aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty), 0)
-LAUNCHES |= dict.fromkeys((aten.lift_fresh, aten._unsafe_view), 0)
 
 
 @dataclass
@@ -46,17 +42,20 @@ class Traffic:
     """What passed between host and device."""
 
     events: list[str] = field(default_factory=list)
-    launches: list[str] = field(default_factory=list)  # names of operators and stages
     is_capturing: bool = False
     calls: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # of our operators, by name
+    operators: list[str] = field(default_factory=list)  # of torch that launch a kernel or a copy
+    first_grid: int = 0
+
+    @property
+    def num_launches(self) -> int:
+        """One for each of these operators, and the kernels of the stages; since the start."""
+        return len(self.operators) + emulated_module().num_grids() - self.first_grid
 
     def add(self, event: str) -> None:
         if self.is_capturing:
             raise RuntimeError(f"operation not permitted when stream is capturing: {event}")
         self.events.append(event)
-
-    def launch(self, name: str, count: int = 1) -> None:
-        self.launches += [name] * count
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -87,8 +86,8 @@ class PretendTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         note_traffic(func, args, kwargs)
-        if not func.is_view:
-            _traffic.launch(func.name(), LAUNCHES.get(func.overloadpacket, 1))
+        if not is_view(func) and not func.name().startswith(ALLOCATIONS):
+            _traffic.operators.append(func.name())
         target = kwargs.get("device")
         inner = {name: value for name, value in kwargs.items() if name != "device"}
         args, inner = tree_map(unwrap, (args, inner))
@@ -100,6 +99,12 @@ class PretendTensor(Tensor):
         if target is not None and torch.device(target).type == "cpu":
             return out
         return tree_map(lambda x: PretendTensor(x) if isinstance(x, Tensor) else x, out)
+
+
+def is_view(func: Any) -> bool:
+    """Whether the result of an operator is memory of its arguments, and nothing is written."""
+    aliases = [value.alias_info for value in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def unwrap(value: Any) -> Any:
@@ -149,26 +154,27 @@ class _OnCuda(TorchFunctionMode):
             host = args[0].host
             if name in WAITING:
                 _traffic.add(f"waits: {name}")
-                _traffic.launch(name)
                 found = func(*tree_map(unwrap, args), **kwargs)
                 return PretendTensor(found) if isinstance(found, Tensor) else found
             if name in ("contiguous", "__invert__"):  # would ask for a device before dispatch
-                _traffic.launch(name, 0 if name == "contiguous" and host.is_contiguous() else 1)
+                if name != "contiguous" or not host.is_contiguous():
+                    _traffic.operators.append(name)
                 return PretendTensor(getattr(host, name)())
             if name == "copy_" and isinstance(args[1], PretendTensor):
-                _traffic.launch(name)
                 host.copy_(args[1].host)
+                _traffic.operators.append(name)
                 return args[0]
             if name == "__getitem__":
                 index = tree_map(unwrap, args[1])
                 masks = [x for x in tree_leaves(index) if isinstance(x, Tensor) and x.dtype == BOOL]
                 if masks:
                     _traffic.add("waits: a mask")
-                _traffic.launch(name, any(isinstance(x, Tensor) for x in tree_leaves(index)))
+                if any(isinstance(x, Tensor) for x in tree_leaves(index)):
+                    _traffic.operators.append("index")
                 return PretendTensor(host[index])
-            if name == "__setitem__" and isinstance(args[1], slice):  # as above
-                _traffic.launch(name)
+            if name == "__setitem__" and isinstance(args[1], (slice, tuple)):  # as above
                 host[args[1]] = unwrap(args[2])
+                _traffic.operators.append(name)
                 return None
         if name == "to":
             target = kwargs.get("device", args[1] if len(args) > 1 else None)
@@ -179,47 +185,31 @@ class _OnCuda(TorchFunctionMode):
                     return args[0].to(*rest, **kwargs) if rest or kwargs else args[0]
                 kwargs.pop("non_blocking", None)
                 _traffic.add("host to device")
-                _traffic.launch("host to device")
+                _traffic.operators.append("copy to the device")
                 return PretendTensor(args[0].to(*rest, **kwargs).clone())
         made_on = kwargs.get("device")
         is_new = not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
         if is_new and made_on is not None and torch.device(made_on).type == "cuda":
             if name == "tensor":
                 _traffic.add("host to device: torch.tensor")
-            _traffic.launch(name, 0 if name == "empty" else 1)
+            if not name.startswith("empty"):
+                _traffic.operators.append(name)
             return PretendTensor(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
-
-
-def _counted(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
-    """The stage; the kernels that it launches are written down."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        before = emulated_module().num_grids()
-        result = stage(*args, **kwargs)
-        _traffic.launch(name, emulated_module().num_grids() - before)
-        return result
-
-    return run
 
 
 @contextmanager
 def pretend_cuda() -> Iterator[Traffic]:
     """Inside, there is a CUDA device; what reaches it is written down."""
-    for record in (_traffic.events, _traffic.launches, _traffic.calls):
-        record.clear()
+    _traffic.events.clear()
+    _traffic.calls.clear()
+    _traffic.operators.clear()
     module = emulated_module()
+    _traffic.first_grid = module.num_grids()
     module.set_order(module.Order.forward, 0)
     names = {
         name: getattr(native.extension, name) for name in dir(native.extension) if name[:2] != "__"
     }
-    stages = SimpleNamespace(
-        **{
-            name: _counted(name, getattr(module.cuda, name))
-            for name in dir(module.cuda)
-            if name[:2] != "__"
-        }
-    )
     torch_cuda = {
         "device": lambda device: nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
@@ -229,7 +219,7 @@ def pretend_cuda() -> Iterator[Traffic]:
         ),
     }
     with (
-        mock.patch.object(native, "extension", SimpleNamespace(**{**names, "cuda": stages})),
+        mock.patch.object(native, "extension", SimpleNamespace(**{**names, "cuda": module.cuda})),
         mock.patch.multiple(torch.cuda, **torch_cuda),
         _OnCuda(),
     ):

@@ -45,8 +45,8 @@ struct Machine {
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Fiber>> idle;  // between two threads' lives
   bool block_vote = false;
-  std::string error;
   int64_t num_grids = 0;
+  std::string error;
 };
 Machine machine;
 
@@ -193,10 +193,7 @@ void SetOrder(Order order, unsigned seed) {
   machine.random.seed(seed);
 }
 
-int64_t NumGrids() {
-  const std::lock_guard<std::mutex> lock(machine.mutex);
-  return machine.num_grids;
-}
+int64_t NumGrids() { return machine.num_grids; }
 
 void RunGrid(unsigned num_blocks, unsigned num_threads, const std::function<void()>& body) {
   TRANSDUCER_CHECK(num_threads % kWarpSize == 0 && num_threads <= 1024,

@@ -341,12 +341,14 @@ class JointTiles:
         enc, pred = self.joint.enc, self.joint.pred
         self._wanted = wanted
         if wanted & {"enc", "pred"}:  # one stage computes both
-            self._sums["enc"] = torch.zeros_like(enc, dtype=dtype)
-            self._sums["pred"] = torch.zeros_like(pred, dtype=dtype)
+            self._sums["enc"] = torch.empty_like(enc, dtype=dtype)
+            self._sums["pred"] = torch.empty_like(pred, dtype=dtype)
         if "weight" in wanted:
-            self._sums["weight"] = torch.zeros_like(self.weight, dtype=dtype)
+            self._sums["weight"] = torch.empty_like(self.weight, dtype=dtype)
         if "bias" in wanted:
-            self._sums["bias"] = self.weight.new_zeros(self.vocab_size, dtype=dtype)
+            self._sums["bias"] = self.weight.new_empty(self.vocab_size, dtype=dtype)
+        if self._sums:
+            torch._foreach_zero_(list(self._sums.values()))  # one launch on a GPU
 
     def backward(self, tile: RowTile, hidden: Tensor, grad_logits: Tensor) -> None:
         """Adds the gradients of a tile to the sums."""

@@ -244,10 +244,11 @@ def lattice(
     """
     blank, label = scores.blank, scores.label
     loss = blank.new_empty(batch.num_utterances)
-    if uses is None:  # zeros, because stage 2 does not write padding
+    if uses is None:  # stage 2 does not write padding
         size = batch.num_rows if with_uses else 0
-        uses = native.mapped(size, like=blank).zero_(), native.mapped(size, like=blank).zero_()
-    use_blank, use_label = uses
+        use_blank, use_label = native.zeros(size, size, like=blank)
+    else:
+        use_blank, use_label = uses
     with native.backend_of(blank) as backend:
         topology = _native_topology(options)
         num_bytes = backend.stages.lattice_scratch(
