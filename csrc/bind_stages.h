@@ -10,15 +10,17 @@
 #include <type_traits>
 #include <vector>
 
+#include "additive_scores.h"
 #include "bind_struct.h"
 #include "cell_scores.h"
 #include "check.h"
+#include "coarse_to_fine.h"
 #include "duration_lattice.h"
 #include "joint_tile.h"
 #include "lattice.h"
 #include "logits_grad.h"
-#include "normalizer_repair.h"
 #include "occupancy.h"
+#include "prune_windows.h"
 
 namespace transducer {
 
@@ -106,6 +108,32 @@ struct AnyAdditiveCells {
   }
 };
 
+struct AnyAdditiveExponentials {
+  Address am, lm, am_max, lm_max, lm_sum;
+
+  template <typename T>
+  AdditiveExponentials<T> Of() const {
+    return {As<T>(am), As<T>(lm), As<T>(am_max), As<T>(lm_max), As<Score>(lm_sum)};
+  }
+};
+
+struct AnyPrunePosteriors {
+  DType dtype;
+  int64_t num_utterances, num_symbols, num_frames, px_frames;
+  Address px, py, boundary;
+
+  template <typename T>
+  PrunePosteriors<T> Of() const {
+    return {num_utterances,
+            num_symbols,
+            num_frames,
+            px_frames,
+            As<const T>(px),
+            As<const T>(py),
+            As<const int64_t>(boundary)};
+  }
+};
+
 struct CpuBackend {
   using Queue = int;
   static constexpr const char* kQueueName = "num_threads";
@@ -118,14 +146,23 @@ struct CpuBackend {
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardCpu<T>;
   template <typename T>
-  static constexpr auto kRepair = &RepairNormalizerCpu<T>;
+  static constexpr auto kAdditiveExponentials = &AdditiveExponentialsCpu<T>;
   template <typename T>
-  static constexpr auto kRepairBackward = &RepairNormalizerBackwardCpu<T>;
+  static constexpr auto kAdditiveScores = &AdditiveScoresCpu<T>;
+  template <typename T>
+  static constexpr auto kAdditiveWeights = &AdditiveWeightsCpu<T>;
+  template <typename T>
+  static constexpr auto kAdditiveGradients = &AdditiveGradientsCpu<T>;
+  template <typename T>
+  static constexpr auto kPruneWindows = &PruneWindowsCpu<T>;
   static constexpr auto kLattice = &LatticeCpu;
   static constexpr auto kDurationLattice = &DurationLatticeCpu;
   static constexpr auto kKeptRows = &KeptRowsCpu;
+  static constexpr auto kReplaceScores = &ReplaceScoresCpu;
+  static constexpr auto kRowWeights = &RowWeightsCpu;
   static constexpr auto kLatticeScratch = &LatticeScratchCpu;
   static constexpr auto kKeptRowsScratch = &KeptRowsScratchCpu;
+  static constexpr auto kRowWeightsScratch = &RowWeightsScratchCpu;
   static constexpr auto kJoinBackwardScratch = &JoinBackwardScratchCpu;
 
   static Queue QueueOf(Address num_threads) { return static_cast<int>(num_threads); }
@@ -143,14 +180,23 @@ struct CudaBackend {
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardCuda<T>;
   template <typename T>
-  static constexpr auto kRepair = &RepairNormalizerCuda<T>;
+  static constexpr auto kAdditiveExponentials = &AdditiveExponentialsCuda<T>;
   template <typename T>
-  static constexpr auto kRepairBackward = &RepairNormalizerBackwardCuda<T>;
+  static constexpr auto kAdditiveScores = &AdditiveScoresCuda<T>;
+  template <typename T>
+  static constexpr auto kAdditiveWeights = &AdditiveWeightsCuda<T>;
+  template <typename T>
+  static constexpr auto kAdditiveGradients = &AdditiveGradientsCuda<T>;
+  template <typename T>
+  static constexpr auto kPruneWindows = &PruneWindowsCuda<T>;
   static constexpr auto kLattice = &LatticeCuda;
   static constexpr auto kDurationLattice = &DurationLatticeCuda;
   static constexpr auto kKeptRows = &KeptRowsCuda;
+  static constexpr auto kReplaceScores = &ReplaceScoresCuda;
+  static constexpr auto kRowWeights = &RowWeightsCuda;
   static constexpr auto kLatticeScratch = &LatticeScratchCuda;
   static constexpr auto kKeptRowsScratch = &KeptRowsScratchCuda;
+  static constexpr auto kRowWeightsScratch = &RowWeightsScratchCuda;
   static constexpr auto kJoinBackwardScratch = &JoinBackwardScratchCuda;
 
   static Queue QueueOf(Address stream) { return As<void>(stream); }
@@ -187,6 +233,19 @@ void KeptRows(const LatticeBatch& batch, const Uses& uses, double dropped_mass, 
 }
 
 template <typename Backend>
+void ReplaceScores(const LatticeBatch& batch, const RowTile& tile, const FineScores& fine,
+                   int64_t first_place, Address queue, const RefinedOut& out) {
+  Backend::kReplaceScores(batch, tile, fine, first_place, Backend::QueueOf(queue), out);
+}
+
+template <typename Backend>
+void RowWeights(const LatticeBatch& batch, const RowWeightsIn& inputs, const LogitsOptions& logits,
+                const RowWeightsOptions& options, Address queue, Address scratch, Address weight) {
+  Backend::kRowWeights(batch, inputs, logits, options, Backend::QueueOf(queue), As<void>(scratch),
+                       As<Score>(weight));
+}
+
+template <typename Backend>
 void LogitsGrad(const LatticeBatch& batch, const RowTile& tile, const AnyLogitRows& logits,
                 const LogitsOptions& options, const Posteriors& posteriors, Address queue,
                 Address grad) {
@@ -220,21 +279,57 @@ void JoinBackward(const LatticeBatch& batch, const RowTile& tile, const AnyJoinI
 }
 
 template <typename Backend>
-void RepairNormalizer(const AnyAdditiveCells& cells, Address queue, Address normalizer) {
+void ExponentialsOfSides(const AnyAdditiveCells& cells, const AdditiveTerms& terms, Address queue,
+                         const AnyAdditiveExponentials& out, const AdditiveContexts& contexts) {
   ForComputeDType(cells.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backend::template kRepair<T>(cells.Of<T>(), Backend::QueueOf(queue), As<Score>(normalizer));
+    Backend::template kAdditiveExponentials<T>(cells.Of<T>(), terms, Backend::QueueOf(queue),
+                                               out.Of<T>(), contexts);
   });
 }
 
 template <typename Backend>
-void RepairNormalizerBackward(const AnyAdditiveCells& cells, Address normalizer, Address grad,
-                              Address queue, Address grad_am, Address grad_lm) {
+void AdditiveScores(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
+                    const AnyAdditiveExponentials& exponentials, const AdditiveContexts& contexts,
+                    Address queue, const AdditiveScoresOut& out) {
   ForComputeDType(cells.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backend::template kRepairBackward<T>(cells.Of<T>(), As<const Score>(normalizer),
-                                         As<const Score>(grad), Backend::QueueOf(queue),
-                                         As<T>(grad_am), As<T>(grad_lm));
+    Backend::template kAdditiveScores<T>(cells.Of<T>(), terms, exponentials.Of<T>(), contexts,
+                                         Backend::QueueOf(queue), out);
+  });
+}
+
+template <typename Backend>
+void AdditiveWeights(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
+                     const AdditiveScoreGrads& grads, Address queue, Address grad_normalizer,
+                     Address weight) {
+  ForComputeDType(cells.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Backend::template kAdditiveWeights<T>(cells.Of<T>(), terms, grads, Backend::QueueOf(queue),
+                                          As<Score>(grad_normalizer), As<T>(weight));
+  });
+}
+
+template <typename Backend>
+void AdditiveGradients(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
+                       const AnyAdditiveExponentials& exponentials, const AdditiveScoreGrads& grads,
+                       const AdditiveSaved& saved, Address queue, Address grad_am,
+                       Address grad_lm) {
+  ForComputeDType(cells.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Backend::template kAdditiveGradients<T>(cells.Of<T>(), terms, exponentials.Of<T>(), grads,
+                                            saved, Backend::QueueOf(queue), As<T>(grad_am),
+                                            As<T>(grad_lm));
+  });
+}
+
+template <typename Backend>
+void PruneWindows(const AnyPrunePosteriors& posteriors, const PruneOptions& options, Address queue,
+                  Address ranges) {
+  ForDType(posteriors.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Backend::template kPruneWindows<T>(posteriors.Of<T>(), options, Backend::QueueOf(queue),
+                                       As<int64_t>(ranges));
   });
 }
 
@@ -256,7 +351,8 @@ inline void BindStageStructs(pybind11::module_& m) {
                            FieldOf("first_frame", &LatticeBatch::first_frame));
   BindStruct<RowTile>(m, "RowTile", FieldOf("rows", &RowTile::rows),
                       FieldOf("begin", &RowTile::begin), FieldOf("size", &RowTile::size),
-                      FieldOf("whole_logits", &RowTile::whole_logits));
+                      FieldOf("whole_logits", &RowTile::whole_logits),
+                      FieldOf("places", &RowTile::places));
   BindStruct<AnyLogitRows>(m, "LogitRows", FieldOf("dtype", &AnyLogitRows::dtype),
                            FieldOf("data", &AnyLogitRows::data),
                            FieldOf("vocab_size", &AnyLogitRows::vocab_size),
@@ -290,10 +386,38 @@ inline void BindStageStructs(pybind11::module_& m) {
                      FieldOf("use_label", &ArcOut::use_label));
   m.attr("MAX_DURATIONS") = kMaxDurations;
   m.attr("MAX_BIG_BLANKS") = kMaxBigBlanks;
-  BindStruct<Uses>(m, "Uses", FieldOf("blank", &Uses::blank), FieldOf("label", &Uses::label));
+  BindStruct<Uses>(m, "Uses", FieldOf("blank", &Uses::blank), FieldOf("label", &Uses::label),
+                   FieldOf("taken_blank", &Uses::taken_blank),
+                   FieldOf("taken_label", &Uses::taken_label),
+                   FieldOf("taken_lowest", &Uses::taken_lowest));
   BindStruct<KeptRowsOut>(m, "KeptRowsOut", FieldOf("rows", &KeptRowsOut::rows),
                           FieldOf("num_kept", &KeptRowsOut::num_kept),
-                          FieldOf("dropped", &KeptRowsOut::dropped));
+                          FieldOf("dropped", &KeptRowsOut::dropped),
+                          FieldOf("lowest", &KeptRowsOut::lowest),
+                          FieldOf("total", &KeptRowsOut::total));
+  BindStruct<FineScores>(m, "FineScores", FieldOf("blank", &FineScores::blank),
+                         FieldOf("label", &FineScores::label), FieldOf("extra", &FineScores::extra),
+                         FieldOf("num_extra", &FineScores::num_extra));
+  BindStruct<RefinedOut>(m, "RefinedOut", FieldOf("blank", &RefinedOut::blank),
+                         FieldOf("label", &RefinedOut::label), FieldOf("extra", &RefinedOut::extra),
+                         FieldOf("places", &RefinedOut::places),
+                         FieldOf("error", &RefinedOut::error));
+  BindStruct<RowWeightsIn>(m, "RowWeightsIn", FieldOf("blank", &RowWeightsIn::blank),
+                           FieldOf("label", &RowWeightsIn::label),
+                           FieldOf("extra", &RowWeightsIn::extra),
+                           FieldOf("use_blank", &RowWeightsIn::use_blank),
+                           FieldOf("use_label", &RowWeightsIn::use_label),
+                           FieldOf("use_extra", &RowWeightsIn::use_extra),
+                           FieldOf("loss", &RowWeightsIn::loss),
+                           FieldOf("error", &RowWeightsIn::error),
+                           FieldOf("places", &RowWeightsIn::places));
+  BindStruct<RowWeightsOptions>(m, "RowWeightsOptions",
+                                FieldOf("of_fine_rows", &RowWeightsOptions::of_fine_rows),
+                                FieldOf("error_scale", &RowWeightsOptions::error_scale),
+                                FieldOf("unknown_error", &RowWeightsOptions::unknown_error),
+                                FieldOf("least_error", &RowWeightsOptions::least_error),
+                                FieldOf("exponent", &RowWeightsOptions::exponent),
+                                FieldOf("least_gradient", &RowWeightsOptions::least_gradient));
   BindStruct<Posteriors>(m, "Posteriors", FieldOf("normalizer", &Posteriors::normalizer),
                          FieldOf("use_blank", &Posteriors::use_blank),
                          FieldOf("use_label", &Posteriors::use_label),
@@ -315,6 +439,42 @@ inline void BindStageStructs(pybind11::module_& m) {
                                FieldOf("lm", &AnyAdditiveCells::lm),
                                FieldOf("product", &AnyAdditiveCells::product),
                                FieldOf("threshold", &AnyAdditiveCells::threshold));
+  BindStruct<AdditiveTerms>(m, "AdditiveTerms", FieldOf("num_symbols", &AdditiveTerms::num_symbols),
+                            FieldOf("symbols", &AdditiveTerms::symbols),
+                            FieldOf("boundary", &AdditiveTerms::boundary),
+                            FieldOf("blank", &AdditiveTerms::blank),
+                            FieldOf("combined_scale", &AdditiveTerms::combined_scale),
+                            FieldOf("lm_only_scale", &AdditiveTerms::lm_only_scale),
+                            FieldOf("am_only_scale", &AdditiveTerms::am_only_scale));
+  BindStruct<AnyAdditiveExponentials>(m, "AdditiveExponentials",
+                                      FieldOf("am", &AnyAdditiveExponentials::am),
+                                      FieldOf("lm", &AnyAdditiveExponentials::lm),
+                                      FieldOf("am_max", &AnyAdditiveExponentials::am_max),
+                                      FieldOf("lm_max", &AnyAdditiveExponentials::lm_max),
+                                      FieldOf("lm_sum", &AnyAdditiveExponentials::lm_sum));
+  BindStruct<AdditiveContexts>(m, "AdditiveContexts", FieldOf("blank", &AdditiveContexts::blank),
+                               FieldOf("label", &AdditiveContexts::label),
+                               FieldOf("lattices", &AdditiveContexts::lattices));
+  BindStruct<AdditiveScoresOut>(m, "AdditiveScoresOut",
+                                FieldOf("normalizer", &AdditiveScoresOut::normalizer),
+                                FieldOf("blank", &AdditiveScoresOut::blank),
+                                FieldOf("label", &AdditiveScoresOut::label));
+  BindStruct<AdditiveScoreGrads>(m, "AdditiveScoreGrads",
+                                 FieldOf("blank", &AdditiveScoreGrads::blank),
+                                 FieldOf("label", &AdditiveScoreGrads::label),
+                                 FieldOf("factor", &AdditiveScoreGrads::factor));
+  BindStruct<AdditiveSaved>(m, "AdditiveSaved", FieldOf("normalizer", &AdditiveSaved::normalizer),
+                            FieldOf("grad_normalizer", &AdditiveSaved::grad_normalizer));
+  BindStruct<AnyPrunePosteriors>(m, "PrunePosteriors", FieldOf("dtype", &AnyPrunePosteriors::dtype),
+                                 FieldOf("num_utterances", &AnyPrunePosteriors::num_utterances),
+                                 FieldOf("num_symbols", &AnyPrunePosteriors::num_symbols),
+                                 FieldOf("num_frames", &AnyPrunePosteriors::num_frames),
+                                 FieldOf("px_frames", &AnyPrunePosteriors::px_frames),
+                                 FieldOf("px", &AnyPrunePosteriors::px),
+                                 FieldOf("py", &AnyPrunePosteriors::py),
+                                 FieldOf("boundary", &AnyPrunePosteriors::boundary));
+  BindStruct<PruneOptions>(m, "PruneOptions", FieldOf("width", &PruneOptions::width),
+                           FieldOf("step", &PruneOptions::step));
 }
 
 // The stages of a backend.
@@ -336,6 +496,11 @@ void BindStages(pybind11::module_& m) {
   m.def("kept_rows", &KeptRows<Backend>, no_gil, arg("batch"), named, arg("uses"),
         arg("dropped_mass"), queue, arg("scratch"), arg("out"));
   m.def("kept_rows_scratch", Backend::kKeptRowsScratch, arg("batch"));
+  m.def("replace_scores", &ReplaceScores<Backend>, no_gil, arg("batch"), arg("tile"), named,
+        arg("fine"), arg("first_place"), queue, arg("out"));
+  m.def("row_weights", &RowWeights<Backend>, no_gil, arg("batch"), named, arg("inputs"),
+        arg("logits"), arg("options"), queue, arg("scratch"), arg("weight"));
+  m.def("row_weights_scratch", Backend::kRowWeightsScratch, arg("batch"));
   m.def("logits_grad", &LogitsGrad<Backend>, no_gil, arg("batch"), arg("tile"), named,
         arg("logits"), arg("options"), arg("posteriors"), queue, arg("grad"));
   m.def("join_forward", &JoinForward<Backend>, no_gil, arg("batch"), arg("tile"), named,
@@ -343,10 +508,17 @@ void BindStages(pybind11::module_& m) {
   m.def("join_backward", &JoinBackward<Backend>, no_gil, arg("batch"), arg("tile"), named,
         arg("inputs"), arg("hidden"), arg("grad_hidden"), queue, arg("scratch"), arg("grads"));
   m.def("join_backward_scratch", Backend::kJoinBackwardScratch, arg("batch"), arg("tile"));
-  m.def("repair_normalizer", &RepairNormalizer<Backend>, no_gil, arg("cells"), named, queue,
-        arg("normalizer"));
-  m.def("repair_normalizer_backward", &RepairNormalizerBackward<Backend>, no_gil, arg("cells"),
-        named, arg("normalizer"), arg("grad"), queue, arg("grad_am"), arg("grad_lm"));
+  m.def("additive_exponentials", &ExponentialsOfSides<Backend>, no_gil, arg("cells"), arg("terms"),
+        named, queue, arg("out"), arg("contexts"));
+  m.def("additive_scores", &AdditiveScores<Backend>, no_gil, arg("cells"), arg("terms"), named,
+        arg("exponentials"), arg("contexts"), queue, arg("out"));
+  m.def("additive_weights", &AdditiveWeights<Backend>, no_gil, arg("cells"), arg("terms"), named,
+        arg("grads"), queue, arg("grad_normalizer"), arg("weight"));
+  m.def("additive_gradients", &AdditiveGradients<Backend>, no_gil, arg("cells"), arg("terms"),
+        named, arg("exponentials"), arg("grads"), arg("saved"), queue, arg("grad_am"),
+        arg("grad_lm"));
+  m.def("prune_windows", &PruneWindows<Backend>, no_gil, arg("posteriors"), named, arg("options"),
+        queue, arg("ranges"));
 }
 
 }  // namespace transducer

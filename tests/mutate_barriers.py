@@ -25,6 +25,16 @@ from tests import stage_calls as stages
 from tests.backends import ORDERS, ROOT, build_emulated, load_emulated
 from tests.stage_cases import kept_rows, make_case, random_scores, random_uses, score
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.additive_stages import (
+    AdditiveInputs,
+    AdditiveOptions,
+    AdditiveStages,
+    ScoreGrads,
+)
+from transducer_toolkit.ops.lattice import CellScores
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.prune_windows import greedy_ranges
+from transducer_toolkit.ops.stages import RowWeights
 from transducer_toolkit.ops.topology import TOPOLOGIES
 
 # __syncthreads_or(x) is x without its barrier, which is a vote too.
@@ -78,6 +88,33 @@ def run_everything() -> list[torch.Tensor]:
     for lattices in (batch, several_runs):
         for dropped_mass in (1e-6, 1e-2):
             results += kept_rows(random_uses(lattices), lattices, dropped_mass)
+        blank, label = random_scores(lattices)
+        uses = *random_uses(lattices), blank.new_empty(lattices.num_rows, 0)
+        results.append(
+            stages.row_weights(
+                CellScores(blank, label, blank),
+                uses,
+                lattices,
+                LossOptions(0),
+                RowWeights(False, 1.0, 0.0, 0.0, 10.0, 1e-2),
+                loss=None,
+                error=torch.full((lattices.num_utterances,), 0.1, dtype=torch.float64),
+                places=torch.full((lattices.num_rows,), -1),
+            )
+        )
+    symbols = torch.randint(0, 40, (2, 70))  # many several times
+    inputs = AdditiveInputs(
+        60 * torch.randn(2, 72, 40),  # products underflow
+        60 * torch.randn(2, 5, 40),
+        symbols,
+        torch.tensor([[0, 0, 70, 5], [1, 0, 60, 4]]),
+    )
+    additive = AdditiveStages(inputs, AdditiveOptions(0, 0.5, 0.3, 0.2), with_scores=True)
+    blank, label, normalizer, product = additive.scores()
+    grads = ScoreGrads(*torch.rand(2, 2, 5, 71).double(), torch.ones(2).double())
+    results += [blank, label, *additive.gradients(product, normalizer, grads)]
+    posteriors = torch.rand(2, 70, 601), torch.rand(2, 71, 600)
+    results.append(greedy_ranges(*posteriors, torch.tensor([[0, 0, 70, 600]] * 2), 4, 3))
     return results
 
 

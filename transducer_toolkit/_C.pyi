@@ -55,7 +55,9 @@ class LatticeBatch:
 
 class RowTile:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, rows: int, begin: int, size: int, whole_logits: bool) -> None: ...
+    def __init__(
+        self, *, rows: int, begin: int, size: int, whole_logits: bool, places: int
+    ) -> None: ...
 
 class LogitRows:
     fields: ClassVar[tuple[str, ...]]
@@ -145,11 +147,52 @@ MAX_BIG_BLANKS: int
 
 class Uses:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, blank: int, label: int) -> None: ...
+    def __init__(
+        self, *, blank: int, label: int, taken_blank: int, taken_label: int, taken_lowest: int
+    ) -> None: ...
 
 class KeptRowsOut:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, rows: int, num_kept: int, dropped: int) -> None: ...
+    def __init__(
+        self, *, rows: int, num_kept: int, dropped: int, lowest: int, total: int
+    ) -> None: ...
+
+class FineScores:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, blank: int, label: int, extra: int, num_extra: int) -> None: ...
+
+class RefinedOut:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, blank: int, label: int, extra: int, places: int, error: int) -> None: ...
+
+class RowWeightsIn:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(
+        self,
+        *,
+        blank: int,
+        label: int,
+        extra: int,
+        use_blank: int,
+        use_label: int,
+        use_extra: int,
+        loss: int,
+        error: int,
+        places: int,
+    ) -> None: ...
+
+class RowWeightsOptions:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(
+        self,
+        *,
+        of_fine_rows: bool,
+        error_scale: float,
+        unknown_error: float,
+        least_error: float,
+        exponent: float,
+        least_gradient: float,
+    ) -> None: ...
 
 class Posteriors:
     fields: ClassVar[tuple[str, ...]]
@@ -190,12 +233,20 @@ class AdditiveTerms:
         *,
         num_symbols: int,
         symbols: int,
+        boundary: int,
         blank: int,
         combined_scale: float,
+        lm_only_scale: float,
         am_only_scale: float,
-        context_blank: int,
-        context_label: int,
     ) -> None: ...
+
+class AdditiveExponentials:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, am: int, lm: int, am_max: int, lm_max: int, lm_sum: int) -> None: ...
+
+class AdditiveContexts:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, blank: int, label: int, lattices: int) -> None: ...
 
 class AdditiveScoresOut:
     fields: ClassVar[tuple[str, ...]]
@@ -203,26 +254,30 @@ class AdditiveScoresOut:
 
 class AdditiveScoreGrads:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, blank: int, label: int) -> None: ...
+    def __init__(self, *, blank: int, label: int, factor: int) -> None: ...
 
-class AdditiveWeightsOut:
+class AdditiveSaved:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, normalizer: int, grad_normalizer: int) -> None: ...
+
+class PrunePosteriors:
     fields: ClassVar[tuple[str, ...]]
     def __init__(
         self,
         *,
-        grad_normalizer: int,
-        scale: int,
-        grad_context_blank: int,
-        grad_context_label: int,
+        dtype: DType,
+        num_utterances: int,
+        num_symbols: int,
+        num_frames: int,
+        px_frames: int,
+        px: int,
+        py: int,
+        boundary: int,
     ) -> None: ...
 
-class AdditiveExponentials:
+class PruneOptions:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, am: int, lm: int) -> None: ...
-
-class AdditiveSaved:
-    fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, normalizer: int, grad_normalizer: int, scale: int) -> None: ...
+    def __init__(self, *, width: int, step: int) -> None: ...
 
 # --- submodules -----------------------------------------------------------------------------------
 
@@ -275,6 +330,29 @@ class cpu:  # a module
     @staticmethod
     def kept_rows_scratch(batch: LatticeBatch) -> int: ...
     @staticmethod
+    def replace_scores(
+        batch: LatticeBatch,
+        tile: RowTile,
+        *,
+        fine: FineScores,
+        first_place: int,
+        num_threads: int,
+        out: RefinedOut,
+    ) -> None: ...
+    @staticmethod
+    def row_weights(
+        batch: LatticeBatch,
+        *,
+        inputs: RowWeightsIn,
+        logits: LogitsOptions,
+        options: RowWeightsOptions,
+        num_threads: int,
+        scratch: int,
+        weight: int,
+    ) -> None: ...
+    @staticmethod
+    def row_weights_scratch(batch: LatticeBatch) -> int: ...
+    @staticmethod
     def logits_grad(
         batch: LatticeBatch,
         tile: RowTile,
@@ -304,16 +382,49 @@ class cpu:  # a module
     @staticmethod
     def join_backward_scratch(batch: LatticeBatch, tile: RowTile) -> int: ...
     @staticmethod
-    def repair_normalizer(cells: AdditiveCells, *, num_threads: int, normalizer: int) -> None: ...
-    @staticmethod
-    def repair_normalizer_backward(
+    def additive_exponentials(
         cells: AdditiveCells,
+        terms: AdditiveTerms,
         *,
-        normalizer: int,
-        grad: int,
+        num_threads: int,
+        out: AdditiveExponentials,
+        contexts: AdditiveContexts,
+    ) -> None: ...
+    @staticmethod
+    def additive_scores(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        exponentials: AdditiveExponentials,
+        contexts: AdditiveContexts,
+        num_threads: int,
+        out: AdditiveScoresOut,
+    ) -> None: ...
+    @staticmethod
+    def additive_weights(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        grads: AdditiveScoreGrads,
+        num_threads: int,
+        grad_normalizer: int,
+        weight: int,
+    ) -> None: ...
+    @staticmethod
+    def additive_gradients(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        exponentials: AdditiveExponentials,
+        grads: AdditiveScoreGrads,
+        saved: AdditiveSaved,
         num_threads: int,
         grad_am: int,
         grad_lm: int,
+    ) -> None: ...
+    @staticmethod
+    def prune_windows(
+        posteriors: PrunePosteriors, *, options: PruneOptions, num_threads: int, ranges: int
     ) -> None: ...
     @staticmethod
     def join_quantized(
@@ -355,49 +466,6 @@ class cpu:  # a module
         scores: LatticeScores,
         num_threads: int,
         state: VisitState,
-    ) -> None: ...
-    @staticmethod
-    def shifted_exp(
-        *,
-        dtype: DType,
-        rows: int,
-        num_rows: int,
-        size: int,
-        num_threads: int,
-        exponentials: int,
-        max: int,
-    ) -> None: ...
-    @staticmethod
-    def additive_scores(
-        cells: AdditiveCells,
-        terms: AdditiveTerms,
-        *,
-        am_max: int,
-        lm_max: int,
-        num_threads: int,
-        out: AdditiveScoresOut,
-    ) -> None: ...
-    @staticmethod
-    def additive_weights(
-        cells: AdditiveCells,
-        terms: AdditiveTerms,
-        *,
-        grads: AdditiveScoreGrads,
-        num_threads: int,
-        out: AdditiveWeightsOut,
-        weight: int,
-    ) -> None: ...
-    @staticmethod
-    def additive_gradients(
-        cells: AdditiveCells,
-        terms: AdditiveTerms,
-        *,
-        exponentials: AdditiveExponentials,
-        grads: AdditiveScoreGrads,
-        saved: AdditiveSaved,
-        num_threads: int,
-        grad_am: int,
-        grad_lm: int,
     ) -> None: ...
     @staticmethod
     def advise_huge_pages(*, data: int, bytes: int) -> None: ...
@@ -453,6 +521,29 @@ class cuda:  # a module; without CUDA in the build it has device_count alone
     @staticmethod
     def kept_rows_scratch(batch: LatticeBatch) -> int: ...
     @staticmethod
+    def replace_scores(
+        batch: LatticeBatch,
+        tile: RowTile,
+        *,
+        fine: FineScores,
+        first_place: int,
+        stream: int,
+        out: RefinedOut,
+    ) -> None: ...
+    @staticmethod
+    def row_weights(
+        batch: LatticeBatch,
+        *,
+        inputs: RowWeightsIn,
+        logits: LogitsOptions,
+        options: RowWeightsOptions,
+        stream: int,
+        scratch: int,
+        weight: int,
+    ) -> None: ...
+    @staticmethod
+    def row_weights_scratch(batch: LatticeBatch) -> int: ...
+    @staticmethod
     def logits_grad(
         batch: LatticeBatch,
         tile: RowTile,
@@ -482,16 +573,49 @@ class cuda:  # a module; without CUDA in the build it has device_count alone
     @staticmethod
     def join_backward_scratch(batch: LatticeBatch, tile: RowTile) -> int: ...
     @staticmethod
-    def repair_normalizer(cells: AdditiveCells, *, stream: int, normalizer: int) -> None: ...
-    @staticmethod
-    def repair_normalizer_backward(
+    def additive_exponentials(
         cells: AdditiveCells,
+        terms: AdditiveTerms,
         *,
-        normalizer: int,
-        grad: int,
+        stream: int,
+        out: AdditiveExponentials,
+        contexts: AdditiveContexts,
+    ) -> None: ...
+    @staticmethod
+    def additive_scores(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        exponentials: AdditiveExponentials,
+        contexts: AdditiveContexts,
+        stream: int,
+        out: AdditiveScoresOut,
+    ) -> None: ...
+    @staticmethod
+    def additive_weights(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        grads: AdditiveScoreGrads,
+        stream: int,
+        grad_normalizer: int,
+        weight: int,
+    ) -> None: ...
+    @staticmethod
+    def additive_gradients(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        exponentials: AdditiveExponentials,
+        grads: AdditiveScoreGrads,
+        saved: AdditiveSaved,
         stream: int,
         grad_am: int,
         grad_lm: int,
+    ) -> None: ...
+    @staticmethod
+    def prune_windows(
+        posteriors: PrunePosteriors, *, options: PruneOptions, stream: int, ranges: int
     ) -> None: ...
 
 # --- functions ------------------------------------------------------------------------------------

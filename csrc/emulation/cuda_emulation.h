@@ -31,6 +31,9 @@ void SetOrder(Order order, unsigned seed);
 // warp diverge at a barrier or shuffle. Calls from several threads run one after the other.
 void RunGrid(unsigned num_blocks, unsigned num_threads, const std::function<void()>& body);
 
+// The number of calls of RunGrid, which are the launches.
+int64_t NumGrids();
+
 // Called by running threads.
 struct Site {
   const char* file;
@@ -85,6 +88,11 @@ inline unsigned Ballot(Site site, unsigned mask, bool vote) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
+inline unsigned long long atomicMax(unsigned long long* address, unsigned long long value) {
+  const unsigned long long old = *address;
+  if (value > old) *address = value;
+  return old;
+}
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
   const unsigned long long old = *address;
   *address = old + value;

@@ -10,8 +10,17 @@ import torch
 from tests import stage_calls as stages
 from tests.pretend_cuda import CUDA, pretend_cuda, to_cuda
 from tests.stage_cases import make_case
-from transducer_toolkit.ops import additive_stages, native
+from transducer_toolkit.ops import native
+from transducer_toolkit.ops.additive_stages import (
+    AdditiveInputs,
+    AdditiveOptions,
+    AdditiveStages,
+    ScoreGrads,
+)
 from transducer_toolkit.ops.lattice import CellScores
+from transducer_toolkit.ops.options import LossOptions
+from transducer_toolkit.ops.prune_windows import greedy_ranges
+from transducer_toolkit.ops.stages import RowWeights
 
 HANDLE = 0x7E57
 
@@ -57,6 +66,12 @@ def call_every_stage():
     options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
     _, *uses = stages.lattice(scores.blank, scores.label, batch, with_uses=True, **options)
     stages.kept_rows(*uses, batch, dropped_mass=0.1)
+    places = to_cuda(torch.full((batch.num_rows,), -1))
+    refined = {"places": places, "error": to_cuda(torch.zeros(4, dtype=torch.float64))}
+    stages.replace_scores(scores, scores, batch, tile, first_place=0, **refined)
+    uses_of_all = *uses, uses[0].new_empty(batch.num_rows, 0)
+    weights = RowWeights(False, 1.0, 0.0, 0.0, 10.0, 1e-2)
+    stages.row_weights(scores, uses_of_all, batch, LossOptions(0), weights, loss=None, **refined)
     arcs = (to_cuda(torch.zeros(batch.num_rows, 2, dtype=torch.float64)) for _ in range(2))
     stages.duration_lattice(*arcs, batch, durations=(1, 2))
     stages.logits_grad(
@@ -73,11 +88,14 @@ def call_every_stage():
         grad_enc=grads[0],
         grad_pred=grads[1],
     )
-    product = to_cuda(torch.ones(4, 9, 6))
-    normalizer, grad = (to_cuda(torch.ones(4, 9, 6, dtype=torch.float64)) for _ in range(2))
-    joint = enc, pred, product
-    additive_stages.repair_normalizer(joint, 0.5, normalizer)
-    additive_stages.repair_normalizer_backward(joint, 0.5, normalizer, grad, grads)
+    inputs = AdditiveInputs(
+        pred, enc, *(to_cuda(torch.zeros(size, dtype=torch.int64)) for size in ((4, 5), (4, 4)))
+    )
+    additive = AdditiveStages(inputs, AdditiveOptions(0, 1.0, 0.0, 0.0), with_scores=True)
+    blank, label, normalizer, product = additive.scores()
+    additive.gradients(product, normalizer, ScoreGrads(blank, label, loss_grad))
+    posteriors = (uses.transpose(1, 2).contiguous() for uses in (label[:, :, :-1], blank))
+    greedy_ranges(*posteriors, inputs.boundary, 2, 1)
 
 
 def test_every_stage_gets_the_current_stream():

@@ -23,12 +23,12 @@ from transducer_toolkit.ops import native, stages
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
 from transducer_toolkit.ops.options import FusedOptions
 
-# Bound of the probability that is lost, relative to that of all paths. The L1 norm of the gradient of
-# an utterance's logits changes by at most four times this, times (T + U).
+# Bound of the probability that is lost, relative to that of all paths. The L1 norm of the gradient
+# of an utterance's logits changes by at most four times this, times (T + U).
 LEFT_OUT = 1e-8
-# The first sweep visits the blocks of a wave whose masses are at least this part of the largest. With
-# 1e-4 it lost the best path of joined digits, and its bound was e^-180 times too low. The second
-# sweep nearly always visits these blocks, too.
+# The first sweep visits the blocks of a wave whose masses are at least this part of the largest.
+# With 1e-4 it lost the best path of joined digits, and its bound was e^-180 times too low. The
+# second sweep nearly always visits these blocks, too.
 NARROW = 1e-16
 # An utterance that visits more than this part of its cells is visited as a whole.
 MAX_SHARE = 0.7
