@@ -19,6 +19,7 @@ from benchmarks.workloads import LATTICE_SCALES, Workload
 
 DURATIONS = (0, 1, 2, 3, 4)  # frames
 SIGMA = 0.05
+OPTIONS = {"activation": "relu", "durations": DURATIONS, "sigma": SIGMA}  # of fused_joiner_loss
 NUM_UTTERANCES = 2
 TOKENS_PER_FRAME = 0.32  # of 80 ms
 IMPOSSIBLE = -1e30  # log-probability; its differences are numbers, those of -inf are not

@@ -17,6 +17,7 @@
 #   WORKERS      pytest processes of the parity stage (8)
 #   REPETITIONS  runs of each test under a sanitizer, which must agree to the bit (1)
 #   TESTS        tests under each sanitizer (40)
+#   EPOCHS       epochs of the stage train (1; the recipe has 3)
 #   DRY          1: no GPU; emulated stages, the CPU and small sizes test the scripts
 source "$(dirname "$0")/common.sh"
 set +e  # a failed stage does not keep the others from running
@@ -26,7 +27,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 WORK=$(mktemp -d)
 export OUT WORK
-rm -f "$OUT"/{summary.txt,log.txt,parity.xml,ncu.txt,sanitize.txt,gpu_{profile,benchmark,peers}.json}
+rm -f "$OUT"/{summary.txt,log.txt,parity.xml,sanitize.txt,gpu_{profile,benchmark,models,peers}.json}
 : >"$OUT/summary.txt"
 if [ "${DRY:-}" = 1 ]; then
   echo "--device cpu --frames 60 --shorten 12 --vocab-size 12 --joiner-dim 8" >"$WORK/sizes"
@@ -35,8 +36,8 @@ else
 fi
 read -ra sizes <"$WORK/sizes"
 here=benchmarks/gpu
-all_stages="environment module parity first_failure profile table ncu memcheck racecheck synccheck \
-initcheck build_peers peers"
+all_stages="environment module parity first_failure profile table models train ncu memcheck racecheck \
+synccheck initcheck build_peers peers"
 
 describe() {  # of a stage: the least and the most seconds it gets, and its command
   case $1 in
@@ -48,6 +49,9 @@ describe() {  # of a stage: the least and the most seconds it gets, and its comm
       "${sizes[@]}" ;;
     table) stage 20 100 "$PYTHON" -m benchmarks.gpu.benchmark --batches sorted peaky \
       --projects ours torchaudio --json "$OUT/gpu_benchmark.json" "${sizes[@]}" ;;
+    models) stage 30 90 "$PYTHON" -m benchmarks.gpu.benchmark --batches parakeet_8k parakeet \
+      --projects ours transformers --json "$OUT/gpu_models.json" "${sizes[@]}" ;;
+    train) stage 40 120 bash $here/train.sh ;;
     ncu) stage 15 35 bash $here/ncu.sh ;;
     memcheck | racecheck | synccheck | initcheck) stage 15 40 bash $here/sanitize.sh "$1" ;;
     build_peers) stage 20 180 "$PYTHON" $here/peers.py build --target build/gpu_peers --jobs 12 ;;

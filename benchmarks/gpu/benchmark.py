@@ -6,8 +6,11 @@
 
 LibriSpeech's shapes, V = 500, D = 512: "sorted" is 10,000 frames of a corpus sorted by length,
 "unsorted" 30 utterances at random, "peaky" the shapes of "sorted" with the weights times 12, where
-few paths count: of that, only our fused steps are measured. Rows are written to the file of --json
-one by one; the table is made from it (`python3 -m benchmarks.gpu.tables FILE ...`):
+few paths count: of that, only our fused steps are measured. "parakeet" and "parakeet_8k" are four
+utterances of 376 frames (30 s) and 120 symbols with V = 1025 and 8193, D = 640: the joiner and TDT
+loss, and a whole training step of a Parakeet (RNN-T and TDT) of the published size. Rows are
+written to the file of --json one by one; the table is made from it (`python3 -m
+benchmarks.gpu.tables FILE ...`):
 
 - ms: by CUDA events, the CPU about 2 ms ahead at the start.
 - device: milliseconds of all kernels and copies in the profiler. Where it is much less than ms,
@@ -16,8 +19,8 @@ one by one; the table is made from it (`python3 -m benchmarks.gpu.tables FILE ..
 - error: the largest relative error of the gradients of enc, pred, weight and bias, against our
   fused step in float64.
 - / roof: ms over a lower bound. For `loss` the time to read the logits twice and to write as much
-  once, at the bandwidth of a copy; for `step` and `pruned` three products of (cells, D) and (D, V),
-  at the rate of a large one. Both rates are measured first, in the same mode.
+  once, at the bandwidth of a copy; for `step`, `tdt` and `pruned` three products of (cells, D) and
+  (D, V), at the rate of a large one. Both rates are measured first, in the same mode.
 
 For orientation, published times of one loss with its joiner, forward and backward, on a V100
 (sorted; ms / MB): torchaudio 601 / 12959, fast_rnnt unpruned 274 / 15107, pruned 38 / 2648,
@@ -40,6 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import tdt
 from benchmarks.gpu.records import Record, Row
 from benchmarks.gpu.single_stages import SingleStages
 from benchmarks.gpu.tables import benchmark_figures, benchmark_table
@@ -51,7 +55,18 @@ from transducer_toolkit import fused_joiner_loss
 
 EXTRA = ("benchmarks.gpu.extra",)
 MODES = ("float32", "tf32", "bfloat16")
-SUITES = ("step", "loss", "pruned")
+SUITES = {
+    "sorted": ("step", "loss", "pruned"),
+    "unsorted": ("step", "loss", "pruned"),
+    "peaky": ("step",),
+    "parakeet": ("tdt", "parakeet", "parakeet_tdt"),
+    "parakeet_8k": ("tdt", "parakeet", "parakeet_tdt"),
+}
+# A loss multiplies no matrices; nobody trains a large model in float32 without TF32.
+MODES_OF = {"loss": MODES[:1], "parakeet": MODES[1:], "parakeet_tdt": MODES[1:]}
+WITH_ERROR = ("step", "tdt")
+# The projects whose losses take bfloat16.
+WITH_BFLOAT16 = ("ours", "transformers")
 MAX_FRAMES = 10_000
 MIB = 2**20
 
@@ -71,27 +86,31 @@ class DeviceWorkload(Workload):
         return self._logits.detach()
 
     @cached_property
-    def exact_gradients(self) -> tuple[Tensor, ...]:
-        """Gradients of enc, pred, weight and bias in float64."""
-        shape = self.shape
-        inputs = [tensor.double().requires_grad_() for tensor in self.joiner_inputs()]
-        losses = fused_joiner_loss(
-            *inputs, self.targets(), *shape.lengths, 0, reduction="sum", dropped_mass=0.0
-        )
-        return torch.autograd.grad(losses, inputs)
+    def exact_gradients(self) -> dict[str, tuple[Tensor, ...]]:
+        """For the suites `step` and `tdt`, gradients of enc, pred, weight and bias in float64."""
+        return {}
 
-    def gradient_error(self, grads: Sequence[Tensor]) -> float:
+    def gradient_error(self, suite: str, grads: Sequence[Tensor]) -> float:
         """The largest relative error of gradients of enc, pred, weight and bias."""
+        if suite not in self.exact_gradients:
+            inputs = self.joiner_inputs() if suite == "step" else tdt.joiner_inputs(self)
+            leaves = [tensor.double().requires_grad_() for tensor in inputs]
+            options = {} if suite == "step" else tdt.OPTIONS
+            losses = fused_joiner_loss(
+                *leaves, self.targets(), *self.shape.lengths, 0,
+                reduction="sum", dropped_mass=0.0, **options,
+            )  # fmt: skip
+            self.exact_gradients[suite] = torch.autograd.grad(losses, leaves)
         return max(
             float((grad.double() - exact).norm() / exact.norm())
-            for grad, exact in zip(grads, self.exact_gradients, strict=True)
+            for grad, exact in zip(grads, self.exact_gradients[suite], strict=True)
         )
 
 
 def batches(
     device: str, max_frames: int, vocab_size: int, joiner_dim: int, shorten: int = 1
 ) -> dict[str, DeviceWorkload]:
-    """Returns both batches; frames and symbols are divided by `shorten`."""
+    """Returns all batches; frames and symbols are divided by `shorten`."""
     shapes = np.maximum(1, utterance_shapes(None) // shorten)
     unsorted = choose_batch(shapes, max_frames=10**9, batch="unsorted")[:30]
     chosen = {
@@ -108,7 +127,13 @@ def batches(
         )
         for name, lengths in chosen.items()
     }
-    return {**workloads, "peaky": replace(workloads["sorted"], lattice="peaky")}
+    workloads["peaky"] = replace(workloads["sorted"], lattice="peaky")
+    is_dry = shorten > 1
+    for name, size in (("parakeet", 1025), ("parakeet_8k", 8193)):
+        frames, symbols = ((length // shorten,) * 4 for length in (376, 120))
+        sizes = (vocab_size, joiner_dim) if is_dry else (size, 640)
+        workloads[name] = DeviceWorkload(frames, symbols, *sizes, device=device)
+    return workloads
 
 
 def copy_bytes_per_s(device: str) -> float:
@@ -135,12 +160,12 @@ def roofline_s(suite: str, workload: Workload, bandwidth: float, flops: float) -
     return 3 * 2 * cells * workload.joiner_dim * workload.vocab_size / flops
 
 
-def measure(job: Job, workload: DeviceWorkload, *, with_error: bool) -> Row:
+def measure(job: Job, workload: DeviceWorkload, suite: str) -> Row:
     """Returns times, peak memory above what was there before, the sum of the losses, the error."""
     losses, grads = job.run(job.prepare())
     row: Row = {"loss_sum": float(losses.double().sum())}
-    if with_error:
-        row["gradient_error"] = workload.gradient_error(grads)
+    if suite in WITH_ERROR:
+        row["gradient_error"] = workload.gradient_error(suite, grads)
     del losses, grads
     gc.collect()
     peak = 0.0
@@ -182,8 +207,8 @@ def suite_rows(
     for entry in sorted(implementations(EXTRA).values(), key=order):
         if suite not in entry.jobs or not is_wanted(entry.project, projects):
             continue
-        if mode == "bfloat16" and entry.project != "ours":
-            continue  # the others do not take it
+        if mode == "bfloat16" and entry.project not in WITH_BFLOAT16:
+            continue
         if workload.lattice == "peaky" and "fused" not in entry.name:
             continue  # the work of the others does not depend on it
         row: Row = {"suite": suite, "mode": mode, "name": entry.name, "project": entry.project}
@@ -194,7 +219,7 @@ def suite_rows(
             require_present(entry)
             with arithmetic(mode, workload.device):
                 job = entry.jobs[suite](workload)
-                yield {**row, **measure(job, workload, with_error=suite == "step")}
+                yield {**row, **measure(job, workload, suite)}
         except Absent as reason:
             yield {**row, "problem": f"absent: {reason}"}
         except Exception as error:
@@ -224,6 +249,7 @@ def stage_rows(workload: Workload, bandwidth: float, dtype: torch.dtype) -> Iter
 
 
 def batch_rows(
+    batch: str,
     workload: DeviceWorkload,
     bandwidth: float,
     rates: dict[str, float],
@@ -231,13 +257,14 @@ def batch_rows(
     deadline_s: float,
 ) -> Iterator[Row]:
     """Yields all rows of a batch, the most valuable first."""
-    is_peaky = workload.lattice == "peaky"
-    for suite in ("step",) if is_peaky else SUITES:
-        for mode in MODES if suite != "loss" else MODES[:1]:  # it multiplies no matrices
-            roofline_ms = 1e3 * roofline_s(suite, workload, bandwidth, rates[mode])
+    for suite in SUITES[batch]:
+        for mode in MODES_OF.get(suite, MODES):
             for row in suite_rows(suite, mode, workload, projects, deadline_s):
-                yield {**row, "roofline_ms": roofline_ms}
-        if suite == "step" and is_wanted("ours", projects) and not is_peaky:
+                if not suite.startswith("parakeet"):
+                    roof_s = roofline_s(suite, workload, bandwidth, rates[mode])
+                    row["roofline_ms"] = 1e3 * roof_s
+                yield row
+        if suite == "step" and is_wanted("ours", projects) and batch != "peaky":
             for dtype in (torch.float32, torch.bfloat16):
                 if time.perf_counter() < deadline_s:
                     yield from stage_rows(workload, bandwidth, dtype)
@@ -252,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--joiner-dim", type=int, default=512)
     parser.add_argument("--shorten", type=int, default=1, help="divides all lengths: a dry run")
-    parser.add_argument("--batches", nargs="+", default=["sorted", "peaky", "unsorted"])
+    parser.add_argument("--batches", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--projects", nargs="+", default=["all"], help="all, ours, torchaudio, ...")
     parser.add_argument("--peers-dir", default="", help="where peers.py has built the others")
     parser.add_argument("--json", type=Path, help="file of the rows")
@@ -284,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
     )
     for batch in options.batches:
-        for row in batch_rows(workloads[batch], bandwidth, rates, options.projects, deadline_s):
+        for row in batch_rows(batch, workloads[batch], bandwidth, rates, options.projects, deadline_s):
             record.add({"batch": batch, **row})
             print(".", end="", flush=True)
     print()

@@ -2,11 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Puts transducer_toolkit._C into place: the module from .gpu_kit if it was made from these sources
 # (prepare.sh), else a new one for the GPU of this machine. With DRY=1 a module that is already in
-# place will do.
+# place will do. Installs the wheels of .gpu_kit.
 #
 # Building needs nvcc, cmake, ninja and pybind11; PYTHON names the interpreter.
 source "$(dirname "$0")/common.sh"
 ln -sfn ../conf transducer_toolkit/conf  # as in an installed package
+if compgen -G '.gpu_kit/wheels/*.whl' >/dev/null; then
+  rm -rf "$GPU_SITE"
+  $PYTHON -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+    --disable-pip-version-check --root-user-action ignore --target "$GPU_SITE" .gpu_kit/wheels/*.whl
+fi
 suffix=$($PYTHON -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 module=transducer_toolkit/_C$suffix
 

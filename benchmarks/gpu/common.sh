@@ -4,7 +4,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHON=${PYTHON:-python3}
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # other packages bring plugins that import a lot
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# build.sh installs there what the kit has and the machine lacks.
+export GPU_SITE=$PWD/build/gpu_site
+export PYTHONPATH="$PWD:$GPU_SITE${PYTHONPATH:+:$PYTHONPATH}"
 # all.sh ends a stage that takes too long by SIGTERM to all of its processes. Without this, bash would
 # end first; with it, the script gets the status of the command that was ended, and goes on.
 trap : TERM

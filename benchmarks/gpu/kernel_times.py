@@ -33,6 +33,7 @@ STEPS = (
     ("sorted", "step", "ours: packed", "tf32"),
     ("sorted", "step", "ours: packed", "bfloat16"),
     ("sorted", "pruned", "ours: fused, pruned", "tf32"),
+    ("parakeet_8k", "tdt", "ours: TDT, fused", "tf32"),
 )
 RUNS = 3
 HOST_CALLS, KERNELS, NAME = 25, 40, 160  # kept of each step, and of a name

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Prepares .gpu_kit, which is to be copied with the project to a machine with a GPU and no network:
-# the compiled module for that machine's Python and GPU, and the peers' sources. Prints the size.
+# the compiled module for that machine's Python and GPU, the packages and speech that the stages
+# models and train need, and the peers' sources. Prints the size.
 #
 #   bash benchmarks/gpu/prepare.sh                       # Python 3.12, compute capability 9.0
 #   TARGET_PYTHON=python3.11 ARCHITECTURE=80 bash benchmarks/gpu/prepare.sh
@@ -31,6 +32,16 @@ if [ "$(cat .gpu_kit/sources.sha256 2>/dev/null)" != "$checksum" ] ||
 fi
 # The module needs neither torch nor a driver to load.
 (cd .gpu_kit && "$target" -c 'import _C; print("module:", _C.build_info())')
+
+# What the machine of ../../docs/cuda.md lacks. The wheels of one TARGET_PYTHON, and no others.
+rm -rf .gpu_kit/wheels
+"$target" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .gpu_kit/wheels \
+  'transformers>=5.24,<6' 'hydra-core>=1.3,<1.4' 'omegaconf>=2.2,<2.4' 'antlr4-python3-runtime==4.9.*' \
+  'soundfile>=0.12' cffi pycparser 'soxr>=0.5' 'jiwer>=4' rapidfuzz 'espeakng-loader==0.2.4'
+ls .gpu_kit/wheels
+digits=/usr/share/asterisk/sounds/en_US_f_Allison/digits  # Debian: asterisk-core-sounds-en-wav
+rm -rf .gpu_kit/digits
+if [ -d $digits ]; then mkdir .gpu_kit/digits && cp $digits/[0-9].wav .gpu_kit/digits/; fi
 
 [ "${PEERS:-1}" = 0 ] || $PYTHON benchmarks/gpu/peers.py fetch
 

@@ -33,7 +33,7 @@ def benchmark_table(document: dict[str, Any]) -> str:
     for name, batch in document["batches"].items():
         lines.append(f"{name}: {batch['utterances']} utterances, {batch['cells']} cells")
     columns = f"{'ms':>9} {'device':>9} {'peak MiB':>10} {'faster':>8} {'/ roof':>7} {'error':>8}"
-    lines.append(f"{'':<55}{columns} {'sum of losses':>14}")
+    lines.append(f"{'':<66}{columns} {'sum of losses':>14}")
     rows: list[Row] = document["rows"]
     torchaudio = {
         (row["batch"], row["suite"], row["mode"]): row["ms"]
@@ -44,7 +44,7 @@ def benchmark_table(document: dict[str, Any]) -> str:
         mode = "tf32" if row["mode"] == "bfloat16" else row["mode"]
         suite = "step" if row["suite"] == "pruned" else row["suite"]
         known = torchaudio.get((row["batch"], suite, mode))
-        label = f"{row['batch']:<9}{row['suite']:<7}{row['mode']:<9}{row['name']:<30}"
+        label = f"{row['batch']:<12}{row['suite']:<13}{row['mode']:<9}{row['name']:<32}"
         if "problem" in row:
             lines.append(f"{label}{row['problem']}")
             continue
@@ -77,6 +77,10 @@ def benchmark_figures(rows: list[Row]) -> str:
         "pruned TF32": ("pruned", "tf32", "ours: fused, pruned"),
         "torchaudio loss": ("loss", "float32", "torchaudio"),
         "torchaudio step TF32": ("step", "tf32", "torchaudio"),
+        "TDT TF32": ("tdt", "tf32", "ours: TDT, fused"),
+        "transformers' TDT TF32": ("tdt", "tf32", "transformers: tdt_loss"),
+        "Parakeet TDT bfloat16": ("parakeet_tdt", "bfloat16", "ours: Parakeet, fused loss"),
+        "transformers' bfloat16": ("parakeet_tdt", "bfloat16", "transformers: Parakeet"),
     }
     found = [f"{label} {ms[key]:.2f}" for label, key in wanted.items() if key in ms]
     measured = sum("ms" in row for row in rows)

@@ -93,11 +93,9 @@ def fused_tdt(workload: Workload, precision: str = "auto") -> Job:
             *inputs,
             *indices,
             0,
-            activation="relu",
-            durations=tdt.DURATIONS,
-            sigma=tdt.SIGMA,
             reduction="none",
             precision=precision,
+            **tdt.OPTIONS,
         )
         return losses
 
