@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fork_client.py SOCKET PYTHON ARGUMENTS`` behaves as ``PYTHON ARGUMENTS``.
 
-It becomes PYTHON, or for ``-m MODULE`` asks tests/fork_server.py for a fork: hands its arguments,
+It becomes PYTHON, or for ``[-u] -m MODULE`` asks tests/fork_server.py for a fork: hands arguments,
 environment, working directory and standard streams over, passes on the signals that it gets, and
 ends as the fork ends. It also becomes PYTHON where the server refuses.
 """
@@ -22,10 +22,12 @@ try:
     streams = array.array("i", [os.open(".", os.O_RDONLY), *(os.dup(i) for i in range(3))])
 except OSError:  # one of them is closed
     streams = array.array("i")
-if arguments[:1] != ["-m"] or not streams:
+is_unbuffered = arguments[:1] == ["-u"]
+options, module = arguments[: 1 + is_unbuffered], arguments[1 + is_unbuffered :]
+if options[-1:] != ["-m"] or not streams:
     os.execv(python, [python, *arguments])
 signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known whom to pass them to
-request = marshal.dumps((arguments[1:], dict(os.environb)))
+request = marshal.dumps((module, is_unbuffered, dict(os.environb)))
 server = socket.socket(socket.AF_UNIX)
 server.connect(address)
 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]

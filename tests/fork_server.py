@@ -2,7 +2,7 @@
 """Commands in processes of their own that need not import PyTorch and Lightning again.
 
 To import them takes 4 s of CPU time; a training of a test takes 1 s. ``python()`` returns an
-executable that behaves as Python does. For ``-m MODULE`` it asks a server, a process that has
+executable that behaves as Python does. For ``[-u] -m MODULE`` it asks a server, a process that has
 imported what the commands import, for a fork of itself. The fork has the arguments, the
 environment, the working directory and the standard streams of the caller. It ends as any
 interpreter ends, with a status or by a signal, after atexit and a flush.
@@ -100,14 +100,14 @@ def serve(executable: str, descriptor: str) -> list[str]:
                 client, _ = listener.accept()
                 head, streams, _, _ = socket.recv_fds(client, 20, 4)
                 with client.makefile("rb") as rest:
-                    arguments, environment = marshal.loads(rest.read(int(head)))
+                    arguments, is_unbuffered, environment = marshal.loads(rest.read(int(head)))
                 pid = os.fork() if _at_startup(environment) == own else None
                 if pid == 0:
                     for one in list(selector.get_map().values()):
                         one.fileobj.close()
                     selector.close()
                     client.close()
-                    _become(executable, environment, streams)
+                    _become(executable, is_unbuffered, environment, streams)
                     return list(arguments)
                 for stream in streams:
                     os.close(stream)
@@ -140,18 +140,20 @@ def _at_startup(environment: Mapping[bytes, bytes]) -> dict[bytes, bytes | bool]
     return found | {b"PYTHONPATH": os.fsencode(ROOT) in paths}
 
 
-def _become(executable: str, environment: Mapping[bytes, bytes], streams: Sequence[int]) -> None:
+def _become(
+    executable: str, is_unbuffered: bool, environment: Mapping[bytes, bytes], streams: Sequence[int]
+) -> None:
     os.setsid()
     os.fchdir(streams[0])
     for number, stream in enumerate(streams[1:]):
         os.dup2(stream, number)
     for stream in streams:
         os.close(stream)
+    is_unbuffered |= sys.stdout.write_through
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         former = getattr(sys, name)  # knows whether the server's stream is a terminal or a file
         raw = io.FileIO(number, "w" if number else "r", closefd=False)
         raw.name = f"<{name}>"
-        is_unbuffered = former.write_through
         buffered = io.BufferedWriter if number else io.BufferedReader
         stream = io.TextIOWrapper(
             raw if number and is_unbuffered else buffered(raw),

@@ -16,11 +16,11 @@ from tests.fork_server import ROOT, python
 PATHS = ("a", str(ROOT))
 
 
-def command(folder, code, *arguments, executable=None, **variables):
+def command(folder, code, *arguments, executable=None, options=(), **variables):
     """Arguments of subprocess.run that run the code as ``-m program`` in a folder."""
     (folder / "program.py").write_text(code)
     return {
-        "args": [executable or python(), "-m", "program", *arguments],
+        "args": [executable or python(), *options, "-m", "program", *arguments],
         "cwd": folder,
         "env": {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), **variables},
     }
@@ -71,6 +71,12 @@ def test_equals_a_process_of_its_own(name, tmp_path):
         done = subprocess.run(**options, input=b"text", capture_output=True)
         ends.append((done.returncode, done.stdout, done.stderr.splitlines()[-1:]))
     assert ends[0] == ends[1]
+
+
+def test_no_output_is_buffered_if_asked(tmp_path):
+    code = "import os; print(1); os._exit(0)"
+    options = command(tmp_path, code, options=["-u"])
+    assert subprocess.run(**options, capture_output=True, check=True).stdout == b"1\n"
 
 
 def test_a_module_that_does_not_exist(tmp_path):
