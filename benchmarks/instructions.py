@@ -31,7 +31,7 @@ STAGES = {
     "QuantizedCellScoresCpu": "transducer::QuantizedCellScoresCpu",
     "LatticeCpu": "transducer::LatticeCpu",
     "LogitsGradCpu": "void transducer::LogitsGradCpu<float>",
-    "ShiftedExpCpu": "void transducer::ShiftedExpCpu<float>",
+    "AdditiveExponentialsCpu": "void transducer::AdditiveExponentialsCpu<float>",
     "AdditiveScoresCpu": "void transducer::AdditiveScoresCpu<float>",
     "AdditiveWeightsCpu": "void transducer::AdditiveWeightsCpu<float>",
     "AdditiveGradientsCpu": "void transducer::AdditiveGradientsCpu<float>",

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "additive_scores.h"
 #include "bind_struct.h"
 #include "cell_scores.h"
 #include "check.h"
@@ -17,8 +18,8 @@
 #include "joint_tile.h"
 #include "lattice.h"
 #include "logits_grad.h"
-#include "normalizer_repair.h"
 #include "occupancy.h"
+#include "prune_windows.h"
 
 namespace transducer {
 
@@ -106,6 +107,32 @@ struct AnyAdditiveCells {
   }
 };
 
+struct AnyAdditiveExponentials {
+  Address am, lm, am_max, lm_max, lm_sum;
+
+  template <typename T>
+  AdditiveExponentials<T> Of() const {
+    return {As<T>(am), As<T>(lm), As<T>(am_max), As<T>(lm_max), As<Score>(lm_sum)};
+  }
+};
+
+struct AnyPrunePosteriors {
+  DType dtype;
+  int64_t num_utterances, num_symbols, num_frames, px_frames;
+  Address px, py, boundary;
+
+  template <typename T>
+  PrunePosteriors<T> Of() const {
+    return {num_utterances,
+            num_symbols,
+            num_frames,
+            px_frames,
+            As<const T>(px),
+            As<const T>(py),
+            As<const int64_t>(boundary)};
+  }
+};
+
 struct CpuBackend {
   using Queue = int;
   static constexpr const char* kQueueName = "num_threads";
@@ -118,9 +145,15 @@ struct CpuBackend {
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardCpu<T>;
   template <typename T>
-  static constexpr auto kRepair = &RepairNormalizerCpu<T>;
+  static constexpr auto kAdditiveExponentials = &AdditiveExponentialsCpu<T>;
   template <typename T>
-  static constexpr auto kRepairBackward = &RepairNormalizerBackwardCpu<T>;
+  static constexpr auto kAdditiveScores = &AdditiveScoresCpu<T>;
+  template <typename T>
+  static constexpr auto kAdditiveWeights = &AdditiveWeightsCpu<T>;
+  template <typename T>
+  static constexpr auto kAdditiveGradients = &AdditiveGradientsCpu<T>;
+  template <typename T>
+  static constexpr auto kPruneWindows = &PruneWindowsCpu<T>;
   static constexpr auto kLattice = &LatticeCpu;
   static constexpr auto kDurationLattice = &DurationLatticeCpu;
   static constexpr auto kKeptRows = &KeptRowsCpu;
@@ -143,9 +176,15 @@ struct CudaBackend {
   template <typename T>
   static constexpr auto kJoinBackward = &JoinBackwardCuda<T>;
   template <typename T>
-  static constexpr auto kRepair = &RepairNormalizerCuda<T>;
+  static constexpr auto kAdditiveExponentials = &AdditiveExponentialsCuda<T>;
   template <typename T>
-  static constexpr auto kRepairBackward = &RepairNormalizerBackwardCuda<T>;
+  static constexpr auto kAdditiveScores = &AdditiveScoresCuda<T>;
+  template <typename T>
+  static constexpr auto kAdditiveWeights = &AdditiveWeightsCuda<T>;
+  template <typename T>
+  static constexpr auto kAdditiveGradients = &AdditiveGradientsCuda<T>;
+  template <typename T>
+  static constexpr auto kPruneWindows = &PruneWindowsCuda<T>;
   static constexpr auto kLattice = &LatticeCuda;
   static constexpr auto kDurationLattice = &DurationLatticeCuda;
   static constexpr auto kKeptRows = &KeptRowsCuda;
@@ -220,21 +259,57 @@ void JoinBackward(const LatticeBatch& batch, const RowTile& tile, const AnyJoinI
 }
 
 template <typename Backend>
-void RepairNormalizer(const AnyAdditiveCells& cells, Address queue, Address normalizer) {
+void ExponentialsOfSides(const AnyAdditiveCells& cells, const AdditiveTerms& terms, Address queue,
+                         const AnyAdditiveExponentials& out, const AdditiveContexts& contexts) {
   ForComputeDType(cells.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backend::template kRepair<T>(cells.Of<T>(), Backend::QueueOf(queue), As<Score>(normalizer));
+    Backend::template kAdditiveExponentials<T>(cells.Of<T>(), terms, Backend::QueueOf(queue),
+                                               out.Of<T>(), contexts);
   });
 }
 
 template <typename Backend>
-void RepairNormalizerBackward(const AnyAdditiveCells& cells, Address normalizer, Address grad,
-                              Address queue, Address grad_am, Address grad_lm) {
+void AdditiveScores(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
+                    const AnyAdditiveExponentials& exponentials, const AdditiveContexts& contexts,
+                    Address queue, const AdditiveScoresOut& out) {
   ForComputeDType(cells.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backend::template kRepairBackward<T>(cells.Of<T>(), As<const Score>(normalizer),
-                                         As<const Score>(grad), Backend::QueueOf(queue),
-                                         As<T>(grad_am), As<T>(grad_lm));
+    Backend::template kAdditiveScores<T>(cells.Of<T>(), terms, exponentials.Of<T>(), contexts,
+                                         Backend::QueueOf(queue), out);
+  });
+}
+
+template <typename Backend>
+void AdditiveWeights(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
+                     const AdditiveScoreGrads& grads, Address queue, Address grad_normalizer,
+                     Address weight) {
+  ForComputeDType(cells.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Backend::template kAdditiveWeights<T>(cells.Of<T>(), terms, grads, Backend::QueueOf(queue),
+                                          As<Score>(grad_normalizer), As<T>(weight));
+  });
+}
+
+template <typename Backend>
+void AdditiveGradients(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
+                       const AnyAdditiveExponentials& exponentials, const AdditiveScoreGrads& grads,
+                       const AdditiveSaved& saved, Address queue, Address grad_am,
+                       Address grad_lm) {
+  ForComputeDType(cells.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Backend::template kAdditiveGradients<T>(cells.Of<T>(), terms, exponentials.Of<T>(), grads,
+                                            saved, Backend::QueueOf(queue), As<T>(grad_am),
+                                            As<T>(grad_lm));
+  });
+}
+
+template <typename Backend>
+void PruneWindows(const AnyPrunePosteriors& posteriors, const PruneOptions& options, Address queue,
+                  Address ranges) {
+  ForDType(posteriors.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Backend::template kPruneWindows<T>(posteriors.Of<T>(), options, Backend::QueueOf(queue),
+                                       As<int64_t>(ranges));
   });
 }
 
@@ -315,6 +390,42 @@ inline void BindStageStructs(pybind11::module_& m) {
                                FieldOf("lm", &AnyAdditiveCells::lm),
                                FieldOf("product", &AnyAdditiveCells::product),
                                FieldOf("threshold", &AnyAdditiveCells::threshold));
+  BindStruct<AdditiveTerms>(m, "AdditiveTerms", FieldOf("num_symbols", &AdditiveTerms::num_symbols),
+                            FieldOf("symbols", &AdditiveTerms::symbols),
+                            FieldOf("boundary", &AdditiveTerms::boundary),
+                            FieldOf("blank", &AdditiveTerms::blank),
+                            FieldOf("combined_scale", &AdditiveTerms::combined_scale),
+                            FieldOf("lm_only_scale", &AdditiveTerms::lm_only_scale),
+                            FieldOf("am_only_scale", &AdditiveTerms::am_only_scale));
+  BindStruct<AnyAdditiveExponentials>(m, "AdditiveExponentials",
+                                      FieldOf("am", &AnyAdditiveExponentials::am),
+                                      FieldOf("lm", &AnyAdditiveExponentials::lm),
+                                      FieldOf("am_max", &AnyAdditiveExponentials::am_max),
+                                      FieldOf("lm_max", &AnyAdditiveExponentials::lm_max),
+                                      FieldOf("lm_sum", &AnyAdditiveExponentials::lm_sum));
+  BindStruct<AdditiveContexts>(m, "AdditiveContexts", FieldOf("blank", &AdditiveContexts::blank),
+                               FieldOf("label", &AdditiveContexts::label),
+                               FieldOf("lattices", &AdditiveContexts::lattices));
+  BindStruct<AdditiveScoresOut>(m, "AdditiveScoresOut",
+                                FieldOf("normalizer", &AdditiveScoresOut::normalizer),
+                                FieldOf("blank", &AdditiveScoresOut::blank),
+                                FieldOf("label", &AdditiveScoresOut::label));
+  BindStruct<AdditiveScoreGrads>(m, "AdditiveScoreGrads",
+                                 FieldOf("blank", &AdditiveScoreGrads::blank),
+                                 FieldOf("label", &AdditiveScoreGrads::label),
+                                 FieldOf("factor", &AdditiveScoreGrads::factor));
+  BindStruct<AdditiveSaved>(m, "AdditiveSaved", FieldOf("normalizer", &AdditiveSaved::normalizer),
+                            FieldOf("grad_normalizer", &AdditiveSaved::grad_normalizer));
+  BindStruct<AnyPrunePosteriors>(m, "PrunePosteriors", FieldOf("dtype", &AnyPrunePosteriors::dtype),
+                                 FieldOf("num_utterances", &AnyPrunePosteriors::num_utterances),
+                                 FieldOf("num_symbols", &AnyPrunePosteriors::num_symbols),
+                                 FieldOf("num_frames", &AnyPrunePosteriors::num_frames),
+                                 FieldOf("px_frames", &AnyPrunePosteriors::px_frames),
+                                 FieldOf("px", &AnyPrunePosteriors::px),
+                                 FieldOf("py", &AnyPrunePosteriors::py),
+                                 FieldOf("boundary", &AnyPrunePosteriors::boundary));
+  BindStruct<PruneOptions>(m, "PruneOptions", FieldOf("width", &PruneOptions::width),
+                           FieldOf("step", &PruneOptions::step));
 }
 
 // The stages of a backend.
@@ -343,10 +454,17 @@ void BindStages(pybind11::module_& m) {
   m.def("join_backward", &JoinBackward<Backend>, no_gil, arg("batch"), arg("tile"), named,
         arg("inputs"), arg("hidden"), arg("grad_hidden"), queue, arg("scratch"), arg("grads"));
   m.def("join_backward_scratch", Backend::kJoinBackwardScratch, arg("batch"), arg("tile"));
-  m.def("repair_normalizer", &RepairNormalizer<Backend>, no_gil, arg("cells"), named, queue,
-        arg("normalizer"));
-  m.def("repair_normalizer_backward", &RepairNormalizerBackward<Backend>, no_gil, arg("cells"),
-        named, arg("normalizer"), arg("grad"), queue, arg("grad_am"), arg("grad_lm"));
+  m.def("additive_exponentials", &ExponentialsOfSides<Backend>, no_gil, arg("cells"), arg("terms"),
+        named, queue, arg("out"), arg("contexts"));
+  m.def("additive_scores", &AdditiveScores<Backend>, no_gil, arg("cells"), arg("terms"), named,
+        arg("exponentials"), arg("contexts"), queue, arg("out"));
+  m.def("additive_weights", &AdditiveWeights<Backend>, no_gil, arg("cells"), arg("terms"), named,
+        arg("grads"), queue, arg("grad_normalizer"), arg("weight"));
+  m.def("additive_gradients", &AdditiveGradients<Backend>, no_gil, arg("cells"), arg("terms"),
+        named, arg("exponentials"), arg("grads"), arg("saved"), queue, arg("grad_am"),
+        arg("grad_lm"));
+  m.def("prune_windows", &PruneWindows<Backend>, no_gil, arg("posteriors"), named, arg("options"),
+        queue, arg("ranges"));
 }
 
 }  // namespace transducer

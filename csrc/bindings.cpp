@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include "additive_scores.h"
 #include "bind_stages.h"
 #include "check.h"
 #include "device.h"
@@ -17,15 +16,6 @@ namespace py = pybind11;
 
 namespace transducer {
 namespace {
-
-void ShiftedExp(DType dtype, Address rows, int64_t num_rows, int64_t size, int num_threads,
-                Address exponentials, Address max) {
-  ForComputeDType(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    ShiftedExpCpu<T>(As<const T>(rows), num_rows, size, num_threads, As<T>(exponentials),
-                     As<T>(max));
-  });
-}
 
 void JoinQuantized(const LatticeBatch& batch, const RowTile& tile, const AnyJoinInputs& inputs,
                    int num_threads, Address hidden, Address scales) {
@@ -49,84 +39,6 @@ void BindQuantized(py::module_& m, py::module_& cpu) {
           arg("num_threads"), arg("hidden"), arg("scales"));
   cpu.def("quantized_cell_scores", &QuantizedCellScoresCpu, no_gil, arg("batch"), arg("tile"),
           named, arg("logits"), arg("options"), arg("num_threads"), arg("out"));
-}
-
-void AdditiveScores(const AnyAdditiveCells& cells, const AdditiveTerms& terms, Address am_max,
-                    Address lm_max, int num_threads, const AdditiveScoresOut& out) {
-  ForComputeDType(cells.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    AdditiveScoresCpu<T>(cells.Of<T>(), terms, As<const T>(am_max), As<const T>(lm_max),
-                         num_threads, out);
-  });
-}
-
-void AdditiveWeights(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
-                     const AdditiveScoreGrads& grads, int num_threads,
-                     const AdditiveWeightsOut& out, Address weight) {
-  ForComputeDType(cells.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    AdditiveWeightsCpu<T>(cells.Of<T>(), terms, grads, num_threads, out, As<T>(weight));
-  });
-}
-
-// Exponentials whose element type is that of the cells.
-struct AnyAdditiveExponentials {
-  Address am, lm;
-};
-
-void AdditiveGradients(const AnyAdditiveCells& cells, const AdditiveTerms& terms,
-                       const AnyAdditiveExponentials& exponentials, const AdditiveScoreGrads& grads,
-                       const AdditiveSaved& saved, int num_threads, Address grad_am,
-                       Address grad_lm) {
-  ForComputeDType(cells.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    AdditiveGradientsCpu<T>(cells.Of<T>(), terms,
-                            {As<const T>(exponentials.am), As<const T>(exponentials.lm)}, grads,
-                            saved, num_threads, As<T>(grad_am), As<T>(grad_lm));
-  });
-}
-
-void BindAdditiveStructs(py::module_& m) {
-  BindStruct<AdditiveTerms>(m, "AdditiveTerms", FieldOf("num_symbols", &AdditiveTerms::num_symbols),
-                            FieldOf("symbols", &AdditiveTerms::symbols),
-                            FieldOf("blank", &AdditiveTerms::blank),
-                            FieldOf("combined_scale", &AdditiveTerms::combined_scale),
-                            FieldOf("am_only_scale", &AdditiveTerms::am_only_scale),
-                            FieldOf("context_blank", &AdditiveTerms::context_blank),
-                            FieldOf("context_label", &AdditiveTerms::context_label));
-  BindStruct<AdditiveScoresOut>(m, "AdditiveScoresOut",
-                                FieldOf("normalizer", &AdditiveScoresOut::normalizer),
-                                FieldOf("blank", &AdditiveScoresOut::blank),
-                                FieldOf("label", &AdditiveScoresOut::label));
-  BindStruct<AdditiveScoreGrads>(m, "AdditiveScoreGrads",
-                                 FieldOf("blank", &AdditiveScoreGrads::blank),
-                                 FieldOf("label", &AdditiveScoreGrads::label));
-  BindStruct<AdditiveWeightsOut>(
-      m, "AdditiveWeightsOut", FieldOf("grad_normalizer", &AdditiveWeightsOut::grad_normalizer),
-      FieldOf("scale", &AdditiveWeightsOut::scale),
-      FieldOf("grad_context_blank", &AdditiveWeightsOut::grad_context_blank),
-      FieldOf("grad_context_label", &AdditiveWeightsOut::grad_context_label));
-  BindStruct<AnyAdditiveExponentials>(m, "AdditiveExponentials",
-                                      FieldOf("am", &AnyAdditiveExponentials::am),
-                                      FieldOf("lm", &AnyAdditiveExponentials::lm));
-  BindStruct<AdditiveSaved>(m, "AdditiveSaved", FieldOf("normalizer", &AdditiveSaved::normalizer),
-                            FieldOf("grad_normalizer", &AdditiveSaved::grad_normalizer),
-                            FieldOf("scale", &AdditiveSaved::scale));
-}
-
-void BindAdditiveScores(py::module_& cpu) {
-  using py::arg;
-  const py::kw_only named;
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  cpu.def("shifted_exp", &ShiftedExp, no_gil, named, arg("dtype"), arg("rows"), arg("num_rows"),
-          arg("size"), arg("num_threads"), arg("exponentials"), arg("max"));
-  cpu.def("additive_scores", &AdditiveScores, no_gil, arg("cells"), arg("terms"), named,
-          arg("am_max"), arg("lm_max"), arg("num_threads"), arg("out"));
-  cpu.def("additive_weights", &AdditiveWeights, no_gil, arg("cells"), arg("terms"), named,
-          arg("grads"), arg("num_threads"), arg("out"), arg("weight"));
-  cpu.def("additive_gradients", &AdditiveGradients, no_gil, arg("cells"), arg("terms"), named,
-          arg("exponentials"), arg("grads"), arg("saved"), arg("num_threads"), arg("grad_am"),
-          arg("grad_lm"));
 }
 
 py::dict BuildInfo() {
@@ -174,11 +86,9 @@ PYBIND11_MODULE(_C, m) {
       .value("silu", Activation::kSilu);
 
   BindStageStructs(m);
-  BindAdditiveStructs(m);
 
   py::module_ cpu = m.def_submodule("cpu");
   BindStages<CpuBackend>(cpu);
-  BindAdditiveScores(cpu);
   BindQuantized(m, cpu);
   cpu.def(
       "advise_huge_pages",

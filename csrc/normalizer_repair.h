@@ -43,11 +43,6 @@ template <typename T>
 void RepairNormalizerBackwardCpu(const AdditiveCells<T>& cells, const Score* normalizer,
                                  const Score* grad, int num_threads, T* grad_am, T* grad_lm);
 
-// The same on the device, on `stream`.
-template <typename T>
-void RepairNormalizerCuda(const AdditiveCells<T>& cells, void* stream, Score* normalizer);
-template <typename T>
-void RepairNormalizerBackwardCuda(const AdditiveCells<T>& cells, const Score* normalizer,
-                                  const Score* grad, void* stream, T* grad_am, T* grad_lm);
+// On CUDA, additive_scores_cuda.cu does the same inside of its stages.
 
 }  // namespace transducer

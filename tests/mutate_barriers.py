@@ -25,6 +25,13 @@ from tests import stage_calls as stages
 from tests.backends import ORDERS, ROOT, build_emulated, load_emulated
 from tests.stage_cases import kept_rows, make_case, random_scores, random_uses, score
 from transducer_toolkit.ops import native
+from transducer_toolkit.ops.additive_stages import (
+    AdditiveInputs,
+    AdditiveOptions,
+    AdditiveStages,
+    ScoreGrads,
+)
+from transducer_toolkit.ops.prune_windows import greedy_ranges
 from transducer_toolkit.ops.topology import TOPOLOGIES
 
 # __syncthreads_or(x) is x without its barrier, which is a vote too.
@@ -78,6 +85,19 @@ def run_everything() -> list[torch.Tensor]:
     for lattices in (batch, several_runs):
         for dropped_mass in (1e-6, 1e-2):
             results += kept_rows(random_uses(lattices), lattices, dropped_mass)
+    symbols = torch.randint(0, 40, (2, 70))  # many several times
+    inputs = AdditiveInputs(
+        60 * torch.randn(2, 72, 40),  # products underflow
+        60 * torch.randn(2, 5, 40),
+        symbols,
+        torch.tensor([[0, 0, 70, 5], [1, 0, 60, 4]]),
+    )
+    additive = AdditiveStages(inputs, AdditiveOptions(0, 0.5, 0.3, 0.2), with_scores=True)
+    blank, label, normalizer, product = additive.scores()
+    grads = ScoreGrads(*torch.rand(2, 2, 5, 71).double(), torch.ones(2).double())
+    results += [blank, label, *additive.gradients(product, normalizer, grads)]
+    posteriors = torch.rand(2, 70, 601), torch.rand(2, 71, 600)
+    results.append(greedy_ranges(*posteriors, torch.tensor([[0, 0, 70, 600]] * 2), 4, 3))
     return results
 
 

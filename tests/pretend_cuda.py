@@ -33,6 +33,7 @@ aten = torch.ops.aten
 # Their result, or its size, is a matter of values: a device must have finished before.
 WAITING = {"item", "tolist", "__int__", "__float__", "__bool__", "__index__", "equal", "nonzero"}
 WAITING |= {"masked_select", "argwhere", "unique", "is_nonzero"}
+ALLOCATIONS = ("aten::empty", "aten::new_empty")
 SIZED_BY_VALUES = {aten._local_scalar_dense, aten.repeat_interleave, aten.nonzero}
 
 
@@ -43,6 +44,13 @@ class Traffic:
     events: list[str] = field(default_factory=list)
     is_capturing: bool = False
     calls: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # of our operators, by name
+    operators: list[str] = field(default_factory=list)  # of torch that launch a kernel or a copy
+    first_grid: int = 0
+
+    @property
+    def num_launches(self) -> int:
+        """One for each of these operators, and the kernels of the stages; since the start."""
+        return len(self.operators) + emulated_module().num_grids() - self.first_grid
 
     def add(self, event: str) -> None:
         if self.is_capturing:
@@ -78,6 +86,8 @@ class PretendTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         note_traffic(func, args, kwargs)
+        if not is_view(func) and not func.name().startswith(ALLOCATIONS):
+            _traffic.operators.append(func.name())
         target = kwargs.get("device")
         inner = {name: value for name, value in kwargs.items() if name != "device"}
         args, inner = tree_map(unwrap, (args, inner))
@@ -89,6 +99,12 @@ class PretendTensor(Tensor):
         if target is not None and torch.device(target).type == "cpu":
             return out
         return tree_map(lambda x: PretendTensor(x) if isinstance(x, Tensor) else x, out)
+
+
+def is_view(func: Any) -> bool:
+    """Whether the result of an operator is memory of its arguments, and nothing is written."""
+    aliases = [value.alias_info for value in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def unwrap(value: Any) -> Any:
@@ -141,18 +157,24 @@ class _OnCuda(TorchFunctionMode):
                 found = func(*tree_map(unwrap, args), **kwargs)
                 return PretendTensor(found) if isinstance(found, Tensor) else found
             if name in ("contiguous", "__invert__"):  # would ask for a device before dispatch
+                if name != "contiguous" or not host.is_contiguous():
+                    _traffic.operators.append(name)
                 return PretendTensor(getattr(host, name)())
             if name == "copy_" and isinstance(args[1], PretendTensor):
                 host.copy_(args[1].host)
+                _traffic.operators.append(name)
                 return args[0]
             if name == "__getitem__":
                 index = tree_map(unwrap, args[1])
                 masks = [x for x in tree_leaves(index) if isinstance(x, Tensor) and x.dtype == BOOL]
                 if masks:
                     _traffic.add("waits: a mask")
+                if any(isinstance(x, Tensor) for x in tree_leaves(index)):
+                    _traffic.operators.append("index")
                 return PretendTensor(host[index])
-            if name == "__setitem__" and isinstance(args[1], slice):  # as above
+            if name == "__setitem__" and isinstance(args[1], (slice, tuple)):  # as above
                 host[args[1]] = unwrap(args[2])
+                _traffic.operators.append(name)
                 return None
         if name == "to":
             target = kwargs.get("device", args[1] if len(args) > 1 else None)
@@ -163,12 +185,15 @@ class _OnCuda(TorchFunctionMode):
                     return args[0].to(*rest, **kwargs) if rest or kwargs else args[0]
                 kwargs.pop("non_blocking", None)
                 _traffic.add("host to device")
+                _traffic.operators.append("copy to the device")
                 return PretendTensor(args[0].to(*rest, **kwargs).clone())
         made_on = kwargs.get("device")
         is_new = not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
         if is_new and made_on is not None and torch.device(made_on).type == "cuda":
             if name == "tensor":
                 _traffic.add("host to device: torch.tensor")
+            if not name.startswith("empty"):
+                _traffic.operators.append(name)
             return PretendTensor(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
 
@@ -178,7 +203,9 @@ def pretend_cuda() -> Iterator[Traffic]:
     """Inside, there is a CUDA device; what reaches it is written down."""
     _traffic.events.clear()
     _traffic.calls.clear()
+    _traffic.operators.clear()
     module = emulated_module()
+    _traffic.first_grid = module.num_grids()
     module.set_order(module.Order.forward, 0)
     names = {
         name: getattr(native.extension, name) for name in dir(native.extension) if name[:2] != "__"

@@ -21,8 +21,15 @@ from tests.stage_cases import (
     run_lattice,
     score,
 )
-from transducer_toolkit.ops import additive_stages, native
+from transducer_toolkit.ops import native
+from transducer_toolkit.ops.additive_stages import (
+    AdditiveInputs,
+    AdditiveOptions,
+    AdditiveStages,
+    ScoreGrads,
+)
 from transducer_toolkit.ops.lattice import CellScores, RowTile
+from transducer_toolkit.ops.prune_windows import greedy_ranges
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of single numbers that were computed in float32, and rounded to 16 bits once.
@@ -463,27 +470,82 @@ def test_bfloat16_tanh_errs_less_than_it_is_rounded(name):
 @accelerated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab_size", [2, 31, 70])
-def test_normalizer_repair(name, dtype, vocab_size):
+@pytest.mark.parametrize("scales", [(1.0, 0.0, 0.0), (0.5, 0.3, 0.2)])
+@pytest.mark.parametrize("num_symbols", [0, 3, 34])
+def test_additive_stages(name, dtype, vocab_size, scales, num_symbols):
     backend = of(name)
-    am = 200 * torch.randn(2, 5, vocab_size, dtype=dtype)
-    lm = 200 * torch.randn(2, 4, vocab_size, dtype=dtype)
-    am[0, 0] = -torch.inf  # no row of which has a sum
-    lm[1, 2, 0] = torch.nan
+    spread = torch.tensor([1.0, 200.0, 1.0])[:, None, None]  # the second needs repair
+    am = (spread * torch.randn(3, 5, vocab_size)).to(dtype)
+    contexts = (spread * torch.randn(3, num_symbols + 1 + (scales[2] > 0), vocab_size)).to(dtype)
+    am[1, 0] = -torch.inf  # no cell of it has a sum
+    contexts[1, 0, 0] = am[2, 4] = torch.nan  # the latter in the padding
     am[1, 3, 1:] = -torch.inf
-    product = torch.rand(2, 5, 4, dtype=dtype)
-    grad = torch.randn(2, 5, 4, dtype=torch.float64)
-    grad[1, :, 1] = 0
+    symbols = torch.randint(0, vocab_size, (3, num_symbols))  # many twice
+    symbols[:, 1:2] = vocab_size  # is read where it is not in the padding
+    boundary = torch.tensor([[0, 0, num_symbols, 5]] * 3)
+    boundary[2] = torch.tensor([num_symbols // 3, 1, num_symbols // 2, 4])
+    uses = torch.rand(2, 3, 5, num_symbols + 1, dtype=torch.float64)
+    uses[1, :, :, -1] = 0
+    uses[:, 1, 2, 0] = torch.nan
+    factor = torch.tensor([-1.5, 2.0, 0.5], dtype=torch.float64)
+
+    def run(device, factor):
+        inputs = AdditiveInputs(*(x.to(device) for x in (contexts, am, symbols, boundary)))
+        stage = AdditiveStages(inputs, AdditiveOptions(1, *scales), with_scores=True)
+        blank, label, normalizer, product = stage.scores()
+        grads = ScoreGrads(*(x.to(device) for x in (*uses, factor)))
+        stage = AdditiveStages(inputs, AdditiveOptions(1, *scales), with_scores=False)
+        gradients = stage.gradients(product, normalizer, grads)
+        return blank, label, normalizer, product, *gradients
+
+    masked = factor.masked_fill(torch.tensor([False, True, False]), 0.0)
+    for upstream in (factor, masked):
+        expected = run("cpu", upstream)
+        actual = in_every_order(backend, lambda factor=upstream: run(backend.device, factor))
+        names = "blank", "label", "normalizer", "product", "grad_contexts", "grad_am"
+        # Gradients are sums of up to 70 terms of about 1.
+        check_close(actual, expected, 1e-11 if dtype == torch.float64 else 3e-5, names)
+        assert expected[0].isnan().any() and expected[5][2, 4].eq(0).all()
+    assert expected[4][1].eq(0).all() and expected[5][1].eq(0).all()
+
+
+@accelerated
+def test_lattices_of_a_boundary(name):
+    """A boundary that leaves the grid gets -1 frames; a device's values are not checked."""
+    backend = of(name)
+    rows = [[0, 0, 3, 5], [1, 2, 3, 4], [0, 0, 4, 5], [0, -1, 3, 5], [2, 0, 1, 5], [0, 2**62, 1, 5]]
+    boundary = torch.tensor(rows)
+    expected = torch.tensor(
+        [[5, 2, -1, -1, -1, -1], [3, 2, 0, 0, 0, 0], [0, 29, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0]]
+    )
+
+    def run():
+        contexts, am = torch.zeros(6, 4, 7), torch.zeros(6, 5, 7)
+        tensors = contexts, am, torch.zeros(6, 3, dtype=torch.int64), boundary
+        inputs = AdditiveInputs(*(x.to(backend.device) for x in tensors))
+        options = AdditiveOptions(0, 1.0, 0.0, 0.0)
+        return (AdditiveStages(inputs, options, with_scores=True).lattices,)
+
+    assert torch.equal(in_every_order(backend, run)[0], expected)
+    assert torch.equal(in_every_order(of("cpu"), run)[0], expected)
+
+
+@accelerated
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("num_frames", [1, 33, 600])
+@pytest.mark.parametrize("width, step", [(1, 1), (3, 2), (6, 1)])
+def test_prune_windows(name, dtype, num_frames, width, step):
+    backend = of(name)
+    px_grad, py_grad = torch.rand(3, 5, num_frames + 1), torch.rand(3, 6, num_frames)
+    px_grad[0, 2], py_grad[1, 3] = torch.nan, torch.inf
+    py_grad[2] = torch.round(py_grad[2])  # of several equal masses, the lowest
+    boundary = torch.tensor([[0, 0, 5, num_frames]] * 3)
+    boundary[1] = torch.tensor([1, num_frames // 3, 4, num_frames // 2 + 1])
+    tensors = px_grad.to(dtype), py_grad.to(dtype), boundary
 
     def run(device):
-        tensors = [tensor.to(device, copy=True) for tensor in (am, lm, product, grad)]
-        normalizer = torch.full((2, 5, 4), 7.0, dtype=torch.float64, device=device)
-        additive_stages.repair_normalizer(tensors[:3], 0.6, normalizer)
-        grads = torch.ones_like(tensors[0]), torch.ones_like(tensors[1])
-        additive_stages.repair_normalizer_backward(tensors[:3], 0.6, normalizer, tensors[3], grads)
-        return normalizer, *grads
+        return (greedy_ranges(*(x.to(device) for x in tensors), width, step),)
 
-    expected = run("cpu")
-    actual = in_every_order(backend, lambda: run(backend.device))
-    names = "normalizer", "grad_am", "grad_lm"
-    check_close(actual, expected, 1e-12 if dtype == torch.float64 else 1e-6, names)
-    assert expected[0].isnan().any() and expected[0].eq(7).any()
+    expected = run("cpu")[0]
+    assert torch.equal(in_every_order(backend, lambda: run(backend.device))[0], expected)
+    assert num_frames == 1 or width == 6 or len(expected[2, :, 0].unique()) > 1

@@ -26,7 +26,8 @@ def test_a_dry_run_measures_every_row(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "timed", lambda run, prepare=tuple: (run(*prepare()), 1.0)[1])
     monkeypatch.setattr(benchmark, "kernels_of", lambda run: (run(), [Kernel("k", 1.0, 1)])[1])
     path = tmp_path / "rows.json"
-    benchmark.main([*SMALL, "--json", str(path), "--projects", "ours", "torchaudio"])
+    chosen = ["--batches", "sorted", "peaky", "unsorted", "--projects", "ours", "torchaudio"]
+    benchmark.main([*SMALL, "--json", str(path), *chosen])
     document = json.loads(path.read_text())
     assert {"device", "torch", "driver", "command", "date", "commit"} <= document.keys()
     rows = document["rows"]

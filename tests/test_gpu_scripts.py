@@ -24,7 +24,7 @@ from transducer_toolkit.ops import native
 ROOT = Path(__file__).resolve().parents[1]
 # What the GPU machine's Python does not have of what the project uses elsewhere.
 LACKING = ["hydra", "hydra_plugins", "omegaconf", "lhotse", "jiwer", "soundfile"]
-LACKING += ["espeakng_loader", "sherpa_onnx"]
+LACKING += ["espeakng_loader", "sherpa_onnx", "transformers"]
 BLOCKER = f"""
 import sys
 
@@ -35,8 +35,8 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 """
-STAGES = ["environment", "module", "parity", "first_failure", "profile", "table", "ncu"]
-STAGES += ["memcheck", "racecheck", "synccheck", "initcheck", "build_peers", "peers"]
+STAGES = ["environment", "module", "parity", "first_failure", "profile", "table", "models", "train"]
+STAGES += ["ncu", "memcheck", "racecheck", "synccheck", "initcheck", "build_peers", "peers"]
 
 # Doubles of NVIDIA's tools: they refuse unknown options, and run the command that follows.
 SANITIZER = """#!/usr/bin/env bash
@@ -144,7 +144,7 @@ def test_a_dry_run_of_everything(tree, tmp_path):
     assert done.stdout == (out / "summary.txt").read_text(), done.stderr
     summary = lines_of(done.stdout)
     assert list(summary) == STAGES, log
-    expected = {"first_failure": "absent", "racecheck": "failed 9"}
+    expected = {"first_failure": "absent", "train": "absent", "racecheck": "failed 9"}
     assert {name: line[0] for name, line in summary.items()} == {
         name: expected.get(name, "ok") for name in STAGES
     }, log
@@ -155,6 +155,8 @@ def test_a_dry_run_of_everything(tree, tmp_path):
     assert re.match(r"[1-9]\d* passed, 0 failed, 0 skipped$", figures["parity"])
     assert figures["profile"].startswith("device ms: fused bfloat16")
     assert re.search(r"torchaudio step TF32 [\d.]+; 49 of 49 rows", figures["table"])
+    assert re.match(r"ms: TDT TF32 [\d.]+; 18 of 40 rows", figures["models"])
+    assert figures["train"] == "ModuleNotFoundError: No module named 'hydra'"
     assert figures["build_peers"] == "build: none"
     assert (
         figures["ncu"]
@@ -164,10 +166,10 @@ def test_a_dry_run_of_everything(tree, tmp_path):
         assert re.match(rf"{count} findings in our kernels; .*; 3 passed, 0 failed", figures[tool])
     assert sorted(path.name for path in out.iterdir()) == [
         "gpu_benchmark.json",
+        "gpu_models.json",
         "gpu_peers.json",
         "gpu_profile.json",
         "log.txt",
-        "ncu.txt",
         "parity.xml",
         "sanitize.txt",
         "summary.txt",

@@ -169,12 +169,20 @@ class AdditiveTerms:
         *,
         num_symbols: int,
         symbols: int,
+        boundary: int,
         blank: int,
         combined_scale: float,
+        lm_only_scale: float,
         am_only_scale: float,
-        context_blank: int,
-        context_label: int,
     ) -> None: ...
+
+class AdditiveExponentials:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, am: int, lm: int, am_max: int, lm_max: int, lm_sum: int) -> None: ...
+
+class AdditiveContexts:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, blank: int, label: int, lattices: int) -> None: ...
 
 class AdditiveScoresOut:
     fields: ClassVar[tuple[str, ...]]
@@ -182,26 +190,30 @@ class AdditiveScoresOut:
 
 class AdditiveScoreGrads:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, blank: int, label: int) -> None: ...
+    def __init__(self, *, blank: int, label: int, factor: int) -> None: ...
 
-class AdditiveWeightsOut:
+class AdditiveSaved:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, normalizer: int, grad_normalizer: int) -> None: ...
+
+class PrunePosteriors:
     fields: ClassVar[tuple[str, ...]]
     def __init__(
         self,
         *,
-        grad_normalizer: int,
-        scale: int,
-        grad_context_blank: int,
-        grad_context_label: int,
+        dtype: DType,
+        num_utterances: int,
+        num_symbols: int,
+        num_frames: int,
+        px_frames: int,
+        px: int,
+        py: int,
+        boundary: int,
     ) -> None: ...
 
-class AdditiveExponentials:
+class PruneOptions:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, am: int, lm: int) -> None: ...
-
-class AdditiveSaved:
-    fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, normalizer: int, grad_normalizer: int, scale: int) -> None: ...
+    def __init__(self, *, width: int, step: int) -> None: ...
 
 # --- submodules -----------------------------------------------------------------------------------
 
@@ -283,16 +295,49 @@ class cpu:  # a module
     @staticmethod
     def join_backward_scratch(batch: LatticeBatch, tile: RowTile) -> int: ...
     @staticmethod
-    def repair_normalizer(cells: AdditiveCells, *, num_threads: int, normalizer: int) -> None: ...
-    @staticmethod
-    def repair_normalizer_backward(
+    def additive_exponentials(
         cells: AdditiveCells,
+        terms: AdditiveTerms,
         *,
-        normalizer: int,
-        grad: int,
+        num_threads: int,
+        out: AdditiveExponentials,
+        contexts: AdditiveContexts,
+    ) -> None: ...
+    @staticmethod
+    def additive_scores(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        exponentials: AdditiveExponentials,
+        contexts: AdditiveContexts,
+        num_threads: int,
+        out: AdditiveScoresOut,
+    ) -> None: ...
+    @staticmethod
+    def additive_weights(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        grads: AdditiveScoreGrads,
+        num_threads: int,
+        grad_normalizer: int,
+        weight: int,
+    ) -> None: ...
+    @staticmethod
+    def additive_gradients(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        exponentials: AdditiveExponentials,
+        grads: AdditiveScoreGrads,
+        saved: AdditiveSaved,
         num_threads: int,
         grad_am: int,
         grad_lm: int,
+    ) -> None: ...
+    @staticmethod
+    def prune_windows(
+        posteriors: PrunePosteriors, *, options: PruneOptions, num_threads: int, ranges: int
     ) -> None: ...
     @staticmethod
     def join_quantized(
@@ -313,49 +358,6 @@ class cpu:  # a module
         options: LogitsOptions,
         num_threads: int,
         out: CellScoresOut,
-    ) -> None: ...
-    @staticmethod
-    def shifted_exp(
-        *,
-        dtype: DType,
-        rows: int,
-        num_rows: int,
-        size: int,
-        num_threads: int,
-        exponentials: int,
-        max: int,
-    ) -> None: ...
-    @staticmethod
-    def additive_scores(
-        cells: AdditiveCells,
-        terms: AdditiveTerms,
-        *,
-        am_max: int,
-        lm_max: int,
-        num_threads: int,
-        out: AdditiveScoresOut,
-    ) -> None: ...
-    @staticmethod
-    def additive_weights(
-        cells: AdditiveCells,
-        terms: AdditiveTerms,
-        *,
-        grads: AdditiveScoreGrads,
-        num_threads: int,
-        out: AdditiveWeightsOut,
-        weight: int,
-    ) -> None: ...
-    @staticmethod
-    def additive_gradients(
-        cells: AdditiveCells,
-        terms: AdditiveTerms,
-        *,
-        exponentials: AdditiveExponentials,
-        grads: AdditiveScoreGrads,
-        saved: AdditiveSaved,
-        num_threads: int,
-        grad_am: int,
-        grad_lm: int,
     ) -> None: ...
     @staticmethod
     def advise_huge_pages(*, data: int, bytes: int) -> None: ...
@@ -440,16 +442,49 @@ class cuda:  # a module; without CUDA in the build it has device_count alone
     @staticmethod
     def join_backward_scratch(batch: LatticeBatch, tile: RowTile) -> int: ...
     @staticmethod
-    def repair_normalizer(cells: AdditiveCells, *, stream: int, normalizer: int) -> None: ...
-    @staticmethod
-    def repair_normalizer_backward(
+    def additive_exponentials(
         cells: AdditiveCells,
+        terms: AdditiveTerms,
         *,
-        normalizer: int,
-        grad: int,
+        stream: int,
+        out: AdditiveExponentials,
+        contexts: AdditiveContexts,
+    ) -> None: ...
+    @staticmethod
+    def additive_scores(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        exponentials: AdditiveExponentials,
+        contexts: AdditiveContexts,
+        stream: int,
+        out: AdditiveScoresOut,
+    ) -> None: ...
+    @staticmethod
+    def additive_weights(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        grads: AdditiveScoreGrads,
+        stream: int,
+        grad_normalizer: int,
+        weight: int,
+    ) -> None: ...
+    @staticmethod
+    def additive_gradients(
+        cells: AdditiveCells,
+        terms: AdditiveTerms,
+        *,
+        exponentials: AdditiveExponentials,
+        grads: AdditiveScoreGrads,
+        saved: AdditiveSaved,
         stream: int,
         grad_am: int,
         grad_lm: int,
+    ) -> None: ...
+    @staticmethod
+    def prune_windows(
+        posteriors: PrunePosteriors, *, options: PruneOptions, stream: int, ranges: int
     ) -> None: ...
 
 # --- functions ------------------------------------------------------------------------------------

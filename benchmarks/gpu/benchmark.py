@@ -253,12 +253,17 @@ def batch_rows(
     workload: DeviceWorkload,
     bandwidth: float,
     rates: dict[str, float],
-    projects: Sequence[str],
+    options: argparse.Namespace,
     deadline_s: float,
 ) -> Iterator[Row]:
-    """Yields all rows of a batch, the most valuable first."""
+    """Yields the rows of a batch that the options name, the most valuable first."""
+    projects = options.projects
     for suite in SUITES[batch]:
+        if suite not in options.suites:
+            continue
         for mode in MODES_OF.get(suite, MODES):
+            if mode not in options.modes:
+                continue
             for row in suite_rows(suite, mode, workload, projects, deadline_s):
                 if not suite.startswith("parakeet"):
                     roof_s = roofline_s(suite, workload, bandwidth, rates[mode])
@@ -280,6 +285,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--joiner-dim", type=int, default=512)
     parser.add_argument("--shorten", type=int, default=1, help="divides all lengths: a dry run")
     parser.add_argument("--batches", nargs="+", choices=SUITES, default=list(SUITES))
+    suites = sorted({suite for suites in SUITES.values() for suite in suites})
+    parser.add_argument("--suites", nargs="+", choices=suites, default=suites)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--projects", nargs="+", default=["all"], help="all, ours, torchaudio, ...")
     parser.add_argument("--peers-dir", default="", help="where peers.py has built the others")
     parser.add_argument("--json", type=Path, help="file of the rows")
@@ -311,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
     )
     for batch in options.batches:
-        for row in batch_rows(batch, workloads[batch], bandwidth, rates, options.projects, deadline_s):
+        for row in batch_rows(batch, workloads[batch], bandwidth, rates, options, deadline_s):
             record.add({"batch": batch, **row})
             print(".", end="", flush=True)
     print()

@@ -14,6 +14,7 @@ PYBIND11_MODULE(_emulated, m) {
       .value("reverse", emulation::Order::kReverse)
       .value("random", emulation::Order::kRandom);
   m.def("set_order", &emulation::SetOrder, py::arg("order"), py::arg("seed") = 0);
+  m.def("num_grids", &emulation::NumGrids);
   py::module_ cuda = m.def_submodule("cuda");
   BindStages<CudaBackend>(cuda);
 }

@@ -31,6 +31,9 @@ void SetOrder(Order order, unsigned seed);
 // warp diverge at a barrier or shuffle. Calls from several threads run one after the other.
 void RunGrid(unsigned num_blocks, unsigned num_threads, const std::function<void()>& body);
 
+// The number of calls of RunGrid, which are the launches.
+int64_t NumGrids();
+
 // Called by running threads.
 struct Site {
   const char* file;

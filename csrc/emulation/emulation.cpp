@@ -45,6 +45,7 @@ struct Machine {
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Fiber>> idle;  // between two threads' lives
   bool block_vote = false;
+  int64_t num_grids = 0;
   std::string error;
 };
 Machine machine;
@@ -192,10 +193,13 @@ void SetOrder(Order order, unsigned seed) {
   machine.random.seed(seed);
 }
 
+int64_t NumGrids() { return machine.num_grids; }
+
 void RunGrid(unsigned num_blocks, unsigned num_threads, const std::function<void()>& body) {
   TRANSDUCER_CHECK(num_threads % kWarpSize == 0 && num_threads <= 1024,
                    "CUDA emulation: blocks of whole warps only, up to 1024 threads");
   const std::lock_guard<std::mutex> lock(machine.mutex);
+  ++machine.num_grids;
   machine.body = &body;
   machine.error.clear();
   machine.threads.clear();

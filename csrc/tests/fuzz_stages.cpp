@@ -23,6 +23,7 @@
 #include "../additive_scores.h"
 #include "../occupancy.h"
 #include "../parallel.h"
+#include "../prune_windows.h"
 #include "../row_kernels.h"
 
 namespace transducer {
@@ -692,6 +693,7 @@ void Additive(Bytes* bytes) {
   const int64_t size = 1 + bytes->Below(3), frames = 1 + bytes->Below(5);
   const int64_t symbols = bytes->Below(5), vocab = 1 + bytes->Below(40);
   const double combined_scale = 0.5 * static_cast<double>(bytes->Below(3));
+  const double lm_only_scale = 0.25 * static_cast<double>(bytes->Below(2));
   const double am_only_scale = 0.25 * static_cast<double>(bytes->Below(2));
   const int64_t columns = symbols + 1 + (am_only_scale != 0);
   const auto values = [&](int64_t count) {
@@ -702,26 +704,30 @@ void Additive(Bytes* bytes) {
   const auto am = Converted<T>(values(size * frames * vocab));
   const auto lm = Converted<T>(values(size * columns * vocab));
   const auto product = Converted<T>(values(size * frames * columns));
-  const std::vector<Score> context_blank = values(size * (symbols + 1));
-  const std::vector<Score> context_label = values(size * symbols);
   const std::vector<Score> grad_blank = values(size * frames * (symbols + 1));
-  const std::vector<Score> grad_label = values(size * frames * symbols);
-  std::vector<int64_t> symbol;
-  for (int64_t i = 0; i < size * symbols; ++i) symbol.push_back(bytes->Below(vocab));
+  const std::vector<Score> grad_label = values(size * frames * (symbols + 1));
+  const std::vector<Score> factor = values(size);
+  std::vector<int64_t> symbol, boundary;
+  for (int64_t i = 0; i < size * symbols; ++i) symbol.push_back(bytes->Below(vocab + 2) - 1);
+  for (int64_t i = 0; i < size * 4; ++i) boundary.push_back(bytes->Below(8) - 1);
   const AdditiveCells<T> cells{size,      frames,    columns,        vocab,
                                am.data(), lm.data(), product.data(), T(1e-3)};
-  const AdditiveTerms terms{
-      symbols,       symbol.data(),        bytes->Below(vocab), combined_scale,
-      am_only_scale, context_blank.data(), context_label.data()};
-  std::vector<Score> scores[2][3], grads[2][3], scale[2];
+  const AdditiveTerms terms{symbols,        symbol.data(), boundary.data(), bytes->Below(vocab),
+                            combined_scale, lm_only_scale, am_only_scale};
+  std::vector<Score> scores[2][3], grads[2];
   std::vector<T> of_products[2][3];
+  std::vector<int64_t> lattices[2];
   for (const int threads : {1, 2}) {
     const int i = threads - 1;
     std::vector<T> am_exp(am.size()), lm_exp(lm.size());
     std::vector<T> am_max(static_cast<size_t>(size * frames));
     std::vector<T> lm_max(static_cast<size_t>(size * columns));
-    ShiftedExpCpu(am.data(), size * frames, vocab, threads, am_exp.data(), am_max.data());
-    ShiftedExpCpu(lm.data(), size * columns, vocab, threads, lm_exp.data(), lm_max.data());
+    std::vector<Score> lm_sum(lm_max.size()), of_blank(lm_max.size()), of_label(lm_max.size());
+    lattices[i].assign(static_cast<size_t>(4 * size), 0);
+    const AdditiveExponentials<T> exps{am_exp.data(), lm_exp.data(), am_max.data(), lm_max.data(),
+                                       lm_sum.data()};
+    const AdditiveContexts contexts{of_blank.data(), of_label.data(), lattices[i].data()};
+    AdditiveExponentialsCpu(cells, terms, threads, exps, contexts);
     for (size_t row = 0; row < am_max.size(); ++row) {
       const auto begin = am_exp.begin() + static_cast<int64_t>(row) * vocab;
       const bool has_nan = std::any_of(begin, begin + vocab, [](T x) { return std::isnan(x); });
@@ -732,30 +738,52 @@ void Additive(Bytes* bytes) {
     scores[i][0].assign(product.size(), kUnwritten);
     scores[i][1].assign(grad_blank.size(), kUnwritten);
     scores[i][2].assign(grad_label.size(), kUnwritten);
-    AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), threads,
+    AdditiveScoresCpu(cells, terms, exps, contexts, threads,
                       {scores[i][0].data(), scores[i][1].data(), scores[i][2].data()});
-    grads[i][0].assign(product.size(), kUnwritten);
-    grads[i][1].assign(context_blank.size(), kUnwritten);
-    grads[i][2].assign(context_label.size(), kUnwritten);
-    scale[i].assign(static_cast<size_t>(size), kUnwritten);
+    grads[i].assign(product.size(), kUnwritten);
     of_products[i][0].assign(product.size(), T(1));
     of_products[i][1].assign(am.size(), T(1));
     of_products[i][2].assign(lm.size(), T(1));
-    const AdditiveScoreGrads upstream{grad_blank.data(), grad_label.data()};
-    AdditiveWeightsCpu(cells, terms, upstream, threads,
-                       {grads[i][0].data(), scale[i].data(), grads[i][1].data(),
-                        grads[i][2].data()},
-                       of_products[i][0].data());
-    AdditiveGradientsCpu<T>(cells, terms, {am_exp.data(), lm_exp.data()}, upstream,
-                            {scores[i][0].data(), grads[i][0].data(), scale[i].data()}, threads,
-                            of_products[i][1].data(), of_products[i][2].data());
+    const AdditiveScoreGrads upstream{grad_blank.data(), grad_label.data(), factor.data()};
+    AdditiveWeightsCpu(cells, terms, upstream, threads, grads[i].data(), of_products[i][0].data());
+    AdditiveGradientsCpu<T>(cells, terms, exps, upstream, {scores[i][0].data(), grads[i].data()},
+                            threads, of_products[i][1].data(), of_products[i][2].data());
   }
-  REQUIRE(SameBits(scale[0], scale[1]));
+  REQUIRE(lattices[0] == lattices[1] && SameBits(grads[0], grads[1]));
+  for (const Score value : grads[0]) REQUIRE(value != kUnwritten);
   for (int k = 0; k < 3; ++k) {
-    REQUIRE(SameBits(scores[0][k], scores[1][k]) && SameBits(grads[0][k], grads[1][k]));
+    REQUIRE(SameBits(scores[0][k], scores[1][k]));
     REQUIRE(SameBits(of_products[0][k], of_products[1][k]));
     for (const Score value : scores[0][k]) REQUIRE(value != kUnwritten);
-    for (const Score value : grads[0][k]) REQUIRE(value != kUnwritten);
+  }
+}
+
+// Windows for the pruned loss: posteriors of any bits give runs of columns, the same on two threads.
+template <typename T>
+void Prune(Bytes* bytes) {
+  const int64_t size = 1 + bytes->Below(3), frames = 1 + bytes->Below(9);
+  const int64_t symbols = bytes->Below(7), px_frames = frames + bytes->Below(2);
+  const int64_t width = 1 + bytes->Below(symbols + 1), step = bytes->Below(width + 1);
+  std::vector<double> px, py;
+  for (int64_t i = 0; i < size * symbols * px_frames; ++i) px.push_back(bytes->Logit());
+  for (int64_t i = 0; i < size * (symbols + 1) * frames; ++i) py.push_back(bytes->Logit());
+  const auto px_grad = Converted<T>(px), py_grad = Converted<T>(py);
+  std::vector<int64_t> boundary;
+  for (int64_t b = 0; b < size; ++b) {
+    const int64_t s_end = bytes->Below(symbols + 1), t_end = 1 + bytes->Below(frames);
+    boundary.insert(boundary.end(), {bytes->Below(s_end + 1), bytes->Below(t_end), s_end, t_end});
+  }
+  std::vector<int64_t> ranges[2];
+  for (const int threads : {1, 2}) {
+    ranges[threads - 1].assign(static_cast<size_t>(size * frames * width), -1);
+    PruneWindowsCpu<T>({size, symbols, frames, px_frames, px_grad.data(), py_grad.data(),
+                        boundary.data()},
+                       {width, step}, threads, ranges[threads - 1].data());
+  }
+  REQUIRE(ranges[0] == ranges[1]);
+  for (size_t i = 0; i < ranges[0].size(); ++i) {
+    REQUIRE(ranges[0][i] >= 0 && ranges[0][i] <= symbols);
+    REQUIRE(i % static_cast<size_t>(width) == 0 || ranges[0][i] == ranges[0][i - 1] + 1);
   }
 }
 
@@ -765,7 +793,7 @@ void Additive(Bytes* bytes) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace transducer;
   Bytes bytes(data, size);
-  switch (bytes.Below(12)) {
+  switch (bytes.Below(14)) {
     case 0: Repair<float>(&bytes); break;
     case 1: Repair<double>(&bytes); break;
     case 2: Run<float>(MakeProblem(&bytes), &bytes); break;
@@ -777,6 +805,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 8: RunDurations<float>(MakeProblem(&bytes), &bytes); break;
     case 9: RunDurations<double>(MakeProblem(&bytes), &bytes); break;
     case 10: RunDurations<BFloat16>(MakeProblem(&bytes), &bytes); break;
+    case 11: Prune<float>(&bytes); break;
+    case 12: Prune<Half>(&bytes); break;
     default: Additive<double>(&bytes);
   }
   return 0;

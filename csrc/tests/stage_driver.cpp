@@ -61,27 +61,28 @@ int main() {
   const auto am = RandomVector<float>(3 * kFrames * kVocab, 1, 4);
   const auto lm = RandomVector<float>(3 * (kSymbols + 1) * kVocab, 1, 5);
   std::vector<float> am_exp(am.size()), lm_exp(lm.size()), am_max(am.size()), lm_max(lm.size());
-  ShiftedExpCpu(am.data(), 3 * kFrames, kVocab, 1, am_exp.data(), am_max.data());
-  ShiftedExpCpu(lm.data(), 3 * (kSymbols + 1), kVocab, 1, lm_exp.data(), lm_max.data());
   const std::vector<float> product(kCells, 9);
   const std::vector<int64_t> symbols(3 * kSymbols, 7);
-  const std::vector<Score> context(3 * (kSymbols + 1), -1);
+  std::vector<int64_t> boundary, lattices(4 * 3);
+  for (int b = 0; b < 3; ++b) boundary.insert(boundary.end(), {0, 0, kSymbols, kFrames});
   const AdditiveCells<float> cells{3,         kFrames,   kSymbols + 1,   kVocab,
                                    am.data(), lm.data(), product.data(), 1e-6F};
-  const AdditiveTerms terms{kSymbols, symbols.data(), 0, 1, 0, context.data(), context.data()};
-  std::vector<Score> norm(kCells), by_blank(kCells), by_label(kCells), scale(3);
-  std::vector<Score> sum_blank(context.size()), sum_label(context.size());
-  AdditiveScoresCpu(cells, terms, am_max.data(), lm_max.data(), 1,
+  const AdditiveTerms terms{kSymbols, symbols.data(), boundary.data(), 0, 0.75, 0.25, 0};
+  std::vector<Score> norm(kCells), by_blank(kCells), by_label(kCells), lm_sum(lm.size());
+  std::vector<Score> of_blank(lm.size()), of_label(lm.size());
+  const AdditiveExponentials<float> exps{am_exp.data(), lm_exp.data(), am_max.data(), lm_max.data(),
+                                         lm_sum.data()};
+  const AdditiveContexts contexts{of_blank.data(), of_label.data(), lattices.data()};
+  AdditiveExponentialsCpu(cells, terms, 1, exps, contexts);
+  AdditiveScoresCpu(cells, terms, exps, contexts, 1,
                     {norm.data(), by_blank.data(), by_label.data()});
-  std::vector<float> weight(kCells);
+  std::vector<float> weight(kCells), grad_am(am.size(), 1), grad_lm(lm.size(), 1);
   std::vector<Score> grad_norm(kCells);
-  const AdditiveScoreGrads upstream{by_blank.data(), by_label.data()};
-  AdditiveWeightsCpu(cells, terms, upstream, 1,
-                     {grad_norm.data(), scale.data(), sum_blank.data(), sum_label.data()},
-                     weight.data());
-  AdditiveGradientsCpu<float>(cells, terms, {am_exp.data(), lm_exp.data()}, upstream,
-                              {norm.data(), grad_norm.data(), scale.data()}, 1, am_exp.data(),
-                              lm_exp.data());
+  const std::vector<Score> factor(3, -1);
+  const AdditiveScoreGrads upstream{by_blank.data(), by_label.data(), factor.data()};
+  AdditiveWeightsCpu(cells, terms, upstream, 1, grad_norm.data(), weight.data());
+  AdditiveGradientsCpu<float>(cells, terms, exps, upstream, {norm.data(), grad_norm.data()}, 1,
+                              grad_am.data(), grad_lm.data());
   std::printf("%s %lld cells, loss %.6f\n", GetRowKernelSet().name, static_cast<long long>(rows),
               loss[0]);
   return loss[0] > 0 ? 0 : 1;

@@ -8,6 +8,7 @@ from tests.backends import accelerated, of
 from tests.losses.coarse_case import BUDGET, Case, V
 from tests.losses.test_cuda_precision import JOINT_NAMES, check_all, loss_and_grads
 from transducer_toolkit import fused_joiner_loss
+from transducer_toolkit.ops import joint_tiles
 from transducer_toolkit.ops.native import ACTIVATIONS
 from transducer_toolkit.ops.topology import TOPOLOGIES
 
@@ -89,6 +90,18 @@ def test_what_overflows_in_bfloat16_alone_is_computed_in_float32(name):
     check_all(actual[:1], expected[:1], 1e-6, ["loss"])
     check_all([actual[3], actual[4]], [expected[3], expected[4]], BUDGET, ["weight", "bias"])
     check_all([actual[2][1]], [expected[2][1]], BUDGET, ["pred"])
+
+
+@backends
+@pytest.mark.parametrize("scale", [1.0, 12.0])
+def test_a_padded_vocabulary_changes_nothing(name, scale, monkeypatch):
+    """The sums of both precisions have its columns; V is 37."""
+    case, backend = Case(scale=scale), of(name)
+    expected = case.run(backend)
+    monkeypatch.setattr(joint_tiles, "VOCAB_MULTIPLE", {"cpu": 8, "cuda": 16})
+    actual = case.run(backend)
+    check_all(actual, expected, BUDGET, JOINT_NAMES)
+    check_all(actual, case.exact(), BUDGET, JOINT_NAMES)
 
 
 @backends

@@ -110,9 +110,9 @@ def test_coarse_pass_stays_within_the_budget(kind, scale, band, coarse_pass):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_sixteen_bits_with_a_padded_vocabulary(kind, dtype, multiple, monkeypatch):
+def test_every_dtype_with_a_padded_vocabulary(kind, dtype, multiple, monkeypatch):
     monkeypatch.setattr(joint_tiles, "VOCAB_MULTIPLE", {"cpu": multiple})
     case = DurationCase(kind, width=8)
     leaves = [p.detach().to(dtype).requires_grad_() for p in case.parameters]

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from tests.losses.additive import additive_batch, boundary_row
 from transducer_toolkit import do_rnnt_pruning, get_rnnt_prune_ranges, rnnt_loss_simple
-from transducer_toolkit.ops.prune_windows import EQUAL_MASS
 from transducer_toolkit.ops.topology import K2_TOPOLOGIES
+
+pytestmark = pytest.mark.usefixtures("stages")
+EQUAL_MASS = 2.0**-20  # as in csrc/prune_windows.h
 
 
 def posteriors_of(batch, rnnt_type):
@@ -134,6 +136,25 @@ def test_ranges_obey_the_rules(parts, rnnt_type, s_range, scale, extra, index_dt
             assert results["greedy"][b, t_begin:t_end, 0].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    "rnnt_type, width", [("modified", 1), ("modified", 4), ("regular", 2), ("regular", 4)]
+)
+def test_any_masses_are_repaired(rnnt_type, width):
+    """The best windows of posteriors hardly ever go back; those of random numbers do."""
+    step = width - 1 if rnnt_type == "regular" else 1
+    row = (1, 2, 12, 38)
+    px_grad = torch.rand(1, 14, 40 + (rnnt_type == "regular"))
+    py_grad = torch.rand(1, 15, 40)
+    ranges = get_rnnt_prune_ranges(px_grad, py_grad, torch.tensor([row]), width)
+    best = [
+        max(range(16 - width), key=lambda s: window_mass(px_grad[0], py_grad[0], t, s, width))
+        for t in range(row[1], row[3])
+    ]
+    assert any(b < a for a, b in itertools.pairwise(best))
+    expected = repaired(best, row, width, step)
+    assert ranges[0, row[1] : row[3], 0].tolist() == expected
+
+
 def test_optimal_can_be_strictly_better():
     # The best window of frame 1 is far up, and the repair drags its neighbours along.
     torch.manual_seed(0)
@@ -196,6 +217,8 @@ def test_long_batches_and_dtypes(method):
     assert ranges.shape == (2, 1101, 5) and torch.equal(ranges, same)
     half = get_rnnt_prune_ranges(*(g.half() for g in grads), batch.boundary, 5, method=method)
     assert half.shape == ranges.shape
+    mixed = get_rnnt_prune_ranges(grads[0].double(), grads[1], batch.boundary, 5, method=method)
+    assert torch.equal(mixed, ranges)
 
 
 def test_range_is_raised_with_one_warning():

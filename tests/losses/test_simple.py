@@ -391,7 +391,7 @@ def test_second_derivative_is_refused():
 
 def test_opcheck_of_the_symbols():
     symbols = torch.randint(0, 5, (2, 2))
-    arguments = symbols, torch.tensor([[0, 0, 2, 4], [0, 0, 1, 3]]), 4, 5, "modified"
+    arguments = symbols, torch.tensor([[0, 0, 2, 4], [0, 0, 1, 3]]), 4, 5
     torch.library.opcheck(torch.ops.transducer_toolkit.checked_symbols, arguments)
 
 

@@ -13,10 +13,15 @@ pytestmark = pytest.mark.usefixtures("stages")
 def simple_normalizer(lm, am):
     """logsumexp_v(am[b, t, v] + lm[b, u, v]) of every cell, out of the scores of blanks."""
     symbols = torch.zeros(lm.size(0), lm.size(1) - 1, dtype=torch.int64)
-    nothing = torch.zeros(lm.size(0), lm.size(1), dtype=torch.float64)
-    inputs = AdditiveInputs(lm, am, symbols, nothing, nothing[:, 1:])
-    blank, _ = additive_scores(inputs, AdditiveOptions(0, combined_scale=1.0, am_only_scale=0.0))
-    return am[:, :, :1].double() - blank
+    boundary = whole(lm.size(0), lm.size(1) - 1, am.size(1))
+    blank, _ = additive_scores(
+        AdditiveInputs(lm, am, symbols, boundary), AdditiveOptions(0, 1.0, 0.0, 0.0)
+    )
+    return am[:, :, :1].double() + lm[:, None, :, 0].double() - blank
+
+
+def whole(num_utterances, num_symbols, num_frames):
+    return torch.tensor([[0, 0, num_symbols, num_frames]] * num_utterances)
 
 
 def grads_of(value, *tensors, weights=None):
@@ -78,37 +83,37 @@ def test_second_derivative_is_refused():
         grad.pow(2).sum().backward()
 
 
-@pytest.mark.parametrize(
-    "combined_scale, am_only_scale", [(1.0, 0.0), (0.5, 0.2), (0.0, 0.3), (0.0, 0.0)]
-)
+SCALES = [(1.0, 0.0, 0.0), (0.5, 0.3, 0.2), (0.0, 0.7, 0.3), (0.0, 1.0, 0.0), (0.0, 0.0, 0.0)]
+
+
+def formula(lm, am, symbols, blank, scales):
+    """Blank and label scores in plain torch."""
+    combined_scale, lm_only_scale, am_only_scale = scales
+    columns = symbols.size(1) + 1
+    logits = am[:, :, None] + lm[:, None]
+    scores = combined_scale * logits[:, :, :columns].log_softmax(-1)
+    scores = scores + lm_only_scale * lm[:, None, :columns].log_softmax(-1)
+    if am_only_scale > 0:
+        scores = scores + am_only_scale * logits[:, :, columns:].log_softmax(-1)
+    of_labels = symbols[:, None, :, None].expand(-1, am.size(1), -1, 1)
+    return scores[..., blank], scores[:, :, :-1].gather(3, of_labels).squeeze(3)
+
+
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [0.0, 300.0])
-def test_scores_and_gradients_are_those_of_the_formula(gap, dtype, combined_scale, am_only_scale):
-    num_columns = 4 + (am_only_scale > 0)
+def test_scores_and_gradients_are_those_of_the_formula(gap, dtype, scales):
+    num_columns = 4 + (scales[2] > 0)
     lm, am = torch.randn(2, num_columns, 7, dtype=dtype), torch.randn(2, 5, 7, dtype=dtype)
     lm[:, 1, 0] += gap
     am[:, 2, 1] += gap
     symbols = torch.tensor([[1, 6, 1], [0, 2, 3]])  # one twice, one the blank
-    context_blank, context_label = torch.randn(2, 4).double(), torch.randn(2, 3).double()
-    scales = {"combined_scale": combined_scale, "am_only_scale": am_only_scale}
-    inputs = [x.requires_grad_() for x in (lm, am, context_blank, context_label)]
+    inputs = [x.requires_grad_() for x in (lm, am)]
     actual = additive_scores(
-        AdditiveInputs(lm, am, symbols, context_blank, context_label),
-        AdditiveOptions(2, **scales),
+        AdditiveInputs(lm, am, symbols, whole(2, 3, 5)), AdditiveOptions(2, *scales)
     )
-
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    lm, am, context_blank, context_label = exact
-    normalizer = (am[:, :, None] + lm[:, None]).logsumexp(-1)
-    common = combined_scale * normalizer[:, :, :4]
-    if am_only_scale > 0:
-        common = common + am_only_scale * normalizer[:, :, 4:]
-    am_scale = combined_scale + am_only_scale
-    am_label = am.gather(2, symbols[:, None].expand(2, 5, 3))
-    expected = (
-        am_scale * am[:, :, 2:3] + context_blank[:, None] - common,
-        am_scale * am_label + context_label[:, None] - common[:, :, :3],
-    )
+    expected = formula(*exact, symbols, 2, scales)
     eps = torch.finfo(dtype).eps
     rounding = 2 * gap * torch.finfo(torch.float64).eps
     for score, expected_score in zip(actual, expected, strict=True):
@@ -127,7 +132,9 @@ def test_opcheck(gap, am_only_scale):
     lm, am = torch.randn(2, 3 + (am_only_scale > 0), 5), torch.randn(2, 4, 5)
     lm[:, 1, 0] += gap
     am[:, 2, 1] += gap
-    context = torch.randn(2, 3).double(), torch.randn(2, 2).double()
-    lm, am, *context = (x.requires_grad_() for x in (lm, am, *context))
-    arguments = lm, am, torch.tensor([[1, 1], [0, 4]]), *context, 0, 0.7, am_only_scale
-    torch.library.opcheck(torch.ops.transducer_toolkit.additive_scores, arguments)
+    lm, am = (x.requires_grad_() for x in (lm, am))
+    inputs = lm, am, torch.tensor([[1, 1], [0, 4]]), torch.tensor([[0, 0, 2, 4], [0, 1, 1, 3]])
+    options = 0, 0.7, 0.1, am_only_scale
+    ops = torch.ops.transducer_toolkit
+    torch.library.opcheck(ops.additive_scores, (*inputs, *options))
+    torch.library.opcheck(ops.additive_losses, (*inputs, *options, "modified", 0.0, True))

@@ -6,7 +6,7 @@ import torch
 
 from tests.backends import Backend, of
 from transducer_toolkit import LatticeShape, fused_joiner_loss
-from transducer_toolkit.ops import fused_joiner, joint_tiles
+from transducer_toolkit.ops import fused_joiner, joint_tiles, native
 from transducer_toolkit.ops.fused_joiner import FusedInputs, FusedPlan
 from transducer_toolkit.ops.joint_tiles import JointTiles, JointWeights, _mm_to_float32
 from transducer_toolkit.ops.lattice import LatticeBatch, Lengths
@@ -97,15 +97,16 @@ def with_padding(is_padded, run):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "emulated"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab_size", [11, 500, 517])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tile_cells", [None, 17], ids=["kept logits", "tiles"])
 def test_padded_vocabulary_changes_nothing(backend, dtype, vocab_size, bias, tile_cells):
-    """The CPU's stages give the same bits.
+    """The CPU's stages give the same bits of 16-bit numbers.
 
-    A lane of an emulated warp has other symbols to add up, so there float32 sums, and what is
-    rounded to 16 bits after them, may be different numbers.
+    torch may add up a wider product in another order. A lane of an emulated warp has other symbols
+    to add up, so there float32 sums, and what is rounded to 16 bits after them, may be different
+    numbers.
     """
     inputs = inputs_of(vocab_size, dtype, bias)
     run = lambda: losses_and_grads(*inputs, tile_cells=tile_cells)  # noqa: E731
@@ -114,12 +115,16 @@ def test_padded_vocabulary_changes_nothing(backend, dtype, vocab_size, bias, til
         padded_losses, padded_grads = with_padding(True, run)
     shape, tensors, targets = inputs
     _, exact = losses_and_grads(shape, [x.double() for x in tensors], targets)
-    if backend == "cpu":
+    if backend == "cpu" and dtype in native.SIXTEEN_BIT:
         assert torch.equal(losses, padded_losses)
         assert all(torch.equal(*pair) for pair in zip(grads, padded_grads, strict=True))
-    torch.testing.assert_close(losses, padded_losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses, padded_losses, rtol=2e-6, atol=0)
     for grad, padded, true in zip(grads, padded_grads, exact, strict=True):
         assert grad.shape == padded.shape and grad.dtype == padded.dtype
+        if dtype not in native.SIXTEEN_BIT:
+            tolerance = 5e-6 if dtype == torch.float32 else 1e-12
+            assert (padded - grad).norm() <= tolerance * grad.norm()
+            continue
         worst = (grad.double() - true).abs().max()
         rounding = torch.finfo(dtype).eps * true.abs().max()
         assert (padded.double() - true).abs().max() <= worst + rounding

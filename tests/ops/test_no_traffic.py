@@ -4,10 +4,18 @@
 import pytest
 import torch
 
+from tests.losses.additive import additive_batch, boundary_row
 from tests.losses.helpers import ragged_batch
 from tests.pretend_cuda import CUDA, gradients, pretend_cuda, to_cuda, to_host
-from transducer_toolkit import LatticeShape, fused_joiner_loss, joiner_logits, transducer_loss
-from transducer_toolkit.ops import fused_joiner, join, joint_tiles, logits_loss
+from transducer_toolkit import (
+    LatticeShape,
+    fused_joiner_loss,
+    get_rnnt_prune_ranges,
+    joiner_logits,
+    rnnt_loss_smoothed,
+    transducer_loss,
+)
+from transducer_toolkit.ops import additive, fused_joiner, join, joint_tiles, logits_loss
 from transducer_toolkit.ops.additive import pick_rows
 
 FRAMES, SYMBOLS = [6, 4, 1], [3, 0, 2]
@@ -224,3 +232,25 @@ def test_fused_loss_near_an_alignment_waits_for_nothing(monkeypatch):
         assert set(traffic.events) == {"host to device"} and len(traffic.events) <= 2
         losses = to_host(losses)
     torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("rnnt_type", ["regular", "constrained"])
+def test_simple_loss_with_a_boundary_on_the_device_is_captured(rnnt_type):
+    batch = additive_batch([boundary_row(6, 3), boundary_row(4, 0, t_begin=1)], dtype=torch.float32)
+    options = {"lm_only_scale": 0.25, "am_only_scale": 0.0, "rnnt_type": rnnt_type}
+    options |= {"reduction": "none", "return_grad": True}
+    expected, posteriors = rnnt_loss_smoothed(*batch.arguments, boundary=batch.boundary, **options)
+    wanted = torch.autograd.grad(expected.sum(), batch.am)
+    with pretend_cuda() as traffic:
+        tensors = [to_cuda(tensor) for tensor in (*batch.inputs, batch.symbols)]
+        boundary, ones = to_cuda(batch.boundary), to_cuda(torch.ones(2, dtype=torch.float64))
+        with traffic.capture():
+            loss, found = rnnt_loss_smoothed(*tensors, batch.blank, boundary=boundary, **options)
+            _, (_, grad, *_) = gradients(additive.operator, traffic, with_uses=True)(ones, 2)
+        assert traffic.events == []
+        ranges = get_rnnt_prune_ranges(*found, boundary, 3, rnnt_type=rnnt_type)
+        assert [event.split(":")[0] for event in traffic.events] == ["device to host"]
+        results = [to_host(tensor) for tensor in (loss, *found, grad, ranges)]
+    ranges = get_rnnt_prune_ranges(*posteriors, batch.boundary, 3, rnnt_type=rnnt_type)
+    for actual, exact in zip(results, (expected, *posteriors, *wanted, ranges), strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-6)

@@ -10,8 +10,15 @@ import torch
 from tests import stage_calls as stages
 from tests.pretend_cuda import CUDA, pretend_cuda, to_cuda
 from tests.stage_cases import make_case
-from transducer_toolkit.ops import additive_stages, native
+from transducer_toolkit.ops import native
+from transducer_toolkit.ops.additive_stages import (
+    AdditiveInputs,
+    AdditiveOptions,
+    AdditiveStages,
+    ScoreGrads,
+)
 from transducer_toolkit.ops.lattice import CellScores
+from transducer_toolkit.ops.prune_windows import greedy_ranges
 
 HANDLE = 0x7E57
 
@@ -73,11 +80,14 @@ def call_every_stage():
         grad_enc=grads[0],
         grad_pred=grads[1],
     )
-    product = to_cuda(torch.ones(4, 9, 6))
-    normalizer, grad = (to_cuda(torch.ones(4, 9, 6, dtype=torch.float64)) for _ in range(2))
-    joint = enc, pred, product
-    additive_stages.repair_normalizer(joint, 0.5, normalizer)
-    additive_stages.repair_normalizer_backward(joint, 0.5, normalizer, grad, grads)
+    inputs = AdditiveInputs(
+        pred, enc, *(to_cuda(torch.zeros(size, dtype=torch.int64)) for size in ((4, 5), (4, 4)))
+    )
+    additive = AdditiveStages(inputs, AdditiveOptions(0, 1.0, 0.0, 0.0), with_scores=True)
+    blank, label, normalizer, product = additive.scores()
+    additive.gradients(product, normalizer, ScoreGrads(blank, label, loss_grad))
+    posteriors = (uses.transpose(1, 2).contiguous() for uses in (label[:, :, :-1], blank))
+    greedy_ranges(*posteriors, inputs.boundary, 2, 1)
 
 
 def test_every_stage_gets_the_current_stream():

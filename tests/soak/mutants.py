@@ -242,6 +242,20 @@ MUTANTS = [
         "grad[symbols + 1] = 0 * of_frame;",
         (NORMALIZER,),
     ),
+    Mutant(
+        "the normalizer of lm alone has no gradient",
+        "csrc/additive_scores_cpu.cpp",
+        "? -terms.lm_only_scale * (of_blank[i] + of_label[i])",
+        "? -0 * terms.lm_only_scale * (of_blank[i] + of_label[i])",
+        (NORMALIZER, SIMPLE),
+    ),
+    Mutant(
+        "starts are not lowered to later ones",
+        "csrc/prune_windows_cpu.cpp",
+        "lowest = std::min(lowest, wanted);",
+        "lowest = wanted;",
+        (PRUNING,),
+    ),
     # --- Python ---
     Mutant(
         "packed lengths are not compared with the rows",
@@ -281,8 +295,8 @@ MUTANTS = [
     Mutant(
         "repair threshold of zero",
         _OPS + "additive_stages.py",
-        "return scores.size(-1) * limits.tiny / limits.eps",
-        "return 0.0 * scores.size(-1) * limits.tiny / limits.eps",
+        "threshold=am.size(2) * limits.tiny / limits.eps",
+        "threshold=0.0 * am.size(2) * limits.tiny / limits.eps",
         (NORMALIZER, SIMPLE),
     ),
     Mutant(

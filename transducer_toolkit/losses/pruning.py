@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import checks
+from transducer_toolkit.ops import checks, native
 from transducer_toolkit.ops.additive import pick_rows
 from transducer_toolkit.ops.boundary import (
     boundary_or_everything,
@@ -15,7 +15,7 @@ from transducer_toolkit.ops.boundary import (
 )
 from transducer_toolkit.ops.prune_windows import (
     feasible_width,
-    greedy_starts,
+    greedy_ranges,
     optimal_starts,
     window_mass,
 )
@@ -89,23 +89,26 @@ def get_rnnt_prune_ranges(
     topology = _check_arguments(px_grad, py_grad, boundary, s_range, rnnt_type, method)
     num_utterances, num_symbols = px_grad.shape[:2]
     num_frames = py_grad.size(2)
-    boundary = boundary_or_everything(boundary, num_utterances, num_symbols, num_frames).cpu()
+    given = boundary_or_everything(boundary, num_utterances, num_symbols, num_frames)
+    boundary = given.cpu()
     checks.check_boundary_values(
         boundary, max_targets=num_symbols, max_frames=num_frames, min_frames=1
     )
     width = feasible_width(s_range, boundary, num_symbols, topology)
     step = width - 1 if topology.labels_share_frames else 1
+    there = native.to_device(given, px_grad.device)
+    if method == "greedy":
+        return greedy_ranges(px_grad, py_grad, there, width, step)
 
-    s_begin, t_begin, s_end, t_end = boundary.to(px_grad.device).unbind(1)
+    s_begin, t_begin, s_end, t_end = there.unbind(1)
     padding = (s_end - width + 1).clamp(min=0)  # (B,)
     # A window wider than all columns from s_begin to s_end starts before s_begin.
     first = torch.minimum(s_begin, padding)
     last = torch.minimum(padding, first + step * (t_end - t_begin - 1))
     # NaN becomes 0, and infinities become finite, so that sums over frames stay finite.
     mass = window_mass(px_grad, py_grad, width).nan_to_num().clamp(-1e30, 1e30)
-    find = greedy_starts if method == "greedy" else optimal_starts
-    starts = find(mass, t_begin, t_end, first, last, step)
-    is_frame = real_frames(boundary, num_frames, px_grad.device)
+    starts = optimal_starts(mass, t_begin, t_end, first, last, step)
+    is_frame = real_frames(there, num_frames, px_grad.device)
     starts = torch.where(is_frame, starts, padding[:, None])
     return starts[:, :, None] + torch.arange(width, device=starts.device)
 

@@ -7,18 +7,14 @@ import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops.recursion import (
-    DenseScores,
-    RecursionOptions,
-    append_one,
-    lattice_losses,
-    posteriors_of_symbols_and_frames,
-)
+from transducer_toolkit.ops.additive import AdditiveLossOptions, additive_losses, additive_scores
+from transducer_toolkit.ops.additive_stages import AdditiveOptions
+from transducer_toolkit.ops.recursion import append_one, posteriors_of_symbols_and_frames
 from transducer_toolkit.ops.simple_scores import (
     SimpleInputs,
     SimpleOptions,
+    additive_inputs,
     check_inputs,
-    scores_of_cells,
 )
 
 LossAndGrads = tuple[Tensor, tuple[Tensor, Tensor]]
@@ -266,35 +262,33 @@ def _loss(
     checks.check_reduction(reduction)
     checks.check_flag(return_grad, "return_grad")
     check_inputs(inputs, options.termination_symbol)
-    lm, am = inputs.lm, inputs.am
-    checks.refuse_forward_mode(am, lm)
-    boundary = inputs.whole_boundary()
-    needs_gradient = torch.is_grad_enabled() and (lm.requires_grad or am.requires_grad)
-    blank, label = scores_of_cells(inputs, options, boundary, must_be_feasible=True)
-    if options.delay_penalty > 0:
-        label = label + _delay_penalty(boundary.to(am.device), am.size(1), options.delay_penalty)
+    checks.refuse_forward_mode(inputs.am, inputs.lm)
+    tensors, scales = additive_inputs(inputs, options, inputs.whole_boundary())
     topology = options.topology
-    # The label scores of "constrained" already include the blank that follows the label, so its
-    # recursion is that of "modified".
-    rest = "modified" if topology.label_takes_blank else topology.name
-    losses, blank_posteriors, label_posteriors = lattice_losses(
-        DenseScores(blank, label, boundary),
-        RecursionOptions(rest, open_end=False, exact=am.dtype == torch.float64),
-        with_posteriors=return_grad or needs_gradient,
+    loss_options = AdditiveLossOptions(
+        **scales, topology=topology.name, delay_penalty=float(options.delay_penalty)
     )
-    dtype = native.compute_dtype(am.dtype)
-    loss = checks.reduce_losses(losses.to(dtype), reduction)
+    result = additive_losses(tensors, loss_options, with_uses=return_grad)
+    dtype = native.compute_dtype(inputs.am.dtype)
+    loss = checks.reduce_losses(result.losses.to(dtype), reduction)
     if not return_grad:
         return loss
-    if topology.labels_share_frames:  # k2 has a column for symbols after the last frame
-        label_posteriors = append_one(label_posteriors, 1)
-    return loss, posteriors_of_symbols_and_frames(label_posteriors, blank_posteriors, dtype)
+    blank, label = result.use_blank.detach(), result.use_label.detach()[:, :, :-1]
+    if topology.label_takes_blank:  # subtract the uses of blank scores by label arcs
+        forced = torch.cat([torch.zeros_like(blank[:, :, :1]), label], 2)
+        blank = blank - forced
+    return loss, posteriors_of_symbols_and_frames(
+        label, blank, dtype, behind_the_end=topology.labels_share_frames
+    )
 
 
 def _logprobs(inputs: SimpleInputs, options: SimpleOptions) -> tuple[Tensor, Tensor]:
     check_inputs(inputs, options.termination_symbol)
     boundary = inputs.whole_boundary()
-    blank, label = scores_of_cells(inputs, options, boundary, must_be_feasible=False)
+    tensors, scales = additive_inputs(inputs, options, boundary)
+    blank, label = additive_scores(tensors, AdditiveOptions(**scales))
+    if options.topology.label_takes_blank:
+        label = label + blank[:, :, 1:]
     if options.topology.labels_share_frames:
         label = append_one(label, 1, float("-inf"))
         frames = torch.arange(label.size(1), device=label.device)
@@ -303,10 +297,3 @@ def _logprobs(inputs: SimpleInputs, options: SimpleOptions) -> tuple[Tensor, Ten
     dtype = native.compute_dtype(inputs.am.dtype)
     px, py = (scores.transpose(1, 2).to(dtype).contiguous() for scores in (label, blank))
     return px, py
-
-
-def _delay_penalty(boundary: Tensor, max_frames: int, delay_penalty: float) -> Tensor:
-    """Returns delay_penalty * ((t_end - 1) / 2 - t), (B, T, 1) float64."""
-    frames = torch.arange(max_frames, device=boundary.device)
-    middle = (boundary[:, 3, None, None] - 1).to(native.SCORE_DTYPE) / 2
-    return delay_penalty * (middle - frames[:, None])

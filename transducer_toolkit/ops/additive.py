@@ -1,14 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of all cells of an additive joiner, from one batched product of exponentials."""
+"""Scores and losses of an additive joiner, from one batched product of exponentials."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from transducer_toolkit.ops import additive_stages, native
-from transducer_toolkit.ops.additive_stages import AdditiveInputs, AdditiveOptions, AdditiveScores
+from transducer_toolkit.ops import native, stages
+from transducer_toolkit.ops.additive_stages import (
+    AdditiveInputs,
+    AdditiveOptions,
+    AdditiveStages,
+    ScoreGrads,
+)
+from transducer_toolkit.ops.boundary import check_symbols
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.registration import Backward, Derivative, NoPlan, Operator
+
+
+@dataclass(frozen=True)
+class AdditiveLossOptions(AdditiveOptions):
+    """Options of :func:`additive_losses`: those of the scores, and those of the lattice.
+
+    Attributes:
+        topology: one of K2_TOPOLOGIES.
+        delay_penalty: as in LossOptions, counted in frames of the tensor.
+    """
+
+    topology: str
+    delay_penalty: float
+
+
+class AdditivePlan(NamedTuple):
+    """Whether to compute the posteriors. Every gradient needs them."""
+
+    with_uses: bool
+
+
+class AdditiveScores(NamedTuple):
+    """Result of the operator of :func:`additive_scores`.
+
+    Attributes:
+        blank: (B, T, S + 1) float64, blank scores.
+        label: (B, T, S + 1) float64, label scores, -inf in the last column.
+        normalizer: (B, T, columns) float64, one column for each context.
+        product: (B, T, columns), the product of the exponentials.
+    """
+
+    blank: Tensor
+    label: Tensor
+    normalizer: Tensor
+    product: Tensor
+
+
+class AdditiveLosses(NamedTuple):
+    """Result of the operator of :func:`additive_losses`.
+
+    Attributes:
+        losses: (B,) float64, differentiable.
+        use_blank: (B, T, S + 1) float64, expected uses of the blank scores; zero in padding.
+        use_label: (B, T, S + 1) float64, expected uses of the label scores; likewise.
+        normalizer: as in AdditiveScores.
+        product: as in AdditiveScores.
+
+    All but the losses have no elements unless the plan wants the uses.
+    """
+
+    losses: Tensor
+    use_blank: Tensor
+    use_label: Tensor
+    normalizer: Tensor
+    product: Tensor
 
 
 def additive_scores(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, Tensor]:
@@ -16,189 +82,183 @@ def additive_scores(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[T
 
     ::
 
-        N[t, k]     = logsumexp_v(am[t, v] + contexts[k, v])
-                    = log(exp(am - max am) @ exp(contexts - max contexts)^T) + max am + max contexts
-        common      = -combined_scale * N[t, u] - am_only_scale * N[t, S + 1]
-        blank[t, u] = am_scale * am[t, blank]      + context_blank[u] + common
-        label[t, u] = am_scale * am[t, symbols[u]] + context_label[u] + common
+        N[t, k]        = logsumexp_v(am[t, v] + contexts[k, v])
+                       = log(exp(am - max am) @ exp(contexts - max contexts)^T)
+                         + max am + max contexts
+        score[t, u, v] = combined_scale * (am[t, v] + contexts[u, v] - N[t, u])
+                         + lm_only_scale * log_softmax(contexts[u])[v]
+                         + am_only_scale * (am[t, v] + contexts[S + 1, v] - N[t, S + 1])
 
-    with ``am_scale = combined_scale + am_only_scale``. A term of scale zero is omitted.
+    A term of scale zero is omitted. Rows outside of the boundary are taken for zeros and get no
+    gradient.
 
     If am and a context have their maxima at different symbols, the product may underflow. The
     normalizer of such a cell, and its gradient, are computed again, term by term.
 
     Args:
-        inputs: the tensors.
-        options: blank and the two scales.
+        inputs: the tensors. Values on the CPU are checked.
+        options: blank and the scales.
 
     Returns:
         Blank scores (B, T, S + 1) and label scores (B, T, S), float64, differentiable. A score is
-        NaN if its row of am or contexts contains NaN or +inf, or if no term of the sum is finite.
+        NaN if its row of am or contexts contains NaN or +inf, or if no term of the sum is finite,
+        or if its symbol is not in [0, V).
 
     Example:
         >>> lm, am = torch.zeros(1, 2, 5), torch.ones(1, 3, 5)
-        >>> nothing = torch.zeros(1, 2, dtype=torch.float64)
         >>> blank, label = additive_scores(
-        ...     AdditiveInputs(lm, am, torch.tensor([[4]]), nothing, nothing[:, :1]),
-        ...     AdditiveOptions(blank=0, combined_scale=1.0, am_only_scale=0.0),
+        ...     AdditiveInputs(lm, am, torch.tensor([[4]]), torch.tensor([[0, 0, 1, 3]])),
+        ...     AdditiveOptions(0, combined_scale=1.0, lm_only_scale=0.0, am_only_scale=0.0),
         ... )
         >>> blank.shape, label.shape, round(blank.exp()[0, 0, 0].item(), 4)
         (torch.Size([1, 3, 2]), torch.Size([1, 3, 1]), 0.2)
     """
-    contiguous = AdditiveInputs(
-        inputs.contexts.contiguous(),
-        inputs.am.contiguous(),
+    scores = scores_operator(_contiguous(inputs), options, NoPlan())
+    return scores.blank, scores.label[:, :, :-1]
+
+
+def additive_losses(
+    inputs: AdditiveInputs, options: AdditiveLossOptions, *, with_uses: bool
+) -> AdditiveLosses:
+    """Returns the losses of the scores of :func:`additive_scores`, differentiable.
+
+    Args:
+        inputs: as in :func:`additive_scores`. An utterance without a path is an error, if the
+            boundary is on the CPU.
+        options: those of the scores and of the lattice.
+        with_uses: the caller wants the posteriors.
+    """
+    needs_gradient = torch.is_grad_enabled() and (
+        inputs.contexts.requires_grad or inputs.am.requires_grad
+    )
+    return operator(_contiguous(inputs), options, AdditivePlan(with_uses or needs_gradient))
+
+
+def _contiguous(inputs: AdditiveInputs) -> AdditiveInputs:
+    contexts, am, symbols, boundary = inputs
+    return AdditiveInputs(
+        contexts.contiguous(), am.contiguous(), symbols.contiguous(), boundary.contiguous()
+    )
+
+
+def _validate(inputs: AdditiveInputs, topology: str) -> None:
+    check_symbols(
         inputs.symbols,
-        inputs.context_blank.contiguous(),
-        inputs.context_label.contiguous(),
+        inputs.boundary,
+        max_frames=inputs.am.size(1),
+        vocab_size=inputs.am.size(2),
+        topology=topology,
     )
-    scores = operator(contiguous, options, NoPlan())
-    return scores.blank, scores.label
 
 
-def _shifted_exp(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns exp(rows - max) and max (B, N). Subnormals, which slow products down, become 0."""
-    if additive_stages.runs_here(rows):
-        return additive_stages.shifted_exp(rows)
-    maxima = rows.amax(-1, keepdim=True)
-    exponentials = (rows - maxima).exp_()
-    return _flush(exponentials), maxima.squeeze(-1)
+# --- scores ---------------------------------------------------------------------------------------
 
 
-def _flush(values: Tensor) -> Tensor:
-    """Sets subnormals to zero in place. NaN stays NaN."""
-    return torch.ops.aten.hardshrink.out(values, torch.finfo(values.dtype).tiny, out=values)
+def _scores_forward(
+    inputs: AdditiveInputs, options: AdditiveOptions, plan: NoPlan
+) -> AdditiveScores:
+    _validate(inputs, "")
+    return AdditiveScores(*AdditiveStages(inputs, options, with_scores=True).scores())
 
 
-def _forward(inputs: AdditiveInputs, options: AdditiveOptions, plan: NoPlan) -> AdditiveScores:
-    contexts, am, symbols, context_blank, context_label = inputs
-    with torch.autocast(am.device.type, enabled=False):
-        am_exp, am_max = _shifted_exp(am)
-        lm_exp, lm_max = _shifted_exp(contexts)
-        product = torch.bmm(am_exp, lm_exp.transpose(1, 2))
-    if additive_stages.runs_here(am):
-        stages = additive_stages.AdditiveStages(inputs, product, options)
-        normalizer, blank_score, label_score = stages.scores(am_max, lm_max)
-        return AdditiveScores(blank_score, label_score, normalizer, product)
-
-    # In float64, because scores are differences of large numbers. No tensor below has an axis V.
-    score, num_symbols = native.SCORE_DTYPE, symbols.size(1)
-    normalizer = product.to(score).log()
-    normalizer += am_max.to(score)[:, :, None] + lm_max.to(score)[:, None, :]
-    lowest = additive_stages.lowest_product(am)
-    additive_stages.repair_normalizer((am, contexts, product), lowest, normalizer)
-    common = normalizer.new_zeros(am.size(0), am.size(1), num_symbols + 1)
-    if options.combined_scale != 0:
-        common -= options.combined_scale * normalizer[:, :, : num_symbols + 1]
-    if options.am_only_scale != 0:
-        common -= options.am_only_scale * normalizer[:, :, -1:]
-    blank_score = common + context_blank[:, None]
-    label_score = common[:, :, :-1] + context_label[:, None]
-    am_scale = options.combined_scale + options.am_only_scale
-    if am_scale != 0:
-        am_label = pick_rows(am.transpose(1, 2), symbols).transpose(1, 2)
-        blank_score += am_scale * am[:, :, options.blank, None].to(score)
-        label_score += am_scale * am_label.to(score)
-    return AdditiveScores(blank_score, label_score, normalizer, product)
-
-
-def _fake(inputs: AdditiveInputs, options: AdditiveOptions, plan: NoPlan) -> AdditiveScores:
-    contexts, am, symbols = inputs.contexts, inputs.am, inputs.symbols
-    size = am.size(0), am.size(1)
-    like = inputs.context_blank
+def _scores_fake(inputs: AdditiveInputs, options: AdditiveOptions, plan: NoPlan) -> AdditiveScores:
+    contexts, am, symbols, _ = inputs
+    grid = am.size(0), am.size(1), symbols.size(1) + 1
+    cells = am.size(0), am.size(1), contexts.size(1)
     return AdditiveScores(
-        like.new_empty(*size, symbols.size(1) + 1),
-        like.new_empty(*size, symbols.size(1)),
-        like.new_empty(*size, contexts.size(1)),
-        am.new_empty(*size, contexts.size(1)),
+        am.new_empty(grid, dtype=native.SCORE_DTYPE),
+        am.new_empty(grid, dtype=native.SCORE_DTYPE),
+        am.new_empty(cells, dtype=native.SCORE_DTYPE),
+        am.new_empty(cells),
     )
+
+
+def _scores_backward(call: Backward) -> dict[str, Tensor]:
+    inputs, normalizer = call.inputs, call.outputs.normalizer
+    size = *inputs.am.shape[:2], inputs.symbols.size(1) + 1
+    blank, label = (
+        grad if grad.numel() else normalizer.new_zeros(size) for grad in call.grads.values()
+    )
+    factor = torch.maximum(blank.abs().amax((1, 2)), label.abs().amax((1, 2)))
+    scale = torch.where(factor > 0, factor, 1.0)[:, None, None]
+    grads = ScoreGrads((blank / scale).contiguous(), (label / scale).contiguous(), factor)
+    stage = AdditiveStages(inputs, call.options, with_scores=False)
+    grad_contexts, grad_am = stage.gradients(call.outputs.product, normalizer, grads)
+    return {"contexts": grad_contexts, "am": grad_am}
+
+
+scores_operator = Operator(
+    "additive_scores",
+    (AdditiveInputs, AdditiveOptions, NoPlan, AdditiveScores),
+    forward=_scores_forward,
+    fake=_scores_fake,
+    derivative=Derivative(
+        backward=_scores_backward,
+        of=("contexts", "am"),
+        through=("blank", "label"),
+        unsaved=("blank", "label"),
+    ),
+    functions="get_rnnt_logprobs, get_rnnt_logprobs_smoothed",
+)
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def _forward(
+    inputs: AdditiveInputs, options: AdditiveLossOptions, plan: AdditivePlan
+) -> AdditiveLosses:
+    _validate(inputs, options.topology)
+    stage = AdditiveStages(inputs, options, with_scores=True)
+    blank, label, normalizer, product = stage.scores()
+    lattices = stage.lattices
+    del stage  # frees the exponentials
+    losses, use_blank, use_label = stages.lattice(
+        CellScores(blank, label, normalizer),
+        LatticeBatch.of_grid(lattices, blank.size(1), blank.size(2) - 1),
+        LossOptions(blank=0, topology=options.topology, delay_penalty=options.delay_penalty),
+        with_uses=plan.with_uses,
+        exact=inputs.am.dtype == torch.float64,
+    )
+    if not plan.with_uses:
+        nothing = normalizer.new_empty(0), product.new_empty(0)
+        return AdditiveLosses(losses, use_blank, use_label, *nothing)
+    size = blank.shape
+    return AdditiveLosses(losses, use_blank.view(size), use_label.view(size), normalizer, product)
+
+
+def _fake(
+    inputs: AdditiveInputs, options: AdditiveLossOptions, plan: AdditivePlan
+) -> AdditiveLosses:
+    losses = inputs.am.new_empty(inputs.am.size(0), dtype=native.SCORE_DTYPE)
+    if plan.with_uses:
+        blank, label, normalizer, product = _scores_fake(inputs, options, NoPlan())
+        return AdditiveLosses(losses, blank, label, normalizer, product)
+    empty = losses.new_empty
+    return AdditiveLosses(losses, empty(0), empty(0), empty(0), inputs.am.new_empty(0))
 
 
 def _backward(call: Backward) -> dict[str, Tensor]:
-    inputs, options = call.inputs, call.options
-    contexts, am, symbols = inputs.contexts, inputs.am, inputs.symbols
-    normalizer, product = call.outputs.normalizer, call.outputs.product
-    columns = {"blank": symbols.size(1) + 1, "label": symbols.size(1)}
-    grad_blank, grad_label = (
-        grad.contiguous() if grad.numel() else normalizer.new_zeros(*am.shape[:2], columns[name])
-        for name, grad in call.grads.items()
-    )
-    if additive_stages.runs_here(am):
-        stages = additive_stages.AdditiveStages(inputs, product, options)
-        grad, scale, weight, grad_context_blank, grad_context_label = stages.weights(
-            grad_blank, grad_label
-        )
-        (am_exp, _), (lm_exp, _) = _shifted_exp(am), _shifted_exp(contexts)
-        with torch.autocast(am.device.type, enabled=False):
-            grad_am = torch.bmm(weight, lm_exp)
-            grad_lm = torch.bmm(weight.transpose(1, 2), am_exp)
-        stages.gradients(
-            am_exp=am_exp,
-            lm_exp=lm_exp,
-            normalizer=normalizer,
-            grad_blank=grad_blank,
-            grad_label=grad_label,
-            grad_normalizer=grad,
-            scale=scale,
-            grad_am=grad_am,
-            grad_lm=grad_lm,
-        )
-        return {
-            "contexts": grad_lm,
-            "am": grad_am,
-            "context_blank": grad_context_blank,
-            "context_label": grad_context_label,
-        }
-
-    of_cell = torch.cat([grad_blank[:, :, :-1] + grad_label, grad_blank[:, :, -1:]], 2)
-    grad = -options.combined_scale * of_cell
-    if options.am_only_scale != 0:
-        grad = torch.cat([grad, -options.am_only_scale * of_cell.sum(2, keepdim=True)], 2)
-    # Scaled, because an upstream gradient of 1e30 divided by a product near the threshold would
-    # overflow float32.
-    scale = grad.abs().amax((1, 2), keepdim=True)
-    is_idle = scale == 0
-    scale = torch.where(scale > 0, scale, 1.0)
-    lowest = additive_stages.lowest_product(am)
-    weight = torch.where((product < lowest) | (grad == 0), 0.0, grad / scale / product).to(am.dtype)
-    (am_exp, _), (lm_exp, _) = _shifted_exp(am), _shifted_exp(contexts)
-    with torch.autocast(am.device.type, enabled=False):
-        grad_am = torch.bmm(weight, lm_exp).mul_(am_exp)
-        grad_lm = torch.bmm(weight.transpose(1, 2), am_exp).mul_(lm_exp)
-    scale = scale.to(am.dtype)
-    # An utterance with upstream gradient 0, such as a masked NaN loss, gets gradient 0. The
-    # products would give 0 * NaN = NaN.
-    grad_am, grad_lm = (_flush(x.mul_(scale)).masked_fill_(is_idle, 0) for x in (grad_am, grad_lm))
-    am_scale = options.combined_scale + options.am_only_scale
-    if am_scale != 0:
-        grad_am[:, :, options.blank] += (am_scale * grad_blank.sum(2)).to(am.dtype)
-        utterances = torch.arange(len(am), device=am.device)[:, None]
-        picked = (am_scale * grad_label).transpose(1, 2).to(am.dtype)
-        # Indexing, because scatter_add on CUDA adds in a random order.
-        grad_am.transpose(1, 2).index_put_((utterances, symbols), picked, accumulate=True)
-    additive_stages.repair_normalizer_backward(
-        (am, contexts, product), lowest, normalizer, grad.contiguous(), (grad_am, grad_lm)
-    )
-    return {
-        "contexts": grad_lm,
-        "am": grad_am,
-        "context_blank": grad_blank.sum(1),
-        "context_label": grad_label.sum(1),
-    }
+    saved = call.outputs
+    factor = call.grads["losses"].neg().contiguous()
+    grads = ScoreGrads(saved.use_blank, saved.use_label, factor)
+    stage = AdditiveStages(call.inputs, call.options, with_scores=False)
+    grad_contexts, grad_am = stage.gradients(saved.product, saved.normalizer, grads)
+    return {"contexts": grad_contexts, "am": grad_am}
 
 
 operator = Operator(
-    "additive_scores",
-    (AdditiveInputs, AdditiveOptions, NoPlan, AdditiveScores),
+    "additive_losses",
+    (AdditiveInputs, AdditiveLossOptions, AdditivePlan, AdditiveLosses),
     forward=_forward,
     fake=_fake,
     derivative=Derivative(
         backward=_backward,
-        of=("contexts", "am", "context_blank", "context_label"),
-        through=("blank", "label"),
-        unsaved=("blank", "label"),
+        of=("contexts", "am"),
+        through=("losses",),
+        unsaved=("losses",),
     ),
-    functions="rnnt_loss_simple, rnnt_loss_smoothed, get_rnnt_logprobs",
+    functions="rnnt_loss_simple, rnnt_loss_smoothed",
 )
 
 

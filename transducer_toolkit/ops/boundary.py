@@ -39,32 +39,48 @@ def real_columns(boundary: Tensor, num_columns: int, device: torch.device) -> Te
     return (begin <= columns) & (columns <= end)
 
 
-def _checked_symbols(
-    symbols: Tensor, boundary: Tensor, max_frames: int, vocab_size: int, topology: str
-) -> Tensor:
-    """Returns the symbols with 0 in padding, clamped to [-1, V].
+def check_symbols(
+    symbols: Tensor, boundary: Tensor, *, max_frames: int, vocab_size: int, topology: str = ""
+) -> None:
+    """Raises a ValueError that names the utterance if a value on the CPU is out of range.
 
-    If boundary and symbols are on the CPU, all values are checked; a ValueError names the
-    utterance. With topology "", the existence of a path is not checked.
+    With topology "", the existence of a path is not checked. Symbols are checked if the boundary is
+    on the CPU, too.
     """
-    if boundary.device.type == "cpu":
-        checks.check_boundary_values(
-            boundary, max_targets=symbols.size(1), max_frames=max_frames, min_frames=1
-        )
-        if topology:
-            lengths = boundary[:, 2:] - boundary[:, :2]
-            checks.check_feasible(lengths[:, 1], lengths[:, 0], topology)
-    positions = torch.arange(symbols.size(1), device=symbols.device)
-    begin, end = boundary[:, 0, None].to(symbols.device), boundary[:, 2, None].to(symbols.device)
-    real = (begin <= positions) & (positions < end)  # (B, S)
+    if boundary.device.type != "cpu":
+        return
+    checks.check_boundary_values(
+        boundary, max_targets=symbols.size(1), max_frames=max_frames, min_frames=1
+    )
+    if topology:
+        lengths = boundary[:, 2:] - boundary[:, :2]
+        checks.check_feasible(lengths[:, 1], lengths[:, 0], topology)
+    if symbols.device.type != "cpu":
+        return
     outside = (symbols < 0) | (symbols >= vocab_size)
-    if symbols.device.type == boundary.device.type == "cpu" and bool((outside & real).any()):
-        b, s = (int(i) for i in (outside & real).nonzero()[0])
+    if not bool(outside.any()):
+        return
+    outside &= real_symbols(symbols, boundary)
+    if bool(outside.any()):
+        b, s = (int(i) for i in outside.nonzero()[0])
         raise ValueError(
             f"symbols[{b}, {s}] (utterance {b}): expected a symbol in [0, {vocab_size}), "
             f"got {int(symbols[b, s])}"
         )
-    return symbols.to(torch.int64).masked_fill(~real, 0).clamp(-1, vocab_size)
+
+
+def real_symbols(symbols: Tensor, boundary: Tensor) -> Tensor:
+    """Returns the mask of the symbols of each utterance, (B, S): s_begin <= s < s_end."""
+    positions = torch.arange(symbols.size(1), device=symbols.device)
+    begin, end = boundary[:, 0, None].to(symbols.device), boundary[:, 2, None].to(symbols.device)
+    return (begin <= positions) & (positions < end)
+
+
+def _checked_symbols(symbols: Tensor, boundary: Tensor, max_frames: int, vocab_size: int) -> Tensor:
+    """Checks the symbols; returns them with 0 in padding, clamped to [-1, V]."""
+    check_symbols(symbols, boundary, max_frames=max_frames, vocab_size=vocab_size)
+    is_padding = ~real_symbols(symbols, boundary)
+    return symbols.to(torch.int64).masked_fill(is_padding, 0).clamp(-1, vocab_size)
 
 
 # A custom operator, because reading the values would break the graph of torch.compile.
@@ -72,18 +88,17 @@ torch.library.custom_op(
     "transducer_toolkit::checked_symbols",
     _checked_symbols,
     mutates_args=(),
-    schema="(Tensor symbols, Tensor boundary, SymInt max_frames, SymInt vocab_size, str topology) "
-    "-> Tensor",
+    schema="(Tensor symbols, Tensor boundary, SymInt max_frames, SymInt vocab_size) -> Tensor",
 )
 
 
 @torch.library.register_fake("transducer_toolkit::checked_symbols")
-def _checked_symbols_fake(symbols, boundary, max_frames, vocab_size, topology):
+def _checked_symbols_fake(symbols, boundary, max_frames, vocab_size):
     return symbols.new_empty(symbols.shape, dtype=torch.int64)
 
 
 def checked_symbols(
-    symbols: Tensor, boundary: Tensor, *, max_frames: int, vocab_size: int, topology: str = ""
+    symbols: Tensor, boundary: Tensor, *, max_frames: int, vocab_size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Returns symbols in [0, V), which are safe for gather, and a mask of the invalid symbols.
 
@@ -94,7 +109,7 @@ def checked_symbols(
         ValueError: if a value on the CPU is out of range; names the utterance.
     """
     safe: Tensor = torch.ops.transducer_toolkit.checked_symbols(
-        symbols.detach(), boundary, max_frames, vocab_size, topology
+        symbols.detach(), boundary, max_frames, vocab_size
     )
     if symbols.device.type == boundary.device.type == "cpu":
         return safe, None

@@ -228,13 +228,13 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
     enc, num_columns = inputs.enc, inputs.weight.size(0)
     _validate(inputs, options)
     targets, vocab_size = inputs.targets, options.vocab_size(num_columns)
-    if padded_vocab_size(enc, num_columns) > num_columns or plan.is_coarse:
+    if padded_vocab_size(enc.device, num_columns) > num_columns or plan.is_coarse:
         # A label in the padding must give a NaN loss, as any other label out of range does.
         inputs = inputs._replace(targets=targets.masked_fill(targets >= vocab_size, -1))
     batch = _lattice_batch(inputs, plan)
     scores = CellScores.zeros(batch, enc.device, options.num_extra)
     logits = native.empty(
-        _num_kept_logits(inputs, plan), padded_vocab_size(enc, num_columns), like=enc
+        _num_kept_logits(inputs, plan), padded_vocab_size(enc.device, num_columns), like=enc
     )
     # A refinement has to wait for the device, which graph capture forbids.
     is_coarse = plan.is_coarse and not native.is_capturing(enc.device)
@@ -261,15 +261,19 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
     occupancies = durations.occupancies(sums, options)
     rows, num_kept = stages.kept_rows(*occupancies, batch, dropped_mass=options.dropped_mass)
     num_cells = plan.num_rows if plan.num_cells is None else plan.num_cells
-    counts = _counts(num_cells, num_kept.sum(), 0, 0)
+    counts = _counts(num_cells, num_kept, 0, 0)
     uses = sums.use_blank, sums.use_label, sums.use_extra
     return FusedLoss(losses, scores.normalizer, *uses, rows, counts, logits, places)
 
 
 def _counts(num_fine: int, num_full: Tensor, num_low: Tensor | int, num_logits: int) -> Tensor:
-    """FusedLoss.counts, without a copy from the CPU."""
-    counts = num_fine, num_full, num_low, num_logits
-    return torch.stack([x if isinstance(x, Tensor) else num_full.new_full((), x) for x in counts])
+    """FusedLoss.counts, without a copy from the CPU; num_full is the sum of its elements."""
+    counts = num_full.new_zeros(4)
+    torch.sum(num_full, 0, out=counts[1])
+    for place, count in ((0, num_fine), (2, num_low), (3, num_logits)):
+        if isinstance(count, Tensor) or count > 0:
+            counts[place].fill_(count)
+    return counts
 
 
 def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatch) -> JointTiles:
@@ -352,7 +356,7 @@ def _fake(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedL
         index(rows),
         index(4 if plan.with_uses else 0),
         enc.new_empty(
-            _num_kept_logits(inputs, plan), padded_vocab_size(enc, inputs.weight.size(0))
+            _num_kept_logits(inputs, plan), padded_vocab_size(enc.device, inputs.weight.size(0))
         ),
         index(plan.num_rows if plan.is_coarse and plan.keep_logits else 0),
     )

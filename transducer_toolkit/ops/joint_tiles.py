@@ -40,8 +40,9 @@ SUM_PANEL_BYTES = {"cpu": 2**20}
 KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 # Narrower products are slow: at D = 8192, panels of 2 MiB took 40 % more time.
 MIN_PANEL_ROWS = 256
-# cuBLAS uses its fast 16-bit kernels only if every row begins at a multiple of 16 bytes. So the
-# tiles of a fused loss get a vocabulary that is a multiple of this.
+# cuBLAS uses its fast kernels for 16 bits and TF32 only if every row begins at a multiple of 16
+# bytes. So the tiles of a fused loss get a vocabulary that is a multiple of this, in every dtype:
+# the tiles of two precisions add to the same sums.
 VOCAB_MULTIPLE = {"cuda": 8}
 
 
@@ -64,16 +65,16 @@ def within_share_of_device(num_bytes: int, device: torch.device) -> int:
     return min(num_bytes, int(memory * TILE_SHARE_OF_DEVICE))
 
 
-def padded_vocab_size(enc: Tensor, vocab_size: int) -> int:
+def padded_vocab_size(device: torch.device, vocab_size: int) -> int:
     """Returns the number of columns of a tile's logits: V, rounded up to VOCAB_MULTIPLE."""
-    multiple = VOCAB_MULTIPLE.get(enc.device.type, 1) if enc.dtype in native.SIXTEEN_BIT else 1
+    multiple = VOCAB_MULTIPLE.get(device.type, 1)
     return -(-vocab_size // multiple) * multiple
 
 
 def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
     """Returns whether `num_rows` rows of logits fit into KEPT_LOGITS_BYTES."""
     budget = KEPT_LOGITS_BYTES.get(enc.device.type, 0)
-    row_bytes = padded_vocab_size(enc, vocab_size) * enc.element_size()
+    row_bytes = padded_vocab_size(enc.device, vocab_size) * enc.element_size()
     # Not bool(...): torch 2.4 cannot trace it for a symbolic size.
     return True if num_rows * row_bytes <= budget else False  # noqa: SIM210
 
@@ -180,7 +181,7 @@ class JointTiles:
         self._num_columns = self.vocab_size  # without padding
         self._num_durations = num_durations
         if pads_vocab:
-            self.vocab_size = padded_vocab_size(self._like, self._num_columns)
+            self.vocab_size = padded_vocab_size(weight.device, self._num_columns)
         self._panels = self._sum_panels = _panels(self.vocab_size, self.width, self._like)
         if dtype in native.SIXTEEN_BIT:
             # Adding 16-bit numbers to a float32 sum, torch makes a float32 copy of them.
@@ -308,23 +309,23 @@ class JointTiles:
         Args:
             wanted: names of the gradients.
             sums_of: the tiles of the same joiner in another precision, whose sums are used
-                instead. Only they may have padding.
+                instead.
         """
         if sums_of is not None:
-            self._wanted, self._sums = wanted, dict(sums_of._sums)
-            for name in self._sums.keys() & {"weight", "bias"}:
-                self._sums[name] = self._without_padding(self._sums[name])
+            self._wanted, self._sums = wanted, sums_of._sums
             return
         dtype = native.compute_dtype(self.joint.enc.dtype)
         enc, pred = self.joint.enc, self.joint.pred
         self._wanted = wanted
         if wanted & {"enc", "pred"}:  # one stage computes both
-            self._sums["enc"] = torch.zeros_like(enc, dtype=dtype)
-            self._sums["pred"] = torch.zeros_like(pred, dtype=dtype)
+            self._sums["enc"] = torch.empty_like(enc, dtype=dtype)
+            self._sums["pred"] = torch.empty_like(pred, dtype=dtype)
         if "weight" in wanted:
-            self._sums["weight"] = torch.zeros_like(self.weight, dtype=dtype)
+            self._sums["weight"] = torch.empty_like(self.weight, dtype=dtype)
         if "bias" in wanted:
-            self._sums["bias"] = self.weight.new_zeros(self.vocab_size, dtype=dtype)
+            self._sums["bias"] = self.weight.new_empty(self.vocab_size, dtype=dtype)
+        if self._sums:
+            torch._foreach_zero_(list(self._sums.values()))  # one launch on a GPU
 
     def backward(self, tile: RowTile, hidden: Tensor, grad_logits: Tensor) -> None:
         """Adds the gradients of a tile to the sums."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -55,22 +56,20 @@ class LatticeShape:
     _indices: dict[torch.device, Tensor] = field(init=False, repr=False)  # index() of each device
 
     def __post_init__(self) -> None:
-        frames, targets = self.logit_lengths, self.target_lengths
-        cells = frames * (targets + 1)
-        offsets = torch.zeros(frames.numel() + 1, dtype=torch.int64)
-        torch.cumsum(cells, 0, out=offsets[1:])
+        # In Python: two dozen operators of torch take several times as long for a few numbers.
+        frames, targets = self.logit_lengths.tolist(), self.target_lengths.tolist()
+        cells = (t * (u + 1) for t, u in zip(frames, targets, strict=True))
+        offsets = list(itertools.accumulate(cells, initial=0))
+        first_frames = list(itertools.accumulate(frames, initial=0))
+        index = torch.tensor([frames, targets, offsets[:-1], first_frames[:-1]])
         derived = {
-            "num_utterances": frames.numel(),
-            "max_frames": int(frames.max()),
-            "max_targets": int(targets.max()),
-            "num_frames": int(frames.sum()),
-            "num_cells": int(offsets[-1]),
-            "cell_offsets": offsets,
-            "_indices": {
-                torch.device("cpu"): torch.stack(
-                    [frames, targets, offsets[:-1], frames.cumsum(0) - frames]
-                )
-            },
+            "num_utterances": len(frames),
+            "max_frames": max(frames),
+            "max_targets": max(targets),
+            "num_frames": first_frames[-1],
+            "num_cells": offsets[-1],
+            "cell_offsets": torch.tensor(offsets),
+            "_indices": {torch.device("cpu"): index},
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -102,9 +101,8 @@ class LatticeShape:
                 f"target_lengths: expected {frames.numel()} lengths, B of logit_lengths, "
                 f"got {targets.numel()}"
             )
-        # In floating point, because an int64 product of very large lengths could overflow to a
-        # small number.
-        if (frames.double() * (targets.double() + 1)).sum() >= 2**62:
+        lengths = zip(frames.tolist(), targets.tolist(), strict=True)
+        if sum(t * (u + 1) for t, u in lengths) >= 2**62:  # of Python's integers, without overflow
             raise ValueError(
                 "logit_lengths, target_lengths: expected fewer than 2**62 cells, got up to "
                 f"{int(frames.max())} frames and {int(targets.max())} symbols"
@@ -276,9 +274,8 @@ def _lengths(lengths: Tensor | Sequence[int], name: str, *, minimum: int) -> Ten
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
     tensor = tensor.to(torch.int64, copy=True)
-    below = (tensor < minimum).nonzero()
-    if below.numel():
-        index = int(below[0])
+    if int(tensor.min()) < minimum:
+        index = int((tensor < minimum).nonzero()[0])
         raise ValueError(f"{name}[{index}]: expected at least {minimum}, got {int(tensor[index])}")
     return tensor
 
@@ -426,7 +423,7 @@ class LatticeBatch:
         self.max_frames = max_frames
         self.max_targets = max_targets
         self._num_frames, self._num_targets, self._stride = num_frames, num_targets, stride
-        tensors = {
+        tensors: dict[str, Tensor | None] = {
             "num_frames": num_frames,
             "num_targets": num_targets,
             "first_row": first_row,
@@ -435,13 +432,54 @@ class LatticeBatch:
             "windows": windows,
             "first_frame": first_frame,
         }
+        self._set_native(rows_per_utterance, tensors)
+
+    @classmethod
+    def of_grid(cls, lattices: Tensor, max_frames: int, max_targets: int) -> LatticeBatch:
+        """Returns the lattices in the padded layout (B, T, U + 1) for stage 2, without targets.
+
+        Args:
+            lattices: (4, B) int64 on the device of the stage, which AdditiveStages computes:
+                frames, symbols, first row and first frame of each utterance.
+            max_frames: T.
+            max_targets: U.
+        """
+        batch = cls.__new__(cls)
+        num_frames, num_targets, first_row, first_frame = lattices.unbind()
+        batch.num_utterances, batch.max_frames, batch.max_targets = (
+            lattices.size(1),
+            max_frames,
+            max_targets,
+        )
+        batch._num_frames, batch._num_targets, batch._stride = (
+            num_frames,
+            num_targets,
+            max_targets + 1,
+        )
+        rows_per_utterance = max_frames * (max_targets + 1)
+        batch.num_rows = batch.num_utterances * rows_per_utterance
+        batch._set_native(
+            rows_per_utterance,
+            {
+                "num_frames": num_frames,
+                "num_targets": num_targets,
+                "first_row": first_row,
+                "targets": None,
+                "band_start": None,
+                "windows": None,
+                "first_frame": first_frame,
+            },
+        )
+        return batch
+
+    def _set_native(self, rows_per_utterance: int, tensors: dict[str, Tensor | None]) -> None:
         self._keep_alive = tensors
         self.native = native.extension.LatticeBatch(
-            num_utterances=num_utterances,
-            max_frames=max_frames,
-            max_targets=max_targets,
-            num_rows=num_rows,
-            row_stride=stride,
+            num_utterances=self.num_utterances,
+            max_frames=self.max_frames,
+            max_targets=self.max_targets,
+            num_rows=self.num_rows,
+            row_stride=self._stride,
             rows_per_utterance=rows_per_utterance,
             **{name: 0 if t is None else native.address(t) for name, t in tensors.items()},
         )
@@ -543,9 +581,7 @@ class CellScores:
         """Returns zeros, into which stage 1 writes. Stage 1 does not write padding."""
         like = torch.empty(0, dtype=native.SCORE_DTYPE, device=device)
         size = batch.num_rows
-
-        def zeros(count: int) -> Tensor:
-            return native.mapped(count, like=like).zero_()
-
-        extra = zeros(size * num_extra).view(size, num_extra) if num_extra else None
-        return cls(zeros(size), zeros(size), zeros(size), extra)
+        blank, label, normalizer, *extra = native.zeros(
+            size, size, size, *([size * num_extra] if num_extra else []), like=like
+        )
+        return cls(blank, label, normalizer, extra[0].view(size, num_extra) if extra else None)

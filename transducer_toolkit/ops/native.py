@@ -194,6 +194,13 @@ def mapped(size: int, like: Tensor) -> Tensor:
     return tensor
 
 
+def zeros(*sizes: int, like: Tensor) -> list[Tensor]:
+    """Returns zeros in memory of :func:`mapped`. On a GPU, one launch fills all tensors."""
+    tensors = [mapped(size, like=like) for size in sizes]
+    torch._foreach_zero_(tensors)
+    return tensors
+
+
 def is_capturing(device: torch.device) -> bool:
     """Returns whether a CUDA graph is being captured, which forbids uploads and synchronization."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

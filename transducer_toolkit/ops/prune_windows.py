@@ -8,11 +8,72 @@ import warnings
 import torch
 from torch import Tensor
 
+from transducer_toolkit.ops import native
 from transducer_toolkit.ops.topology import Topology
 
-# Several windows of a frame may contain all of the mass. Rounding of float32 posteriors makes their
-# masses differ in the seventh digit, so differences below this value are ignored.
-EQUAL_MASS = 2.0**-20
+
+def _greedy_ranges(
+    px_grad: Tensor, py_grad: Tensor, boundary: Tensor, width: int, step: int
+) -> Tensor:
+    """Returns the ranges (B, T, R) int64 of a feasible sequence of windows.
+
+    The windows are close to the best one of each frame (csrc/prune_windows.h).
+    """
+    if px_grad.dtype != py_grad.dtype or px_grad.dtype not in native.DTYPES:
+        px_grad, py_grad = (part.to(torch.float64) for part in (px_grad, py_grad))
+    # The names keep the tensors alive.
+    px, py, boundary = px_grad.contiguous(), py_grad.contiguous(), boundary.contiguous()
+    num_utterances, num_symbols, px_frames = px.shape
+    ranges = boundary.new_empty(num_utterances, py.size(2), width)
+    with native.backend_of(px) as backend:
+        backend.stages.prune_windows(
+            native.extension.PrunePosteriors(
+                dtype=native.DTYPES[px.dtype],
+                num_utterances=num_utterances,
+                num_symbols=num_symbols,
+                num_frames=py.size(2),
+                px_frames=px_frames,
+                px=native.address(px),
+                py=native.address(py),
+                boundary=native.address(boundary),
+            ),
+            options=native.extension.PruneOptions(width=width, step=step),
+            **backend.queue,
+            ranges=native.address(ranges),
+        )
+    return ranges
+
+
+# A custom operator, because torch.compile cannot trace a call of a stage.
+torch.library.custom_op(
+    "transducer_toolkit::greedy_ranges",
+    _greedy_ranges,
+    mutates_args=(),
+    schema="(Tensor px_grad, Tensor py_grad, Tensor boundary, SymInt width, SymInt step) -> Tensor",
+)
+
+
+@torch.library.register_fake("transducer_toolkit::greedy_ranges")
+def _greedy_ranges_fake(px_grad, py_grad, boundary, width, step):
+    return boundary.new_empty(py_grad.size(0), py_grad.size(2), width)
+
+
+def greedy_ranges(
+    px_grad: Tensor, py_grad: Tensor, boundary: Tensor, width: int, step: int
+) -> Tensor:
+    """Returns the ranges (B, T, R) int64 of the method "greedy".
+
+    Args:
+        px_grad: as in :func:`~transducer_toolkit.get_rnnt_prune_ranges`.
+        py_grad: as in :func:`~transducer_toolkit.get_rnnt_prune_ranges`.
+        boundary: (B, 4) int64 on the same device.
+        width: R.
+        step: the largest increase of the start from frame to frame.
+    """
+    ranges: Tensor = torch.ops.transducer_toolkit.greedy_ranges(
+        px_grad.detach(), py_grad.detach(), boundary, width, step
+    )
+    return ranges
 
 
 def window_mass(px_grad: Tensor, py_grad: Tensor, width: int) -> Tensor:
@@ -27,17 +88,13 @@ def window_mass(px_grad: Tensor, py_grad: Tensor, width: int) -> Tensor:
     return mass.transpose(1, 2)
 
 
-def _lowest_from_here_on(values: Tensor) -> Tensor:
-    """Returns out[b, t] = min over t' >= t of values[b, t']."""
-    return values.flip(1).cummin(1).values.flip(1)
-
-
-def greedy_starts(
+def optimal_starts(
     mass: Tensor, t_begin: Tensor, t_end: Tensor, first: Tensor, last: Tensor, step: int
 ) -> Tensor:
-    """Returns a feasible sequence of starts, close to the best window of each frame.
+    """Returns the feasible sequence of largest total mass (B, T) int64, by dynamic programming.
 
-    :func:`~transducer_toolkit.get_rnnt_prune_ranges` defines "feasible".
+    :func:`~transducer_toolkit.get_rnnt_prune_ranges` defines "feasible". Among equal predecessors
+    it selects the lowest.
 
     Args:
         mass: (B, T, starts), from :func:`window_mass`.
@@ -46,28 +103,6 @@ def greedy_starts(
         first: (B,) the start of the first real frame.
         last: (B,) the start of the last real frame.
         step: the largest increase of the start from frame to frame.
-
-    Returns:
-        (B, T) int64 starts, meaningless in padding.
-    """
-    frames = torch.arange(mass.size(1), device=mass.device)
-    starts = torch.round(mass / EQUAL_MASS).argmax(2)  # argmax returns the lowest of equal starts
-    # The start of the last real frame is fixed. It is an upper bound for the frames before it.
-    starts = torch.where(frames < t_end[:, None] - 1, starts, last[:, None])
-    starts = torch.maximum(_lowest_from_here_on(starts), first[:, None])
-    # If no increase is above `step`, then step * t - start never decreases.
-    slack = _lowest_from_here_on(step * frames - starts)
-    # The first real frame starts at `first`, so frame t starts at most step * (t - t_begin) later.
-    return torch.minimum(step * frames - slack, first[:, None] + step * (frames - t_begin[:, None]))
-
-
-def optimal_starts(
-    mass: Tensor, t_begin: Tensor, t_end: Tensor, first: Tensor, last: Tensor, step: int
-) -> Tensor:
-    """Returns the feasible sequence of largest total mass (B, T), by dynamic programming.
-
-    Among equal predecessors it selects the lowest. The arguments are those of
-    :func:`greedy_starts`.
     """
     num_utterances, num_frames, num_starts = mass.shape
     impossible = mass.new_full((num_utterances, num_starts), float("-inf"))
@@ -95,21 +130,24 @@ def optimal_starts(
 
 
 def feasible_width(s_range: int, boundary: Tensor, num_symbols: int, topology: Topology) -> int:
-    """Returns R, raised to the minimum of all utterances with a warning, and at most S + 1."""
-    symbols, frames = (boundary[:, 2:] - boundary[:, :2]).unbind(1)
-    needed = torch.ones_like(symbols)
-    if topology.labels_share_frames:
-        # T frames with an increase of at most R - 1 must reach column U: (R - 1) * T >= U.
-        needed = torch.div(symbols - 1, frames, rounding_mode="floor") + 2
-    elif topology.label_takes_blank:  # a label uses the blank of the next column
-        needed = needed + (symbols > 0)
-    utterance = int(needed.argmax())
-    width = max(s_range, int(needed[utterance]))
-    if width > s_range:
+    """Returns R, raised to the minimum of all utterances with a warning, and at most S + 1.
+
+    The boundary is on the CPU.
+    """
+    width, reason = s_range, ""
+    for b, (s_begin, t_begin, s_end, t_end) in enumerate(boundary.tolist()):
+        symbols, frames, needed = s_end - s_begin, t_end - t_begin, 1
+        if topology.labels_share_frames:
+            # T frames with an increase of at most R - 1 must reach column U: (R - 1) * T >= U.
+            needed = (symbols - 1) // frames + 2
+        elif topology.label_takes_blank:  # a label uses the blank of the next column
+            needed += symbols > 0
+        if needed > width:
+            width, reason = needed, f"utterance {b} ({symbols} symbols, {frames} frames)"
+    if reason:
         warnings.warn(
-            f"s_range: utterance {utterance} ({int(symbols[utterance])} symbols, "
-            f"{int(frames[utterance])} frames) needs at least {width} for rnnt_type "
-            f"{topology.name!r}, got {s_range}: using {width}",
+            f"s_range: {reason} needs at least {width} for rnnt_type {topology.name!r}, "
+            f"got {s_range}: using {width}",
             stacklevel=3,
         )
     return min(width, num_symbols + 1)

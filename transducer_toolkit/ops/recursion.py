@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator that runs stage 2 on dense scores (B, T, S + 1), for the k2-compatible losses."""
+"""Stage 2 on dense scores (B, T, S + 1), as an operator, for mutual_information_recursion."""
 
 from __future__ import annotations
 
@@ -208,19 +208,32 @@ operator = Operator(
         unsaved=("blank", "label", "boundary", "losses"),
         shapes={"blank": "blank_posteriors", "label": "label_posteriors"},
     ),
-    functions="mutual_information_recursion, rnnt_loss_*",
+    functions="mutual_information_recursion, joint_mutual_information_recursion",
 )
 
 
 def posteriors_of_symbols_and_frames(
-    label_posteriors: Tensor, blank_posteriors: Tensor, dtype: torch.dtype
+    label_posteriors: Tensor,
+    blank_posteriors: Tensor,
+    dtype: torch.dtype,
+    *,
+    behind_the_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Returns px_grad (B, S, frames) and py_grad (B, S + 1, T), the transposed posteriors."""
-    px_grad, py_grad = (
-        posteriors.detach().transpose(1, 2).to(dtype).contiguous()
-        for posteriors in (label_posteriors, blank_posteriors)
-    )
-    return px_grad, py_grad
+    """Returns px_grad (B, S, frames) and py_grad (B, S + 1, T), the transposed posteriors.
+
+    With `behind_the_end`, px_grad has one more column, which is zero.
+    """
+
+    def transposed(posteriors: Tensor, num_more: int) -> Tensor:
+        num_utterances, num_frames, num_columns = posteriors.shape
+        size = num_utterances, num_columns, num_frames + num_more
+        out = posteriors.new_empty(size, dtype=dtype)
+        if num_more:
+            out[:, :, num_frames:] = 0
+        out[:, :, :num_frames] = posteriors.detach().transpose(1, 2)
+        return out
+
+    return transposed(label_posteriors, int(behind_the_end)), transposed(blank_posteriors, 0)
 
 
 def append_one(tensor: Tensor, dim: int, value: float = 0.0) -> Tensor:

@@ -14,6 +14,7 @@ and by one that names the outputs, a NamedTuple of Tensor. The schema is generat
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -113,6 +114,8 @@ class Operator(Generic[InputsT, OptionsT, PlanT, OutputsT]):
         self.forward, self.fake, self.backward = forward, fake, derivative.backward
         self._fields = [_fields(type_) for type_ in types]
         self._option_names = tuple(self._fields[1])
+        # Options check their values, each time that they are made; typed, because 1 == True.
+        self._make_options = functools.lru_cache(maxsize=64, typed=True)(self.options_type)
         # Where the arguments of the operator that are inputs, options and plan end.
         self._ends = tuple(itertools.accumulate(len(fields) for fields in self._fields[:3]))
         inputs, _, _, outputs = (tuple(fields) for fields in self._fields)
@@ -139,7 +142,7 @@ class Operator(Generic[InputsT, OptionsT, PlanT, OutputsT]):
         end_inputs, end_options, end_plan = self._ends
         return (
             self.inputs_type(*values[:end_inputs]),
-            self.options_type(*values[end_inputs:end_options]),
+            self._make_options(*values[end_inputs:end_options]),
             self.plan_type(*values[end_options:end_plan]),
             values[end_plan:],
         )

@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blank and label scores of the simple and the smoothed loss, without logits."""
+"""The arguments of the simple and the smoothed loss, and what the additive joiner gets of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from transducer_toolkit.ops import checks, native
-from transducer_toolkit.ops.additive import additive_scores
-from transducer_toolkit.ops.additive_stages import AdditiveInputs, AdditiveOptions
-from transducer_toolkit.ops.boundary import (
-    boundary_or_everything,
-    checked_symbols,
-    real_columns,
-    real_frames,
-)
+from transducer_toolkit.ops.additive_stages import AdditiveInputs
+from transducer_toolkit.ops.boundary import boundary_or_everything, real_columns
 from transducer_toolkit.ops.topology import TOPOLOGIES, Topology, get_topology
 
 
@@ -78,77 +72,36 @@ class SimpleOptions:
         return TOPOLOGIES[self.rnnt_type]
 
 
-def scores_of_cells(
-    inputs: SimpleInputs, options: SimpleOptions, boundary: Tensor, *, must_be_feasible: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns blank scores (B, T, S + 1) and label scores (B, T, S), float64.
-
-    In "constrained", a label score includes the score of the blank that follows the label.
+def additive_inputs(
+    inputs: SimpleInputs, options: SimpleOptions, boundary: Tensor
+) -> tuple[AdditiveInputs, dict[str, Any]]:
+    """Returns the inputs of the additive joiner's operators, and the fields of AdditiveOptions.
 
     Args:
         inputs: the tensors, checked.
         options: the options.
         boundary: (B, 4) int64.
-        must_be_feasible: whether an utterance without a path is an error.
-
-    Raises:
-        ValueError: if a symbol or a boundary on the CPU is out of range, or an utterance has no
-            path.
     """
-    lm, am, symbols, _ = inputs
-    termination_symbol = options.termination_symbol
-    lm_only_scale, am_only_scale = options.lm_only_scale, options.am_only_scale
-    symbols, is_invalid = checked_symbols(
-        symbols,
-        boundary,
-        max_frames=am.size(1),
-        vocab_size=am.size(2),
-        topology=options.rnnt_type if must_be_feasible else "",
-    )
-    # Zero the padding before any product or reduction, because 0 * NaN is NaN.
-    is_context = real_columns(boundary, lm.size(1), lm.device)  # (B, S + 1)
-    is_frame = real_frames(boundary, am.size(1), am.device)  # (B, T)
-    dtype = native.compute_dtype(am.dtype)
-    lm = _zero_padding(lm.to(dtype), is_context)
-    am = _zero_padding(am.to(dtype), is_frame)
-
-    # Scores of blank (B, S + 1) and label (B, S) that depend on the context but not on the frame.
-    lm_blank = lm[:, :, termination_symbol].to(native.SCORE_DTYPE)
-    lm_label = lm[:, :-1].gather(2, symbols[:, :, None]).squeeze(2).to(native.SCORE_DTYPE)
-    of_blank, of_label, contexts = [], [], lm
-    combined_scale = 1.0 - lm_only_scale - am_only_scale
+    dtype = native.compute_dtype(inputs.am.dtype)
+    lm, am = inputs.lm.to(dtype), inputs.am.to(dtype)
+    combined_scale = 1.0 - options.lm_only_scale - options.am_only_scale
     if combined_scale < 1e-6:  # rounding: the sum of the others may be slightly above or below 1
         combined_scale = 0.0
-    # Omit terms of scale zero, because 0 * -inf is NaN.
-    if combined_scale > 0:
-        of_blank.append(combined_scale * lm_blank)
-        of_label.append(combined_scale * lm_label)
-    if lm_only_scale > 0 or am_only_scale > 0:
-        normalizer = _log_sum_exp(lm)  # (B, S + 1)
-    if lm_only_scale > 0:
-        of_blank.append(lm_only_scale * (lm_blank - normalizer))
-        of_label.append(lm_only_scale * (lm_label - normalizer[:, :-1]))
-    if am_only_scale > 0:
-        prior = _log_mean_softmax(lm, normalizer[:, :, None], is_context)  # (V,)
+    contexts = lm
+    if options.am_only_scale > 0:
+        # Zero the padding before any reduction, because 0 * NaN is NaN.
+        is_context = real_columns(boundary, lm.size(1), lm.device)  # (B, S + 1)
+        real = _zero_padding(lm, is_context)
+        prior = _log_mean_softmax(real, _log_sum_exp(real)[:, :, None], is_context)  # (V,)
         contexts = torch.cat([lm, prior.expand(lm.size(0), 1, -1)], 1)
-        of_prior = am_only_scale * prior.to(native.SCORE_DTYPE)
-        of_blank.append(of_prior[termination_symbol].expand_as(lm_blank))
-        of_label.append(of_prior[symbols])
-    blank, label = additive_scores(
-        AdditiveInputs(
-            contexts,
-            am,
-            symbols,
-            sum(of_blank[1:], of_blank[0]),
-            sum(of_label[1:], of_label[0]),
-        ),
-        AdditiveOptions(termination_symbol, combined_scale, float(am_only_scale)),
-    )
-    if is_invalid is not None:
-        label = label.masked_fill(is_invalid[:, None, :], float("nan"))
-    if options.topology.label_takes_blank:
-        label = label + blank[:, :, 1:]
-    return blank, label
+    scales = {
+        "blank": options.termination_symbol,
+        "combined_scale": combined_scale,
+        "lm_only_scale": float(options.lm_only_scale),
+        "am_only_scale": float(options.am_only_scale),
+    }
+    symbols = inputs.symbols.detach().to(torch.int64)
+    return AdditiveInputs(contexts, am, symbols, boundary), scales
 
 
 def _zero_padding(rows: Tensor, is_real: Tensor) -> Tensor:

@@ -212,9 +212,8 @@ def lattice(
     """
     blank, label = scores.blank, scores.label
     loss = blank.new_empty(batch.num_utterances)
-    use_blank, use_label = (
-        native.mapped(batch.num_rows if with_uses else 0, like=blank).zero_() for _ in range(2)
-    )
+    size = batch.num_rows if with_uses else 0
+    use_blank, use_label = native.zeros(size, size, like=blank)
     with native.backend_of(blank) as backend:
         topology = _native_topology(options)
         num_bytes = backend.stages.lattice_scratch(
