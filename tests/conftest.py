@@ -22,6 +22,7 @@ def pytest_collection():
     finally:
         gc.enable()
         gc.freeze()  # what is imported is no garbage: each collection would look at all of it
+        gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

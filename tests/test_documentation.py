@@ -18,8 +18,9 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
+from tests.cli.conftest import compose_for_signs
 from tests.pretend_cuda import CUDA, pretend_cuda, to_cuda
-from transducer_toolkit.cli import run_folder
+from transducer_toolkit.cli import component_arguments, run_folder
 from transducer_toolkit.cli.component_arguments import with_signs
 from transducer_toolkit.cli.hints import _keys
 from transducer_toolkit.cli.train import _fit_defaults
@@ -331,7 +332,8 @@ def compose_like_hydra(config_name, words):
 
 
 @pytest.mark.parametrize(("name", "words", "is_whole"), COMMANDS)
-def test_command_lines_are_right(name, words, is_whole, tmp_path):
+def test_command_lines_are_right(name, words, is_whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(component_arguments, "compose", compose_for_signs)
     if words == ["trainer.max_epoch=3"]:  # docs/scale.md shows what a misspelt key gets
         with pytest.raises(Exception, match=r"Could not override 'trainer\.max_epoch'"):
             compose_like_hydra(name, words)
