@@ -43,7 +43,8 @@ PRELOADED = (
     *("transducer_toolkit.inference.recognizer", "transducer_toolkit.export"),
 )
 # Beginnings of the variables that are read when Python or a package starts.
-STARTUP = ("PYTHON", "LC_", "LANG", "LD_", "OMP_", "MKL_", "HOME", "XDG_", "TMP", "MPL", "HF_")
+STARTUP = ("PYTHON", "LC_", "LANG", "LD_", "HOME", "XDG_", "TMP", "OMP_", "MKL_", "MPL", "HF_")
+STARTUP += ("PYTORCH_", "TORCH_LOGS", "TORCHINDUCTOR_")
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def python() -> str:
 def serve(executable: str, descriptor: str) -> list[str]:
     """Answer the requests of fork_client.py. Returns in each fork, with the arguments to run."""
     listener, input_ = socket.socket(fileno=int(descriptor)), os.fdopen(os.dup(0), "rb", 0)
-    before = set(sys.modules)
+    before, own = set(sys.modules), dict(os.environb)
     atexit.register(lambda: _leak(set(preloaded) - before))  # after all others, as it is the first
     for name in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # of an extra
@@ -87,7 +88,8 @@ def serve(executable: str, descriptor: str) -> list[str]:
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has only the thread that forks"
     gc.collect()
     gc.freeze()  # else a collection in a fork copies every page
-    own = _at_startup(os.environb)
+    by_imports = {name: value for name, value in os.environb.items() if own.get(name) != value}
+    startup = _at_startup(own | by_imports)
     clients: dict[int, socket.socket] = {}  # those whose forks run
     selector = selectors.DefaultSelector()
     selector.register(input_, selectors.EVENT_READ)
@@ -98,10 +100,15 @@ def serve(executable: str, descriptor: str) -> list[str]:
                 sys.exit()
             elif key.fileobj is listener:
                 client, _ = listener.accept()
-                head, streams, _, _ = socket.recv_fds(client, 20, 4)
-                with client.makefile("rb") as rest:
-                    arguments, is_unbuffered, environment = marshal.loads(rest.read(int(head)))
-                pid = os.fork() if _at_startup(environment) == own else None
+                try:
+                    head, streams, _, _ = socket.recv_fds(client, 20, 4)
+                    with client.makefile("rb") as rest:
+                        arguments, is_unbuffered, environment = marshal.loads(rest.read(int(head)))
+                except (OSError, ValueError, EOFError):  # it was killed
+                    client.close()
+                    continue
+                environment |= by_imports
+                pid = os.fork() if _at_startup(environment) == startup else None
                 if pid == 0:
                     for one in list(selector.get_map().values()):
                         one.fileobj.close()
@@ -111,7 +118,8 @@ def serve(executable: str, descriptor: str) -> list[str]:
                     return list(arguments)
                 for stream in streams:
                     os.close(stream)
-                client.sendall(b"%20d" % (pid or 0))
+                with contextlib.suppress(OSError):
+                    client.sendall(b"%20d" % (pid or 0))
                 if pid:
                     clients[pid] = client
                     end = os.fdopen(os.pidfd_open(pid), "rb", 0)
@@ -119,7 +127,9 @@ def serve(executable: str, descriptor: str) -> list[str]:
                     selector.register(client, selectors.EVENT_READ, pid)
             elif key.data in clients and key.fileobj is clients[key.data]:  # it was killed
                 selector.unregister(key.fileobj)
-                os.killpg(key.data, signal.SIGKILL)
+                for kill in (os.killpg, os.kill):  # it may have no group yet
+                    with contextlib.suppress(ProcessLookupError):
+                        kill(key.data, signal.SIGKILL)
             elif key.data in clients:
                 selector.unregister(key.fileobj)
                 key.fileobj.close()
