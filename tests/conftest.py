@@ -63,7 +63,7 @@ def _fixed_seed_and_threads():
 def stages(request):
     """Runs a test of tensors on the CPU twice: with the CPU's stages, and with emulated CUDA's."""
     if request.param == "emulated" and request.node.get_closest_marker("not_emulated"):
-        pytest.skip("too slow with emulated stages")
+        pytest.skip("too slow with emulated stages, or the same")
     with Backend(request.param).active():
         yield
 

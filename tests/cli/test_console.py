@@ -228,12 +228,12 @@ def checkpoint(trained):
     return trained / "checkpoints" / "best.ckpt"
 
 
-def closed_pipe(command, *arguments, cwd, executable=None):
+def closed_pipe(command, *arguments, cwd):
     """Exit status and standard error of a command whose output nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
     with subprocess.Popen(
-        [executable or python(), "-m", f"transducer_toolkit.cli.{command}", *map(str, arguments)],
+        [python(), "-m", f"transducer_toolkit.cli.{command}", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TRANSDUCER_TOOLKIT_RUN_ID": "run"},
         cwd=cwd,
         stdout=writer,
@@ -257,8 +257,7 @@ def test_a_closed_pipe_ends_an_alignment(checkpoint, tones, tmp_path):
 
 
 def test_a_training_survives_a_closed_pipe(train_overrides, tmp_path):
-    options = [*train_overrides, "name=pipe"]
-    err, status = closed_pipe("train", *options, cwd=tmp_path, executable=sys.executable)
+    err, status = closed_pipe("train", *train_overrides, "name=pipe", cwd=tmp_path)
     assert status == 0 and "rror" not in err
     run = tmp_path / "outputs" / "pipe" / "run"
     assert json.loads((run / "results.json").read_text())["optimizer_steps"] == 8
