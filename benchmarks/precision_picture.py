@@ -27,10 +27,9 @@ def precision_of_cells(model: TinyTransducer, batch: Batch) -> Tensor:
     inputs = FusedInputs(enc, pred, model.output.weight, model.output.bias, targets, *shape.lengths)
     plan = FusedPlan(shape.num_cells, keep_logits=False, with_uses=True, is_coarse=True)
     result = operator(inputs, FusedOptions(blank=0), plan)
-    num_full, num_low = int(result.num_full), int(result.num_low)
     classes = torch.zeros(shape.num_cells)
-    classes[result.rows[:num_full]] = 2
-    classes[result.rows[num_full : num_full + num_low]] = 1
+    classes[result.rows[: int(result.num_full)]] = 2
+    classes[result.low_rows[: int(result.num_low)]] = 1
     return classes.view(shape.max_frames, -1)
 
 

@@ -14,6 +14,7 @@
 #include "bind_struct.h"
 #include "cell_scores.h"
 #include "check.h"
+#include "coarse_to_fine.h"
 #include "duration_lattice.h"
 #include "joint_tile.h"
 #include "lattice.h"
@@ -157,8 +158,11 @@ struct CpuBackend {
   static constexpr auto kLattice = &LatticeCpu;
   static constexpr auto kDurationLattice = &DurationLatticeCpu;
   static constexpr auto kKeptRows = &KeptRowsCpu;
+  static constexpr auto kReplaceScores = &ReplaceScoresCpu;
+  static constexpr auto kRowWeights = &RowWeightsCpu;
   static constexpr auto kLatticeScratch = &LatticeScratchCpu;
   static constexpr auto kKeptRowsScratch = &KeptRowsScratchCpu;
+  static constexpr auto kRowWeightsScratch = &RowWeightsScratchCpu;
   static constexpr auto kJoinBackwardScratch = &JoinBackwardScratchCpu;
 
   static Queue QueueOf(Address num_threads) { return static_cast<int>(num_threads); }
@@ -188,8 +192,11 @@ struct CudaBackend {
   static constexpr auto kLattice = &LatticeCuda;
   static constexpr auto kDurationLattice = &DurationLatticeCuda;
   static constexpr auto kKeptRows = &KeptRowsCuda;
+  static constexpr auto kReplaceScores = &ReplaceScoresCuda;
+  static constexpr auto kRowWeights = &RowWeightsCuda;
   static constexpr auto kLatticeScratch = &LatticeScratchCuda;
   static constexpr auto kKeptRowsScratch = &KeptRowsScratchCuda;
+  static constexpr auto kRowWeightsScratch = &RowWeightsScratchCuda;
   static constexpr auto kJoinBackwardScratch = &JoinBackwardScratchCuda;
 
   static Queue QueueOf(Address stream) { return As<void>(stream); }
@@ -223,6 +230,19 @@ template <typename Backend>
 void KeptRows(const LatticeBatch& batch, const Uses& uses, double dropped_mass, Address queue,
               Address scratch, const KeptRowsOut& out) {
   Backend::kKeptRows(batch, uses, dropped_mass, Backend::QueueOf(queue), As<void>(scratch), out);
+}
+
+template <typename Backend>
+void ReplaceScores(const LatticeBatch& batch, const RowTile& tile, const FineScores& fine,
+                   int64_t first_place, Address queue, const RefinedOut& out) {
+  Backend::kReplaceScores(batch, tile, fine, first_place, Backend::QueueOf(queue), out);
+}
+
+template <typename Backend>
+void RowWeights(const LatticeBatch& batch, const RowWeightsIn& inputs, const LogitsOptions& logits,
+                const RowWeightsOptions& options, Address queue, Address scratch, Address weight) {
+  Backend::kRowWeights(batch, inputs, logits, options, Backend::QueueOf(queue), As<void>(scratch),
+                       As<Score>(weight));
 }
 
 template <typename Backend>
@@ -331,7 +351,8 @@ inline void BindStageStructs(pybind11::module_& m) {
                            FieldOf("first_frame", &LatticeBatch::first_frame));
   BindStruct<RowTile>(m, "RowTile", FieldOf("rows", &RowTile::rows),
                       FieldOf("begin", &RowTile::begin), FieldOf("size", &RowTile::size),
-                      FieldOf("whole_logits", &RowTile::whole_logits));
+                      FieldOf("whole_logits", &RowTile::whole_logits),
+                      FieldOf("places", &RowTile::places));
   BindStruct<AnyLogitRows>(m, "LogitRows", FieldOf("dtype", &AnyLogitRows::dtype),
                            FieldOf("data", &AnyLogitRows::data),
                            FieldOf("vocab_size", &AnyLogitRows::vocab_size),
@@ -365,10 +386,38 @@ inline void BindStageStructs(pybind11::module_& m) {
                      FieldOf("use_label", &ArcOut::use_label));
   m.attr("MAX_DURATIONS") = kMaxDurations;
   m.attr("MAX_BIG_BLANKS") = kMaxBigBlanks;
-  BindStruct<Uses>(m, "Uses", FieldOf("blank", &Uses::blank), FieldOf("label", &Uses::label));
+  BindStruct<Uses>(m, "Uses", FieldOf("blank", &Uses::blank), FieldOf("label", &Uses::label),
+                   FieldOf("taken_blank", &Uses::taken_blank),
+                   FieldOf("taken_label", &Uses::taken_label),
+                   FieldOf("taken_lowest", &Uses::taken_lowest));
   BindStruct<KeptRowsOut>(m, "KeptRowsOut", FieldOf("rows", &KeptRowsOut::rows),
                           FieldOf("num_kept", &KeptRowsOut::num_kept),
-                          FieldOf("dropped", &KeptRowsOut::dropped));
+                          FieldOf("dropped", &KeptRowsOut::dropped),
+                          FieldOf("lowest", &KeptRowsOut::lowest),
+                          FieldOf("total", &KeptRowsOut::total));
+  BindStruct<FineScores>(m, "FineScores", FieldOf("blank", &FineScores::blank),
+                         FieldOf("label", &FineScores::label), FieldOf("extra", &FineScores::extra),
+                         FieldOf("num_extra", &FineScores::num_extra));
+  BindStruct<RefinedOut>(m, "RefinedOut", FieldOf("blank", &RefinedOut::blank),
+                         FieldOf("label", &RefinedOut::label), FieldOf("extra", &RefinedOut::extra),
+                         FieldOf("places", &RefinedOut::places),
+                         FieldOf("error", &RefinedOut::error));
+  BindStruct<RowWeightsIn>(m, "RowWeightsIn", FieldOf("blank", &RowWeightsIn::blank),
+                           FieldOf("label", &RowWeightsIn::label),
+                           FieldOf("extra", &RowWeightsIn::extra),
+                           FieldOf("use_blank", &RowWeightsIn::use_blank),
+                           FieldOf("use_label", &RowWeightsIn::use_label),
+                           FieldOf("use_extra", &RowWeightsIn::use_extra),
+                           FieldOf("loss", &RowWeightsIn::loss),
+                           FieldOf("error", &RowWeightsIn::error),
+                           FieldOf("places", &RowWeightsIn::places));
+  BindStruct<RowWeightsOptions>(m, "RowWeightsOptions",
+                                FieldOf("of_fine_rows", &RowWeightsOptions::of_fine_rows),
+                                FieldOf("error_scale", &RowWeightsOptions::error_scale),
+                                FieldOf("unknown_error", &RowWeightsOptions::unknown_error),
+                                FieldOf("least_error", &RowWeightsOptions::least_error),
+                                FieldOf("exponent", &RowWeightsOptions::exponent),
+                                FieldOf("least_gradient", &RowWeightsOptions::least_gradient));
   BindStruct<Posteriors>(m, "Posteriors", FieldOf("normalizer", &Posteriors::normalizer),
                          FieldOf("use_blank", &Posteriors::use_blank),
                          FieldOf("use_label", &Posteriors::use_label),
@@ -447,6 +496,11 @@ void BindStages(pybind11::module_& m) {
   m.def("kept_rows", &KeptRows<Backend>, no_gil, arg("batch"), named, arg("uses"),
         arg("dropped_mass"), queue, arg("scratch"), arg("out"));
   m.def("kept_rows_scratch", Backend::kKeptRowsScratch, arg("batch"));
+  m.def("replace_scores", &ReplaceScores<Backend>, no_gil, arg("batch"), arg("tile"), named,
+        arg("fine"), arg("first_place"), queue, arg("out"));
+  m.def("row_weights", &RowWeights<Backend>, no_gil, arg("batch"), named, arg("inputs"),
+        arg("logits"), arg("options"), queue, arg("scratch"), arg("weight"));
+  m.def("row_weights_scratch", Backend::kRowWeightsScratch, arg("batch"));
   m.def("logits_grad", &LogitsGrad<Backend>, no_gil, arg("batch"), arg("tile"), named,
         arg("logits"), arg("options"), arg("posteriors"), queue, arg("grad"));
   m.def("join_forward", &JoinForward<Backend>, no_gil, arg("batch"), arg("tile"), named,

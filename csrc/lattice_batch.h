@@ -127,17 +127,21 @@ struct LatticeBatch {
 
 // The rows of a batch that one call of a stage processes, in ascending order. A logits-like
 // argument has one row for each row of the tile. With whole_logits, inputs have one for each row of
-// the batch.
+// the batch; with places, row r of the batch is their row places[r].
 struct RowTile {
   const int64_t* rows;  // null: begin, begin + 1, ...; else rows[begin], rows[begin + 1], ...
   int64_t begin;
   int64_t size;
   bool whole_logits = false;
+  const int64_t* places = nullptr;  // (num_rows,), or null
 
   TRANSDUCER_HD int64_t Row(int64_t i) const {
     return rows != nullptr ? rows[begin + i] : begin + i;
   }
-  TRANSDUCER_HD int64_t LogitsRow(int64_t i) const { return whole_logits ? Row(i) : i; }
+  TRANSDUCER_HD int64_t LogitsRow(int64_t i) const {
+    if (places != nullptr) return places[Row(i)];
+    return whole_logits ? Row(i) : i;
+  }
 };
 
 // LatticeBatch::CellOf for rows in ascending order, most of which are in the same frame as the

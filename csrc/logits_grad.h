@@ -42,7 +42,7 @@ struct Posteriors {
 // Writes every row of the tile. Padding rows are zero. Rows of an utterance whose uses are NaN or
 // whose lengths are invalid are NaN. An utterance with loss_grad[b] == 0 gets zeros even then, so a
 // caller can mask out a NaN loss. grad (tile rows, pitch) may be the logits (in place) unless the
-// tile has whole_logits. Columns behind V + K are neither read nor written.
+// tile has whole_logits or places. Columns behind V + K are neither read nor written.
 template <typename T>
 void LogitsGradCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRows<T>& logits,
                    const LogitsOptions& options, const Posteriors& posteriors, int num_threads,

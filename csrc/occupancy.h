@@ -10,14 +10,27 @@ namespace transducer {
 struct Uses {
   const Score* blank;
   const Score* label;
+  // Rows that another call kept have the occupancy 0, without a wait for their list. Null: none.
+  const Score* taken_blank = nullptr;   // (num_rows,): the uses of that call
+  const Score* taken_label = nullptr;   // (num_rows,)
+  const Score* taken_lowest = nullptr;  // (B,): its KeptRowsOut::lowest
 
-  TRANSDUCER_HD Score Occupancy(int64_t row) const { return blank[row] + label[row]; }
+  TRANSDUCER_HD Score Occupancy(int64_t b, int64_t row) const {
+    const bool is_taken =
+        taken_lowest != nullptr && IsKept(taken_blank[row] + taken_label[row], taken_lowest[b]);
+    return is_taken ? 0 : blank[row] + label[row];
+  }
+  TRANSDUCER_HD static bool IsKept(Score occupancy, Score lowest) {
+    return !(occupancy < lowest || occupancy == 0);  // NaN is kept
+  }
 };
 
 struct KeptRowsOut {
   int64_t* rows;      // (num_rows,): rows behind the last kept one are undefined
   int64_t* num_kept;  // (B,)
   Score* dropped;     // (B,) the occupancy of the dropped cells
+  Score* lowest;      // (B,) cells of lower occupancy are dropped
+  int64_t* total;     // (1,) the sum of num_kept
 };
 
 // Lists the rows of the cells to keep, in ascending order.

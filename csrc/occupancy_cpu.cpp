@@ -18,14 +18,14 @@ void ForEachCell(const LatticeBatch& batch, int64_t b, F f) {
   }
 }
 
-// Cells of lower occupancy are dropped, and cells of occupancy zero.
+// KeptRowsOut::lowest.
 Score LowestKept(const LatticeBatch& batch, int64_t b, const Uses& uses, double dropped_mass,
                  Score* dropped) {
   *dropped = 0;
   if (!(dropped_mass > 0)) return 0;
   std::array<Score, kNumBins> mass{};
   ForEachCell(batch, b, [&](int64_t row) {
-    const Score occupancy = uses.Occupancy(row);
+    const Score occupancy = uses.Occupancy(b, row);
     if (occupancy > 0) mass[BinOf(occupancy)] += occupancy;  // not NaN
   });
   const Score limit = dropped_mass * static_cast<Score>(batch.num_frames[b] + batch.num_targets[b]);
@@ -47,13 +47,13 @@ void KeptRowsCpu(const LatticeBatch& batch, const Uses& uses, double dropped_mas
   };
   ParallelFor(batch.num_utterances, num_threads, [&](int64_t b) {
     out.num_kept[b] = 0;
-    out.dropped[b] = 0;
+    out.dropped[b] = out.lowest[b] = 0;
     if (!batch.IsValid(b)) return;
     const Score lowest = LowestKept(batch, b, uses, dropped_mass, &out.dropped[b]);
+    out.lowest[b] = lowest;
     int64_t* end = out.rows + room(b);
     ForEachCell(batch, b, [&](int64_t row) {
-      const Score occupancy = uses.Occupancy(row);
-      if (!(occupancy < lowest || occupancy == 0)) *end++ = row;
+      if (Uses::IsKept(uses.Occupancy(b, row), lowest)) *end++ = row;
     });
     out.num_kept[b] = end - (out.rows + room(b));
   });
@@ -63,6 +63,7 @@ void KeptRowsCpu(const LatticeBatch& batch, const Uses& uses, double dropped_mas
     if (out.num_kept[b] > 0) std::copy(begin, begin + out.num_kept[b], out.rows + total);
     total += out.num_kept[b];
   }
+  *out.total = total;
 }
 
 }  // namespace transducer

@@ -79,27 +79,20 @@ int64_t NumRuns(const LatticeBatch& batch) {
 
 // Results of one kernel that the next one reads. All of it is written before it is read.
 struct Scratch {
-  Units* units;        // (B, runs, kNumBins): the histograms
-  int64_t* num_kept;   // (B, runs)
-  Score* lowest_kept;  // (B,)
+  Units* units;       // (B, runs, kNumBins): the histograms
+  int64_t* num_kept;  // (B, runs)
   int64_t num_runs;
 
   Scratch(const LatticeBatch& batch, Score* memory) : num_runs(NumRuns(batch)) {
     const int64_t total = batch.num_utterances * num_runs;
-    lowest_kept = memory;
-    num_kept = reinterpret_cast<int64_t*>(memory + batch.num_utterances);
-    units = reinterpret_cast<Units*>(memory + batch.num_utterances + total);
+    num_kept = reinterpret_cast<int64_t*>(memory);
+    units = reinterpret_cast<Units*>(memory + total);
   }
   __device__ Units* UnitsOf(int64_t b, int64_t run) const {
     return units + (b * num_runs + run) * kNumBins;
   }
 };
 static_assert(sizeof(Units) == sizeof(Score) && sizeof(int64_t) == sizeof(Score), "");
-
-__device__ inline bool IsKept(const Uses& uses, int64_t row, Score lowest) {
-  const Score occupancy = uses.Occupancy(row);
-  return !(occupancy < lowest || occupancy == 0);  // NaN is kept
-}
 
 // One warp: the first bin at which the mass up to and with it exceeds the limit, and the mass
 // below.
@@ -141,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   for (int64_t place = cells.begin() + thread; place < cells.end(); place += kThreads) {
     const int64_t row = cells.RowAt(place);
     if (row < 0) continue;
-    const Score occupancy = uses.Occupancy(row);
+    const Score occupancy = uses.Occupancy(b, row);
     if (!(occupancy > 0)) continue;  // NaN
     const int64_t bin = BinOf(occupancy);
     const Units mass = ToUnits(occupancy, bin);
@@ -161,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 // Every block of an utterance finds the same threshold and counts the rows that its run keeps.
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     CountKernel(LatticeBatch batch, Uses uses, Score dropped_mass, Scratch scratch,
-                Score* dropped) {
+                Score* lowest_kept, Score* dropped) {
   __shared__ Units units[kNumBins];
   __shared__ int64_t partial[kWarps];
   __shared__ Score threshold;
@@ -170,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   if (!batch.IsValid(b)) {
     if (thread == 0) {
       scratch.num_kept[blockIdx.x] = 0;
-      if (run == 0) scratch.lowest_kept[b] = dropped[b] = 0;
+      if (run == 0) lowest_kept[b] = dropped[b] = 0;
     }
     return;
   }
@@ -197,21 +190,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   int64_t count = 0;
   for (int64_t place = cells.begin() + thread; place < cells.end(); place += kThreads) {
     const int64_t row = cells.RowAt(place);
-    count += row >= 0 && IsKept(uses, row, lowest);
+    count += row >= 0 && Uses::IsKept(uses.Occupancy(b, row), lowest);
   }
   count = BlockSum(count, partial);
   if (thread == 0) {
     scratch.num_kept[blockIdx.x] = count;
     if (run == 0) {
-      scratch.lowest_kept[b] = lowest;
+      lowest_kept[b] = lowest;
       dropped[b] = dropped_here;
     }
   }
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    CompactKernel(LatticeBatch batch, Uses uses, Scratch scratch, int64_t* kept_rows,
-                  int64_t* num_kept) {
+    CompactKernel(LatticeBatch batch, Uses uses, Scratch scratch, KeptRowsOut result) {
   __shared__ int64_t partial[kWarps];
   __shared__ int count_of_warp[2][kWarps];
   const int64_t b = blockIdx.x / scratch.num_runs, run = blockIdx.x - b * scratch.num_runs;
@@ -221,20 +213,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     for (int64_t other = 0; other < scratch.num_runs; ++other) {
       total += scratch.num_kept[blockIdx.x + other];
     }
-    num_kept[b] = total;
+    result.num_kept[b] = total;
   }
-  if (!batch.IsValid(b) || scratch.num_kept[blockIdx.x] == 0) return;
+  const bool has_rows = batch.IsValid(b) && scratch.num_kept[blockIdx.x] != 0;
+  const bool is_last = blockIdx.x + 1 == batch.num_utterances * scratch.num_runs;
+  if (!has_rows && !is_last) return;
   int64_t before = 0;
   for (int64_t other = thread; other < blockIdx.x; other += kThreads) {
     before += scratch.num_kept[other];
   }
   int64_t out = BlockSum(before, partial);
+  if (is_last && thread == 0) *result.total = out + scratch.num_kept[blockIdx.x];
+  if (!has_rows) return;
   const CellRun cells(batch, b, run, scratch.num_runs);
-  const Score lowest = scratch.lowest_kept[b];
+  const Score lowest = result.lowest[b];
   int buffer = 0;  // two alternate, so that a round needs one barrier
   for (int64_t begin = cells.begin(); begin < cells.end(); begin += kThreads, buffer ^= 1) {
     const int64_t row = cells.RowAt(begin + thread);
-    const bool is_kept = row >= 0 && IsKept(uses, row, lowest);
+    const bool is_kept = row >= 0 && Uses::IsKept(uses.Occupancy(b, row), lowest);
     const unsigned kept = __ballot_sync(kFullWarp, is_kept);
     if (Lane() == 0) count_of_warp[buffer][warp] = __popc(kept);
     __syncthreads();
@@ -244,14 +240,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
       mine += other < warp ? count : 0;
       out += count;
     }
-    if (is_kept) kept_rows[mine + __popc(kept & ((1u << Lane()) - 1))] = row;
+    if (is_kept) result.rows[mine + __popc(kept & ((1u << Lane()) - 1))] = row;
   }
 }
 
 }  // namespace
 
 int64_t KeptRowsScratchCuda(const LatticeBatch& batch) {
-  const int64_t numbers = batch.num_utterances * (1 + NumRuns(batch) * (1 + kNumBins));
+  const int64_t numbers = batch.num_utterances * NumRuns(batch) * (1 + kNumBins);
   return numbers * static_cast<int64_t>(sizeof(Score));
 }
 
@@ -263,9 +259,8 @@ void KeptRowsCuda(const LatticeBatch& batch, const Uses& uses, double dropped_ma
     TRANSDUCER_LAUNCH(HistogramKernel, blocks, kThreads, stream, batch, uses, parts);
   }
   TRANSDUCER_LAUNCH(CountKernel, blocks, kThreads, stream, batch, uses, dropped_mass, parts,
-                    out.dropped);
-  TRANSDUCER_LAUNCH(CompactKernel, blocks, kThreads, stream, batch, uses, parts, out.rows,
-                    out.num_kept);
+                    out.lowest, out.dropped);
+  TRANSDUCER_LAUNCH(CompactKernel, blocks, kThreads, stream, batch, uses, parts, out);
 }
 
 }  // namespace transducer

@@ -31,7 +31,10 @@ from transducer_toolkit.ops.additive_stages import (
     AdditiveStages,
     ScoreGrads,
 )
+from transducer_toolkit.ops.lattice import CellScores
+from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.prune_windows import greedy_ranges
+from transducer_toolkit.ops.stages import RowWeights
 from transducer_toolkit.ops.topology import TOPOLOGIES
 
 # __syncthreads_or(x) is x without its barrier, which is a vote too.
@@ -85,6 +88,20 @@ def run_everything() -> list[torch.Tensor]:
     for lattices in (batch, several_runs):
         for dropped_mass in (1e-6, 1e-2):
             results += kept_rows(random_uses(lattices), lattices, dropped_mass)
+        blank, label = random_scores(lattices)
+        uses = *random_uses(lattices), blank.new_empty(lattices.num_rows, 0)
+        results.append(
+            stages.row_weights(
+                CellScores(blank, label, blank),
+                uses,
+                lattices,
+                LossOptions(0),
+                RowWeights(False, 1.0, 0.0, 0.0, 10.0, 1e-2),
+                loss=None,
+                error=torch.full((lattices.num_utterances,), 0.1, dtype=torch.float64),
+                places=torch.full((lattices.num_rows,), -1),
+            )
+        )
     symbols = torch.randint(0, 40, (2, 70))  # many several times
     inputs = AdditiveInputs(
         60 * torch.randn(2, 72, 40),  # products underflow

@@ -14,6 +14,7 @@ from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.topology import tdt_topology
 
 kept_rows = stages.kept_rows
+replace_scores, row_weights = stages.replace_scores, stages.row_weights
 
 
 def lattice_batch(

@@ -124,10 +124,10 @@ def kept_rows(
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """The kept rows alone, and their numbers."""
-    rows, counts = stages.kept_rows(
+    kept = stages.kept_rows(
         *(tensor.to(device) for tensor in uses), batch, dropped_mass=dropped_mass
     )
-    return rows[: int(counts.sum())], counts
+    return kept.rows[: int(kept.total)], kept.counts
 
 
 def random_uses(batch: LatticeBatch) -> tuple[Tensor, Tensor]:

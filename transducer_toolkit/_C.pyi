@@ -55,7 +55,9 @@ class LatticeBatch:
 
 class RowTile:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, rows: int, begin: int, size: int, whole_logits: bool) -> None: ...
+    def __init__(
+        self, *, rows: int, begin: int, size: int, whole_logits: bool, places: int
+    ) -> None: ...
 
 class LogitRows:
     fields: ClassVar[tuple[str, ...]]
@@ -124,11 +126,52 @@ MAX_BIG_BLANKS: int
 
 class Uses:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, blank: int, label: int) -> None: ...
+    def __init__(
+        self, *, blank: int, label: int, taken_blank: int, taken_label: int, taken_lowest: int
+    ) -> None: ...
 
 class KeptRowsOut:
     fields: ClassVar[tuple[str, ...]]
-    def __init__(self, *, rows: int, num_kept: int, dropped: int) -> None: ...
+    def __init__(
+        self, *, rows: int, num_kept: int, dropped: int, lowest: int, total: int
+    ) -> None: ...
+
+class FineScores:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, blank: int, label: int, extra: int, num_extra: int) -> None: ...
+
+class RefinedOut:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(self, *, blank: int, label: int, extra: int, places: int, error: int) -> None: ...
+
+class RowWeightsIn:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(
+        self,
+        *,
+        blank: int,
+        label: int,
+        extra: int,
+        use_blank: int,
+        use_label: int,
+        use_extra: int,
+        loss: int,
+        error: int,
+        places: int,
+    ) -> None: ...
+
+class RowWeightsOptions:
+    fields: ClassVar[tuple[str, ...]]
+    def __init__(
+        self,
+        *,
+        of_fine_rows: bool,
+        error_scale: float,
+        unknown_error: float,
+        least_error: float,
+        exponent: float,
+        least_gradient: float,
+    ) -> None: ...
 
 class Posteriors:
     fields: ClassVar[tuple[str, ...]]
@@ -265,6 +308,29 @@ class cpu:  # a module
     ) -> None: ...
     @staticmethod
     def kept_rows_scratch(batch: LatticeBatch) -> int: ...
+    @staticmethod
+    def replace_scores(
+        batch: LatticeBatch,
+        tile: RowTile,
+        *,
+        fine: FineScores,
+        first_place: int,
+        num_threads: int,
+        out: RefinedOut,
+    ) -> None: ...
+    @staticmethod
+    def row_weights(
+        batch: LatticeBatch,
+        *,
+        inputs: RowWeightsIn,
+        logits: LogitsOptions,
+        options: RowWeightsOptions,
+        num_threads: int,
+        scratch: int,
+        weight: int,
+    ) -> None: ...
+    @staticmethod
+    def row_weights_scratch(batch: LatticeBatch) -> int: ...
     @staticmethod
     def logits_grad(
         batch: LatticeBatch,
@@ -412,6 +478,29 @@ class cuda:  # a module; without CUDA in the build it has device_count alone
     ) -> None: ...
     @staticmethod
     def kept_rows_scratch(batch: LatticeBatch) -> int: ...
+    @staticmethod
+    def replace_scores(
+        batch: LatticeBatch,
+        tile: RowTile,
+        *,
+        fine: FineScores,
+        first_place: int,
+        stream: int,
+        out: RefinedOut,
+    ) -> None: ...
+    @staticmethod
+    def row_weights(
+        batch: LatticeBatch,
+        *,
+        inputs: RowWeightsIn,
+        logits: LogitsOptions,
+        options: RowWeightsOptions,
+        stream: int,
+        scratch: int,
+        weight: int,
+    ) -> None: ...
+    @staticmethod
+    def row_weights_scratch(batch: LatticeBatch) -> int: ...
     @staticmethod
     def logits_grad(
         batch: LatticeBatch,

@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -DTRANSDUCER_X86_DISPATCH
        -fsanitize=fuzzer-no-link,address,undefined -Wall -Wextra -Werror -Wno-psabi
        -Wno-missing-field-initializers -pthread)
-sources=(additive_scores_cpu cell_scores_cpu duration_lattice_cpu lattice_cpu logits_grad_cpu joint_tile_cpu
-         normalizer_repair_cpu occupancy_cpu parallel prune_windows_cpu row_kernels row_kernels_baseline
-         row_kernels_avx2 row_kernels_avx512 tests/fuzz_stages)
+sources=(additive_scores_cpu cell_scores_cpu coarse_to_fine_cpu duration_lattice_cpu lattice_cpu
+         logits_grad_cpu joint_tile_cpu normalizer_repair_cpu occupancy_cpu parallel prune_windows_cpu
+         row_kernels row_kernels_baseline row_kernels_avx2 row_kernels_avx512 tests/fuzz_stages)
 objects=()
 for source in "${sources[@]}"; do
   object="$folder/$(basename "$source").o"

@@ -201,14 +201,16 @@ Results Forward(const Problem& p, const std::vector<T>& logits, const RowTile& t
   r.kept.assign(rows, 0);
   r.num_kept.assign(size, -1);
   r.dropped.assign(size, -1);
+  std::vector<Score> lowest(size);
+  int64_t found;
   KeptRowsCpu(p.batch, {r.use_blank.data(), r.use_label.data()}, 1e-3, threads, nullptr,
-              {r.kept.data(), r.num_kept.data(), r.dropped.data()});
+              {r.kept.data(), r.num_kept.data(), r.dropped.data(), lowest.data(), &found});
   int64_t total = 0;
   for (const int64_t count : r.num_kept) {
     REQUIRE(count >= 0);
     total += count;
   }
-  REQUIRE(total <= p.batch.num_rows);
+  REQUIRE(total <= p.batch.num_rows && found == total);
   r.kept.resize(static_cast<size_t>(total));
   for (size_t i = 0; i < r.kept.size(); ++i) {
     REQUIRE(r.kept[i] >= 0 && r.kept[i] < p.batch.num_rows);

@@ -25,12 +25,14 @@ void TestBound(Layout layout, double dropped_mass) {
   use_label[static_cast<size_t>(nan_at)] = kNaN;
 
   std::vector<int64_t> kept(batch.num_rows, -1), counts(3), one(batch.num_rows, -1), counts_one(3);
-  std::vector<Score> dropped(3);
+  std::vector<Score> dropped(3), lowest(3);
+  int64_t total, total_one;
   const Uses uses{use_blank.data(), use_label.data()};
-  KeptRowsCpu(batch, uses, dropped_mass, 2, nullptr, {kept.data(), counts.data(), dropped.data()});
+  KeptRowsCpu(batch, uses, dropped_mass, 2, nullptr,
+              {kept.data(), counts.data(), dropped.data(), lowest.data(), &total});
   KeptRowsCpu(batch, uses, dropped_mass, 1, nullptr,
-              {one.data(), counts_one.data(), dropped.data()});
-  const int64_t total = counts[0] + counts[1] + counts[2];
+              {one.data(), counts_one.data(), dropped.data(), lowest.data(), &total_one});
+  EXPECT_TRUE(total == counts[0] + counts[1] + counts[2] && total == total_one);
   EXPECT_TRUE(counts == counts_one);
   EXPECT_TRUE(std::equal(kept.begin(), kept.begin() + total, one.begin()));
 
@@ -58,6 +60,7 @@ void TestBound(Layout layout, double dropped_mass) {
     }
     const Score limit = dropped_mass * (batch.num_frames[b] + batch.num_targets[b]);
     EXPECT_TRUE(count == counts[b] && largest_dropped < smallest_kept);
+    EXPECT_TRUE(lowest[b] <= smallest_kept && (lowest[b] == 0 || largest_dropped < lowest[b]));
     EXPECT_TRUE(sum <= limit * (1 + 1e-12));
     EXPECT_NEAR(sum, dropped[b], 1e-12 * (1 + sum));
     if (dropped_mass == 0) EXPECT_TRUE(largest_dropped == 0);
@@ -69,6 +72,22 @@ void TestBound(Layout layout, double dropped_mass) {
     if (dropped_mass > 0 && count > 1) EXPECT_TRUE(sum + next_bin > limit);
   }
   EXPECT_TRUE(i == total);
+
+  // Without the kept rows, only dropped ones are left.
+  std::vector<int64_t> rest(batch.num_rows);
+  const Uses others{uses.blank, uses.label, uses.blank, uses.label, lowest.data()};
+  std::vector<Score> lowest_of_rest(3);
+  KeptRowsCpu(batch, others, 0, 1, nullptr,
+              {rest.data(), counts_one.data(), dropped.data(), lowest_of_rest.data(), &total_one});
+  std::vector<bool> is_kept(batch.num_rows);
+  for (int64_t k = 0; k < total; ++k) is_kept[kept[k]] = true;
+  int64_t num_others = 0;
+  for (int64_t row = 0; row < batch.num_rows; ++row) {
+    Cell cell;
+    num_others += batch.CellOf(row, &cell) && !is_kept[row] && use_blank[row] + use_label[row] > 0;
+  }
+  EXPECT_TRUE(total_one == num_others);
+  for (int64_t k = 0; k < total_one; ++k) EXPECT_TRUE(!is_kept[rest[k]]);
 }
 
 void TestInvalidUtterance() {
@@ -76,9 +95,10 @@ void TestInvalidUtterance() {
   fixture.num_frames[0] = 99;
   const std::vector<Score> uses(fixture.batch.num_rows, 0.5);
   std::vector<int64_t> kept(fixture.batch.num_rows), counts(2);
-  std::vector<Score> dropped(2);
+  std::vector<Score> dropped(2), lowest(2);
+  int64_t total;
   KeptRowsCpu(fixture.batch, {uses.data(), uses.data()}, 1e-3, 1, nullptr,
-              {kept.data(), counts.data(), dropped.data()});
+              {kept.data(), counts.data(), dropped.data(), lowest.data(), &total});
   EXPECT_TRUE(counts[0] == 0 && counts[1] == 9 && kept[0] == 9);
 }
 

@@ -36,7 +36,7 @@ int main() {
   const auto logits = RandomVector<float>(rows * kVocab, 1, 3);
   std::vector<float> grad(logits.size());
   std::vector<Score> normalizer(rows), blank(rows), label(rows), use_blank(rows), use_label(rows);
-  std::vector<Score> loss(6);  // and room for dropped mass
+  std::vector<Score> loss(9);  // and room for dropped mass and thresholds
   const std::vector<Score> loss_grad(3, 1);
   const LogitRows<float> x{logits.data(), kVocab, kVocab};
   const LogitsOptions options{0, false, 0, 0, 0};
@@ -53,9 +53,10 @@ int main() {
   LogitsGradCpu(batch, tile, x, options,
                 {normalizer.data(), use_blank.data(), use_label.data(), loss_grad.data()}, 1,
                 grad.data());
-  std::vector<int64_t> kept(rows), num_kept(3);
+  std::vector<int64_t> kept(rows), num_kept(4);
   KeptRowsCpu(batch, {use_blank.data(), use_label.data()}, 1e-6, 1, nullptr,
-              {kept.data(), num_kept.data(), loss.data() + 3});
+              {kept.data(), num_kept.data(), loss.data() + 3, loss.data() + 6,
+               num_kept.data() + 3});
 
   constexpr int64_t kFrames = 60, kSymbols = 15, kCells = 3 * kFrames * (kSymbols + 1);
   const auto am = RandomVector<float>(3 * kFrames * kVocab, 1, 4);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Calls every CPU stage from several threads at once and compares the bits with those of one
 // thread. The thread sanitizer finds races between rows or utterances here.
-#include <numeric>
 #include <thread>
 #include <vector>
 
 #include "../cell_scores.h"
+#include "../coarse_to_fine.h"
 #include "../joint_tile.h"
 #include "../lattice.h"
 #include "../logits_grad.h"
@@ -71,10 +71,27 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
                 {normalizer.data(), use_blank.data(), use_label.data(), loss_grad.data()},
                 num_threads, grad.data());
   std::vector<int64_t> num_kept(size);
+  std::vector<Score> lowest(size);
+  int64_t total;
   outputs.kept.resize(rows);
   KeptRowsCpu(batch, {use_blank.data(), use_label.data()}, 1e-2, num_threads, nullptr,
-              {outputs.kept.data(), num_kept.data(), dropped.data()});
-  outputs.kept.resize(std::accumulate(num_kept.begin(), num_kept.end(), int64_t{0}));
+              {outputs.kept.data(), num_kept.data(), dropped.data(), lowest.data(), &total});
+  outputs.kept.resize(total);
+
+  // Every third row is refined.
+  std::vector<int64_t> refined, places(rows, -1);
+  for (int64_t row = 0; row < rows; row += 3) refined.push_back(row);
+  auto coarse_blank = blank, coarse_label = label;
+  for (int64_t row = 0; row < rows; ++row) coarse_blank[row] -= 0.01 * (row % 7);
+  std::vector<Score> error(size), weight(rows);
+  const RowTile list{refined.data(), 0, static_cast<int64_t>(refined.size())};
+  ReplaceScoresCpu(batch, list, {blank.data(), label.data(), nullptr, 0}, 0, num_threads,
+                   {coarse_blank.data(), coarse_label.data(), nullptr, places.data(),
+                    error.data()});
+  RowWeightsCpu(batch,
+                {coarse_blank.data(), coarse_label.data(), nullptr, use_blank.data(),
+                 use_label.data(), nullptr, nullptr, error.data(), places.data()},
+                {0, false, 0}, {false, 1, 0, 0, 10, 1e-2}, num_threads, nullptr, weight.data());
 
   const auto am = RandomVector<float>(2 * 9 * kWidth, 90, 4);
   const auto lm = RandomVector<float>(2 * 5 * kWidth, 90, 5);
@@ -88,8 +105,9 @@ Outputs RunStages(const BatchFixture& fixture, Topology topology, int num_thread
                               grad_lm.data());
 
   outputs.kept.insert(outputs.kept.end(), num_kept.begin(), num_kept.end());
-  for (const auto& part :
-       {normalizer, blank, label, loss, loss_alone, use_blank, use_label, dropped, repaired}) {
+  outputs.kept.insert(outputs.kept.end(), places.begin(), places.end());
+  for (const auto& part : {normalizer, blank, label, loss, loss_alone, use_blank, use_label,
+                           dropped, repaired, coarse_blank, coarse_label, error, weight}) {
     outputs.Add(part);
   }
   for (const auto& part : {hidden, grad_enc, grad_pred, grad, grad_am, grad_lm}) outputs.Add(part);

@@ -173,17 +173,14 @@ def test_a_tile_takes_a_small_share_of_a_gpu(monkeypatch, memory_gib, budget_mib
     class Properties:
         total_memory = memory_gib * 2**30
 
-    class Encoder:
+    class Logits:
         device = torch.device("cuda", 0)
-
-        def size(self, dim):
-            return 512
 
         def element_size(self):
             return 4
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    cells = joint_tiles.automatic_tile_cells(Encoder(), 500, beside_kept)
+    cells = joint_tiles.automatic_tile_cells(Logits(), 2 * 512 + 500, beside_kept)
     assert cells == budget_mib * 2**20 // (4 * (2 * 512 + 500))
 
 

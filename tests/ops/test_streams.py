@@ -18,7 +18,9 @@ from transducer_toolkit.ops.additive_stages import (
     ScoreGrads,
 )
 from transducer_toolkit.ops.lattice import CellScores
+from transducer_toolkit.ops.options import LossOptions
 from transducer_toolkit.ops.prune_windows import greedy_ranges
+from transducer_toolkit.ops.stages import RowWeights
 
 HANDLE = 0x7E57
 
@@ -64,6 +66,12 @@ def call_every_stage():
     options = {"topology": "regular", "delay_penalty": 0.0, "fastemit_lambda": 0.0}
     _, *uses = stages.lattice(scores.blank, scores.label, batch, with_uses=True, **options)
     stages.kept_rows(*uses, batch, dropped_mass=0.1)
+    places = to_cuda(torch.full((batch.num_rows,), -1))
+    refined = {"places": places, "error": to_cuda(torch.zeros(4, dtype=torch.float64))}
+    stages.replace_scores(scores, scores, batch, tile, first_place=0, **refined)
+    uses_of_all = *uses, uses[0].new_empty(batch.num_rows, 0)
+    weights = RowWeights(False, 1.0, 0.0, 0.0, 10.0, 1e-2)
+    stages.row_weights(scores, uses_of_all, batch, LossOptions(0), weights, loss=None, **refined)
     arcs = (to_cuda(torch.zeros(batch.num_rows, 2, dtype=torch.float64)) for _ in range(2))
     stages.duration_lattice(*arcs, batch, durations=(1, 2))
     stages.logits_grad(

@@ -173,9 +173,9 @@ MUTANTS = [
     ),
     Mutant(
         "kept rows: NaN is dropped",
-        "csrc/occupancy_cpu.cpp",
-        "if (!(occupancy < lowest || occupancy == 0)) *end++ = row;",
-        "if (occupancy >= lowest && occupancy > 0) *end++ = row;",
+        "csrc/occupancy.h",
+        "return !(occupancy < lowest || occupancy == 0);",
+        "return occupancy >= lowest && occupancy > 0;",
         (FUSED,),
     ),
     Mutant(
@@ -400,9 +400,9 @@ MUTANTS = [
     ),
     Mutant(
         "a coarse loss that is not finite is believed",
-        _OPS + "coarse_to_fine.py",
-        "strictness.masked_fill_(~sums.losses.isfinite(), torch.nan)",
-        "strictness.masked_fill_(~sums.losses.isfinite(), 0.0)",
+        "csrc/row_gradient.h",
+        "in.loss[b] < -kLogZero)) return kNaN;",
+        "in.loss[b] < -kLogZero)) return 0;",
         (PRECISION,),
     ),
     Mutant(
@@ -414,9 +414,9 @@ MUTANTS = [
     ),
     Mutant(
         "the error of the coarse scores is underestimated",
-        _OPS + "coarse_to_fine.py",
-        "torch.maximum(*found[:2])",
-        "torch.maximum(*found[:2]).mul_(1e-3)",
+        "csrc/coarse_to_fine_cpu.cpp",
+        "error = std::max(error, std::max(of_blank, of_label) + of_extra);",
+        "error = std::max(error, 1e-3 * (std::max(of_blank, of_label) + of_extra));",
         (PRECISION,),
     ),
     Mutant(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transducer_toolkit.ops import native, stages
 from transducer_toolkit.ops.durations import PathSums, occupancies, path_sums
 from transducer_toolkit.ops.joint_tiles import are_logits_few, within_share_of_device
-from transducer_toolkit.ops.lattice import CellScores, LatticeBatch
+from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, RowTile
 from transducer_toolkit.ops.options import FusedOptions
 
 # The range of bfloat16 is that of float32, so nothing overflows that float32 can hold.
@@ -48,12 +48,12 @@ PRODUCT_ERROR = 2.0**-8
 LOWEST_GRADIENT = 1e-2
 # Smaller products are not worth it: the join and the log-sum-exp take longer (V * D).
 MIN_WEIGHT_SIZE = 2**14
-# Rows whose gradients are measured at once, so that temporary numbers stay in the cache.
-ROWS_AT_ONCE = {"cpu": 2**14}
-# On a GPU the coarse path has 340 to 510 launches instead of 70 to 95. On an H100 whose host takes
-# 13 us for each, a product of 0.37e12 operations was not worth it on a peaky lattice: 13.7 instead
-# of 11.4 ms, of which the device worked 5.0 instead of 10.6. With TF32 it was never worth it.
-MIN_GPU_OPERATIONS = 2**40
+# Operations of the forward product from which on a coarse pass is worth it on a GPU, by the
+# arithmetic of float32 products; None: never. On an H100, a peaky lattice of 0.37e12 operations
+# took the device 5.0 instead of 10.6 ms in float32, and 4.6 instead of 3.4 with TF32. The coarse
+# path now has about 120 launches there, each of which takes the host at most 27 us: 3.2 ms. The
+# plain path takes the device 3.9 ms for 2**37 operations.
+MIN_GPU_OPERATIONS = {"float32": 2**37, "tf32": None}
 # Memory for the logits of the fine pass, which backward reuses if all of them fit.
 FINE_LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 # Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
@@ -69,10 +69,11 @@ def pays(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
     weight_size = vocab_size * enc.size(-1)
     if enc.dtype != torch.float32 or weight_size < MIN_WEIGHT_SIZE:
         return False
-    if enc.device.type == "cuda" and (
-        torch.backends.cuda.matmul.allow_tf32 or 2 * num_rows * weight_size < MIN_GPU_OPERATIONS
-    ):
-        return False
+    if enc.device.type == "cuda":
+        arithmetic = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+        least = MIN_GPU_OPERATIONS[arithmetic]
+        if least is None or 2 * num_rows * weight_size < least:
+            return False
     return not are_logits_few(enc, vocab_size, num_rows) and has_fast_bfloat16(enc.device)
 
 
@@ -99,20 +100,29 @@ class Refined(NamedTuple):
 
     Attributes:
         sums: losses and uses of all rows.
-        is_fine: (rows,) bool, whether the scores of a row are fine.
+        places: (rows,) int64, how many rows were refined before this one; -1 for a coarse row.
         error: (B,) float64, the largest error that was found among the coarse scores.
+        is_sample: whether only the sample was refined, which may have missed larger errors.
+        num_fine: the number of refined rows.
     """
 
     sums: PathSums
-    is_fine: Tensor
+    places: Tensor
     error: Tensor
+    is_sample: bool
+    num_fine: int
+
+    @property
+    def is_fine(self) -> Tensor:
+        """(rows,) bool, whether the scores of a row are fine."""
+        return self.places >= 0
 
 
 def refine(
     batch: LatticeBatch,
     scores: CellScores,
     options: FusedOptions,
-    score_rows: Callable[[Tensor], None],
+    score_rows: Callable[[Tensor, CellScores, int], None],
 ) -> Refined:
     """Computes the losses from coarse scores, of which it replaces those that matter.
 
@@ -127,152 +137,112 @@ def refine(
         batch: the lattices.
         scores: coarse scores of all rows; changed.
         options: of the loss.
-        score_rows: computes the fine scores of rows (N,) and writes them to `scores`.
+        score_rows: computes the fine scores of rows (N,) and writes them to the second argument.
+            The third is the number of rows that were refined before.
     """
-    is_fine = torch.zeros_like(scores.blank, dtype=torch.bool)
-    deviation = native.mapped(
-        batch.num_rows, like=scores.blank
-    ).zero_()  # of the coarse scores from the fine ones
+    like = scores.blank
+    places = native.mapped(batch.num_rows, like=like).view(torch.int64).fill_(-1)
+    error = like.new_zeros(batch.num_utterances)
+    extra = None
+    if scores.extra is not None:
+        extra = native.mapped(scores.extra.numel(), like=like).view_as(scores.extra)
+    fine_blank, fine_label = (native.mapped(batch.num_rows, like=like) for _ in range(2))
+    fine = CellScores(fine_blank, fine_label, scores.normalizer, extra)
+    num_fine = 0
 
-    def make_fine(rows: Tensor) -> Tensor:
-        """Refines rows; returns the largest deviation of each utterance."""
-        parts = [scores.blank, scores.label]
-        if scores.extra is not None:
-            parts.append(scores.extra)
-        before = [part[rows] for part in parts]
-        score_rows(rows)
-        is_fine.index_fill_(0, rows, True)
-        after = [part[rows] for part in parts]
-        found = [
-            (now - then).abs_().masked_fill_(now == then, 0.0)  # both may be -inf
-            for now, then in zip(after, before, strict=True)
-        ]
-        largest = torch.maximum(*found[:2])
-        for of_extra in found[2:]:  # an arc has the errors of its symbol and of its duration
-            largest += of_extra.amax(1)
-        deviation.index_copy_(0, rows, largest.nan_to_num_(nan=torch.inf))
-        return batch.per_utterance(deviation, "max")
+    def make_fine(rows: Tensor) -> None:
+        nonlocal num_fine
+        score_rows(rows, fine, num_fine)
+        tile = RowTile(0, rows.numel(), rows)
+        stages.replace_scores(
+            scores, fine, batch, tile, first_place=num_fine, places=places, error=error
+        )
+        num_fine += tile.size
 
     step = max(MIN_SAMPLE_STEP, batch.num_rows // NUM_SAMPLES)
-    error = make_fine(torch.arange(0, batch.num_rows, step, device=is_fine.device))
-    error = error.mul_(SAMPLE_MARGIN).masked_fill_(error == 0, EXPECTED_ERROR)
-    budget = low_budget(is_fine.device) * (COARSE_BUDGET / LOW_BUDGET)
+    make_fine(torch.arange(0, batch.num_rows, step, device=like.device))
+    budget = low_budget(like.device) * (COARSE_BUDGET / LOW_BUDGET)
     stricter = budget
-    is_check = False
+    is_sample = True
+    sums = None
     while True:
-        sums = path_sums(scores, batch, options, with_uses=True, exact=False)
-        # exp: the probability of a path through several coarse rows has the errors of all of them.
-        strictness = error * (10 * error).exp() / _gradient_size(batch, scores, sums, options)
-        strictness.masked_fill_(~sums.losses.isfinite(), torch.nan)
-        blank, label = occupancies(sums, options)
-        weight = native.mapped(batch.num_rows, like=blank)
-        torch.add(blank, label, out=weight)
-        weight.mul_(batch.per_row(strictness)).masked_fill_(is_fine, 0.0)
-        rows, num_rows = _heaviest_rows(weight, batch, CHECK_SLACK * budget if is_check else budget)
-        if int(num_rows) == 0:
-            return Refined(sums, is_fine, error)
-        if is_check:  # failed; to select only as many as it asks for would fail many times
+        sums = path_sums(scores, batch, options, with_uses=True, exact=False, before=sums)
+        refined = Refined(sums, places, error, is_sample, num_fine)
+        # The exponent: a path through several coarse rows has the errors of all of them.
+        weight = _weights(
+            batch, scores, options, refined, of_fine_rows=False, exponent=10.0, loss=sums.losses
+        )
+        kept = _heaviest_rows(weight, batch, budget if is_sample else CHECK_SLACK * budget)
+        num_rows = int(kept.total)
+        if num_rows == 0:
+            return refined
+        if not is_sample:  # failed; to select only as many as it asks for would fail many times
             stricter /= STRICTER_BY
-            rows, num_rows = _heaviest_rows(weight, batch, stricter)
-        del sums  # frees its memory before the next ones
-        error = make_fine(rows[: int(num_rows)])
-        is_check = True
+            kept = _heaviest_rows(weight, batch, stricter)
+            num_rows = int(kept.total)
+        rows = kept.rows[:num_rows]
+        del refined, kept, weight  # frees their memory before the next ones
+        make_fine(rows)
+        is_sample = False
 
 
-def _heaviest_rows(weight: Tensor, batch: LatticeBatch, budget: float) -> tuple[Tensor, Tensor]:
-    """Lists all rows but those whose weights add up to ``budget * (T_b + U_b)``.
-
-    Returns:
-        Rows as of :func:`stages.kept_rows`, and how many they are, a scalar.
-    """
+def _heaviest_rows(
+    weight: Tensor, batch: LatticeBatch, budget: float, total: Tensor | None = None
+) -> stages.KeptRows:
+    """Lists all rows but those whose weights add up to ``budget * (T_b + U_b)``."""
     # The sum of both arguments counts.
-    rows, counts = stages.kept_rows(weight, weight, batch, dropped_mass=2 * budget)
-    return rows, counts.sum()
+    return stages.kept_rows(weight, weight, batch, dropped_mass=2 * budget, total=total)
 
 
-def _logits_gradient(
-    scores: CellScores, sums: PathSums, options: FusedOptions, *, is_sensitive: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns the L1 norm of the gradient of each row's logits, and how sensitive it is.
-
-    The sensitivity bounds the change of the gradient by an error of 1 in the logits. It has no
-    elements unless `is_sensitive`.
-    """
-    limit = options.clamp if options.clamp > 0 else torch.inf
-    sizes = native.mapped(scores.blank.numel(), like=scores.blank)
-    sensitivities = native.mapped(sizes.numel() if is_sensitive else 0, like=sizes)
-    rows_at_once = ROWS_AT_ONCE.get(sizes.device.type, sizes.numel())
-    for begin in range(0, sizes.numel(), rows_at_once):
-        rows = slice(begin, begin + rows_at_once)
-        entries, spread = _entries(rows, scores, sums, options)
-        size = sizes[rows].zero_()
-        for entry in entries:
-            entry = entry.abs_().clamp_(max=limit)
-            size += entry if entry.dim() == 1 else entry.sum(1)
-        if is_sensitive:
-            torch.add(size, spread, out=sensitivities[rows])
-    return sizes, sensitivities
-
-
-def _entries(
-    rows: slice, scores: CellScores, sums: PathSums, options: FusedOptions
-) -> tuple[list[Tensor], Tensor]:
-    """Returns entries of the gradient of the rows' logits, and how much a softmax can change them.
-
-    An entry is (rows,) or (rows, K); entries of one sign may be summed up.
-    """
-    use_blank, use_label, use_extra = sums.use_blank[rows], sums.use_label[rows], sums.use_extra
-    blank, label = scores.blank[rows].exp(), scores.label[rows].exp()
-    occupancy = use_blank + use_label
-    extra = None if scores.extra is None else scores.extra[rows].exp()
-    if options.is_hat:
-        # The labels share what blank leaves, and have a gradient only where a label is used.
-        share = label.div_((1 - blank).clamp_(min=torch.finfo(label.dtype).tiny)).clamp_(max=1.0)
-        of_labels = (1 - share).mul_(use_label)
-        entries = [blank * occupancy - use_blank, of_labels.clone(), of_labels.clone()]
-        spread = torch.minimum(blank, 1 - blank).mul_(occupancy).add_(of_labels)
-    else:
-        largest, rest = torch.maximum(blank, label), (1 - blank).sub_(label)
-        entries = []
-        if extra is not None and options.arcs.num_big_blanks:
-            occupancy += use_extra[rows].sum(1)
-            rest -= extra.sum(1)
-            torch.maximum(largest, extra.amax(1), out=largest)
-        entries.append(blank.mul_(occupancy).sub_(use_blank))
-        entries.append(label.mul_(occupancy).sub_(use_label))
-        entries.append(rest.clamp_(min=0.0).mul_(occupancy))
-        spread = largest.neg_().add_(1.0).mul_(occupancy)
-    if extra is not None:
-        if options.arcs.predicts_durations:  # they are another softmax
-            spread += (1 - extra.amax(1)).mul_(occupancy)
-        entries.append(extra.mul_(occupancy[:, None]).sub_(use_extra[rows]))
-    return entries, spread
-
-
-def _gradient_size(
-    batch: LatticeBatch, scores: CellScores, sums: PathSums, options: FusedOptions
+def _weights(
+    batch: LatticeBatch,
+    scores: CellScores,
+    options: FusedOptions,
+    refined: Refined,
+    *,
+    of_fine_rows: bool,
+    exponent: float,
+    least_error: float = 0.0,
+    loss: Tensor | None = None,
 ) -> Tensor:
-    """Returns the L1 norm of the gradient of each utterance's logits, over T_b + U_b."""
-    size, _ = _logits_gradient(scores, sums, options, is_sensitive=False)
-    return batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
+    """Calls :func:`stages.row_weights` with the error that the refined rows show."""
+    return stages.row_weights(
+        scores,
+        refined.sums[1:],
+        batch,
+        options,
+        stages.RowWeights(
+            of_fine_rows=of_fine_rows,
+            error_scale=SAMPLE_MARGIN if refined.is_sample else 1.0,
+            unknown_error=EXPECTED_ERROR if refined.is_sample else 0.0,
+            least_error=least_error,
+            exponent=exponent,
+            least_gradient=LOWEST_GRADIENT,
+        ),
+        loss=loss,
+        error=refined.error,
+        places=refined.places,
+    )
 
 
 class Visit(NamedTuple):
-    """The rows that backward visits.
+    """The rows that backward visits, in lists whose other elements are undefined.
 
     Attributes:
-        rows: (rows,) int64: num_full rows, then num_low rows, then zeros.
-        num_full: scalar, rows to compute in full precision.
-        num_low: scalar, rows to compute in low precision.
+        full: (rows,) int64, rows to compute in full precision.
+        low: (rows,) int64, rows to compute in low precision.
     """
 
-    rows: Tensor
-    num_full: Tensor
-    num_low: Tensor
+    full: Tensor
+    low: Tensor
 
 
 def plan_backward(
-    batch: LatticeBatch, scores: CellScores, options: FusedOptions, refined: Refined
+    batch: LatticeBatch,
+    scores: CellScores,
+    options: FusedOptions,
+    refined: Refined,
+    counts: Tensor,
 ) -> Visit:
     """Divides the rows that backward visits by the precision that they need.
 
@@ -283,32 +253,17 @@ def plan_backward(
         scores: the scores that :func:`refine` left.
         options: of the loss.
         refined: result of :func:`refine`.
+        counts: (2,) int64, the numbers of both kinds of rows are written to it.
     """
-    rows, num_full = _rows_of_full_precision(batch, scores, options, refined)
-    count = int(num_full)
-    use_blank, use_label = (
-        use.index_fill(0, rows[:count], 0.0) for use in occupancies(refined.sums, options)
+    weight = _weights(
+        batch, scores, options, refined, of_fine_rows=True, exponent=2.0, least_error=PRODUCT_ERROR
     )
-    low_rows, counts = stages.kept_rows(
-        use_blank, use_label, batch, dropped_mass=options.dropped_mass
+    full = _heaviest_rows(weight, batch, low_budget(weight.device), counts[0])
+    low = stages.kept_rows(
+        *occupancies(refined.sums, options),
+        batch,
+        dropped_mass=options.dropped_mass,
+        taken=full,
+        total=counts[1],
     )
-    del use_blank, use_label  # temporary numbers of all rows would add up
-    num_low = counts.sum()
-    rows[count:] = low_rows[: batch.num_rows - count]
-    del low_rows
-    places = torch.arange(batch.num_rows, device=rows.device)
-    rows.masked_fill_(places >= num_full + num_low, 0)
-    return Visit(rows, num_full, num_low)
-
-
-def _rows_of_full_precision(
-    batch: LatticeBatch, scores: CellScores, options: FusedOptions, refined: Refined
-) -> tuple[Tensor, Tensor]:
-    """Lists rows as :func:`_heaviest_rows` does: those to compute in full precision."""
-    size, weight = _logits_gradient(scores, refined.sums, options, is_sensitive=True)
-    total = batch.per_utterance(size, "sum").div_(batch.path_lengths).clamp_(min=LOWEST_GRADIENT)
-    del size
-    error = refined.error.clamp(min=PRODUCT_ERROR)
-    strictness = error * (2 * error).exp() / total
-    weight.mul_(batch.per_row(strictness)).masked_fill_(~refined.is_fine, 0.0)
-    return _heaviest_rows(weight, batch, low_budget(weight.device))
+    return Visit(full.rows, low.rows)

@@ -44,11 +44,20 @@ def path_sums(
     *,
     with_uses: bool,
     exact: bool = True,
+    before: PathSums | None = None,
 ) -> PathSums:
-    """Runs stage 2. The arguments are those of :func:`stages.lattice`."""
+    """Runs stage 2. The arguments are those of :func:`stages.lattice`.
+
+    `before` is the result of an earlier call for the same batch, whose memory may be used.
+    """
     if scores.extra is None:
         losses, use_blank, use_label = stages.lattice(
-            scores, batch, options, with_uses=with_uses, exact=exact
+            scores,
+            batch,
+            options,
+            with_uses=with_uses,
+            exact=exact,
+            uses=None if before is None else (before.use_blank, before.use_label),
         )
         return PathSums(losses, use_blank, use_label, use_blank.new_empty(use_blank.numel(), 0))
     losses, blank, label = stages.duration_lattice(

@@ -78,14 +78,15 @@ class FusedLoss(NamedTuple):
         use_blank: (num_rows,) float64, expected uses of the blank score.
         use_label: (num_rows,) float64, expected uses of the label score.
         use_extra: (num_rows, K) float64, expected uses of durations or big blanks.
-        rows: (num_rows,) int64: the rows that backward visits in full precision, then those in low
-            precision, then anything.
-        counts: (4,) int64: rows that forward computed in full precision, the two numbers of `rows`,
-            and the number of fine logits that are kept.
+        rows: (num_rows,) int64: the rows that backward visits in full precision, then anything.
+        low_rows: (num_rows,) int64: the same for low precision. No elements unless the plan is
+            coarse.
+        counts: (4,) int64: rows that forward computed in full precision, the numbers of rows of
+            the two lists, and the number of fine logits that are kept.
         logits: (num_rows, padded V), no elements unless the plan keeps them. Of a coarse plan, the
             fine logits in the order in which they were computed.
-        places: (num_rows,) int64: for each fine row, its place in the logits. No elements unless
-            a coarse plan keeps logits.
+        places: (num_rows,) int64: for each fine row, its place in the logits; -1 for the others.
+            No elements unless the plan is coarse.
 
     All but losses and logits have no elements unless the plan wants the uses.
     """
@@ -96,6 +97,7 @@ class FusedLoss(NamedTuple):
     use_label: Tensor
     use_extra: Tensor
     rows: Tensor
+    low_rows: Tensor
     counts: Tensor
     logits: Tensor
     places: Tensor
@@ -190,7 +192,12 @@ def _cell_rows(batch: LatticeBatch, plan: FusedPlan) -> Tensor | None:
 
 
 def _joint_tiles(
-    inputs: FusedInputs, options: FusedOptions, batch: LatticeBatch, *, beside_kept: bool
+    inputs: FusedInputs,
+    options: FusedOptions,
+    batch: LatticeBatch,
+    *,
+    beside_kept: bool,
+    has_backward: bool = False,
 ) -> JointTiles:
     return JointTiles(
         stages.Joint(inputs.enc, inputs.pred, options.activation),
@@ -200,6 +207,7 @@ def _joint_tiles(
         beside_kept=beside_kept,
         pads_vocab=True,
         num_durations=options.arcs.num_durations,
+        has_backward=has_backward,
     )
 
 
@@ -251,47 +259,47 @@ def _forward(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> Fus
         scores, batch, options, with_uses=plan.with_uses, exact=enc.dtype == torch.float64
     )
     losses = sums.losses.to(native.compute_dtype(enc.dtype))
-    # Each from its own call: an operator may not return one tensor twice.
-    index = functools.partial(targets.new_empty, dtype=torch.int64)
-    places = index(plan.num_rows if plan.is_coarse and plan.keep_logits else 0)
     if not plan.with_uses:
-        per_row = scores.normalizer.new_empty
-        nothing = per_row(0), per_row(0), per_row(0), per_row(0)
-        return FusedLoss(losses, *nothing, index(0), index(0), logits, places)
-    occupancies = durations.occupancies(sums, options)
-    rows, num_kept = stages.kept_rows(*occupancies, batch, dropped_mass=options.dropped_mass)
-    num_cells = plan.num_rows if plan.num_cells is None else plan.num_cells
-    counts = _counts(num_cells, num_kept, 0, 0)
+        return _without_uses(losses, scores, logits)
+    counts = targets.new_zeros(4, dtype=torch.int64)
+    counts[0].fill_(plan.num_rows if plan.num_cells is None else plan.num_cells)
+    kept = stages.kept_rows(
+        *durations.occupancies(sums, options),
+        batch,
+        dropped_mass=options.dropped_mass,
+        total=counts[1],
+    )
+    low_rows, places = (counts.new_empty(plan.num_rows if plan.is_coarse else 0) for _ in range(2))
     uses = sums.use_blank, sums.use_label, sums.use_extra
-    return FusedLoss(losses, scores.normalizer, *uses, rows, counts, logits, places)
+    return FusedLoss(losses, scores.normalizer, *uses, kept.rows, low_rows, counts, logits, places)
 
 
-def _counts(num_fine: int, num_full: Tensor, num_low: Tensor | int, num_logits: int) -> Tensor:
-    """FusedLoss.counts, without a copy from the CPU; num_full is the sum of its elements."""
-    counts = num_full.new_zeros(4)
-    torch.sum(num_full, 0, out=counts[1])
-    for place, count in ((0, num_fine), (2, num_low), (3, num_logits)):
-        if isinstance(count, Tensor) or count > 0:
-            counts[place].fill_(count)
-    return counts
+def _without_uses(losses: Tensor, scores: CellScores, logits: Tensor) -> FusedLoss:
+    """Returns the losses alone."""
+    # Each from its own call: an operator may not return one tensor twice.
+    score = scores.normalizer.new_empty
+    index = functools.partial(score, dtype=torch.int64)
+    nothing = score(0), score(0), score(0), score(0), index(0), index(0), index(0)
+    return FusedLoss(losses, *nothing, logits, index(0))
 
 
-def _coarse_tiles(inputs: FusedInputs, options: FusedOptions, batch: LatticeBatch) -> JointTiles:
-    """Returns the tiles of the joiner with products in low precision."""
-    enc, pred = inputs.enc, inputs.pred
+def _coarse_tiles(
+    fine: JointTiles, options: FusedOptions, *, has_backward: bool = False
+) -> JointTiles:
+    """Returns the tiles of the same joiner with products in low precision."""
+    enc, pred, _ = fine.joint
     # A GPU gains from a join of 16 bits, which moves half of the memory. But rounding changes the
     # sign of some sums near zero, and with it the derivative of relu.
     if enc.device.type == "cuda" and options.activation != "relu":
         enc, pred = (side.to(coarse_to_fine.COARSE_DTYPE) for side in (enc, pred))
     return JointTiles(
         stages.Joint(enc, pred, options.activation),
-        JointWeights(inputs.weight, inputs.bias),
-        batch,
+        JointWeights(fine.weight, fine.bias),  # padded
+        fine.batch,
         tile_cells=options.tile_cells,
         beside_kept=True,
-        pads_vocab=True,
-        num_durations=options.arcs.num_durations,
         product_dtype=coarse_to_fine.COARSE_DTYPE,
+        has_backward=has_backward,
     )
 
 
@@ -304,41 +312,40 @@ def _forward_coarse_to_fine(
     logits: Tensor,
 ) -> FusedLoss:
     enc, cell_rows = inputs.enc, _cell_rows(batch, plan)
+    fine = _joint_tiles(inputs, options, batch, beside_kept=True)
     if quantized.can_score(enc) and native.runs_on_cpu(enc):
         joint = stages.Joint(enc, inputs.pred, options.activation)
         weights = JointWeights(inputs.weight, inputs.bias)
         quantized.score(joint, weights, batch, options, scores, cell_rows, options.tile_cells)
     else:
-        low = _coarse_tiles(inputs, options, batch)
+        low = _coarse_tiles(fine, options)
         for tile in low.tiles(cell_rows):
             stages.cell_scores(low.logits(low.hidden(tile)), batch, tile, options, scores)
         del low  # frees its buffers before the lattice takes memory
-    places = inputs.targets.new_zeros(plan.num_rows if plan.keep_logits else 0, dtype=torch.int64)
-    num_fine = num_kept = 0
 
-    def score_rows(rows: Tensor) -> None:
-        nonlocal num_fine, num_kept
-        first, num_fine = num_fine, num_fine + rows.numel()
-        keeps = num_fine <= logits.size(0)
-        num_kept = num_fine if keeps else 0
-        if keeps:
-            places.index_copy_(0, rows, torch.arange(first, num_fine, device=rows.device))
-        fine = _joint_tiles(inputs, options, batch, beside_kept=True)
+    def score_rows(rows: Tensor, out: CellScores, first: int) -> None:
+        keeps = first + rows.numel() <= logits.size(0)
         for tile in fine.tiles(rows):
             begin = first + tile.begin
-            out = logits[begin : begin + tile.size] if keeps else None
-            stages.cell_scores(fine.logits(fine.hidden(tile), out), batch, tile, options, scores)
+            kept = logits[begin : begin + tile.size] if keeps else None
+            stages.cell_scores(fine.logits(fine.hidden(tile), kept), batch, tile, options, out)
 
     refined = coarse_to_fine.refine(batch, scores, options, score_rows)
-    visit = coarse_to_fine.plan_backward(batch, scores, options, refined)
+    losses = refined.sums.losses.to(enc.dtype)
+    if not plan.with_uses:
+        return _without_uses(losses, scores, logits)
+    counts = refined.places.new_full((4,), refined.num_fine)
+    if refined.num_fine > logits.size(0):  # no memory for all of them
+        counts[3].zero_()
+    visit = coarse_to_fine.plan_backward(batch, scores, options, refined, counts[1:3])
     return FusedLoss(
-        refined.sums.losses.to(enc.dtype),
+        losses,
         scores.normalizer,
         *refined.sums[1:],
-        visit.rows,
-        _counts(num_fine, visit.num_full, visit.num_low, num_kept),
+        *visit,
+        counts,
         logits,
-        places,
+        refined.places,
     )
 
 
@@ -354,11 +361,12 @@ def _fake(inputs: FusedInputs, options: FusedOptions, plan: FusedPlan) -> FusedL
         per_row(rows),
         per_row(rows, options.num_extra) if plan.with_uses else per_row(0),
         index(rows),
+        index(rows if plan.is_coarse else 0),
         index(4 if plan.with_uses else 0),
         enc.new_empty(
             _num_kept_logits(inputs, plan), padded_vocab_size(enc.device, inputs.weight.size(0))
         ),
-        index(plan.num_rows if plan.is_coarse and plan.keep_logits else 0),
+        index(rows if plan.is_coarse else 0),
     )
 
 
@@ -398,17 +406,11 @@ def _backward(call: Backward) -> dict[str, Tensor]:
 
     def visit(joint: JointTiles, rows: Tensor | None, kept: Tensor | None, whole: bool) -> None:
         """Adds the gradients of rows; `kept` are their logits, or those of all rows if `whole`."""
-        for tile in joint.tiles(rows, whole_logits=whole):
+        places = None if kept is None or whole else saved.places
+        for tile in joint.tiles(rows, whole_logits=whole, places=places):
             hidden = joint.hidden(tile)
             grad_logits = joint.buffer("logits", tile.size)
-            if kept is None:
-                logits = joint.logits(hidden)
-            elif whole:
-                logits = kept
-            else:
-                assert rows is not None
-                places = saved.places[rows[tile.begin : tile.begin + tile.size]]
-                logits = torch.index_select(kept, 0, places, out=grad_logits)
+            logits = joint.logits(hidden) if kept is None else kept
             stages.logits_grad(logits, batch, tile, options, posteriors, grad_logits)
             joint.backward(tile, hidden, grad_logits)
 
@@ -420,15 +422,13 @@ def _backward(call: Backward) -> dict[str, Tensor]:
             _, num_full, num_low, num_logits = saved.counts.tolist()
             full_rows = saved.rows[:num_full]
         # A coarse plan has more numbers of each cell in memory, so its tiles are smaller.
-        full = _joint_tiles(inputs, options, batch, beside_kept=plan.is_coarse)
+        full = _joint_tiles(inputs, options, batch, beside_kept=plan.is_coarse, has_backward=True)
+        full.start_backward(call.wanted)
         if num_low:
-            low = _coarse_tiles(inputs, options, batch)
-            low.start_backward(call.wanted)
-            visit_low(low, saved.rows[num_full : num_full + num_low])
-            full.start_backward(call.wanted, sums_of=low)
+            low = _coarse_tiles(full, options, has_backward=True)
+            low.start_backward(call.wanted, sums_of=full)
+            visit_low(low, saved.low_rows[:num_low])
             del low
-        else:
-            full.start_backward(call.wanted)
         keeps_all = plan.keep_logits and not plan.is_coarse
         has_logits = keeps_all or num_logits > 0
         visit(full, full_rows, saved.logits if has_logits else None, keeps_all)

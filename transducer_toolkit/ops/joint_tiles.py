@@ -46,12 +46,16 @@ MIN_PANEL_ROWS = 256
 VOCAB_MULTIPLE = {"cuda": 8}
 
 
-def automatic_tile_cells(like: Tensor, vocab_size: int, beside_kept: bool) -> int:
-    """Returns the number of rows for which a tile takes TILE_BYTES, for any V and D.
+def automatic_tile_cells(like: Tensor, num_numbers: int, beside_kept: bool) -> int:
+    """Returns the number of rows for which a tile takes TILE_BYTES.
 
-    `like` (..., D) has the dtype and the device of the products.
+    Args:
+        like: a tensor with the dtype and the device of the products.
+        num_numbers: numbers of that dtype in a row: those of the hidden layer, of its gradient and
+            of the logits.
+        beside_kept: as of JointTiles.
     """
-    row_bytes = (2 * like.size(-1) + vocab_size) * like.element_size()
+    row_bytes = num_numbers * like.element_size()
     budgets = TILE_BYTES_BESIDE_KEPT if beside_kept else TILE_BYTES
     budget = budgets.get(like.device.type, budgets["cpu"])
     return max(64, within_share_of_device(budget, like.device) // row_bytes)
@@ -98,8 +102,12 @@ def _panels(
 
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Casts a weight. Numbers beyond the range of `dtype` become its largest, and not infinite."""
-    largest = torch.finfo(dtype).max
-    return weight.to(dtype).clamp_(-largest, largest)
+    return _finite(weight.to(dtype))
+
+
+def _finite(weight: Tensor) -> Tensor:
+    largest = torch.finfo(weight.dtype).max
+    return weight.clamp_(-largest, largest)
 
 
 # Since torch 2.8, a product of 16-bit matrices can be returned as float32, on CUDA only.
@@ -159,6 +167,7 @@ class JointTiles:
             columns are -inf, behind those of the symbols.
         num_durations: the last rows of the weight that are no symbols, but durations.
         product_dtype: dtype of the matrix products and of the logits; None for that of the joint.
+        has_backward: whether backward is called, which needs memory for a gradient.
     """
 
     def __init__(
@@ -172,6 +181,7 @@ class JointTiles:
         pads_vocab: bool = False,
         num_durations: int = 0,
         product_dtype: torch.dtype | None = None,
+        has_backward: bool = True,
     ) -> None:
         self.joint, self.batch = joint, batch
         weight, bias = weights
@@ -185,49 +195,54 @@ class JointTiles:
         self._panels = self._sum_panels = _panels(self.vocab_size, self.width, self._like)
         if dtype in native.SIXTEEN_BIT:
             # Adding 16-bit numbers to a float32 sum, torch makes a float32 copy of them.
-            like = self._like.to(torch.float32)
+            like = weight.new_empty(0, dtype=torch.float32)
             self._sum_panels = _panels(self.vocab_size, self.width, like, SUM_PANEL_BYTES)
         # A copy of a large weight in another dtype would need memory for the whole step.
-        self._casts_panels = product_dtype not in (None, weight.dtype) and len(self._panels) > 1
-        if self._casts_panels:
-            self.weight = weight
-        else:
-            is_same = product_dtype in (None, weight.dtype)
-            self.weight = weight.to(dtype) if is_same else _narrowed(weight, dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self._pad_vocab()
+        narrows = product_dtype not in (None, weight.dtype)
+        self._casts_panels = narrows and len(self._panels) > 1
+        self.weight = self._padded(weight, 0.0, weight.dtype if self._casts_panels else dtype)
+        if narrows and not self._casts_panels:
+            self.weight = _finite(self.weight)
+        if bias is None and self.vocab_size > self._num_columns:
+            bias = weight.new_zeros(self._num_columns)
+        # -inf does not change the softmax.
+        self.bias = None if bias is None else self._padded(bias, -torch.inf, dtype)
         # The hidden layer and its gradient in the dtype of the join, if that is another one.
         self._joins_apart = dtype != joint.enc.dtype
         self._joined: list[Tensor] = []
+        self._widths = {"hidden": self.width, "logits": self.vocab_size}
+        if has_backward:
+            self._widths["grad_hidden"] = self.width
         if tile_cells is None:
-            columns = self.vocab_size
+            # The hidden layer and its gradient. Without the gradient a GPU's tile has more rows; on
+            # the CPU, tiles of more rows took 2 % more time.
+            num_hidden = 2 if has_backward or weight.device.type == "cpu" else 1
+            num_numbers = num_hidden * self.width + self.vocab_size
             if self._joins_apart:
-                columns += 2 * self.width * joint.enc.element_size() // self._like.element_size()
-            like = self._like.view(0, self.width)
-            tile_cells = automatic_tile_cells(like, columns, beside_kept)
+                joined = num_hidden * self.width * joint.enc.element_size()
+                num_numbers += joined // self._like.element_size()
+            tile_cells = automatic_tile_cells(self._like, num_numbers, beside_kept)
         self.tile_cells = tile_cells
         self._tile_rows = 0  # rows of the largest tile
         self._wanted: frozenset[str] = frozenset()
-        # The gradient is last, because pages that forward does not touch take no memory.
-        self._widths = {"hidden": self.width, "logits": self.vocab_size, "grad_hidden": self.width}
         self._workspace: Tensor | None = None
         self._sums: dict[str, Tensor] = {}  # sums of the gradients, by name
         self._dtypes = {"enc": joint.enc.dtype, "pred": joint.enc.dtype, "weight": weight.dtype}
         if bias is not None:
             self._dtypes["bias"] = bias.dtype
 
-    def _pad_vocab(self) -> None:
-        """Appends columns to the logits. They are -inf, which does not change the softmax."""
-        padding = self.vocab_size - self._num_columns
-        if padding == 0:
-            return
-        if self.bias is None:
-            self.bias = self.weight.new_zeros(self._num_columns)
-        sizes = [self._num_columns - self._num_durations, self._num_durations]
-        symbols, durations = self.weight.split(sizes)
-        self.weight = torch.cat([symbols, symbols.new_zeros(padding, self.width), durations])
-        symbols, durations = self.bias.split(sizes)
-        self.bias = torch.cat([symbols, symbols.new_full((padding,), -torch.inf), durations])
+    def _padded(self, values: Tensor, padding: float, dtype: torch.dtype) -> Tensor:
+        """Casts numbers of the columns of the logits, and adds those of the additional columns."""
+        num_symbols = self._num_columns - self._num_durations
+        first = self.vocab_size - self._num_durations  # duration
+        if first == num_symbols:
+            return values.to(dtype)
+        wide = values.new_empty(self.vocab_size, *values.shape[1:], dtype=dtype)
+        wide[:num_symbols].copy_(values[:num_symbols])
+        wide[num_symbols:first].fill_(padding)
+        if self._num_durations:
+            wide[first:].copy_(values[num_symbols:])
+        return wide
 
     def _without_padding(self, total: Tensor) -> Tensor:
         """Returns the sum (columns, ...) of a gradient without the padding of the vocabulary."""
@@ -238,7 +253,13 @@ class JointTiles:
             return total[:num_symbols]
         return torch.cat([total[:num_symbols], total[-self._num_durations :]])
 
-    def tiles(self, rows: Tensor | None = None, *, whole_logits: bool = False) -> Iterator[RowTile]:
+    def tiles(
+        self,
+        rows: Tensor | None = None,
+        *,
+        whole_logits: bool = False,
+        places: Tensor | None = None,
+    ) -> Iterator[RowTile]:
         """Yields tiles of all rows of the batch, or of `rows`. The arguments are as in RowTile."""
         total = self.batch.num_rows if rows is None else rows.numel()
         # Equal tiles, because a short last tile would take nearly as long as a full one.
@@ -248,7 +269,9 @@ class JointTiles:
         self._joined = []
         for index in range(count):
             begin, end = index * total // count, (index + 1) * total // count
-            yield RowTile(begin, end - begin, rows, whole_logits=whole_logits)
+            yield RowTile(begin, end - begin, rows, whole_logits=whole_logits, places=places)
+        self._workspace = None  # the lattice, or other tiles, may take its memory
+        self._joined = []
 
     def buffer(self, name: str, num_rows: int) -> Tensor:
         """Returns the memory (num_rows, width) of a buffer. All calls with a name share it."""

@@ -545,17 +545,29 @@ class RowTile:
         rows: (N,) int64, ascending; None for the rows begin, begin + 1, ...
         whole_logits: whether the logits passed to logits_grad contain all rows of the batch, and
             not only those of the tile.
+        places: (num_rows,) int64, the row of the logits passed to logits_grad for each row of the
+            batch. Only those of the tile are read. None: as `whole_logits` says.
     """
 
     def __init__(
-        self, begin: int, size: int, rows: Tensor | None = None, *, whole_logits: bool = False
+        self,
+        begin: int,
+        size: int,
+        rows: Tensor | None = None,
+        *,
+        whole_logits: bool = False,
+        places: Tensor | None = None,
     ) -> None:
         self.begin = begin
         self.size = size
-        self.rows = rows  # also keeps the tensor alive, whose address the stages use
-        address = 0 if rows is None else native.address(rows)
+        self.rows = rows
+        self._keep_alive = rows, places  # the stages use their addresses
         self.native = native.extension.RowTile(
-            rows=address, begin=begin, size=size, whole_logits=whole_logits
+            rows=0 if rows is None else native.address(rows),
+            begin=begin,
+            size=size,
+            whole_logits=whole_logits,
+            places=0 if places is None else native.address(places),
         )
 
 

@@ -76,6 +76,35 @@ class QuantizedLogits(NamedTuple):
     bias: Tensor | None
 
 
+class KeptRows(NamedTuple):
+    """Result of :func:`kept_rows`.
+
+    Attributes:
+        rows: (rows,) int64, ascending. Elements behind the first `total` are undefined.
+        counts: (B,) int64, their number in each utterance.
+        total: scalar int64, their number.
+        lowest: (B,) float64, the lowest occupancy that is kept.
+        uses: (rows,) float64 each, the arguments.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    total: Tensor
+    lowest: Tensor
+    uses: tuple[Tensor, Tensor]
+
+
+class RowWeights(NamedTuple):
+    """The options of :func:`row_weights` (csrc/coarse_to_fine.h)."""
+
+    of_fine_rows: bool
+    error_scale: float
+    unknown_error: float
+    least_error: float
+    exponent: float
+    least_gradient: float
+
+
 def _scratch(num_bytes: int, like: Tensor) -> Tensor:
     """Memory for a stage on the device of `like`. It may contain anything."""
     return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
@@ -195,6 +224,7 @@ def lattice(
     *,
     with_uses: bool,
     exact: bool = True,
+    uses: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 2: sums up all paths.
 
@@ -205,6 +235,8 @@ def lattice(
         with_uses: compute the posteriors too.
         exact: for scores that were computed in float64. Otherwise CUDA adds the float64 logarithms
             with float32 exponentials, an error of 1e-7 a term. The CPU is always exact.
+        uses: results of an earlier call for the same batch, which are overwritten; None for new
+            ones.
 
     Returns:
         Loss (B,), expected uses of the blank score and of the label score (rows,), float64. The
@@ -212,8 +244,11 @@ def lattice(
     """
     blank, label = scores.blank, scores.label
     loss = blank.new_empty(batch.num_utterances)
-    size = batch.num_rows if with_uses else 0
-    use_blank, use_label = native.zeros(size, size, like=blank)
+    if uses is None:  # stage 2 does not write padding
+        size = batch.num_rows if with_uses else 0
+        use_blank, use_label = native.zeros(size, size, like=blank)
+    else:
+        use_blank, use_label = uses
     with native.backend_of(blank) as backend:
         topology = _native_topology(options)
         num_bytes = backend.stages.lattice_scratch(
@@ -288,23 +323,40 @@ def duration_lattice(
 
 
 def kept_rows(
-    use_blank: Tensor, use_label: Tensor, batch: LatticeBatch, *, dropped_mass: float
-) -> tuple[Tensor, Tensor]:
+    use_blank: Tensor,
+    use_label: Tensor,
+    batch: LatticeBatch,
+    *,
+    dropped_mass: float,
+    taken: KeptRows | None = None,
+    total: Tensor | None = None,
+) -> KeptRows:
     """Lists the rows of the cells that carry gradient (csrc/occupancy.h), without a wait.
 
-    Returns:
-        Rows (rows,) and their number in each utterance (B,), int64. Elements of the first behind
-        ``numbers.sum()`` are undefined.
+    Args:
+        use_blank: (rows,) float64.
+        use_label: (rows,) float64.
+        batch: the lattices.
+        dropped_mass: the occupancy to leave out.
+        taken: rows that do not count.
+        total: int64 scalar to write the number of rows to, or None.
     """
     rows = native.mapped(batch.num_rows, like=use_blank).view(torch.int64)
     counts = torch.empty(batch.num_utterances, dtype=torch.int64, device=use_blank.device)
-    dropped = use_blank.new_empty(batch.num_utterances)
+    dropped, lowest = (use_blank.new_empty(batch.num_utterances) for _ in range(2))
+    if total is None:
+        total = counts.new_empty(())
+    taken_uses = (None, None) if taken is None else taken.uses
     with native.backend_of(use_blank) as backend:
         scratch = _scratch(backend.stages.kept_rows_scratch(batch.native), like=use_blank)
         backend.stages.kept_rows(
             batch.native,
             uses=native.extension.Uses(
-                blank=native.address(use_blank), label=native.address(use_label)
+                blank=native.address(use_blank),
+                label=native.address(use_label),
+                taken_blank=_address(taken_uses[0]),
+                taken_label=_address(taken_uses[1]),
+                taken_lowest=0 if taken is None else native.address(taken.lowest),
             ),
             dropped_mass=dropped_mass,
             **backend.queue,
@@ -313,9 +365,104 @@ def kept_rows(
                 rows=native.address(rows),
                 num_kept=native.address(counts),
                 dropped=native.address(dropped),
+                lowest=native.address(lowest),
+                total=native.address(total),
             ),
         )
-    return rows, counts
+    return KeptRows(rows, counts, total, lowest, (use_blank, use_label))
+
+
+def replace_scores(
+    scores: CellScores,
+    fine: CellScores,
+    batch: LatticeBatch,
+    tile: RowTile,
+    *,
+    first_place: int,
+    places: Tensor,
+    error: Tensor,
+) -> None:
+    """Replaces coarse scores of the tile's rows by fine ones (csrc/coarse_to_fine.h).
+
+    Args:
+        scores: coarse scores of all rows; changed. The normalizer is not.
+        fine: scores, of which those of the tile's rows are read.
+        batch: the lattices.
+        tile: the rows.
+        first_place: the place of the tile's first row.
+        places: (rows,) int64, the place of each refined row, -1 for the others; changed.
+        error: (B,) float64, the largest error so far; changed.
+    """
+    num_extra = 0 if scores.extra is None else scores.extra.size(1)
+    with native.backend_of(places) as backend:
+        backend.stages.replace_scores(
+            batch.native,
+            tile.native,
+            fine=native.extension.FineScores(
+                blank=native.address(fine.blank),
+                label=native.address(fine.label),
+                extra=_address(fine.extra),
+                num_extra=num_extra,
+            ),
+            first_place=first_place,
+            **backend.queue,
+            out=native.extension.RefinedOut(
+                blank=native.address(scores.blank),
+                label=native.address(scores.label),
+                extra=_address(scores.extra),
+                places=native.address(places),
+                error=native.address(error),
+            ),
+        )
+
+
+def row_weights(
+    scores: CellScores,
+    uses: tuple[Tensor, Tensor, Tensor],
+    batch: LatticeBatch,
+    options: LossOptions,
+    weights: RowWeights,
+    *,
+    loss: Tensor | None,
+    error: Tensor,
+    places: Tensor,
+) -> Tensor:
+    """Returns how much the precision of each row matters, (rows,) float64 (csrc/coarse_to_fine.h).
+
+    Args:
+        scores: of all rows; the normalizer is not read.
+        uses: of blank, of the label and of durations or big blanks, for these scores.
+        batch: the lattices.
+        options: of the loss.
+        weights: which rows are weighed, and how.
+        loss: (B,) float64; the weights are NaN where it is not finite. None: not so.
+        error: (B,) float64, as of :func:`replace_scores`.
+        places: (rows,) int64, as of :func:`replace_scores`.
+    """
+    weight = native.mapped(batch.num_rows, like=scores.blank)
+    use_blank, use_label, use_extra = uses
+    with native.backend_of(places) as backend:
+        scratch = _scratch(backend.stages.row_weights_scratch(batch.native), like=weight)
+        backend.stages.row_weights(
+            batch.native,
+            inputs=native.extension.RowWeightsIn(
+                blank=native.address(scores.blank),
+                label=native.address(scores.label),
+                extra=_address(scores.extra),
+                use_blank=native.address(use_blank),
+                use_label=native.address(use_label),
+                use_extra=native.address(use_extra),
+                loss=_address(loss),
+                error=native.address(error),
+                places=native.address(places),
+            ),
+            logits=_logits_options(options),
+            options=native.extension.RowWeightsOptions(**weights._asdict()),
+            **backend.queue,
+            scratch=native.address(scratch),
+            weight=native.address(weight),
+        )
+    return weight
 
 
 def logits_grad(
