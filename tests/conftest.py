@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One thread unless a test says otherwise: quick beside other jobs, and the same everywhere."""
 
+import gc
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -10,6 +12,41 @@ import torch
 
 from tests.backends import Backend
 from transducer_toolkit.ops import coarse_to_fine, visited_blocks
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()  # what is imported is no garbage: each collection would look at all of it
+        gc.set_threshold(10_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configs_are_parsed_once():
+    """Hydra reads the same files for each command."""
+    if "omegaconf" not in sys.modules:
+        yield
+        return
+    import yaml
+
+    load, data_of = yaml.load, {}
+
+    def load_once(stream, Loader):
+        if Loader.__name__ != "OmegaConfLoader" or not hasattr(stream, "seek"):
+            return load(stream, Loader)
+        text = stream.read()
+        if text not in data_of:
+            stream.seek(0)
+            data_of[text] = load(stream, Loader)
+        return data_of[text]  # OmegaConf copies it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", load_once)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +63,7 @@ def _fixed_seed_and_threads():
 def stages(request):
     """Runs a test of tensors on the CPU twice: with the CPU's stages, and with emulated CUDA's."""
     if request.param == "emulated" and request.node.get_closest_marker("not_emulated"):
-        pytest.skip("too slow with emulated stages")
+        pytest.skip("too slow with emulated stages, or the same")
     with Backend(request.param).active():
         yield
 

@@ -363,7 +363,7 @@ def test_join(name, layout, dtype, activation):
     check_close(actual[1:], expected[1:], 10 * tolerance, ("grad_enc", "grad_pred"))
 
 
-def check_join_in_tiles(backend, case, width):
+def check_join_in_tiles(backend, case, width, sizes=(9, 50)):
     """All rows, and a list of rows across utterances, in tiles that cut frames anywhere."""
     rows = case.batch().num_rows
     enc = torch.randn(len(case.logit_lengths), case.max_frames, width)
@@ -384,7 +384,7 @@ def check_join_in_tiles(backend, case, width):
                     *inputs, backend.device, "tanh", size, listed, shift
                 ),
             )
-            for size, shift in ((None, 0), (9, 0), (50, 1))
+            for size, shift in ((None, 0), (sizes[0], 0), (sizes[1], 1))
         ]
         check_close(results[0], expected, 1e-5, ("hidden", "grad_enc", "grad_pred"))
         for result in results[1:]:
@@ -402,13 +402,19 @@ def test_join_in_tiles_gives_the_same_bits(name, layout, width):
 
 @accelerated
 @pytest.mark.parametrize(
-    ("frames", "symbols"),
-    [((1,), (0,)), ((1,), (40,)), ((80,), (0,)), ((70, 3, 33), (2, 6, 1)), ((1, 1), (1100, 2))],
+    ("frames", "symbols", "sizes"),
+    [
+        ((1,), (0,), (9, 50)),
+        ((1,), (40,), (9, 50)),
+        ((80,), (0,), (9, 50)),
+        ((70, 3, 33), (2, 6, 1), (9, 50)),
+        ((1, 1), (1100, 2), (90, 500)),
+    ],
     ids=["one cell", "one frame", "no symbols", "more frames than lanes", "wide"],
 )
-def test_join_of_any_shape(name, frames, symbols):
+def test_join_of_any_shape(name, frames, symbols, sizes):
     for layout in ("packed", "padded_begins"):
-        check_join_in_tiles(of(name), make_case(layout, frames, symbols), 12)
+        check_join_in_tiles(of(name), make_case(layout, frames, symbols), 12, sizes)
 
 
 @accelerated

@@ -18,8 +18,9 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
+from tests.cli.conftest import compose_for_signs
 from tests.pretend_cuda import CUDA, pretend_cuda, to_cuda
-from transducer_toolkit.cli import run_folder
+from transducer_toolkit.cli import component_arguments, run_folder
 from transducer_toolkit.cli.component_arguments import with_signs
 from transducer_toolkit.cli.hints import _keys
 from transducer_toolkit.cli.train import _fit_defaults
@@ -331,7 +332,8 @@ def compose_like_hydra(config_name, words):
 
 
 @pytest.mark.parametrize(("name", "words", "is_whole"), COMMANDS)
-def test_command_lines_are_right(name, words, is_whole, tmp_path):
+def test_command_lines_are_right(name, words, is_whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(component_arguments, "compose", compose_for_signs)
     if words == ["trainer.max_epoch=3"]:  # docs/scale.md shows what a misspelt key gets
         with pytest.raises(Exception, match=r"Could not override 'trainer\.max_epoch'"):
             compose_like_hydra(name, words)
@@ -408,7 +410,7 @@ def overrides_in_prose():
 def test_keys_and_options_in_prose_exist():
     keys, groups = known_keys()
     first_parts = {key.partition(".")[0] for key in keys} - {"name", "seed", "test"}
-    checked, unknown = 0, []
+    checked, unknown, others = 0, [], []
     for page, key, equals, value in overrides_in_prose():
         if key in groups and equals:
             checked += 1
@@ -418,9 +420,11 @@ def test_keys_and_options_in_prose_exist():
             ]
         elif "." in key and key.partition(".")[0] in first_parts and (equals or not value):
             checked += 1
-            # Or an argument that its component takes, or a test set, of a manifest.
-            manifest = ["data=manifest"] if key.startswith("data.") else []
-            if key not in keys and with_signs("train", [*manifest, f"{key}=1"])[-1] == f"{key}=1":
-                unknown.append((page, key))
+            others += [(page, key)] if key not in keys else []
+    # Or an argument that its component takes, or a test set, of a manifest.
+    for more, is_of_data in ((["data=manifest"], True), ([], False)):
+        found = [(page, key) for page, key in others if key.startswith("data.") == is_of_data]
+        signed = with_signs("train", [*more, *(f"{key}=1" for _, key in found)])[len(more) :]
+        unknown += [place for place, text in zip(found, signed, strict=True) if text[0] != "+"]
     assert not unknown
     assert checked > 30

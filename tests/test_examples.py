@@ -15,6 +15,7 @@ import soundfile
 import torch
 
 from tests.cli.conftest import write_tones
+from tests.fork_server import python
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -151,7 +152,7 @@ def test_the_custom_loss_trains_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES / "custom_loss"), str(ROOT)]))
 
     def train(*options):
-        command = [sys.executable, "-m", "transducer_toolkit.cli.train", *TINY_TRAINING, *options]
+        command = [python(), "-m", "transducer_toolkit.cli.train", *TINY_TRAINING, *options]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     conf = ["--config-dir", str(EXAMPLES / "custom_loss" / "conf"), "loss=confidence_penalty"]
@@ -185,7 +186,7 @@ def test_the_custom_encoder_trains_and_decodes_from_the_command_line(tmp_path):
     }
 
     def run(name, *arguments):
-        command = [sys.executable, "-m", f"transducer_toolkit.cli.{name}", *map(str, arguments)]
+        command = [python(), "-m", f"transducer_toolkit.cli.{name}", *map(str, arguments)]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True
         )

@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks.gpu import pytest_plugin, tables
 from tests.backends import emulated_module
+from tests.fork_server import python
 from transducer_toolkit.ops import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +120,7 @@ def environment(tmp_path, tools=(), **variables):
         "OUT": str(tmp_path / "out"),
         "OMP_NUM_THREADS": "1",
         "DRY": "1",
-        "WORKERS": "1",
+        "WORKERS": "0",
         "TESTS": "3",
         "BUDGET": "500",
         **variables,
@@ -134,7 +135,8 @@ def lines_of(text):
 
 
 def test_a_dry_run_of_everything(tree, tmp_path):
-    variables = environment(tmp_path, [("compute-sanitizer", SANITIZER), ("ncu", NCU)])
+    tools = [("compute-sanitizer", SANITIZER), ("ncu", NCU)]
+    variables = environment(tmp_path, tools, WORKERS="1")
     script = ["bash", str(tree / "benchmarks/gpu/all.sh")]
     done = subprocess.run(script, env=variables, capture_output=True, text=True)
     out = tmp_path / "out"
@@ -262,7 +264,7 @@ def test_a_stage_that_takes_too_long_is_stopped(tree, tmp_path):
     script = tree / "benchmarks/gpu/all.sh"
     text = script.read_text()
     script.write_text(text.replace("stage 20 90 bash $here/parity", "stage 5 6 bash $here/parity"))
-    process = start(tree, environment(tmp_path, WORKERS="0"), "parity", "first_failure")
+    process = start(tree, environment(tmp_path), "parity", "first_failure")
     printed, _ = process.communicate(timeout=60)
     summary = lines_of(printed)
     assert summary["parity"][0] == "timed out" and summary["first_failure"][0] == "absent"
@@ -339,7 +341,7 @@ def test_tests_and_benchmarks_import_nothing_that_the_machine_lacks(tmp_path):
 
 def run_pytest(folder, test, *arguments):
     (folder / "test_it.py").write_text(textwrap.dedent(test))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_plugin"]
+    command = [python(), "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_plugin"]
     command += ["-p", "no:cacheprovider", "--rootdir", str(folder), *arguments, "test_it.py"]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)

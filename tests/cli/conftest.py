@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A corpus of tones: one pitch a letter, short enough to train on in seconds."""
 
+import functools
 import itertools
 import logging
 import random
@@ -9,8 +10,11 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from hydra import compose
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 
+from transducer_toolkit.cli import component_arguments
 from transducer_toolkit.data.manifest import Utterance, write_manifest
 
 SAMPLE_RATE = 16000
@@ -104,13 +108,33 @@ def train_overrides(data_overrides):
     ]
 
 
+@functools.cache
+def composed(config_name, *overrides):
+    return compose(config_name, list(overrides))
+
+
+def compose_for_signs(config_name, overrides):
+    """Compose a config once for the same options, unless they are of a test or of a checkpoint."""
+    if any(text.startswith(("hydra.searchpath", "data=checkpoint")) for text in overrides):
+        return compose(config_name, overrides)
+    return composed(config_name, *overrides)
+
+
 @pytest.fixture(scope="session")
 def console():
-    """Run a console script in this process: ``console(main, folder, *arguments)``."""
+    """Run a console script in this process: ``console(main, folder, *arguments)``.
+
+    A command composes its config three times, which takes as long as a short training. Here the
+    config in which it looks for the arguments of components is composed once for the same options
+    of groups, and Hydra does not compose one to look for ``hydra.mode``, which no test sets.
+    """
 
     def run(main, folder, *arguments):
         root = logging.getLogger()
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(component_arguments, "compose", compose_for_signs)
+            if not any("hydra.mode" in str(argument) for argument in arguments):
+                patch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
             # Hydra adds handlers, which would print the messages of later tests.
             patch.setattr(root, "handlers", root.handlers[:])
             patch.setattr(root, "level", root.level)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import transducer_toolkit
+from tests.fork_server import python
 from transducer_toolkit.cli import console
 from transducer_toolkit.cli.evaluate import main as evaluate
 from transducer_toolkit.cli.train import main as train
@@ -24,11 +25,12 @@ HYDRA = ("prepare", "train", "evaluate")
 COMMANDS = (*HYDRA, "transcribe", "align", "average", "export")
 
 
-def process(command, *arguments, **options):
-    """Run a command in a process of its own."""
+def process(command, *arguments, executable=None, **options):
+    """Run a command in a process of its own, a fork unless an executable is given."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    executable = executable or python()
     return subprocess.run(
-        [sys.executable, "-m", f"transducer_toolkit.cli.{command}", *map(os.fspath, arguments)],
+        [executable, "-m", f"transducer_toolkit.cli.{command}", *map(os.fspath, arguments)],
         env=environment | options.pop("env", {}),
         capture_output=True,
         timeout=300,
@@ -42,7 +44,7 @@ def test_help_and_version_are_fast(command, option):
     took_s = []
     for _ in range(3):  # the machine may be busy for one of them
         started_s = time.perf_counter()
-        result = process(command, option)
+        result = process(command, option, executable=sys.executable)
         took_s.append(time.perf_counter() - started_s)
         assert result.returncode == 0 and not result.stderr
         if min(took_s) < 1.5:
@@ -231,7 +233,7 @@ def closed_pipe(command, *arguments, cwd):
     reader, writer = os.pipe()
     os.close(reader)
     with subprocess.Popen(
-        [sys.executable, "-m", f"transducer_toolkit.cli.{command}", *map(str, arguments)],
+        [python(), "-m", f"transducer_toolkit.cli.{command}", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TRANSDUCER_TOOLKIT_RUN_ID": "run"},
         cwd=cwd,
         stdout=writer,
@@ -383,7 +385,7 @@ def test_an_alignment_of_a_name_that_is_not_utf8(checkpoint, tones, tmp_path):
     name = os.fsdecode(b"\xff.wav")
     shutil.copy(tones / "test-1.wav", tmp_path / name)
     options = ["--checkpoint", checkpoint, "--text", "a", name, "--output-dir", "aligned"]
-    result = process("align", *options, cwd=tmp_path)
+    result = process("align", *options, cwd=tmp_path, executable=sys.executable)
     assert result.returncode == 0, result.stderr
     written = sorted(path.suffix for path in (tmp_path / "aligned").iterdir())
     assert written == [".ctm", ".json", ".png"]

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import with_pictures
+from tests.fork_server import python
 from tests.training.recorder import recorded
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def free_port():
 
 def start(folder, *command, **variables):
     return subprocess.Popen(
-        [sys.executable, "-m", *map(str, command)],
+        [python(), "-m", *map(str, command)],
         cwd=folder,
         env=environment(**variables),
         stdout=subprocess.PIPE,
@@ -162,7 +162,7 @@ def test_a_killed_process_ends_the_group_within_a_minute(tmp_path, train_overrid
 
 def test_processes_of_torchrun_without_devices_are_refused(tmp_path, train_overrides, tones):
     """Each would train by itself, in the same run folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [python(), "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--standalone", "-m", "transducer_toolkit.cli.train"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

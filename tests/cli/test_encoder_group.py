@@ -70,10 +70,11 @@ def test_an_encoder_of_your_own_replaces_all_keys(choice, mine):
     assert isinstance(model.encoder, EightfoldEncoder)
 
 
-@pytest.mark.parametrize("option", options("model"))
-def test_a_model_is_the_same_in_every_experiment(option):
+@pytest.mark.parametrize(("index", "option"), enumerate(options("model")))
+def test_a_model_is_the_same_in_every_experiment(index, option):
+    """In every third: an experiment that sets a key of models sets it in every model."""
     expected = composed("~experiment", f"model={option}").model
-    for experiment in options("experiment"):
+    for experiment in options("experiment")[index % 3 :: 3]:
         assert composed(f"experiment={experiment}", f"model={option}").model == expected
 
 

@@ -3,11 +3,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.fork_server import python
 from tests.soak import fuzz_commands
 from tests.soak.fuzz_commands import COMMANDS, Case, finding_of, make_case, message_of
 from tests.soak.spoilt_files import World
@@ -22,7 +22,7 @@ def world(trained, tones):
 
 
 def test_spoilt_files_and_options(world):
-    command = [sys.executable, "-m", "tests.soak.fuzz_commands", f"--cases={NUM_CASES}"]
+    command = [python(), "-m", "tests.soak.fuzz_commands", f"--cases={NUM_CASES}"]
     command += [f"--checkpoint={world.checkpoint}", f"--tones={world.tones}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

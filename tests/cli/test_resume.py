@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.fork_server import python
 from tests.training.recorder import recorded
 from transducer_toolkit.cli import resume
 from transducer_toolkit.cli.train import main
@@ -29,7 +29,7 @@ def run(folder, *overrides):
         "OMP_NUM_THREADS": "1",
         "TRANSDUCER_TOOLKIT_RUN_ID": "run",
     }
-    command = [sys.executable, "-m", "transducer_toolkit.cli.train", *map(str, overrides)]
+    command = [python(), "-m", "transducer_toolkit.cli.train", *map(str, overrides)]
     return subprocess.run(
         command, cwd=folder, env=environment, timeout=600, capture_output=True, text=True
     )

@@ -12,6 +12,12 @@ from transducer_toolkit.ops import coarse_to_fine
 FRAMES, SYMBOLS = [6, 4, 5, 2], [3, 1, 0, 2]
 
 
+def run_two(worker, *arguments):
+    """Runs two processes, forks of one that has imported PyTorch once for all tests."""
+    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.start_processes(worker, arguments, nprocs=2, start_method="forkserver")
+
+
 class JoinerAndLoss(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -90,7 +96,7 @@ def coarse_worker(rank, folder):
 @pytest.mark.usefixtures("coarse_pass")
 def test_two_processes_with_a_coarse_pass_equal_one(tmp_path):
     """An utterance is selected by its own budget, so its gradient is the same in any batch."""
-    multiprocessing.spawn(coarse_worker, (str(tmp_path),), nprocs=2)
+    run_two(coarse_worker, str(tmp_path))
     module = CoarseJoinerAndLoss()
     (module(*coarse_part(0, 4)) / 2).backward()  # DDP averages over ranks
     of_ranks = [torch.load(tmp_path / f"grads_{rank}.pt") for rank in range(2)]
@@ -122,7 +128,7 @@ def worker(rank, folder, mode):
 
 @pytest.mark.parametrize("mode", ["packed", "inplace", "fused"])
 def test_two_processes_equal_one(tmp_path, mode):
-    multiprocessing.spawn(worker, (str(tmp_path), mode), nprocs=2)
+    run_two(worker, str(tmp_path), mode)
     module = JoinerAndLoss()
     (module(*part(0, 4), mode) / 2).backward()  # DDP averages over ranks
     grads = torch.load(tmp_path / "grads.pt")

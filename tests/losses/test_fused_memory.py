@@ -41,10 +41,12 @@ def peak_bytes(batch, frames, symbols, vocab_size, width, precision="auto"):
 def test_a_coarse_pass_needs_hardly_more_memory(vocab_size, more_mib):
     """It has 8-bit weights in forward, before there are gradients, and more numbers of a cell."""
 
-    def peak(precision):  # the heap varies by some MiB from process to process
-        return min(peak_bytes(2, 300, 60, vocab_size, 256, precision) for _ in range(2))
+    def peak(precision):
+        return peak_bytes(2, 150, 60, vocab_size, 256, precision)
 
     full, coarse = peak("full"), peak("auto")
+    if coarse >= full + more_mib * 2**20:  # the heap varies by some MiB from process to process
+        full, coarse = min(full, peak("full")), min(coarse, peak("auto"))
     assert coarse < full + more_mib * 2**20
 
 

@@ -116,7 +116,7 @@ def test_equals_the_sum_over_the_allowed_paths(topology, left, right, layout):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize(
     "frames, symbols",
-    [((1100, 3), (3, 1)), ((40, 1100), (3, 600)), ((60, 1, 33), (30, 0, 20))],
+    [((1100, 3), (3, 1)), ((40, 660), (3, 600)), ((60, 1, 33), (30, 0, 20))],
     ids=["long", "more lanes than a block has", "ragged"],
 )
 def test_equals_labels_of_probability_zero(topology, frames, symbols):

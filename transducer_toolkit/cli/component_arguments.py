@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -67,8 +68,9 @@ def composed(config_name: str, arguments: Sequence[str]) -> DictConfig | None:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            chosen = [text for text in arguments if _chooses_group(loader, text)]
+            # Hydra reads all places of configs for each list.
+            groups_of = functools.cache(GlobalHydra.instance().config_loader().list_groups)
+            chosen = [text for text in arguments if _chooses_group(groups_of, text)]
             return compose(config_name, [*search, *map(_first, chosen)])
     except (HydraException, OmegaConfBaseException):
         return None
@@ -84,13 +86,13 @@ def groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
         yield from groups(loader, group)
 
 
-def _chooses_group(loader: ConfigLoader, text: str) -> bool:
-    """Return whether an override is one of a config group."""
+def _chooses_group(groups_of: Callable[[str], list[str]], text: str) -> bool:
+    """Return whether an override is one of a config group, given the groups below each group."""
     group = text.lstrip("+~").partition("=")[0]
     if text.startswith("-") or group.startswith("/"):  # an option of Hydra, or its value
         return False
     parent, _, name = group.rpartition("/")
-    return name in loader.list_groups(parent)  # faster than to list all groups
+    return name in groups_of(parent)  # faster than to list all groups
 
 
 def argument_names(target: str) -> list[str]:

@@ -243,7 +243,7 @@ def fused_joiner_loss(
         precision: "auto" computes cells that matter little in bfloat16, if the inputs are float32,
             the logits of the batch take more than 16 MiB (128 MiB on a GPU), the weight has at
             least 2**14 elements, and the processor has instructions for bfloat16 products (AVX-512
-            BF16; a GPU of compute capability 8.0, where a product of all cells must have 2**37
+            BF16; a GPU of compute capability 8.0, where a product of all cells must have 2**38
             operations and TF32 be off). "full" never does. float64 and 16-bit tensors
             are always computed in their own precision, and so are CUDA graphs.
         shape: the lattices; other lengths than those of the call are an error, if both are on the

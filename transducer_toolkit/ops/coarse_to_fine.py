@@ -49,11 +49,10 @@ LOWEST_GRADIENT = 1e-2
 # Smaller products are not worth it: the join and the log-sum-exp take longer (V * D).
 MIN_WEIGHT_SIZE = 2**14
 # Operations of the forward product from which on a coarse pass is worth it on a GPU, by the
-# arithmetic of float32 products; None: never. On an H100, a peaky lattice of 0.37e12 operations
-# took the device 5.0 instead of 10.6 ms in float32, and 4.6 instead of 3.4 with TF32. The coarse
-# path now has about 120 launches there, each of which takes the host at most 27 us: 3.2 ms. The
-# plain path takes the device 3.9 ms for 2**37 operations.
-MIN_GPU_OPERATIONS = {"float32": 2**37, "tf32": None}
+# arithmetic of float32 products; None: never. On an H100, 2**38.4 operations took 12.6 instead of
+# 19.9 ms (peaky: 7.4 instead of 11.3), and 2**37.8 hardly less than without. With TF32, the coarse
+# pass was slower for 2**38.4 operations (8.9 instead of 7.3 ms) and for 2**40.8 (13.8 and 13.1).
+MIN_GPU_OPERATIONS = {"float32": 2**38, "tf32": None}
 # Memory for the logits of the fine pass, which backward reuses if all of them fit.
 FINE_LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 # Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,17 @@ from transducer_toolkit.data.digits.recipe import load_voices, plan_set
 from transducer_toolkit.data.manifest import read_manifest
 
 SIZES = {"num_train": 30, "num_val": 10, "num_test": 14, "num_excluded": 14, "num_held_out": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked_workers():
+    """Fresh workers without the time to import PyTorch. The command line starts real ones."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([synthesis.__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        made = SimpleNamespace(get_context=lambda name: context)
+        patch.setattr(synthesis, "multiprocessing", made)
+        yield
 
 
 @pytest.fixture(scope="module")
