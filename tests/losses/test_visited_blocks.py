@@ -51,14 +51,15 @@ class Lattices:
         num_frames, columns = blank.shape
         advances = TOPOLOGIES[self.options.topology].label_durations[0]
         spoken = sorted(choose.sample(range(num_frames - advances), columns - 1))
+        on_path = math.log1p(-math.exp(off_path))  # probabilities of at most 1 together
         cells, t, u = [], 0, 0
         while t < num_frames:
             cells.append((t, u))
             if u < columns - 1 and spoken[u] == t:
-                blank[t, u], label[t, u] = off_path, -1e-3
+                blank[t, u], label[t, u] = off_path, on_path
                 t, u = t + advances, u + 1
             else:
-                blank[t, u], label[t, u] = -1e-3, off_path
+                blank[t, u], label[t, u] = on_path, off_path
                 t += 1
         return cells
 
