@@ -63,6 +63,7 @@ def python() -> str:
         server = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server", executable, str(listener.fileno())],
             cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
             start_new_session=True,
