@@ -408,7 +408,7 @@ MUTANTS = [
     Mutant(
         "no coarse score is refined",
         _OPS + "coarse_to_fine.py",
-        "COARSE_BUDGET = LOW_BUDGET / 50",
+        "COARSE_BUDGET = LOW_BUDGET / 5",
         "COARSE_BUDGET = LOW_BUDGET * 1e9",
         (PRECISION,),
     ),
