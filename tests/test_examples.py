@@ -186,7 +186,8 @@ def test_the_custom_encoder_trains_and_decodes_from_the_command_line(tmp_path):
     }
 
     def run(name, *arguments):
-        command = [python(), "-m", f"transducer_toolkit.cli.{name}", *map(str, arguments)]
+        # Not a fork: the line to try names the folder of the interpreter.
+        command = [sys.executable, "-m", f"transducer_toolkit.cli.{name}", *map(str, arguments)]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True
         )
