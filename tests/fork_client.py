@@ -44,7 +44,7 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 if not fork:
     os.execv(python, [python, *arguments])
 for stream in (0, 1, 2, *streams):
-    os.close(stream)  # whoever reads a pipe sees its end when the fork closes it
+    os.close(stream)  # a pipe ends when its last writer closes it: that is the fork now
 while server not in select.select([server, signals], [], [])[0]:
     for number in signals.recv(64):
         os.kill(fork, number)

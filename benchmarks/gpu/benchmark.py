@@ -62,7 +62,7 @@ SUITES = {
     "parakeet": ("tdt", "parakeet", "parakeet_tdt"),
     "parakeet_8k": ("tdt", "parakeet", "parakeet_tdt"),
 }
-# A loss multiplies no matrices; nobody trains a large model in float32 without TF32.
+# A loss alone has no matrix products. Large models are trained with TF32 or in bfloat16.
 MODES_OF = {"loss": MODES[:1], "parakeet": MODES[1:], "parakeet_tdt": MODES[1:]}
 WITH_ERROR = ("step", "tdt")
 # The projects whose losses take bfloat16.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many kernels and copies a step launches on CUDA: a GPU waits for a slow host."""
+"""How many kernels and copies a step launches on CUDA. Each launch costs time on the host."""
 
 from collections import Counter
 

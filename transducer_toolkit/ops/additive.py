@@ -63,7 +63,7 @@ class AdditiveLosses(NamedTuple):
     Attributes:
         losses: (B,) float64, differentiable.
         use_blank: (B, T, S + 1) float64, expected uses of the blank scores; zero in padding.
-        use_label: (B, T, S + 1) float64, expected uses of the label scores; likewise.
+        use_label: (B, T, S + 1) float64, expected uses of the label scores; zero in padding.
         normalizer: as in AdditiveScores.
         product: as in AdditiveScores.
 

@@ -182,7 +182,7 @@ def refine(
         num_rows = int(kept.total)
         if num_rows == 0:
             return refined
-        if not is_sample:  # failed; to select only as many as it asks for would fail many times
+        if not is_sample:  # the check failed; a selection that is hardly stricter would fail again
             stricter /= STRICTER_BY
             kept = _heaviest_rows(weight, batch, stricter)
             num_rows = int(kept.total)
