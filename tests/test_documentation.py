@@ -215,6 +215,18 @@ def test_the_tables_of_losses_have_every_option(page):
     assert options <= set(re.findall(r"`(\w+)`", " ".join(rows)))
 
 
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_each_row_of_a_table_has_as_many_cells_as_its_head(page):
+    """A row too short or too long is one that a merge has broken."""
+    for language, prose in fenced(page.read_text()):
+        if language is None:
+            for table in re.findall(r"(?:^ *\|.*\n)+", prose, flags=re.M):
+                head, line, *rows = table.splitlines()
+                assert rows and re.fullmatch(r" *\|([ :-]*-[ :-]*\|)+ *", line), table
+                for row in (head, *rows):
+                    assert len(re.findall(r"(?<!\\)\|", row)) == line.count("|"), row
+
+
 def test_every_page_stands_in_the_menu_of_the_site():
     hooks = (ROOT / "docs" / "site_hooks.py").read_text()
     menu = set(re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M))
