@@ -27,6 +27,7 @@ from benchmarks.session import Session, ended_process
 from benchmarks.truth import cell_coordinates, loss_truth, step_truth
 from benchmarks.workloads import Workload, choose_batch, scaling_workloads, utterance_shapes
 from transducer_toolkit.losses.reference import reference_duration_loss, reference_loss
+from transducer_toolkit.optional import OLDEST_TRANSFORMERS
 
 ODD = "tests.odd_implementations"
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +199,7 @@ def test_pruned_implementations_agree_with_each_other():
 
 @pytest.mark.parametrize("suite", ["parakeet", "parakeet_tdt"])
 def test_parakeet_implementations_agree_with_each_other(suite):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
     pytest.importorskip("torchaudio", exc_type=ImportError)
     theirs = ask(suite, "transformers: Parakeet")
     assert disagreement(ask(suite, "ours: Parakeet, fused loss"), theirs) == ""
@@ -311,7 +312,7 @@ def test_suite_runs_end_to_end(suite, tmp_path, capsys, monkeypatch):
         "parakeet_tdt": ("ours: Parakeet, fused loss",),
     }
     if suite in ("parakeet", "parakeet_tdt"):
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
     wanted = special.get(suite, ("ours: packed",))
     monkeypatch.setattr(run, "implementations", lambda extra: {n: every[n] for n in wanted})
     if suite not in ("loss", "pruned"):  # of which one lacks a package

@@ -9,6 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from transducer_toolkit.optional import OLDEST_TRANSFORMERS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -44,6 +46,12 @@ def test_torch_is_pinned_nowhere():
             if requirement.name in ("torch", "torchaudio"):
                 assert str(requirement.specifier) == ">=2.11", extra
     assert "torchaudio" not in {r.name for r in requirements("train")}
+
+
+def test_the_oldest_transformers_is_that_of_the_extras():
+    found = [r for extra in ("transformers", "test") for r in requirements(extra)]
+    bounds = {str(r.specifier) for r in found if r.name == "transformers"}
+    assert bounds == {f"<6,>={OLDEST_TRANSFORMERS}"}
 
 
 def test_the_core_needs_torch_and_numpy_only():

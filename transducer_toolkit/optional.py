@@ -7,6 +7,8 @@ import importlib
 import shlex
 from typing import Any
 
+OLDEST_TRANSFORMERS = "5.24"  # that of the extra; pip installs an older one on Python 3.10
+
 
 def import_torchaudio(module: str, needed_by: str) -> Any:
     """Import a module of torchaudio.
@@ -29,9 +31,18 @@ def import_transformers(needed_by: str) -> Any:
         needed_by: as in :func:`import_torchaudio`.
 
     Raises:
-        ImportError: transformers is missing; says what to install.
+        ImportError: transformers is missing or too old; says what to install.
     """
-    return _import("transformers", "transformers", needed_by)
+    wanted = f"transformers>={OLDEST_TRANSFORMERS}"
+    package = _import(wanted, "transformers", needed_by)
+    from packaging.version import Version  # which transformers needs itself
+
+    if Version(package.__version__).release < Version(OLDEST_TRANSFORMERS).release:
+        raise ImportError(
+            f"{needed_by} needs {wanted}, got {package.__version__}: "
+            f"pip install {shlex.quote(wanted)} (Python 3.11 or newer)"
+        )
+    return package
 
 
 def import_tensorflow(needed_by: str) -> Any:

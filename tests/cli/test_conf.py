@@ -18,6 +18,7 @@ from transducer_toolkit.cli import run_folder
 from transducer_toolkit.cli.component_arguments import with_signs
 from transducer_toolkit.cli.hints import _keys, find_hints
 from transducer_toolkit.cli.train import train
+from transducer_toolkit.optional import OLDEST_TRANSFORMERS
 
 run_folder.register()
 CONF = files("transducer_toolkit.conf")
@@ -60,7 +61,7 @@ def test_the_groups_are_those_of_the_documentation():
 
 def skip_without_transformers(option):
     if option.startswith(("fastconformer", "huggingface")):
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES)

@@ -14,6 +14,7 @@ from transducer_toolkit.cli import run_folder
 from transducer_toolkit.cli.hints import find_hints
 from transducer_toolkit.cli.train import main as train
 from transducer_toolkit.modules import ConvLstmEncoder
+from transducer_toolkit.optional import OLDEST_TRANSFORMERS
 
 run_folder.register()
 CONF = files("transducer_toolkit.conf")
@@ -83,7 +84,7 @@ def test_a_model_is_the_same_in_every_experiment(index, option):
 def test_every_encoder_goes_with_every_predictor(option, predictor):
     needed = []
     if option.startswith(("fastconformer", "huggingface")):
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
     if option == "huggingface":
         needed = ["model.encoder.config={model_type:hubert,num_hidden_layers:1}"]
     choice = [f"model/encoder={option}", f"model/predictor={predictor}", *needed]

@@ -6,7 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+from transducer_toolkit.optional import OLDEST_TRANSFORMERS
+
+transformers = pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
 
 ENCODER = {
     "hidden_size": 32,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import pickle
+import re
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from tests.compat.hugging_face import KINDS, PAD, batch, small_model, transforme
 from transducer_toolkit.compat.common import REDUCTION_NAMES
 from transducer_toolkit.compat.transformers import use_fused_loss
 from transducer_toolkit.losses.reference import reference_duration_loss, reference_loss
+from transducer_toolkit.optional import import_transformers
 
 RNNT = [kind for kind in KINDS if kind != "ParakeetForTDT"]
 # Classes that have a loss in transformers, and what pads their labels; None is blank.
@@ -440,5 +442,20 @@ def test_bad_calls():
 
 def test_missing_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"use_fused_loss needs transformers: pip install transf"):
+    with pytest.raises(ImportError, match=r"use_fused_loss needs transformers>=5.24: pip install"):
         use_fused_loss(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("version", "is_refused"),
+    [("4.57.1", True), ("5.20.2", True), ("5.24.0.dev0", False), ("5.100", False)],
+)
+def test_a_version_that_is_too_old_is_named(monkeypatch, version, is_refused):
+    """Other packages, such as peft, install the newest one for Python 3.10, which is too old."""
+    monkeypatch.setattr(transformers, "__version__", version)
+    if not is_refused:
+        assert import_transformers("this") is transformers
+        return
+    expected = f"this needs transformers>=5.24, got {version}: pip install 'transformers>=5.24'"
+    with pytest.raises(ImportError, match=re.escape(expected)):
+        import_transformers("this")

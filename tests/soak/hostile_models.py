@@ -13,11 +13,13 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from packaging.version import Version
 from torch import Tensor
 
 from tests.soak.hostile_texts import DEEP, LETTERS, ODD_JSON, Case, edit, places
@@ -27,8 +29,11 @@ from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transducer_toolkit.decoding import NonFiniteScoresError
 from transducer_toolkit.inference.recognizer import Recognizer, load_checkpoint, recognizer_recipe
+from transducer_toolkit.optional import OLDEST_TRANSFORMERS
 
-HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None and Version(
+    version("transformers")
+) >= Version(OLDEST_TRANSFORMERS)
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 ENCODERS = ("wav2vec2", "hubert", "whisper", "parakeet")
 OUTSIDE = "outside"  # a folder beside that of a model, whose files must not be read
