@@ -223,9 +223,6 @@ def test_size_of_the_gradient_of_the_logits():
     assert (clamped <= grad.abs().clamp(max=0.1).sum(1) + 1e-12).all()
 
 
-# --- non-finite values ---------------------------------------------------------------------------
-
-
 # --- autograd, torch.compile, devices ------------------------------------------------------------
 
 

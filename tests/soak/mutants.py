@@ -51,6 +51,7 @@ FUSED_DURATIONS = "tests/losses/test_fused_durations.py"
 HAT = "tests/losses/test_hat.py"
 RESTRICTED = "tests/losses/test_restricted.py"
 PRECISION = "tests/losses/test_precision.py"
+COARSE_STAGES = "tests/test_backends_coarse.py"
 QUANTIZED = "tests/ops/test_quantized.py"
 GREEDY = "tests/decoding/test_durations.py"
 _LOSSES = "transducer_toolkit/losses/"
@@ -403,7 +404,7 @@ MUTANTS = [
         "csrc/row_gradient.h",
         "in.loss[b] < -kLogZero)) return kNaN;",
         "in.loss[b] < -kLogZero)) return 0;",
-        (PRECISION,),
+        (COARSE_STAGES,),
     ),
     Mutant(
         "no coarse score is refined",
