@@ -167,6 +167,9 @@ def test_resampled_audio_has_the_length_that_is_promised(num_samples, dtype):
     assert resampled.dtype == dtype and resampled.is_contiguous()
     one = resample(waveform[0], 44100, 16000)
     assert torch.equal(resampled, one.expand(3, -1))
+    every_second = torch.ones(3, 2 * num_samples, dtype=dtype)[:, ::2]
+    assert torch.equal(resample(every_second, 44100, 16000), resampled)
+    assert torch.equal(resample(every_second[0], 44100, 16000), one)
     if num_samples > 1000:  # a constant stays one, away from the edges
         torch.testing.assert_close(one[100:-100], torch.ones_like(one[100:-100]), atol=1e-3, rtol=0)
 

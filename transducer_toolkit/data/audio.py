@@ -260,7 +260,8 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
             )
     import soxr
 
-    samples = waveform.cpu().numpy().T  # soxr has the channels last
+    # soxr has the channels last. Its build for Python 3.10 refuses one sample with other strides.
+    samples = np.array(waveform.cpu().numpy().T, order="C")
     resampled = torch.from_numpy(soxr.resample(samples, from_rate, to_rate).T)
     num_samples = -(-waveform.size(-1) * to_rate // from_rate)  # soxr rounds to the nearest number
     missing = num_samples - resampled.size(-1)
