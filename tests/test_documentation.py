@@ -27,6 +27,7 @@ from transducer_toolkit.cli.train import _fit_defaults
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.inference.recognizer import Recognizer, recognizer_recipe
+from transducer_toolkit.optional import OLDEST_TRANSFORMERS
 
 run_folder.register()
 ROOT = Path(__file__).parents[1]
@@ -172,7 +173,8 @@ NEEDED = {
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
     for package in NEEDED.get(name_of(page), ()):
-        pytest.importorskip(package)
+        oldest = OLDEST_TRANSFORMERS if package == "transformers" else None
+        pytest.importorskip(package, minversion=oldest)
     monkeypatch.chdir(tmp_path)
     makers = GIVEN.get(name_of(page), lambda folder: iter([{}]))(tmp_path)
     names = {}
