@@ -80,7 +80,7 @@ def train(cfg: DictConfig) -> float | None:
     from lightning import seed_everything
     from omegaconf import OmegaConf
 
-    from transducer_toolkit.cli import changes, resume
+    from transducer_toolkit.cli import auto_loss, changes, resume
     from transducer_toolkit.cli.output import quiet_lightning
     from transducer_toolkit.training.callbacks.clock import StepClock
     from transducer_toolkit.training.checkpoints import AtomicCheckpointIO
@@ -99,11 +99,13 @@ def train(cfg: DictConfig) -> float | None:
     # utterances have a path, and the sizes of lattices.
     run_dir = Path(cfg.run_dir)
     ckpt_path = resume.find_checkpoint(cfg.ckpt_path, run_dir, name=cfg.name)
-    config = changes.training_config(cfg)
     checkpoint: dict[str, Any] = {}
-    changed: changes.Changes = {}
     if ckpt_path is not None:
         checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, map_location="cpu")
+    auto_loss.settle(cfg, ckpt_path, checkpoint)
+    config = changes.training_config(cfg)
+    changed: changes.Changes = {}
+    if ckpt_path is not None:
         changed = changes.find_changes(checkpoint.get(changes.CONFIG_KEY, config), config)
         if cfg.ckpt_path == "auto":
             changes.check_run_folder(changed, ckpt_path, run_dir)
@@ -187,6 +189,8 @@ def _check_options(cfg: DictConfig) -> None:
     """Check options whose own errors would not name the Hydra key."""
     from omegaconf import OmegaConf
 
+    from transducer_toolkit.cli import auto_loss
+    from transducer_toolkit.cli.component_arguments import check_arguments
     from transducer_toolkit.cli.removed_keys import refuse_removed_keys
     from transducer_toolkit.ops.checks import (
         check_at_least,
@@ -197,6 +201,7 @@ def _check_options(cfg: DictConfig) -> None:
     from transducer_toolkit.ops.topology import get_topology
 
     refuse_removed_keys(cfg)
+    check_arguments(cfg)
     check_at_least(0, seed=cfg.seed)
     if cfg.seed >= 2**32:
         raise ValueError(f"seed must be below 2^32, got {cfg.seed}")
@@ -220,7 +225,8 @@ def _check_options(cfg: DictConfig) -> None:
     if "accumulate_grad_batches" in cfg.trainer:
         accumulated = cfg.trainer.accumulate_grad_batches
         check_at_least(1, **{"trainer.accumulate_grad_batches": accumulated})
-    if "topology" in cfg.loss:  # data.topology follows it, and its error would name that key
+    if cfg.loss.get("topology", auto_loss.AUTO) != auto_loss.AUTO:
+        # data.topology follows it, and its error would name that key.
         get_topology(cfg.loss.topology, "loss.topology")
 
 
