@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transducer_toolkit.data.datamodule import TransducerDataModule
     from transducer_toolkit.data.tokenizer import Tokenizer
     from transducer_toolkit.decoding import Search
+    from transducer_toolkit.training.callbacks.clock import StepClock
     from transducer_toolkit.training.lightning_module import TransducerModule
     from transducer_toolkit.training.stages import LossStage
 
@@ -135,24 +136,8 @@ def train(cfg: DictConfig) -> float | None:
         )
         OmegaConf.update(cfg, "trainer.limit_val_batches", 0, force_add=True)
     clock = StepClock()
-    averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=[clock, *averaging, *instantiate(cfg.callbacks, _convert_="all").values()],
-        logger=list(instantiate(cfg.logger, _convert_="all").values()),
-        _convert_="all",
-    )
-    _refuse_processes_in_sweep(trainer)
-    _check_torchrun(trainer)
+    trainer = _make_trainer(cfg, clock)
     _log_options(trainer, config)
-    epochs, steps = cfg.trainer.get("max_epochs"), cfg.trainer.get("max_steps")
-    if epochs not in (None, -1) and steps not in (None, -1):
-        logger.info(
-            "the training ends after %d epochs (trainer.max_epochs) or %d steps "
-            "(trainer.max_steps), whichever come first",
-            epochs,
-            steps,
-        )
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
@@ -183,6 +168,30 @@ def train(cfg: DictConfig) -> float | None:
         }
         _report(module, datamodule, trainer, cfg, report)
     return best
+
+
+def _make_trainer(cfg: DictConfig, clock: StepClock) -> Trainer:
+    """Return the trainer with its callbacks and loggers, after a check of its processes."""
+    from hydra.utils import instantiate
+
+    averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=[clock, *averaging, *instantiate(cfg.callbacks, _convert_="all").values()],
+        logger=list(instantiate(cfg.logger, _convert_="all").values()),
+        _convert_="all",
+    )
+    _refuse_processes_in_sweep(trainer)
+    _check_torchrun(trainer)
+    epochs, steps = cfg.trainer.get("max_epochs"), cfg.trainer.get("max_steps")
+    if epochs not in (None, -1) and steps not in (None, -1):
+        logger.info(
+            "the training ends after %d epochs (trainer.max_epochs) or %d steps "
+            "(trainer.max_steps), whichever come first",
+            epochs,
+            steps,
+        )
+    return trainer
 
 
 def _check_options(cfg: DictConfig) -> None:
