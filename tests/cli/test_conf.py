@@ -53,7 +53,16 @@ def composed(config_name, *overrides):
 
 def test_the_groups_are_those_of_the_documentation():
     expected = {"data", "model", "loss", "optimizer", "scheduler", "trainer", "logger"}
-    groups = {"averaging", "callbacks", "cluster", "experiment", "hydra", "scoring", "search"}
+    groups = {
+        "adapters",
+        "averaging",
+        "callbacks",
+        "cluster",
+        "experiment",
+        "hydra",
+        "scoring",
+        "search",
+    }
     assert set(GROUPS) == expected | groups
     assert [path.name for path in CONF.iterdir() if path.name.endswith(".yaml")]
 

@@ -174,10 +174,10 @@ def _make_trainer(cfg: DictConfig, clock: StepClock) -> Trainer:
     """Return the trainer with its callbacks and loggers, after a check of its processes."""
     from hydra.utils import instantiate
 
-    averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
+    more = [instantiate(it, _convert_="all") for it in (cfg.adapters, cfg.averaging) if it]
     trainer: Trainer = instantiate(
         cfg.trainer,
-        callbacks=[clock, *averaging, *instantiate(cfg.callbacks, _convert_="all").values()],
+        callbacks=[clock, *more, *instantiate(cfg.callbacks, _convert_="all").values()],
         logger=list(instantiate(cfg.logger, _convert_="all").values()),
         _convert_="all",
     )
