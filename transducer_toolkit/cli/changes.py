@@ -68,7 +68,7 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     return {
         key: (old.get(key, NOTHING), new.get(key, NOTHING))
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not key.startswith(IGNORED)
+        if old.get(key, NOTHING) != new.get(key, NOTHING) and not key.startswith(IGNORED)
     }
 
 

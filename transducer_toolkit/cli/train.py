@@ -174,7 +174,8 @@ def _make_trainer(cfg: DictConfig, clock: StepClock) -> Trainer:
     """Return the trainer with its callbacks and loggers, after a check of its processes."""
     from hydra.utils import instantiate
 
-    more = [instantiate(it, _convert_="all") for it in (cfg.adapters, cfg.averaging) if it]
+    optional = [cfg[name] for name in ("adapters", "averaging") if cfg.get(name)]
+    more = [instantiate(config, _convert_="all") for config in optional]
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=[clock, *more, *instantiate(cfg.callbacks, _convert_="all").values()],

@@ -85,7 +85,7 @@ def min_samples(features: Any, num_output_frames: Callable[[int], int]) -> int:
     Example:
         >>> from transducer_toolkit.data.features import Fbank
         >>> min_samples(Fbank(), lambda num_frames: num_frames // 4)
-        600
+        560
     """
 
     def makes_a_frame(num_samples: int) -> bool:
