@@ -26,26 +26,13 @@ def pytest_collection():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _configs_are_parsed_once():
-    """Hydra reads the same files for each command."""
-    if "omegaconf" not in sys.modules:
+def _configs_are_composed_once():
+    if "hydra" not in sys.modules:
         yield
         return
-    import yaml
+    from tests.composition import composed_once
 
-    load, data_of = yaml.load, {}
-
-    def load_once(stream, Loader):
-        if Loader.__name__ != "OmegaConfLoader" or not hasattr(stream, "seek"):
-            return load(stream, Loader)
-        text = stream.read()
-        if text not in data_of:
-            stream.seek(0)
-            data_of[text] = load(stream, Loader)
-        return data_of[text]  # OmegaConf copies it
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, "load", load_once)
+    with composed_once():
         yield
 
 

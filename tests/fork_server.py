@@ -85,6 +85,12 @@ def serve(executable: str, descriptor: str) -> list[str]:
     for name in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # of an extra
             importlib.import_module(name)
+    with contextlib.suppress(ModuleNotFoundError):
+        from tests.composition import compose_for_forks, composed_once
+
+        composed_once().__enter__()  # until the end of the process, and of each fork
+        for name in ("train", "evaluate"):
+            compose_for_forks(name, "data=manifest", *["~experiment"] * (name == "train"))
     preloaded = list(sys.modules)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has only the thread that forks"
     gc.collect()
