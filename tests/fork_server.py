@@ -3,7 +3,7 @@
 
 To import them takes 4 s of CPU time; a training of a test takes 1 s. ``python()`` returns an
 executable that behaves as Python does. For ``[-u] -m MODULE`` it asks a server, a process that has
-imported what the commands import, for a fork of itself. The fork has the arguments, the
+imported what the commands import and composed two configs, for a fork of itself. The fork has the arguments, the
 environment, the working directory and the standard streams of the caller. It ends as any
 interpreter ends, with a status or by a signal, after atexit and a flush.
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import transducer_toolkit
+from tests.conftest import LONG
 
 PACKAGE_DIR = Path(transducer_toolkit.__file__).parent
 MODULES = sorted(
@@ -27,6 +28,10 @@ def test_documentation_examples(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
+
+
+def test_long_files_are_there():
+    assert all((Path(__file__).parent / name).is_file() for name in LONG)
 
 
 def test_public_functions_have_examples():
