@@ -3,9 +3,9 @@
 
 To import them takes 4 s of CPU time; a training of a test takes 1 s. ``python()`` returns an
 executable that behaves as Python does. For ``[-u] -m MODULE`` it asks a server, a process that has
-imported what the commands import and composed two configs, for a fork of itself. The fork has the arguments, the
-environment, the working directory and the standard streams of the caller. It ends as any
-interpreter ends, with a status or by a signal, after atexit and a flush.
+imported what the commands import and composed two configs, for a fork of itself. The fork has the
+arguments, the environment, the working directory and the standard streams of the caller. It ends
+as any interpreter ends, with a status or by a signal, after atexit and a flush.
 
 A fork cannot change what Python or a package reads when it starts. The executable becomes Python
 where one of STARTUP differs from the server's environment, or this tree is not in PYTHONPATH. Use
