@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import soundfile
@@ -70,8 +69,9 @@ def test_tokens_and_texts_are_those_of_generate(kind, num_sounds, tmp_path):
         expected = [token for token in found if token != model.config.blank_token_id]
         (hypothesis,) = recognizer.recognize([waveform])
         assert hypothesis.tokens == expected, seed
-        text = processor.decode(expected, skip_special_tokens=True)
-        assert recognizer.transcribe([waveform]) == [" ".join(text.split())]
+        if seed < 10:  # it recognizes once more
+            text = processor.decode(expected, skip_special_tokens=True)
+            assert recognizer.transcribe([waveform]) == [" ".join(text.split())]
         num_tokens += len(expected)
         symbols |= set(expected)
     assert num_tokens > 300 and len(symbols) > 4 and num_endless < 5
@@ -110,15 +110,14 @@ def test_commands(folder, tmp_path, capfd):
         {"audio_filepath": file, "text": text} for file, text in zip(files, expected, strict=True)
     ]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "transducer_toolkit.cli.evaluate", f"checkpoint={folder}"]
+    command = [python(), "-m", "transducer_toolkit.cli.evaluate", f"checkpoint={folder}"]
+    kept = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
     options = ["data=manifest", f"data.corpus.test={manifest}", f"run_dir={tmp_path / 'run'}"]
-    process = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    process = subprocess.run([*command, *options], cwd=tmp_path, **kept)
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["test_sets"]["test"]["words"]["rate"] == 0.0
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command[0] = python()
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    process = subprocess.run(command, cwd=tmp_path, **kept)
     assert process.returncode != 0
     assert "does not say which corpus it was trained on: give data=OPTION" in process.stderr
 
