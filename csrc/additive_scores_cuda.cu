@@ -49,19 +49,36 @@ __device__ void Repair(const AdditiveCells<T>& cells, int64_t cell, Score* norma
   if (Lane() == 0) normalizer[cell] = offset + log(static_cast<Score>(sum));
 }
 
-// Rows of am, then rows of lm. The warps of lm also compute what depends on the column alone.
+// The row of am or of lm that a warp works on: first those of am, a frame each, then those of lm, a
+// column each.
+struct AdditiveRow {
+  int64_t row, b, index;  // `index` is the frame or the column
+  bool is_am, is_real;    // of a frame or column that the utterance has
+
+  template <typename T>
+  __device__ AdditiveRow(const AdditiveCells<T>& cells, const AdditiveTerms& terms) {
+    const int64_t num_frames = cells.num_utterances * cells.num_frames;
+    is_am = GlobalWarp() < num_frames;
+    row = is_am ? GlobalWarp() : GlobalWarp() - num_frames;
+    const int64_t length = is_am ? cells.num_frames : cells.num_columns;
+    b = row / length;
+    index = row - b * length;
+    is_real = is_am ? terms.IsFrame(b, index) : terms.IsColumn(b, index);
+  }
+};
+
+template <typename T>
+TRANSDUCER_HD int64_t NumAdditiveRows(const AdditiveCells<T>& cells) {
+  return cells.num_utterances * (cells.num_frames + cells.num_columns);
+}
+
+// The warps of lm also compute what depends on the column alone.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     ExponentialsKernel(AdditiveCells<T> cells, AdditiveTerms terms, AdditiveExponentials<T> out,
                        AdditiveContexts contexts) {
-  const int64_t num_frames = cells.num_utterances * cells.num_frames;
-  const int64_t num_columns = cells.num_utterances * cells.num_columns;
-  if (GlobalWarp() >= num_frames + num_columns) return;
-  const bool is_am = GlobalWarp() < num_frames;
-  const int64_t row = is_am ? GlobalWarp() : GlobalWarp() - num_frames;
-  const int64_t length = is_am ? cells.num_frames : cells.num_columns;
-  const int64_t b = row / length, index = row - b * length;
-  const bool is_real = is_am ? terms.IsFrame(b, index) : terms.IsColumn(b, index);
+  if (GlobalWarp() >= NumAdditiveRows(cells)) return;
+  const auto [row, b, index, is_am, is_real] = AdditiveRow(cells, terms);
   const T* x = (is_am ? cells.am : cells.lm) + row * cells.vocab_size;
   T* y = (is_am ? out.am : out.lm) + row * cells.vocab_size;
   T max = 0;
@@ -195,22 +212,15 @@ __device__ inline void AddFrames(const AdditiveScoreGrads& grads, int64_t cell, 
   }
 }
 
-// Rows of grad_am, then rows of grad_lm.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocksAtOnce)
     GradientsKernel(AdditiveCells<T> cells, AdditiveTerms terms,
                     AdditiveExponentials<T> exponentials, AdditiveScoreGrads grads, T* grad_am,
                     T* grad_lm) {
-  const int64_t num_frames = cells.num_utterances * cells.num_frames;
-  const int64_t num_columns = cells.num_utterances * cells.num_columns;
-  if (GlobalWarp() >= num_frames + num_columns) return;
-  const bool is_am = GlobalWarp() < num_frames;
-  const int64_t row = is_am ? GlobalWarp() : GlobalWarp() - num_frames;
-  const int64_t length = is_am ? cells.num_frames : cells.num_columns;
-  const int64_t b = row / length, index = row - b * length;
+  if (GlobalWarp() >= NumAdditiveRows(cells)) return;
+  const auto [row, b, index, is_am, is_real] = AdditiveRow(cells, terms);
   const int64_t symbols = terms.num_symbols, columns = symbols + 1;
   const Score factor = grads.factor[b];
-  const bool is_real = is_am ? terms.IsFrame(b, index) : terms.IsColumn(b, index);
   const bool has_grad = is_real && factor != 0;
   const bool is_column = !is_am && index <= symbols;
   const int64_t first_cell = b * cells.num_frames * columns;  // of the utterance
@@ -306,7 +316,7 @@ template <typename T>
 void AdditiveExponentialsCuda(const AdditiveCells<T>& cells, const AdditiveTerms& terms,
                               void* stream, const AdditiveExponentials<T>& out,
                               const AdditiveContexts& contexts) {
-  const int64_t rows = cells.num_utterances * (cells.num_frames + cells.num_columns);
+  const int64_t rows = NumAdditiveRows(cells);
   TRANSDUCER_LAUNCH(ExponentialsKernel<T>, WarpBlocks(rows), kRowThreads, stream, cells, terms, out,
                     contexts);
 }
@@ -333,7 +343,7 @@ void AdditiveGradientsCuda(const AdditiveCells<T>& cells, const AdditiveTerms& t
                            const AdditiveExponentials<T>& exponentials,
                            const AdditiveScoreGrads& grads, const AdditiveSaved& saved,
                            void* stream, T* grad_am, T* grad_lm) {
-  const int64_t rows = cells.num_utterances * (cells.num_frames + cells.num_columns);
+  const int64_t rows = NumAdditiveRows(cells);
   TRANSDUCER_LAUNCH(GradientsKernel<T>, WarpBlocks(rows), kRowThreads, stream, cells, terms,
                     exponentials, grads, grad_am, grad_lm);
   const int64_t slices = cells.num_utterances * CeilDivide(cells.vocab_size, kWarp);

@@ -11,13 +11,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kBlocksAtOnce = 3;  // per multiprocessor; with one more the compiler spills
-constexpr int64_t kRowsPerRun = 2048, kMostRuns = 64;
-
-int64_t NumRuns(const LatticeBatch& batch) {
-  const int64_t stride = batch.row_stride != 0 ? batch.row_stride : batch.max_targets + 1;
-  const int64_t runs = CeilDivide(batch.max_frames * stride, kRowsPerRun);
-  return runs < 1 ? 1 : runs > kMostRuns ? kMostRuns : runs;
-}
+constexpr int64_t kRowsPerRun = 2048;
 
 // Run `run` of the rows of utterance b, without those of an invalid one.
 struct RowRun {
@@ -125,12 +119,13 @@ void ReplaceScoresCuda(const LatticeBatch& batch, const RowTile& tile, const Fin
 }
 
 int64_t RowWeightsScratchCuda(const LatticeBatch& batch) {
-  return batch.num_utterances * NumRuns(batch) * static_cast<int64_t>(sizeof(Score));
+  const int64_t runs = NumRuns(batch, kRowsPerRun);
+  return batch.num_utterances * runs * static_cast<int64_t>(sizeof(Score));
 }
 
 void RowWeightsCuda(const LatticeBatch& batch, const RowWeightsIn& in, const LogitsOptions& logits,
                     const RowWeightsOptions& options, void* stream, void* scratch, Score* weight) {
-  const int64_t num_runs = NumRuns(batch), blocks = batch.num_utterances * num_runs;
+  const int64_t num_runs = NumRuns(batch, kRowsPerRun), blocks = batch.num_utterances * num_runs;
   Score* sums = static_cast<Score*>(scratch);
   TRANSDUCER_LAUNCH(OwnWeightsKernel, blocks, kThreads, stream, batch, in, logits,
                     options.of_fine_rows, num_runs, sums, weight);

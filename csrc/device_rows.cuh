@@ -26,6 +26,15 @@ __device__ inline int64_t GlobalWarp() {
 
 inline int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Runs into which the rows of an utterance are divided, one a block: each of `rows_per_run` rows or
+// more, which limits what the blocks leave for the next kernel.
+inline int64_t NumRuns(const LatticeBatch& batch, int64_t rows_per_run) {
+  constexpr int64_t kMost = 64;
+  const int64_t stride = batch.row_stride != 0 ? batch.row_stride : batch.max_targets + 1;
+  const int64_t runs = CeilDivide(batch.max_frames * stride, rows_per_run);
+  return runs < 1 ? 1 : runs > kMost ? kMost : runs;
+}
+
 // Returns the sum, or the maximum, over the lanes of the warp to every lane.
 template <typename C>
 __device__ inline C WarpSum(C value) {

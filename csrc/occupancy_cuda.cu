@@ -68,14 +68,7 @@ class CellRun {
   int64_t begin_, end_;
 };
 
-// Runs of an utterance have kCellsPerRun cells or more, which limits the number of histograms.
-constexpr int64_t kCellsPerRun = 4096, kMostRuns = 64;
-
-int64_t NumRuns(const LatticeBatch& batch) {
-  const int64_t stride = batch.row_stride != 0 ? batch.row_stride : batch.max_targets + 1;
-  const int64_t runs = CeilDivide(batch.max_frames * stride, kCellsPerRun);
-  return runs < 1 ? 1 : runs > kMostRuns ? kMostRuns : runs;
-}
+constexpr int64_t kRowsPerRun = 4096;
 
 // Results of one kernel that the next one reads. All of it is written before it is read.
 struct Scratch {
@@ -83,7 +76,7 @@ struct Scratch {
   int64_t* num_kept;  // (B, runs)
   int64_t num_runs;
 
-  Scratch(const LatticeBatch& batch, Score* memory) : num_runs(NumRuns(batch)) {
+  Scratch(const LatticeBatch& batch, Score* memory) : num_runs(NumRuns(batch, kRowsPerRun)) {
     const int64_t total = batch.num_utterances * num_runs;
     num_kept = reinterpret_cast<int64_t*>(memory);
     units = reinterpret_cast<Units*>(memory + total);
@@ -247,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 }  // namespace
 
 int64_t KeptRowsScratchCuda(const LatticeBatch& batch) {
-  const int64_t numbers = batch.num_utterances * NumRuns(batch) * (1 + kNumBins);
+  const int64_t numbers = batch.num_utterances * NumRuns(batch, kRowsPerRun) * (1 + kNumBins);
   return numbers * static_cast<int64_t>(sizeof(Score));
 }
 

@@ -13,7 +13,7 @@
 #include "row_kernels.h"
 
 #if TRANSDUCER_VECTOR_BYTES > 16
-#include <immintrin.h>  // float16 conversion
+#include <immintrin.h>  // conversions, and reciprocals that are nearly right
 #endif
 
 #define TRANSDUCER_QUOTE_(x) #x
@@ -89,6 +89,18 @@ struct Simd<float> {
     return (V)((I)(expm1 / (expm1 + 2.0f)) | sign);
   }
 
+  // 1 / x to 1e-4, for normal x.
+  static inline V CoarseReciprocal(V x) {
+#if TRANSDUCER_VECTOR_BYTES == 64
+    return (V)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+#elif TRANSDUCER_VECTOR_BYTES == 32
+    const V guess = (V)_mm256_rcp_ps((__m256)x);  // to 4e-4; one step of Newton's method
+    return guess * (2.0f - x * guess);
+#else
+    return 1.0f / x;
+#endif
+  }
+
   // tanh(x) to 3e-4 and exp(x) for x <= 0 to 1e-4, for rows that are quantized or were. NaN stays.
   static inline V CoarseTanh(V x) {
     const V limit = V{} + 4.5f;
@@ -97,7 +109,7 @@ struct Simd<float> {
     const V s = x * x;
     const V p = (7.202200e-4f * s + 0.10395823f) * s + 1.0f;  // fitted to 3e-5 up to the limit
     const V q = (1.329952e-2f * s + 0.43713187f) * s + 1.0f;
-    return x * p / q;
+    return x * p * CoarseReciprocal(q);
   }
   static inline V CoarseExpDown(V x) {
     constexpr float kRound = 12582912.0f;
@@ -445,6 +457,22 @@ void Posteriors(Score* x, int64_t size) {
   StorePart<Score>(x + whole, size - whole, exp(LoadPart(x + whole, size - whole, Score(0))));
 }
 
+// The lanes as bytes; each is in [-128, 127]. GCC 12 would move them one by one.
+typedef int8_t Bytes __attribute__((vector_size(Simd<float>::kLanes)));
+
+inline Bytes Narrow(Simd<float>::I x) {
+#if TRANSDUCER_VECTOR_BYTES == 64
+  return (Bytes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x);
+#elif TRANSDUCER_VECTOR_BYTES == 32
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x),
+                                        _mm256_extracti128_si256((__m256i)x, 1));
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+  return (Bytes)bytes;
+#else
+  return __builtin_convertvector(x, Bytes);
+#endif
+}
+
 void Quantize(const float* x, int64_t size, int8_t* out, float* scale) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
@@ -471,9 +499,8 @@ void Quantize(const float* x, int64_t size, int8_t* out, float* scale) {
   *scale = (std::isfinite(max) ? max : std::numeric_limits<float>::quiet_NaN()) / 127.0f;
   // Rows of numbers this small round to zero, because their inverse would overflow.
   const float inverse = max > 1e-30f ? 127.0f / max : 0.0f;
-  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
   const auto rounded = [=](V v) {
-    return __builtin_convertvector((I)((U)(v * inverse + kRound) - (U)(V{} + kRound)), Bytes);
+    return Narrow((I)((U)(v * inverse + kRound) - (U)(V{} + kRound)));
   };
   for (int64_t i = 0; i < whole; i += kLanes) {
     const Bytes bytes = rounded(Load(x + i));

@@ -39,6 +39,8 @@ struct StaticTraits {
   static constexpr bool kEndsWithLabel = TraitsOf(kTopology).ends_with_label;
   static_assert(TraitsOf(kTopology).blank_frames == 1, "the recursions advance frame by frame");
   static_assert(kLabelFrames == 0 || kLabelFrames == 1, "");
+  static_assert(kLabelFrames == 1 || !(kLabelTakesBlank || kEndsWithLabel),
+                "a flag needs label_frames 1");
 };
 
 // Calls f(std::integral_constant<Topology, topology>).

@@ -4,6 +4,7 @@
 import gc
 import os
 import sys
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,6 +13,35 @@ import torch
 
 from tests.backends import Backend
 from transducer_toolkit.ops import coarse_to_fine, visited_blocks
+
+# Few tests that take long. pytest-xdist would start these files last, one worker at work with one
+# of them while the others wait.
+LONG = (
+    "test_packaging.py",
+    "test_gpu_scripts.py",
+    "cli/test_ddp.py",
+    "losses/test_fused_memory.py",
+)
+LONG += ("inference/test_huggingface.py", "cli/test_resume.py", "cli/test_train.py")
+LONG += ("test_fuzz_inputs.py", "export/test_nemo.py", "cli/test_train_durations.py")
+LONG += ("data/digits/test_digits_corpus.py", "cli/test_no_network.py", "test_examples.py")
+LONG += ("cli/test_train_huggingface.py", "cli/test_evaluate.py", "cli/test_fuzz_commands.py")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist, which may be absent
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Start with LONG, then with the files of most tests, if several processes share them."""
+    if not hasattr(config, "workerinput"):
+        return
+    files = [item.nodeid.partition("::")[0].removeprefix("tests/") for item in items]
+    ranks = {name: LONG.index(name) if name in LONG else len(LONG) for name in files}
+    counts = Counter(files)
+    order = sorted(range(len(items)), key=lambda i: (ranks[files[i]], -counts[files[i]], files[i]))
+    items[:] = [items[i] for i in order]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -26,26 +56,13 @@ def pytest_collection():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _configs_are_parsed_once():
-    """Hydra reads the same files for each command."""
-    if "omegaconf" not in sys.modules:
+def _configs_are_composed_once():
+    if "hydra" not in sys.modules:
         yield
         return
-    import yaml
+    from tests.composition import composed_once
 
-    load, data_of = yaml.load, {}
-
-    def load_once(stream, Loader):
-        if Loader.__name__ != "OmegaConfLoader" or not hasattr(stream, "seek"):
-            return load(stream, Loader)
-        text = stream.read()
-        if text not in data_of:
-            stream.seek(0)
-            data_of[text] = load(stream, Loader)
-        return data_of[text]  # OmegaConf copies it
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, "load", load_once)
+    with composed_once():
         yield
 
 

@@ -3,9 +3,9 @@
 
 To import them takes 4 s of CPU time; a training of a test takes 1 s. ``python()`` returns an
 executable that behaves as Python does. For ``[-u] -m MODULE`` it asks a server, a process that has
-imported what the commands import, for a fork of itself. The fork has the arguments, the
-environment, the working directory and the standard streams of the caller. It ends as any
-interpreter ends, with a status or by a signal, after atexit and a flush.
+imported what the commands import and composed two configs, for a fork of itself. The fork has the
+arguments, the environment, the working directory and the standard streams of the caller. It ends
+as any interpreter ends, with a status or by a signal, after atexit and a flush.
 
 A fork cannot change what Python or a package reads when it starts. The executable becomes Python
 where one of STARTUP differs from the server's environment, or this tree is not in PYTHONPATH. Use
@@ -85,6 +85,12 @@ def serve(executable: str, descriptor: str) -> list[str]:
     for name in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # of an extra
             importlib.import_module(name)
+    with contextlib.suppress(ModuleNotFoundError):
+        from tests.composition import compose_for_forks, composed_once
+
+        composed_once().__enter__()  # until the end of the process, and of each fork
+        for name in ("train", "evaluate"):
+            compose_for_forks(name, "data=manifest", *["~experiment"] * (name == "train"))
     preloaded = list(sys.modules)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has only the thread that forks"
     gc.collect()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every page: its Python runs, its command lines compose, its keys and options exist."""
 
+import ast
+import builtins
 import functools
 import importlib
 import inspect
@@ -149,9 +151,7 @@ def with_a_graph(folder):
         given["targets"] = to_cuda(torch.randint(1, 9, (2, 3)))
         graph = {"graph": lambda graph: traffic.capture(), "current_device": lambda: 0}
         with mock.patch.multiple(torch.cuda, **graph):
-            package = importlib.import_module("transducer_toolkit")
-            public = {name: getattr(package, name) for name in package.__all__}
-            yield given | {"torch": torch} | public
+            yield given
             assert torch.Tensor.backward.call_count == 1 and given["enc"].device == CUDA
 
 
@@ -182,6 +182,23 @@ def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
         names |= next(makers, {})
         exec(compile(block, name_of(page), "exec"), names)
     assert next(makers, None) is None  # and what it asserts at its end
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_a_python_block_stands_alone_or_names_what_it_needs(page):
+    """Names of other blocks, or of the reader, are listed in a comment on the first line."""
+    for block in blocks(page, "python"):
+        nodes = list(ast.walk(ast.parse(block)))
+        known = {*dir(builtins)} | {node.arg for node in nodes if isinstance(node, ast.arg)}
+        for node in nodes:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                known |= {(name.asname or name.name).partition(".")[0] for name in node.names}
+        known |= {getattr(node, "name", None) for node in nodes}  # functions, classes, errors
+        named = [node for node in nodes if isinstance(node, ast.Name)]
+        known |= {node.id for node in named if isinstance(node.ctx, ast.Store)}
+        comment = block.partition("\n")[0] if block.startswith("#") else ""
+        missing = {node.id for node in named} - known - set(re.findall(r"\w+", comment))
+        assert not missing, block
 
 
 # --- links and the API reference ------------------------------------------------------------------

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,6 @@ import pytest
 
 from benchmarks.gpu import pytest_plugin, tables
 from tests.backends import emulated_module
-from tests.fork_server import python
 from transducer_toolkit.ops import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,8 @@ sys.meta_path.insert(0, Blocker())
 STAGES = ["environment", "module", "parity", "first_failure", "profile", "table", "models", "train"]
 STAGES += ["ncu", "memcheck", "racecheck", "synccheck", "initcheck", "build_peers", "peers"]
 
-# Doubles of NVIDIA's tools: they refuse unknown options, and run the command that follows.
+# Doubles of NVIDIA's tools: they refuse unknown options, and run the command that follows. Of
+# commands that are the same, the sanitizer runs the first and repeats its output.
 SANITIZER = """#!/usr/bin/env bash
 tool=
 while [[ $1 == --* ]]; do
@@ -50,7 +51,13 @@ while [[ $1 == --* ]]; do
   esac
   shift 2
 done
-"$@" || exit $?
+kept=$(dirname "$0")/$(printf '%s\\0' "$@" "$PYTHONPATH" "$PYTORCH_NO_CUDA_MEMORY_CACHING" |
+  sha256sum | cut -d ' ' -f 1)
+if ! [ -e "$kept" ]; then
+  "$@" >"$kept.part" 2>&1 || { status=$?; cat "$kept.part"; exit $status; }
+  mv "$kept.part" "$kept"
+fi
+cat "$kept"
 case $tool in
   initcheck) where='at::native::fill_kernel(float*)' ;;
   racecheck) where='transducer::WalkKernel(int)' ;;
@@ -82,6 +89,14 @@ cat <<'END'
 "0","1","WalkKernel<float>(int)","Launch Statistics","Registers Per Thread","register/thread","40"
 "1","1","UsesKernel(int)","GPU Speed Of Light Throughput","Duration","us","15.0"
 END
+"""
+
+# A double of Python for tests of what is between the stages: what imports torch ends at once.
+QUICK_PYTHON = f"""#!/usr/bin/env bash
+case "$*" in
+  - | "-m benchmarks.gpu.environment" | "-m benchmarks.gpu.kernel_times "*) echo 'figures: quick' ;;
+  *) exec {shlex.quote(sys.executable)} "$@" ;;
+esac
 """
 
 
@@ -125,6 +140,14 @@ def environment(tmp_path, tools=(), **variables):
         "BUDGET": "500",
         **variables,
     }
+
+
+def quick(tmp_path):
+    """The variable of environment() that makes Python a double."""
+    path = tmp_path / "quick_python"
+    path.write_text(QUICK_PYTHON)
+    path.chmod(0o755)
+    return {"PYTHON": str(path)}
 
 
 def lines_of(text):
@@ -214,7 +237,8 @@ def lines_written(tmp_path):
 
 @pytest.mark.parametrize("finished, delay_s", [(0, 0.2), (2, 1.5), (3, 0.1)])
 def test_a_run_that_is_terminated_prints_what_is_finished(tree, tmp_path, finished, delay_s):
-    process = start(tree, environment(tmp_path), "profile", "parity", "table")
+    double = quick(tmp_path) if finished == 3 else {}
+    process = start(tree, environment(tmp_path, **double), "profile", "parity", "table")
     wait_for(lambda: lines_written(tmp_path) >= finished and (tmp_path / "out").exists())
     time.sleep(delay_s)
     process.terminate()
@@ -231,7 +255,7 @@ def test_a_run_that_is_terminated_prints_what_is_finished(tree, tmp_path, finish
 
 def test_a_run_that_is_killed_leaves_its_summary(tree, tmp_path):
     """SIGKILL cannot be caught: the lines of finished stages are on disk."""
-    process = start(tree, environment(tmp_path), "parity")
+    process = start(tree, environment(tmp_path, **quick(tmp_path)), "parity")
     wait_for(lambda: lines_written(tmp_path) >= 2)
     process.kill()
     process.communicate()
@@ -243,7 +267,7 @@ def test_a_run_that_is_killed_leaves_its_summary(tree, tmp_path):
 
 
 def test_a_stage_that_does_not_fit_is_skipped(tree, tmp_path):
-    variables = environment(tmp_path, BUDGET="14")
+    variables = environment(tmp_path, BUDGET="14", **quick(tmp_path))
     process = start(tree, variables, "table", "profile")
     printed, errors = process.communicate(timeout=60)
     summary = lines_of(printed)
@@ -251,20 +275,27 @@ def test_a_stage_that_does_not_fit_is_skipped(tree, tmp_path):
     assert re.fullmatch(r"\d+ s left", summary["table"][2])
 
 
+def only_test_backends(tree):
+    """Leave the tests of the stage parity no other file, and nothing to import PyTorch for."""
+    others = set((tree / "tests").glob("test_backends_*.py"))
+    others |= set((tree / "tests/losses").glob("test_cuda*.py"))
+    for path in others | {tree / "tests/conftest.py"}:
+        path.write_text("")
+
+
 def test_a_stage_that_takes_too_long_is_stopped(tree, tmp_path):
     """The tests that have run are in parity.xml; the stages behind it get their time."""
     test = "import time, pytest\ndef test_quick(): pass\n"
     test += "@pytest.mark.parametrize('name', ['emulated'])\ndef test_kept_rows_slow(name):\n"
     (tree / "tests/test_backends.py").write_text(test + "    time.sleep(100)\n")
-    (tree / "tests/test_backends_lattice.py").write_text("")
-    for path in (tree / "tests/losses").glob("test_cuda*.py"):
-        path.write_text("")
+    only_test_backends(tree)
     parity = tree / "benchmarks/gpu/parity.sh"
     parity.write_text(parity.read_text().replace("emulated and (kept_rows or pruned)", "test"))
     script = tree / "benchmarks/gpu/all.sh"
     text = script.read_text()
     script.write_text(text.replace("stage 20 90 bash $here/parity", "stage 5 6 bash $here/parity"))
-    process = start(tree, environment(tmp_path), "parity", "first_failure")
+    variables = environment(tmp_path, **quick(tmp_path))
+    process = start(tree, variables, "parity", "first_failure")
     printed, _ = process.communicate(timeout=60)
     summary = lines_of(printed)
     assert summary["parity"][0] == "timed out" and summary["first_failure"][0] == "absent"
@@ -276,7 +307,9 @@ def test_a_stage_that_takes_too_long_is_stopped(tree, tmp_path):
 def test_the_first_failure_is_run_alone(tree, tmp_path):
     failing = "def test_kept_rows_emulated(): assert 1 == 2, 'one and two'\n"
     (tree / "tests/test_backends.py").write_text(failing)
-    variables = environment(tmp_path, [("compute-sanitizer", SANITIZER)])
+    only_test_backends(tree)
+    tools = [("compute-sanitizer", SANITIZER)]
+    variables = environment(tmp_path, tools, **quick(tmp_path))
     process = start(tree, variables, "parity", "first_failure")
     printed, _ = process.communicate(timeout=100)
     summary = lines_of(printed)
@@ -324,15 +357,17 @@ def test_tests_and_benchmarks_import_nothing_that_the_machine_lacks(tmp_path):
     code = "import hydra"
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True)
     assert done.returncode != 0  # the blocker works
-    code = "import benchmarks.peers, benchmarks.gpu.extra, benchmarks.gpu.kernel_times"
-    subprocess.run([sys.executable, "-c", code], env=variables, check=True)
+    code = (
+        "import sys, pytest, benchmarks.peers, benchmarks.gpu.extra, benchmarks.gpu.kernel_times\n"
+    )
+    code += "sys.exit(pytest.main(sys.argv[1:]))"
     files = sorted(ROOT.glob("tests/test_backends*.py"))
     files += sorted(ROOT.glob("tests/losses/test_cuda*.py"))
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-c", code, "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *map(str, files)], env=variables, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\d{3,} tests collected", done.stdout, re.MULTILINE)
 
 
@@ -341,26 +376,30 @@ def test_tests_and_benchmarks_import_nothing_that_the_machine_lacks(tmp_path):
 
 def run_pytest(folder, test, *arguments):
     (folder / "test_it.py").write_text(textwrap.dedent(test))
-    command = [python(), "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_plugin"]
-    command += ["-p", "no:cacheprovider", "--rootdir", str(folder), *arguments, "test_it.py"]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_plugin"]
+    command += ["-p", "xdist", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+    command += [*arguments, "test_it.py"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
 
 
 def test_a_lost_context_fails_one_test(tmp_path):
     """The worker ends, and the tests that are left run in another one."""
     test = """
-        import pytest, torch
+        import sys, types
+        import pytest
 
         @pytest.mark.parametrize("number", range(6))
         def test_it(number):
             if number == 1:
                 def synchronize():
                     raise RuntimeError("an illegal memory access was encountered")
-                torch.cuda.is_initialized = lambda: True
-                torch.cuda.synchronize = synchronize
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+                cuda = types.SimpleNamespace(
+                    is_initialized=lambda: True, synchronize=synchronize
+                )
+                sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+            if "torch" in sys.modules:
+                sys.modules["torch"].cuda.synchronize()
     """
     done = run_pytest(tmp_path, test, "-n", "1", "--failures", str(tmp_path / "failed"))
     assert (tmp_path / "failed").read_text().splitlines()[0] == "test_it.py::test_it[1]"

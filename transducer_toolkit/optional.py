@@ -45,6 +45,18 @@ def import_transformers(needed_by: str) -> Any:
     return package
 
 
+def import_peft(needed_by: str) -> Any:
+    """Import the package peft of Hugging Face.
+
+    Args:
+        needed_by: as in :func:`import_torchaudio`.
+
+    Raises:
+        ImportError: peft is missing; says what to install.
+    """
+    return _import("peft", "peft", needed_by)
+
+
 def import_tensorflow(needed_by: str) -> Any:
     """Import the package tensorflow.
 

@@ -23,8 +23,13 @@ def timed(
     repetitions: int = 7,
     budget_s: float = 4.0,
 ) -> float:
-    """Returns the median seconds of run(*prepare()), without prepare, after a warm-up."""
+    """Returns the median seconds of run(*prepare()), without prepare, after a warm-up.
+
+    Without a GPU it runs once: a dry run measures nothing.
+    """
     run(*prepare())
+    if not torch.cuda.is_available():
+        repetitions = 1
     seconds = []
     begun_s = time.perf_counter()
     while len(seconds) < repetitions and (not seconds or time.perf_counter() - begun_s < budget_s):

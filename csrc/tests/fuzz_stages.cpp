@@ -25,6 +25,7 @@
 #include "../parallel.h"
 #include "../prune_windows.h"
 #include "../row_kernels.h"
+#include "../visit.h"
 
 namespace transducer {
 namespace {
@@ -789,13 +790,125 @@ void Prune(Bytes* bytes) {
   }
 }
 
+// The results of two sweeps through the blocks of a batch.
+struct Visits {
+  std::vector<uint8_t> has_scores;
+  std::vector<int64_t> num_visited, listed, rows;
+  std::vector<Score> alpha, total, left_out, largest, blank, label;
+
+  VisitState State() {
+    return {has_scores.data(), num_visited.data(), alpha.data(),  total.data(),
+            left_out.data(),   listed.data(),      largest.data()};
+  }
+};
+
+// The scores of a row are NaN until the row is listed: no others may be read.
+Visits RunVisits(const Problem& p, const std::vector<Score>& blank, const std::vector<Score>& label,
+                 double below_largest, double threshold, int64_t max_visited, int threads) {
+  const int64_t frame_blocks = NumFrameBlocks(p.batch.max_frames);
+  const int64_t symbol_blocks = NumSymbolBlocks(p.batch.max_targets);
+  const size_t size = p.num_frames.size(), rows = blank.size();
+  Visits v;
+  v.has_scores.assign(size * static_cast<size_t>(frame_blocks * symbol_blocks), 0);
+  v.num_visited.assign(size, 0);
+  v.listed.assign(size, 0);
+  v.rows.assign(rows, -1);
+  v.alpha.assign(rows, kNaN);
+  v.total = v.left_out = v.largest = std::vector<Score>(size, kNaN);
+  v.blank = v.label = std::vector<Score>(rows, kNaN);
+  const std::vector<int64_t> most(size, max_visited);
+  const LatticeScores scores{v.blank.data(), v.label.data()};
+  for (const bool is_second : {false, true}) {
+    std::vector<Score> thresholds(size, is_second ? threshold : kLogZero);
+    const VisitLimits limits{thresholds.data(), is_second ? -kLogZero : below_largest, most.data()};
+    for (int64_t wave = 0; wave < frame_blocks + symbol_blocks; ++wave) {
+      const int64_t found =
+          VisitWaveCpu(p.batch, p.options, scores, limits, wave, threads, v.State(), v.rows.data());
+      REQUIRE(found >= 0 && found <= p.batch.num_rows);
+      for (int64_t i = 0; i < found; ++i) {
+        const int64_t row = v.rows[static_cast<size_t>(i)];
+        REQUIRE(row >= 0 && row < p.batch.num_rows);
+        REQUIRE(i == 0 || v.rows[static_cast<size_t>(i) - 1] < row);
+        const size_t at = static_cast<size_t>(row);
+        REQUIRE(std::isnan(v.blank[at]));  // listed once
+        v.blank[at] = blank[at];
+        v.label[at] = label[at];
+      }
+    }
+  }
+  return v;
+}
+
+void Visit(Bytes* bytes) {
+  Problem p;
+  const bool wild = bytes->Flip();
+  const int64_t size = 1 + bytes->Below(3);
+  const int64_t max_frames = 1 + bytes->Below(70), max_targets = bytes->Below(14);
+  constexpr Topology kTopologies[] = {Topology::kRegular, Topology::kModified,
+                                      Topology::kOneSymPerFrame};
+  p.options.topology = kTopologies[bytes->Below(3)];
+  int64_t rows = 0;
+  for (int64_t b = 0; b < size; ++b) {
+    p.num_frames.push_back(wild ? bytes->Wild(max_frames) : 1 + bytes->Below(max_frames));
+    p.num_targets.push_back(wild ? bytes->Wild(max_targets) : bytes->Below(max_targets + 1));
+    p.first_row.push_back(rows);
+    rows += Clamped(p.num_frames.back(), 0, max_frames) *
+            (Clamped(p.num_targets.back(), -1, max_targets) + 1);
+  }
+  p.targets.assign(static_cast<size_t>(size * max_targets), 0);
+  p.batch = {size,
+             max_frames,
+             max_targets,
+             rows,
+             0,
+             0,
+             p.num_frames.data(),
+             p.num_targets.data(),
+             p.first_row.data(),
+             p.targets.data()};
+  const double below_largest = bytes->Below(60), threshold = -4.0 * bytes->Below(200);
+  const int64_t max_visited = bytes->Flip() ? rows : bytes->Below(200);
+  // Negative scores that are repeated, because the fuzzer has few bytes.
+  std::vector<Score> some;
+  for (int64_t i = 0; i < 61; ++i) {
+    const double logit = bytes->Logit();
+    some.push_back(logit > 0 ? -logit : logit);
+  }
+  std::vector<Score> blank, label;
+  for (int64_t row = 0; row < rows; ++row) {
+    blank.push_back(some[static_cast<size_t>(row % 61)]);
+    label.push_back(some[static_cast<size_t>(row * 7 % 59)]);
+  }
+  std::vector<Score> loss(static_cast<size_t>(size), kUnwritten), uses(static_cast<size_t>(rows)),
+      others(static_cast<size_t>(rows));
+  LatticeCpu(p.batch, p.options, {blank.data(), label.data()}, 1, nullptr,
+             {loss.data(), uses.data(), others.data()});
+  Visits v = RunVisits(p, blank, label, below_largest, threshold, max_visited, 1);
+  const Visits again = RunVisits(p, blank, label, below_largest, threshold, max_visited, 3);
+  REQUIRE(SameBits(v.has_scores, again.has_scores) && SameBits(v.num_visited, again.num_visited));
+  REQUIRE(SameBits(v.total, again.total) && SameBits(v.left_out, again.left_out));
+  const std::vector<Score> total = v.total, left_out = v.left_out;
+  LeftOutCpu(p.batch, p.options, {v.blank.data(), v.label.data()}, 2, v.State());
+  REQUIRE(SameBits(v.total, total) && SameBits(v.left_out, left_out));
+  for (size_t b = 0; b < total.size(); ++b) {
+    if (!p.batch.IsValid(static_cast<int64_t>(b))) {
+      REQUIRE(std::isnan(total[b]) && std::isnan(left_out[b]));
+    } else if (std::isfinite(loss[b])) {
+      // The probability of all paths is between those of the visited blocks, and with the rest.
+      const double slack = 1e-6 * (1 + std::fabs(loss[b]));
+      REQUIRE(total[b] <= -loss[b] + slack);
+      REQUIRE(LogAdd(total[b], left_out[b]) >= -loss[b] - slack);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace transducer
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace transducer;
   Bytes bytes(data, size);
-  switch (bytes.Below(14)) {
+  switch (bytes.Below(15)) {
     case 0: Repair<float>(&bytes); break;
     case 1: Repair<double>(&bytes); break;
     case 2: Run<float>(MakeProblem(&bytes), &bytes); break;
@@ -809,6 +922,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 10: RunDurations<BFloat16>(MakeProblem(&bytes), &bytes); break;
     case 11: Prune<float>(&bytes); break;
     case 12: Prune<Half>(&bytes); break;
+    case 13: Visit(&bytes); break;
     default: Additive<double>(&bytes);
   }
   return 0;

@@ -4,6 +4,7 @@
 import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 from lightning import Trainer
@@ -11,6 +12,8 @@ from lightning import Trainer
 from transducer_toolkit.cli import component_arguments
 from transducer_toolkit.cli.component_arguments import with_signs
 from transducer_toolkit.cli.train import _fit_defaults, main
+
+ROOT = Path(__file__).parents[2]
 
 
 def configured(capsys, console, folder, *arguments):
@@ -159,3 +162,33 @@ def test_no_number_of_steps_keeps_the_epochs():
     for value in ("-1", "null"):
         arguments = [f"trainer.max_steps={value}"]
         assert _fit_defaults(arguments) == arguments
+
+
+RECIPE = ["--config-dir", str(ROOT / "recipes" / "parakeet" / "conf"), "experiment=parakeet"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [*RECIPE, "optimizer=adamw"],
+            "optimizer.decay: torch.optim.AdamW of optimizer=adamw takes no argument decay, which "
+            "experiment=parakeet may set; ~optimizer.decay removes it",
+        ),
+        (
+            ["++model.joiner.gate=3"],
+            "model.joiner.gate: transducer_toolkit.modules.joiner.Joiner of "
+            "model=conv_lstm_stateless takes no argument gate; ~model.joiner.gate removes it",
+        ),
+    ],
+)
+def test_an_argument_that_no_component_takes(arguments, message, console, tmp_path, capsys):
+    """An experiment sets keys of the options that it chooses; the user may choose others."""
+    data = ["data=manifest", "data.corpus.train=a.jsonl", "data.corpus.val=null"]
+    with pytest.raises(SystemExit):
+        console(main, tmp_path, *arguments, *data, "init_from=folder")
+    assert message in capsys.readouterr().err
+    if "optimizer=adamw" in arguments:
+        with pytest.raises(SystemExit):
+            console(main, tmp_path, *arguments, *data, "init_from=folder", "~optimizer.decay")
+        assert "no checkpoint at folder" in capsys.readouterr().err

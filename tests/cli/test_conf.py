@@ -14,8 +14,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from transducer_toolkit.cli import run_folder
-from transducer_toolkit.cli.component_arguments import with_signs
+from transducer_toolkit.cli import auto_loss, run_folder
+from transducer_toolkit.cli.component_arguments import check_arguments, with_signs
 from transducer_toolkit.cli.hints import _keys, find_hints
 from transducer_toolkit.cli.train import train
 from transducer_toolkit.optional import OLDEST_TRANSFORMERS
@@ -54,7 +54,16 @@ def composed(config_name, *overrides):
 
 def test_the_groups_are_those_of_the_documentation():
     expected = {"data", "model", "loss", "optimizer", "scheduler", "trainer", "logger"}
-    groups = {"averaging", "callbacks", "cluster", "experiment", "hydra", "scoring", "search"}
+    groups = {
+        "adapters",
+        "averaging",
+        "callbacks",
+        "cluster",
+        "experiment",
+        "hydra",
+        "scoring",
+        "search",
+    }
     assert set(GROUPS) == expected | groups
     assert [path.name for path in CONF.iterdir() if path.name.endswith(".yaml")]
 
@@ -72,6 +81,8 @@ def test_every_option_instantiates(group, option, tmp_path):
         cfg = composed("evaluate", *overrides, "checkpoint=best.ckpt")
     else:
         cfg = composed("train", *overrides, *NEEDED.get(group, {}).get(option, []))
+        auto_loss.settle(cfg, None, {})
+        check_arguments(cfg)
     OmegaConf.resolve(cfg.hydra.run)
     assert cfg.hydra.run.dir.startswith("outputs/")
     if group not in ("cluster", "experiment", "hydra"):
@@ -90,7 +101,9 @@ def test_every_option_instantiates(group, option, tmp_path):
 def test_what_should_be_a_number_is_named(group, option, tmp_path):
     skip_without_transformers(option)
     needed = [f"{group}={option}", f"run_dir={tmp_path}", *NEEDED.get(group, {}).get(option, [])]
-    config = OmegaConf.to_container(composed("train", "~experiment", *needed)[group], resolve=True)
+    cfg = composed("train", "~experiment", *needed)
+    auto_loss.settle(cfg, None, {})
+    config = OmegaConf.to_container(cfg[group], resolve=True)
     for parent, name in _numbers(config or {}):
         right, parent[name] = parent[name], "x"
         with pytest.raises(InstantiationException, match=rf"\b{name}\b"):

@@ -29,7 +29,7 @@ EXPECTED_FILES = [
     "train.log",
     ".hydra/config.yaml",
 ]
-STEPS = 50
+STEPS = 26
 WEIGHTS = "+callbacks.record._target_=tests.training.ddp.RecordWeights"
 
 
@@ -39,7 +39,7 @@ def options(train_overrides):
         *with_pictures(train_overrides),
         "trainer.max_epochs=-1",
         f"+trainer.max_steps={STEPS}",
-        "+trainer.check_val_every_n_epoch=12",
+        "+trainer.check_val_every_n_epoch=6",
         "+trainer.precision=64-true",
         "loss.dropped_mass=0",
         "model.encoder.dropout=0",

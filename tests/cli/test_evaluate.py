@@ -224,7 +224,7 @@ def test_the_search_is_chosen_on_the_command_line(
     _, search = transcripts("greedy", "search.max_symbols_per_frame=1")
     assert search["max_symbols_per_frame"] == 1
     found, search = transcripts("beam", "search=beam", "search.beam=2", "search.score_window=9")
-    assert (search["beam"], search["score_window"], search["max_symbols_per_frame"]) == (2, 9, 10)
+    assert (search["beam"], search["score_window"], search["max_symbols_per_frame"]) == (2, 9, 3)
     recognizer = Recognizer.from_checkpoint(
         trained / "checkpoints" / "best.ckpt", search=partial(BeamSearch, beam=2, score_window=9)
     )

@@ -129,13 +129,13 @@ def test_layer_decay_needs_layers(tmp_path, console, train_overrides, capfd):
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "more", "topology"),
     [
-        ("ParakeetForRNNT", ["model.encoder.frozen=true"]),
-        ("ParakeetForTDT", ["loss=fused_tdt", "loss.topology=tdt-0-1-2-3-4"]),
+        ("ParakeetForRNNT", ["model.encoder.frozen=true"], "regular"),
+        ("ParakeetForTDT", [], "tdt-0-1-2-3-4"),
     ],
 )
-def test_a_whole_parakeet(kind, more, tmp_path, console, tones, capfd):
+def test_a_whole_parakeet(kind, more, topology, tmp_path, console, tones, capfd):
     """The recipe: all weights come from a folder, and so does the tokenizer."""
     save_folder(tmp_path / "folder", kind)
     manifest = tmp_path / "train.jsonl"
@@ -160,6 +160,7 @@ def test_a_whole_parakeet(kind, more, tmp_path, console, tones, capfd):
     shutil.rmtree(tmp_path / "folder")
     (best,) = tmp_path.rglob("best.ckpt")
     recognizer = Recognizer.from_checkpoint(best)
+    assert recognizer.topology == topology
     assert recognizer.tokenizer.symbols[-1] == "<blank>" and recognizer.fbank.num_mel_bins == 80
     (run_dir,) = {path.parent.parent for path in tmp_path.rglob("last.ckpt")}
     found = losses(run_dir)

@@ -5,7 +5,6 @@ test_nemo.py and test_speechbrain.py compare with the packages themselves where 
 The values below are of nemo-toolkit 3.0.0 and of speechbrain 1.1.2 with Numba's simulator.
 """
 
-import shlex
 import subprocess
 import sys
 import textwrap
@@ -43,26 +42,32 @@ def test_losses_of_speechbrain():
     assert gradient == pytest.approx(0.2047, abs=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("module", "package", "install"),
-    [("nemo", "nemo", r"nemo-toolkit[asr]"), ("espnet", "espnet2", "espnet")],
-)
-def test_packages_are_imported_by_the_first_call(module, package, install):
-    code = f"""
+def test_packages_are_imported_by_the_first_call():
+    code = """
         import sys
         import torch
-        from transducer_toolkit.compat import {module}, speechbrain, warprnnt_pytorch
-        assert not {{"nemo", "espnet2", "speechbrain", "torchaudio"}} & set(sys.modules)
-        sys.modules["{package}"] = None
-        try:
-            {module}.use_fused_loss(torch.nn.Linear(2, 2))
-        except ImportError as error:
-            print(error)
+        from transducer_toolkit.compat import espnet, nemo, tensorflow
+        from transducer_toolkit.compat import speechbrain, warprnnt_pytorch
+        packages = ["nemo", "espnet2", "speechbrain", "torchaudio", "tensorflow"]
+        assert not set(packages) & set(sys.modules)
+        sys.modules |= dict.fromkeys(packages)
+        for call, *arguments in (
+            (nemo.use_fused_loss, torch.nn.Linear(2, 2)),
+            (espnet.use_fused_loss, torch.nn.Linear(2, 2)),
+            (tensorflow.rnnt_loss, [[[[0.0]]]], [[]], 0),
+        ):
+            try:
+                call(*arguments)
+            except ImportError as error:
+                print(error)
     """
     run = [sys.executable, "-c", textwrap.dedent(code)]
     result = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith(
-        f"use_fused_loss needs {install}: pip install {shlex.quote(install)}"
+    of_nemo, of_espnet, of_tensorflow = result.stdout.splitlines()
+    assert of_nemo.startswith("use_fused_loss needs nemo-toolkit[asr]: pip install 'nemo-toolkit[")
+    assert of_espnet.startswith("use_fused_loss needs espnet: pip install espnet")
+    assert of_tensorflow.startswith(
+        "transducer_toolkit.compat.tensorflow needs tensorflow: pip install tensorflow"
     )
 
 

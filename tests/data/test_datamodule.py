@@ -153,6 +153,28 @@ def test_infeasible_utterances_are_dropped_and_counted(short_corpus, caplog, top
     assert all("short" in message for message in dropped)
 
 
+def test_utterances_without_an_encoder_frame(short_corpus, caplog):
+    """Training drops them and names the minimum; a test set is never shortened."""
+    data = data_module(None, corpus=short_corpus, num_output_frames=lambda length: length // 20)
+    with caplog.at_level(logging.WARNING):
+        data.setup()
+    assert ids_of(data.train_dataloader()) == ["long"]
+    needs = "too short for the encoder, which needs at least 0.195 s"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{x}: dropped 1 of 2 utterances that are {needs}, e.g. short" for x in ("train", "val")
+    ]
+    with pytest.raises(ValueError, match=rf"utterance 'short' of test/all is {needs}, got 0.16 s"):
+        data.test_dataloader()
+    caplog.clear()
+    perturbation = WaveformPerturbation(speed=0.2)
+    options = {"num_output_frames": lambda length: length // 25}
+    data = data_module(None, corpus=short_corpus, waveform_perturbation=perturbation, **options)
+    with pytest.raises(ValueError, match="set 'train' has no usable utterances in"):
+        data.setup()  # 28 frames may become 23
+    assert "which needs at least 0.294 s, e.g. long, short" in caplog.text
+
+
 def test_the_encoder_decides_which_utterances_have_a_path(short_corpus):
     data = TransducerDataModule(corpus=short_corpus, max_cells=1000, topology="modified")
     data.num_output_frames = fourfold

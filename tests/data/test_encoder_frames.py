@@ -3,7 +3,8 @@ import pickle
 
 import pytest
 
-from transducer_toolkit.data.encoder_frames import EncoderFrames
+from transducer_toolkit.data.encoder_frames import MAX_SAMPLES, EncoderFrames, min_samples
+from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.modules import ConvLstmEncoder
 
 FUNCTIONS = {
@@ -40,3 +41,16 @@ def test_bad_functions_are_named():
         EncoderFrames(lambda n: n / 4)
     with pytest.raises(ValueError, match="num_output_frames: expected counts that grow evenly"):
         EncoderFrames(lambda n: n * n)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_fewest_samples_of_an_encoder_frame(name):
+    features, function = Fbank(), FUNCTIONS[name]
+    least = min_samples(features, EncoderFrames(function))
+    assert features.num_frames(least) > 0 and function(features.num_frames(least)) > 0
+    before = features.num_frames(least - 1)
+    assert before == 0 or function(before) <= 0
+
+
+def test_an_encoder_that_never_makes_a_frame():
+    assert min_samples(Fbank(), lambda num_frames: 0) == MAX_SAMPLES

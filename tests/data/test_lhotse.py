@@ -4,6 +4,7 @@
 import dataclasses
 import logging
 import os
+import re
 import types
 
 import numpy as np
@@ -215,6 +216,17 @@ def test_infeasible_cuts_are_left_out(cuts, caplog):
     assert 0 < len(kept) < NUM_CUTS
     assert "is too short for its text (topology one_sym_per_frame)" in caplog.text
     assert caplog.text.count("too short") == 1
+
+
+def test_cuts_without_an_encoder_frame(cuts, caplog):
+    durations = sorted(cut.duration for cut in CutSet.from_file(cuts / "val.jsonl.gz"))
+    frames = Fbank().num_frames(round(16000 * durations[0])) + 1
+    data = data_module(cuts, num_output_frames=lambda length: length // frames)
+    list(data.val_dataloader())
+    needs = rf"is too short for the encoder, which needs at least {(frames - 0.5) / 100:.4g} s"
+    assert re.search(rf"val: cut \w+ {needs} and left out, like others", caplog.text)
+    with pytest.raises(ValueError, match=rf"cut \w+ {needs}, got"):
+        list(data.test_dataloader()[0])
 
 
 @pytest.mark.parametrize("train", ["train.jsonl.gz", "shar"])

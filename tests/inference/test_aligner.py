@@ -95,7 +95,9 @@ def test_short_audio(recognizer):
     message = "1 encoder frames cannot emit 4 symbols in the topology 'modified'"
     with pytest.raises(ValueError, match=message):
         align_text(recognizer, waveform, TEXT)
-    with pytest.raises(ValueError, match="waveform must have at least 200 samples, got 10"):
+    with pytest.raises(
+        ValueError, match="the audio is too short for the encoder, which needs at least"
+    ):
         align_text(recognizer, waveform[:10], TEXT)
 
 

@@ -4,20 +4,26 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import soundfile
 import torch
+from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
 from tests.compat.hugging_face import save_folder, transformers
 from tests.fork_server import ROOT, python
+from tests.inference.test_recognizer import MODEL
+from tests.modules.test_huggingface_encoder import CONFIGS
 from transducer_toolkit.cli import align, transcribe
+from transducer_toolkit.data.features import Fbank
+from transducer_toolkit.data.tokenizer import CharTokenizer
 from transducer_toolkit.decoding import BeamSearch
 from transducer_toolkit.inference import Recognizer, align_text, load_checkpoint
+from transducer_toolkit.inference.long_audio import AudioSource, transcribe_files
 
 
 def sound(seed, num_samples=None):
@@ -63,8 +69,9 @@ def test_tokens_and_texts_are_those_of_generate(kind, num_sounds, tmp_path):
         expected = [token for token in found if token != model.config.blank_token_id]
         (hypothesis,) = recognizer.recognize([waveform])
         assert hypothesis.tokens == expected, seed
-        text = processor.decode(expected, skip_special_tokens=True)
-        assert recognizer.transcribe([waveform]) == [" ".join(text.split())]
+        if seed < 10:  # it recognizes once more
+            text = processor.decode(expected, skip_special_tokens=True)
+            assert recognizer.transcribe([waveform]) == [" ".join(text.split())]
         num_tokens += len(expected)
         symbols |= set(expected)
     assert num_tokens > 300 and len(symbols) > 4 and num_endless < 5
@@ -103,15 +110,14 @@ def test_commands(folder, tmp_path, capfd):
         {"audio_filepath": file, "text": text} for file, text in zip(files, expected, strict=True)
     ]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "transducer_toolkit.cli.evaluate", f"checkpoint={folder}"]
+    command = [python(), "-m", "transducer_toolkit.cli.evaluate", f"checkpoint={folder}"]
+    kept = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
     options = ["data=manifest", f"data.corpus.test={manifest}", f"run_dir={tmp_path / 'run'}"]
-    process = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    process = subprocess.run([*command, *options], cwd=tmp_path, **kept)
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["test_sets"]["test"]["words"]["rate"] == 0.0
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command[0] = python()
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    process = subprocess.run(command, cwd=tmp_path, **kept)
     assert process.returncode != 0
     assert "does not say which corpus it was trained on: give data=OPTION" in process.stderr
 
@@ -351,3 +357,33 @@ def test_alignment_and_words_of_tdt(tmp_path):
     assert aligned.path.log_prob <= aligned.log_likelihood + 1e-4
     (words,) = recognizer.recognize_words([sound(2)])
     assert words and all(0 <= word.start_s < word.end_s for word in words)
+
+
+@pytest.mark.parametrize("encoder", [None, *CONFIGS])
+def test_the_minimum_of_an_encoder(tmp_path, encoder):
+    """The fewest samples are recognized, also beside longer audio; fewer are an error."""
+    own = {"_target_": "transducer_toolkit.modules.huggingface.HuggingFaceEncoder"}
+    config = MODEL if encoder is None else MODEL | {"encoder": {**own, "config": CONFIGS[encoder]}}
+    model = instantiate(config, _convert_="all")
+    tokenizer = CharTokenizer(["<blk>", "\u2581", "a", "b"])
+    recognizer = Recognizer(model, tokenizer, model.encoder.make_features() or Fbank())
+    noise = 0.1 * torch.randn(16000)
+    least = recognizer.min_samples
+    assert 200 <= least <= 600
+    assert len(recognizer.recognize([noise[:least]])) == 1
+    assert len(recognizer.recognize([noise, noise[:least]])) == 2
+    align_text(recognizer, noise[:least], "a")
+    needs = r"is too short for the encoder, which needs at least 0\.0\d+ s"
+    message = f"{needs}, got {(least - 1) / 16000:.4g} s"
+    with pytest.raises(ValueError, match=r"waveforms\[1\] " + message):
+        recognizer.recognize([noise, noise[: least - 1]])
+    with pytest.raises(ValueError, match="the audio " + message):
+        align_text(recognizer, noise[: least - 1], "a")
+    short, long = tmp_path / "short.wav", tmp_path / "long.wav"
+    soundfile.write(short, noise[: least - 1].numpy(), 16000)
+    soundfile.write(long, noise[:8001].numpy(), 16000)  # the last window has one sample
+    sources = [AudioSource(path) for path in (long, short, long)]
+    options = {"cut": "windows", "window_s": 0.25, "overlap_s": 0.0}
+    (_, found), (_, error), (_, again) = transcribe_files(recognizer, sources, **options)
+    assert found == again and found.duration_s == pytest.approx(8001 / 16000)
+    assert re.search("the audio " + message, str(error))

@@ -51,12 +51,16 @@ class Listener:
 
     frame_s = FRAME_S
     edge_s = 0.5
+    min_samples = 1
 
     def __init__(self, words, tokenizer, rate=100, seed=0):
         self.fbank = SimpleNamespace(sample_rate=rate)
         self.words, self.rate, self.choose = words, rate, random.Random(seed)
         self.tokenizer = tokenizer
         self.batches = []
+
+    def check_length(self, waveform, name):
+        assert len(waveform) >= self.min_samples
 
     def recognize(self, waveforms):
         self.batches.append([len(waveform) for waveform in waveforms])

@@ -114,7 +114,7 @@ def test_activations_and_bias(activation, bias):
     check_same(case, case.fused(activation=activation), case.unfused(activation=activation), 1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1, max_size=4),
     topology=st.sampled_from(tuple(TOPOLOGIES)),

@@ -15,6 +15,7 @@ from transducer_toolkit import FusedJoinerLoss, LatticeShape, fused_joiner_loss
 from transducer_toolkit.ops import coarse_to_fine, fused_joiner, native, stages
 from transducer_toolkit.ops.durations import PathSums, occupancies
 from transducer_toolkit.ops.fused_joiner import FusedInputs, FusedPlan, operator
+from transducer_toolkit.ops.joint_tiles import JointTiles
 from transducer_toolkit.ops.lattice import CellScores, LatticeBatch, Lengths
 from transducer_toolkit.ops.native import ACTIVATIONS
 from transducer_toolkit.ops.options import FusedOptions
@@ -268,6 +269,35 @@ def test_opcheck(monkeypatch):
         plan = FusedPlan(case.shape.num_cells, keep_logits, with_uses=True, is_coarse=True)
         arguments = tuple(operator.flat(inputs, FusedOptions(0), plan))
         torch.library.opcheck(torch.ops.transducer_toolkit.fused_joiner_loss, arguments)
+
+
+def test_backward_uses_the_logits_that_were_kept(monkeypatch):
+    """All fine logits, some or none: the same gradients from fewer products."""
+    case = Case([90, 60], [20, 12])
+    leaves = [tensor.requires_grad_() for tensor in case.inputs]
+    inputs = FusedInputs(*leaves, case.targets, *case.shape.lengths)
+    vocab_size = case.inputs[2].size(0)
+    plan = FusedPlan(case.shape.num_cells, keep_logits=True, with_uses=True, is_coarse=True)
+    num_rows = []  # of the products of each run
+    logits = JointTiles.logits
+    monkeypatch.setattr(
+        JointTiles,
+        "logits",
+        lambda self, hidden, *out: num_rows.append(hidden.size(0)) or logits(self, hidden, *out),
+    )
+    runs = []
+    for budget in (2**30, 4 * vocab_size * 300, 0):
+        monkeypatch.setattr(coarse_to_fine, "FINE_LOGITS_BYTES", {"cpu": budget})
+        num_rows.clear()
+        loss = operator(inputs, FusedOptions(0, tile_cells=64), plan)
+        grads = torch.autograd.grad(loss.losses.sum(), leaves)
+        runs.append((grads, sum(num_rows), int(loss.counts[3])))
+    (expected, least, num_fine), (of_some, fewer, num_some), (of_none, most, num_none) = runs
+    assert num_fine == int(loss.num_fine) > 300 >= num_some > 300 - 64
+    assert num_none == 0 and least < fewer < most
+    for grads in (of_some, of_none):
+        for grad, want in zip(grads, expected, strict=True):
+            assert (grad - want).norm() <= 1e-6 * want.norm()
 
 
 @pytest.mark.parametrize("keep_logits", [False, True])

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from transducer_toolkit import LatticeShape
+from transducer_toolkit import LatticeShape, transducer_loss
 
 
 def test_sizes_and_offsets():
@@ -107,3 +107,19 @@ def test_a_graph_makes_no_shape_of_tensors():
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="outside of the compiled function"):
         compiled(padded)
+
+
+def test_lengths_are_read_between_graphs_without_a_warning():
+    """torch logs a warning if it traces ``Tensor.item``; then it breaks the graph anyway."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    frames, symbols = torch.tensor([3, 2]), torch.tensor([1, 0])
+    logits, targets = torch.randn(2, 3, 2, 5), torch.tensor([[1], [0]])
+
+    def loss(logits):
+        shape = LatticeShape.from_lengths(frames, symbols)
+        return transducer_loss(shape.pack(logits.sin()), targets, frames, symbols, blank=0).exp()
+
+    torch.testing.assert_close(torch.compile(loss, backend="eager")(logits), loss(logits))
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert breaks and not any("item" in reason for reason in breaks), breaks

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import composition
 from tests.soak.spoilt_files import CANARY, World, bad_audio, bad_checkpoint, bad_manifest
 
 TIMEOUT_S = 120
@@ -380,6 +381,9 @@ def fuzz(
     for command in commands:
         importlib.import_module(f"transducer_toolkit.cli.{command}")
     _import_what_commands_import()
+    for command in sorted(set(commands) & set(HYDRA)):
+        groups = ["data=manifest", *["~experiment"] * (command == "train")]
+        composition.compose_for_forks(command, *groups)
     seen: Counter[str] = Counter()
     end = time.monotonic() + seconds
     for seed in seeds:
@@ -430,7 +434,8 @@ def main() -> None:
     parser.add_argument("--tones", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory(prefix="fuzz_commands_world_") as name:
+    prefix = "fuzz_commands_world_"
+    with composition.composed_once(), tempfile.TemporaryDirectory(prefix=prefix) as name:
         world = (
             World(options.checkpoint, options.tones)
             if options.checkpoint is not None

@@ -168,6 +168,15 @@ def test_durations_that_change_are_named(tmp_path, caplog, now, said):
     assert torch.equal(*rows) == (now in ("tdt-0-1-2", "tdt-0-2-4"))
 
 
+@pytest.mark.parametrize("now", ["softmax", "hat"])
+def test_a_normalization_that_changes_is_named(tmp_path, caplog, now):
+    tokenizer = characters("abc")
+    path = saved(module_of(tokenizer, loss=partial(FusedLoss, normalization="hat")), tmp_path / "a")
+    start_from(module_of(tokenizer, loss=partial(FusedLoss, normalization=now)), path)
+    said = "normalization=hat, and this training uses softmax; loss.normalization=hat keeps it"
+    assert (said in caplog.text) == (now == "softmax")
+
+
 @pytest.mark.parametrize("texts", ["abc", "bcd"])
 def test_a_weight_of_another_size_is_named(tmp_path, texts):
     old, new = module_of(characters("abc"), joiner_dim=4), module_of(characters(texts))

@@ -22,6 +22,7 @@ PARTS = (
     "optimizer",
     "scheduler",
     "averaging",
+    "adapters",
     "trainer",
     "seed",
     "max_symbols_per_frame",

@@ -11,6 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -107,11 +108,17 @@ def argument_names(target: str) -> list[str]:
         >>> "eps" in argument_names("torch.optim.AdamW")
         True
     """
+    return _arguments_of(target)[0]
+
+
+def _arguments_of(target: str) -> tuple[list[str], bool]:
+    """Return the names of the arguments, and whether there may be others (``**options``)."""
     try:
         made = get_object(target)
     except Exception:  # importing a module of the user may raise any error
-        return []
+        return [], True
     names: list[str] = []
+    takes_more = True
     for function in made.__mro__ if inspect.isclass(made) else [made]:
         if inspect.isclass(function) and "__init__" not in vars(function):
             continue
@@ -119,9 +126,46 @@ def argument_names(target: str) -> list[str]:
         names += [
             it.name for it in parameters if it.kind in (it.POSITIONAL_OR_KEYWORD, it.KEYWORD_ONLY)
         ]
-        if not any(it.kind == it.VAR_KEYWORD for it in parameters):
+        takes_more = any(it.kind == it.VAR_KEYWORD for it in parameters)
+        if not takes_more:
             break
-    return names
+    return names, takes_more
+
+
+def check_arguments(cfg: DictConfig) -> None:
+    """Raise an error if a component gets an argument that it does not take.
+
+    An experiment sets keys of the options that it chooses, and the command line may choose others.
+
+    Args:
+        cfg: the composed config of a command.
+
+    Raises:
+        ValueError: there is such a key; the message says how to remove it.
+    """
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    experiment = choices.get("experiment")
+    for key, target, name in _superfluous(cfg):
+        group = key.partition(".")[0]
+        chosen = f" of {group}={choices[group]}" if group in choices else ""
+        origin = f", which experiment={experiment} may set" if experiment else ""
+        raise ValueError(
+            f"{key}: {target}{chosen} takes no argument {name}{origin}; ~{key} removes it"
+        )
+
+
+def _superfluous(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield the key of each argument that a component does not take, its target and its name."""
+    target = cfg.get("_target_")
+    names, takes_more = _arguments_of(target) if isinstance(target, str) else ([], True)
+    for name in map(str, cfg):
+        has_value = not (OmegaConf.is_interpolation(cfg, name) or OmegaConf.is_missing(cfg, name))
+        child = cfg[name] if has_value else None
+        if not (takes_more or name in names or name.startswith("_")):
+            yield f"{prefix}{name}", str(target), name
+        # The keys of a search are also those of the scores that it adds.
+        elif isinstance(child, DictConfig) and f"{prefix}{name}" not in ("hydra", "search"):
+            yield from _superfluous(child, f"{prefix}{name}.")
 
 
 def target_of(cfg: DictConfig, key: str) -> str | None:

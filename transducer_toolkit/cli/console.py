@@ -38,6 +38,7 @@ EXTRAS = {
     "lhotse": ("lhotse", "lhotse"),
     "onnx": ("export", "onnx"),
     "onnxruntime": ("export", "onnxruntime"),
+    "peft": ("lora", "peft"),
     "silero_vad": ("vad", "silero-vad"),
     "torchaudio": ("torchaudio", "torchaudio"),
 }

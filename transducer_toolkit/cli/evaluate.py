@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from transducer_toolkit.data.datamodule import TransducerDataModule
     from transducer_toolkit.data.tokenizer import Tokenizer
+    from transducer_toolkit.training.lightning_module import TransducerModule
     from transducer_toolkit.training.scoring import CharacterErrors, Transcript, WordErrors
 
 
@@ -54,26 +55,17 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         ValueError: there is no test set, or the data of the checkpoint need an untrusted package.
     """
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    from transducer_toolkit.cli.output import (
-        print_character_errors,
-        print_unwritable,
-        print_word_errors,
-        quiet_lightning,
-        write_transcripts,
-    )
+    from transducer_toolkit.cli.output import quiet_lightning
     from transducer_toolkit.cli.removed_keys import refuse_removed_keys
     from transducer_toolkit.cli.train import make_search
     from transducer_toolkit.inference.recognizer import Recognizer
     from transducer_toolkit.training.lightning_module import TransducerModule
-    from transducer_toolkit.training.scoring import find_unwritable, normalize_transcripts
 
     quiet_lightning()
     refuse_removed_keys(cfg)
     recognizer = Recognizer.from_checkpoint(cfg.checkpoint, trusted_packages=cfg.trusted_packages)
     datamodule = _data(cfg, recognizer.tokenizer)
-    normalize = instantiate(cfg.scoring, _convert_="all")
     datamodule.fbank = recognizer.fbank
     datamodule.num_output_frames = recognizer.model.encoder.num_output_frames
     module = TransducerModule(
@@ -81,41 +73,54 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         recognizer.tokenizer,
         search=make_search(cfg.search, recognizer.max_symbols_per_frame, recognizer.tokenizer),
         topology=recognizer.topology,
-        normalize=normalize,
+        normalize=instantiate(cfg.scoring, _convert_="all"),
     )
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=False, _convert_="all")
     trainer.test(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:
-        run_dir = Path(cfg.run_dir)
-        write_transcripts(run_dir / "transcripts", module.test_transcripts)
-        _write_errors(run_dir / "errors", module.test_transcripts, normalize)
-        scored = {
-            name: normalize_transcripts(rows, normalize)
-            for name, rows in module.test_transcripts.items()
-        }
-        unwritable = {
-            name: find_unwritable(rows, recognizer.tokenizer, normalize)
-            for name, rows in scored.items()
-        }
-        results = {
-            "checkpoint": str(cfg.checkpoint),
-            "search": OmegaConf.to_container(cfg.search, resolve=True),
-            "test_sets": {
-                name: summary(rows) | {"unwritable": dataclasses.asdict(unwritable[name])}
-                for name, rows in scored.items()
-            },
-        }
-        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print_word_errors(
-            module.test_errors, module.test_character_errors, module.test_symbol_delays
-        )
-        print_character_errors(scored)
-        print_unwritable(module.test_transcripts, recognizer.tokenizer, normalize)
-        for name in ("results.json", "errors", "transcripts", "pictures"):
-            if (run_dir / name).exists():
-                print(f"{name.removesuffix('.json'):12s} {os.path.relpath(run_dir / name)}")
+        _report(cfg, module)
     return {name: errors.wer for name, errors in module.test_errors.items()}
+
+
+def _report(cfg: DictConfig, module: TransducerModule) -> None:
+    """Write the results and the transcripts to the run folder, and print the errors."""
+    from omegaconf import OmegaConf
+
+    from transducer_toolkit.cli.output import (
+        print_character_errors,
+        print_unwritable,
+        print_word_errors,
+        write_transcripts,
+    )
+    from transducer_toolkit.training.scoring import find_unwritable, normalize_transcripts
+
+    run_dir = Path(cfg.run_dir)
+    write_transcripts(run_dir / "transcripts", module.test_transcripts)
+    _write_errors(run_dir / "errors", module.test_transcripts, module.normalize)
+    scored = {
+        name: normalize_transcripts(rows, module.normalize)
+        for name, rows in module.test_transcripts.items()
+    }
+    unwritable = {
+        name: find_unwritable(rows, module.tokenizer, module.normalize)
+        for name, rows in scored.items()
+    }
+    results = {
+        "checkpoint": str(cfg.checkpoint),
+        "search": OmegaConf.to_container(cfg.search, resolve=True),
+        "test_sets": {
+            name: summary(rows) | {"unwritable": dataclasses.asdict(unwritable[name])}
+            for name, rows in scored.items()
+        },
+    }
+    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print_word_errors(module.test_errors, module.test_character_errors, module.test_symbol_delays)
+    print_character_errors(scored)
+    print_unwritable(module.test_transcripts, module.tokenizer, module.normalize)
+    for name in ("results.json", "errors", "transcripts", "pictures"):
+        if (run_dir / name).exists():
+            print(f"{name.removesuffix('.json'):12s} {os.path.relpath(run_dir / name)}")
 
 
 def _data(cfg: DictConfig, tokenizer: Tokenizer) -> TransducerDataModule:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transducer_toolkit.data.datamodule import TransducerDataModule
     from transducer_toolkit.data.tokenizer import Tokenizer
     from transducer_toolkit.decoding import Search
+    from transducer_toolkit.training.callbacks.clock import StepClock
     from transducer_toolkit.training.lightning_module import TransducerModule
     from transducer_toolkit.training.stages import LossStage
 
@@ -80,7 +81,7 @@ def train(cfg: DictConfig) -> float | None:
     from lightning import seed_everything
     from omegaconf import OmegaConf
 
-    from transducer_toolkit.cli import changes, resume
+    from transducer_toolkit.cli import auto_loss, changes, resume
     from transducer_toolkit.cli.output import quiet_lightning
     from transducer_toolkit.training.callbacks.clock import StepClock
     from transducer_toolkit.training.checkpoints import AtomicCheckpointIO
@@ -99,11 +100,13 @@ def train(cfg: DictConfig) -> float | None:
     # utterances have a path, and the sizes of lattices.
     run_dir = Path(cfg.run_dir)
     ckpt_path = resume.find_checkpoint(cfg.ckpt_path, run_dir, name=cfg.name)
-    config = changes.training_config(cfg)
     checkpoint: dict[str, Any] = {}
-    changed: changes.Changes = {}
     if ckpt_path is not None:
         checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, map_location="cpu")
+    auto_loss.settle(cfg, ckpt_path, checkpoint)
+    config = changes.training_config(cfg)
+    changed: changes.Changes = {}
+    if ckpt_path is not None:
         changed = changes.find_changes(checkpoint.get(changes.CONFIG_KEY, config), config)
         if cfg.ckpt_path == "auto":
             changes.check_run_folder(changed, ckpt_path, run_dir)
@@ -133,24 +136,8 @@ def train(cfg: DictConfig) -> float | None:
         )
         OmegaConf.update(cfg, "trainer.limit_val_batches", 0, force_add=True)
     clock = StepClock()
-    averaging = [instantiate(cfg.averaging, _convert_="all")] if cfg.averaging else []
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=[clock, *averaging, *instantiate(cfg.callbacks, _convert_="all").values()],
-        logger=list(instantiate(cfg.logger, _convert_="all").values()),
-        _convert_="all",
-    )
-    _refuse_processes_in_sweep(trainer)
-    _check_torchrun(trainer)
+    trainer = _make_trainer(cfg, clock)
     _log_options(trainer, config)
-    epochs, steps = cfg.trainer.get("max_epochs"), cfg.trainer.get("max_steps")
-    if epochs not in (None, -1) and steps not in (None, -1):
-        logger.info(
-            "the training ends after %d epochs (trainer.max_epochs) or %d steps "
-            "(trainer.max_steps), whichever come first",
-            epochs,
-            steps,
-        )
     num_parameters = sum(p.numel() for p in module.parameters())
     logger.info("%.2f M parameters, run folder %s", num_parameters / 1e6, cfg.run_dir)
 
@@ -183,10 +170,37 @@ def train(cfg: DictConfig) -> float | None:
     return best
 
 
+def _make_trainer(cfg: DictConfig, clock: StepClock) -> Trainer:
+    """Return the trainer with its callbacks and loggers, after a check of its processes."""
+    from hydra.utils import instantiate
+
+    optional = [cfg[name] for name in ("adapters", "averaging") if cfg.get(name)]
+    more = [instantiate(config, _convert_="all") for config in optional]
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=[clock, *more, *instantiate(cfg.callbacks, _convert_="all").values()],
+        logger=list(instantiate(cfg.logger, _convert_="all").values()),
+        _convert_="all",
+    )
+    _refuse_processes_in_sweep(trainer)
+    _check_torchrun(trainer)
+    epochs, steps = cfg.trainer.get("max_epochs"), cfg.trainer.get("max_steps")
+    if epochs not in (None, -1) and steps not in (None, -1):
+        logger.info(
+            "the training ends after %d epochs (trainer.max_epochs) or %d steps "
+            "(trainer.max_steps), whichever come first",
+            epochs,
+            steps,
+        )
+    return trainer
+
+
 def _check_options(cfg: DictConfig) -> None:
     """Check options whose own errors would not name the Hydra key."""
     from omegaconf import OmegaConf
 
+    from transducer_toolkit.cli import auto_loss
+    from transducer_toolkit.cli.component_arguments import check_arguments
     from transducer_toolkit.cli.removed_keys import refuse_removed_keys
     from transducer_toolkit.ops.checks import (
         check_at_least,
@@ -197,6 +211,7 @@ def _check_options(cfg: DictConfig) -> None:
     from transducer_toolkit.ops.topology import get_topology
 
     refuse_removed_keys(cfg)
+    check_arguments(cfg)
     check_at_least(0, seed=cfg.seed)
     if cfg.seed >= 2**32:
         raise ValueError(f"seed must be below 2^32, got {cfg.seed}")
@@ -220,7 +235,8 @@ def _check_options(cfg: DictConfig) -> None:
     if "accumulate_grad_batches" in cfg.trainer:
         accumulated = cfg.trainer.accumulate_grad_batches
         check_at_least(1, **{"trainer.accumulate_grad_batches": accumulated})
-    if "topology" in cfg.loss:  # data.topology follows it, and its error would name that key
+    if cfg.loss.get("topology", auto_loss.AUTO) != auto_loss.AUTO:
+        # data.topology follows it, and its error would name that key.
         get_topology(cfg.loss.topology, "loss.topology")
 
 

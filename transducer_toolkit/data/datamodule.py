@@ -22,7 +22,7 @@ from transducer_toolkit.data.augment import SpecAugment, WaveformPerturbation
 from transducer_toolkit.data.batching import LatticeBatchSampler
 from transducer_toolkit.data.corpus import Corpus
 from transducer_toolkit.data.dataset import SpeechDataset, check_on_bad_audio, collate
-from transducer_toolkit.data.encoder_frames import EncoderFrames
+from transducer_toolkit.data.encoder_frames import EncoderFrames, min_samples, too_short
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.loader import ResumableLoader
 from transducer_toolkit.data.manifest import Utterance, read_manifest
@@ -338,6 +338,7 @@ class TransducerDataModule(lightning.LightningDataModule):
         num_output_frames = self.num_output_frames
         kept: list[Utterance] = []
         dropped: list[Utterance] = []
+        without_frames: list[Utterance] = []
         unwritable: list[Utterance] = []
         unknown = unknown_ids(self.made_tokenizer())
         for utterance in self._not_too_long(name, self._read(path)):
@@ -348,18 +349,24 @@ class TransducerDataModule(lightning.LightningDataModule):
             if is_feasible(num_frames, len(ids), topology=self.topology):
                 kept.append(utterance)
                 targets.append(ids)
+            elif num_frames < 1:
+                without_frames.append(utterance)
             else:
                 dropped.append(utterance)
-        if dropped:
-            logger.warning(
-                "%s: dropped %d of %d utterances that are too short for their text (topology %s), "
-                "e.g. %s",
-                name,
-                len(dropped),
-                len(kept) + len(dropped),
-                self.topology,
-                ", ".join(utterance.id for utterance in dropped[:3]),
-            )
+        least = speed * min_samples(self.fbank, num_output_frames)
+        for utterances, reason in (
+            (without_frames, too_short(least, self.fbank.sample_rate)),
+            (dropped, f"too short for their text (topology {self.topology})"),
+        ):
+            if utterances:
+                logger.warning(
+                    "%s: dropped %d of %d utterances that are %s, e.g. %s",
+                    name,
+                    len(utterances),
+                    len(kept) + len(dropped) + len(without_frames),
+                    reason,
+                    ", ".join(utterance.id for utterance in utterances[:3]),
+                )
         if unwritable:
             self._warn_of_unknown(name, unwritable)
         _check_not_empty(name, path, kept)
@@ -407,8 +414,14 @@ class TransducerDataModule(lightning.LightningDataModule):
         A text that the tokenizer cannot encode stays a reference, without targets and word times.
         """
         tokenizer, utterances = self.made_tokenizer(), self._utterances[name]
+        least, rate = min_samples(self.fbank, self.num_output_frames), self.fbank.sample_rate
         self._targets[name] = TargetIds(tokenizer.vocab_size)
         for position, utterance in enumerate(utterances):
+            if round(utterance.duration_s * rate) < least:
+                raise ValueError(
+                    f"utterance {utterance.id!r} of {name} is {too_short(least, rate)}, got "
+                    f"{utterance.duration_s:.4g} s"
+                )
             try:
                 ids = tokenizer.encode(utterance.text)
             except ValueError:

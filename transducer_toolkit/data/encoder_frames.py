@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-__all__ = ["EncoderFrames"]
+__all__ = ["EncoderFrames", "min_samples", "too_short"]
+
+MAX_SAMPLES = 60 * 16000  # an encoder makes a frame of a minute of audio
 
 
 class EncoderFrames:
@@ -67,3 +72,35 @@ class EncoderFrames:
             f"convolutions do; up to {self.TABLE_FRAMES} feature frames they have no period of up "
             f"to {self.MAX_PERIOD}"
         )
+
+
+def min_samples(features: Any, num_output_frames: Callable[[int], int]) -> int:
+    """Return the fewest samples of which an encoder makes a frame.
+
+    Args:
+        features: computes the features of a waveform, as
+            :class:`~transducer_toolkit.data.features.Fbank` does.
+        num_output_frames: feature frames to encoder frames.
+
+    Example:
+        >>> from transducer_toolkit.data.features import Fbank
+        >>> min_samples(Fbank(), lambda num_frames: num_frames // 4)
+        560
+    """
+
+    def makes_a_frame(num_samples: int) -> bool:
+        num_frames = features.num_frames(num_samples)
+        return num_frames > 0 and num_output_frames(num_frames) > 0
+
+    return bisect.bisect_left(range(MAX_SAMPLES), True, key=makes_a_frame)
+
+
+def too_short(least: float, sample_rate: int) -> str:
+    """Return what is wrong with audio of fewer samples, for a message.
+
+    Example:
+        >>> too_short(399, 16000)
+        'too short for the encoder, which needs at least 0.025 s'
+    """
+    least_s = math.ceil(1e4 * least / sample_rate) / 1e4
+    return f"too short for the encoder, which needs at least {least_s:g} s"

@@ -17,6 +17,7 @@ from lhotse.utils import fastcopy
 
 from transducer_toolkit.data.datamodule import TransducerDataModule, _init_worker
 from transducer_toolkit.data.dataset import collate
+from transducer_toolkit.data.encoder_frames import min_samples, too_short
 from transducer_toolkit.data.lhotse_batching import (
     CutBatchSampler,
     CutDataset,
@@ -241,7 +242,15 @@ class _LatticeSizes:
         return self.num_output_frames(self.fbank.num_frames(num_samples))
 
     def num_cells(self, cut: Cut) -> int:
-        return self.num_frames(cut) * (len(cut_targets(cut)) + 1)
+        """Return the lattice cells; a cut without an encoder frame, of a test set, is an error."""
+        num_frames = self.num_frames(cut)
+        if num_frames < 1:
+            raise ValueError(f"cut {cut.id} is {self.too_short()}, got {cut.duration:.4g} s")
+        return num_frames * (len(cut_targets(cut)) + 1)
+
+    def too_short(self) -> str:
+        least = self.max_speed * min_samples(self.fbank, self.num_output_frames)
+        return too_short(least, self.fbank.sample_rate)
 
 
 class _Prepare:
@@ -305,10 +314,11 @@ class _Feasible:
         feasible = is_feasible(num_frames, len(cut_targets(cut)), topology=sizes.topology)
         if not feasible and not self._said:
             self._said = True
+            reason = f"too short for its text (topology {sizes.topology})"
             logger.warning(
-                "%s: cut %s is too short for its text (topology %s) and left out, like others",
+                "%s: cut %s is %s and left out, like others",
                 self.name,
                 cut.id,
-                sizes.topology,
+                reason if num_frames > 0 else sizes.too_short(),
             )
         return feasible

@@ -107,7 +107,7 @@ def align_text(
 
     Raises:
         ValueError: if the tokenizer lacks a character of the text, if the audio or the model's
-            scores are not finite, or if the audio is too short for a frame of features or for the
+            scores are not finite, or if the audio is too short for an encoder frame or for the
             symbols of the text in this topology.
 
     Example:
@@ -120,6 +120,7 @@ def align_text(
     model, tokenizer = recognizer.model, recognizer.tokenizer
     tokens = tokenizer.encode(text)
     check_known(tokenizer, text, tokens)
+    recognizer.check_length(waveform, "the audio")
     features = recognizer.fbank(waveform)
     if not bool(features.isfinite().all()):
         raise ValueError("the audio holds samples that are NaN, infinite or huge")

@@ -31,10 +31,8 @@ NAMES = {
 EXTRA_BIAS, _BIAS = "decoder.decoder_projector.bias", "joiner.encoder_projection.bias"
 
 
-def recipe_and_weights(
-    folder: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the recipe of the recognizer of a folder, and the weights of its model.
+def read_recipe(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the recipe of the recognizer of a folder; no weights are read.
 
     Args:
         folder: written by ``save_pretrained`` of a ``ParakeetForRNNT``, ``ParakeetForTDT`` or
@@ -44,13 +42,12 @@ def recipe_and_weights(
 
     Returns:
         The entries of :func:`~transducer_toolkit.inference.recognizer.recognizer_recipe` but for
-        the version of the format, and the float32 state dict of the model.
+        the version of the format.
 
     Raises:
         ImportError: transformers is not installed.
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, the model is of another kind, or its weights do not fit its
-            config.
+        ValueError: a file is damaged, or the model is of another kind.
     """
     config = _checked_config(folder)
     topology = "regular"
@@ -60,17 +57,15 @@ def recipe_and_weights(
         except ValueError as error:
             raise ValueError(f"{os.fspath(folder)}/config.json: {error}") from error
     features = HuggingFaceFeatures.load(folder)
-    model = _model_config(config, features)
     tokenizer = HuggingFaceTokenizer.load(folder)
-    recipe = {
-        "model": model,
+    return {
+        "model": _model_config(config, features),
         "symbols": list(tokenizer.symbols),
         "tokenizer": tokenizer.state(),
         "num_mel_bins": features.num_mel_bins,
         "max_symbols_per_frame": config.get("max_symbols_per_step", 10),
         "topology": topology,
     }
-    return recipe, _weights(folder, model)
 
 
 def _checked_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -124,8 +119,17 @@ def _model_config(config: dict[str, Any], features: HuggingFaceFeatures) -> dict
     }
 
 
-def _weights(folder: str | os.PathLike[str], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a folder under the names of this toolkit."""
+def read_model_weights(folder: str | os.PathLike[str], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the float32 weights of a folder under the names of this toolkit.
+
+    Args:
+        folder: as for :func:`read_recipe`.
+        config: the model of its recipe.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or the weights do not fit the config.
+    """
     weights = read_weights(folder)
     try:
         check_sizes(config, weights)

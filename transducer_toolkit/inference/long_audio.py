@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from transducer_toolkit.data.audio import open_audio
@@ -66,6 +67,13 @@ class FileRecognizer(Protocol):
     def frame_s(self) -> float:
         """Duration of an encoder frame, seconds."""
 
+    @property
+    def min_samples(self) -> int:
+        """The fewest samples of a waveform."""
+
+    def check_length(self, waveform: Tensor, name: str) -> None:
+        """Raise a ValueError if a waveform is shorter."""
+
     def recognize(self, waveforms: Sequence[Tensor]) -> list[Hypothesis]:
         """Return the symbols of each waveform (samples,)."""
 
@@ -119,8 +127,8 @@ def transcribe_files(
     Yields:
         The sources in order, each with its transcription (times count from the start of the file)
         or the error that reading or recognizing it raised: a FileNotFoundError if there is no such
-        file; a ValueError if it is not audio, ends too early, holds NaN or is too short for a frame
-        of features.
+        file; a ValueError if it is not audio, ends too early, holds NaN or is too short for an
+        encoder frame.
 
     Raises:
         ValueError: an option is out of range, or ``cut="pauses"`` without silero-vad.
@@ -171,8 +179,8 @@ def transcribe_file(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not audio, ends too early or is too short for a frame of features,
-            it has no such channel or its channels cancel each other in the mix, or an option is out
+        ValueError: the file is not audio, ends too early or is too short for an encoder frame, it
+            has no such channel or its channels cancel each other in the mix, or an option is out
             of range.
     """
     ((_, found),) = transcribe_files(
@@ -279,9 +287,15 @@ class _Transcriber:
                 os.fspath(file.source.path),
                 self.window_s,
             )
-        end_s = window.start_s + len(window.waveform) / self.recognizer.fbank.sample_rate
-        self.pool.append(_Piece(file, len(file.pieces), window.waveform))
-        self.pooled += len(window.waveform)
+        waveform = window.waveform
+        end_s = window.start_s + len(waveform) / self.recognizer.fbank.sample_rate
+        if window.start_s > 0:  # the end of a file may be shorter than an encoder frame
+            missing = self.recognizer.min_samples - len(waveform)
+            waveform = torch.nn.functional.pad(waveform, (0, max(0, missing)))
+        else:
+            self.recognizer.check_length(waveform, "the audio")
+        self.pool.append(_Piece(file, len(file.pieces), waveform))
+        self.pooled += len(waveform)
         file.pieces.append((window.start_s, window.overlap_s, end_s))
         file.hypotheses.append(None)
         if self.pooled >= POOL_BATCHES * self.batch_samples:

@@ -7,7 +7,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from transducer_toolkit.data.encoder_frames import min_samples, too_short
 from transducer_toolkit.data.features import Fbank
 from transducer_toolkit.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transducer_toolkit.data.tokenizer import Tokenizer
@@ -94,6 +95,18 @@ def recipe_tokenizer(recipe: Mapping[str, Any]) -> Tokenizer:
     # The first checkpoints have no "tokenizer"; all were of characters.
     state = recipe.get("tokenizer", {"kind": "characters", "symbols": recipe["symbols"]})
     return tokenizer_from_state(state)
+
+
+def recipe_topology(recipe: Mapping[str, Any]) -> Any:
+    """Return the topology of :func:`recognizer_recipe`, which a file may have forged."""
+    return recipe.get("topology", "regular")  # absent in the first checkpoints
+
+
+def recipe_normalization(recipe: Mapping[str, Any]) -> Any:
+    """Return how a model of :func:`recognizer_recipe` normalizes its logits, maybe forged."""
+    model = recipe.get("model")
+    joiner = model.get("joiner") if isinstance(model, Mapping) else None
+    return joiner.get("normalization", "softmax") if isinstance(joiner, Mapping) else "softmax"
 
 
 class Recognizer:
@@ -244,7 +257,7 @@ class Recognizer:
             tokenizer,
             Fbank(num_mel_bins=recipe["num_mel_bins"]) if features is None else features,
             max_symbols_per_frame=recipe["max_symbols_per_frame"],
-            topology=recipe.get("topology", "regular"),  # absent in the first checkpoints
+            topology=recipe_topology(recipe),
         )
 
     def _set_search(self, search: Callable[..., Search] | None, fusion: Fusion | None) -> None:
@@ -260,6 +273,11 @@ class Recognizer:
         """Duration of an encoder frame, seconds."""
         return encoder_frame_s(self.model.encoder)
 
+    @cached_property
+    def min_samples(self) -> int:
+        """The fewest samples of a waveform, of which the encoder makes a frame."""
+        return min_samples(self.fbank, self.model.encoder.num_output_frames)
+
     @torch.inference_mode()
     def recognize(self, waveforms: Sequence[Tensor]) -> list[Hypothesis]:
         """Recognize the symbols of a batch of waveforms, with their encoder frames.
@@ -271,11 +289,13 @@ class Recognizer:
             One hypothesis per waveform.
 
         Raises:
-            ValueError: if there are no waveforms, if one is too short for a frame of features or
+            ValueError: if there are no waveforms, if one is shorter than :attr:`min_samples` or
                 has samples that are not finite, or if the model's scores are not finite.
         """
         if not waveforms:
             raise ValueError("waveforms must hold at least one waveform, got none")
+        for index, waveform in enumerate(waveforms):
+            self.check_length(waveform, f"waveforms[{index}]")
         features = [self.fbank(waveform) for waveform in waveforms]
         for index, frames in enumerate(features):
             if not bool(frames.isfinite().all()):
@@ -286,6 +306,13 @@ class Recognizer:
         encoder_out, encoder_lengths = self.model.encoder(padded, lengths)
         self.model.encoder.check_output(lengths, encoder_out, encoder_lengths)
         return self.search(encoder_out, encoder_lengths)
+
+    def check_length(self, waveform: Tensor, name: str) -> None:
+        """Raise a ValueError if a waveform is shorter than :attr:`min_samples`."""
+        if waveform.dim() == 1 and len(waveform) < self.min_samples:
+            rate = self.fbank.sample_rate
+            reason = too_short(self.min_samples, rate)
+            raise ValueError(f"{name} is {reason}, got {len(waveform) / rate:.4g} s")
 
     def recognize_words(self, waveforms: Sequence[Tensor]) -> list[list[RecognizedWord]]:
         """Recognize the words of a batch of waveforms, with times and confidences.
@@ -366,13 +393,37 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ImportError: if it is a folder, and transformers is not installed.
         ValueError: if it is not such a checkpoint, or damaged.
     """
-    path = local_checkpoint(path, show_progress=True)
-    if path.is_dir() and not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: it is a folder, {_advice(path)}")
+    path = _located(path)
     checkpoint = _checkpoint_of_folder(path) if path.is_dir() else _checkpoint_of_file(path)
     for name, value in checkpoint["state_dict"].items():
         check_weight(value, f"{path}: its weight {name}")
     return checkpoint
+
+
+def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the recipe of a checkpoint or of a model folder, whose weights are not read.
+
+    Args:
+        path: as for :func:`load_checkpoint`.
+
+    Returns:
+        The entries of :func:`recognizer_recipe`.
+
+    Raises:
+        Exception: as :func:`load_checkpoint`, but for what it says about weights.
+    """
+    path = _located(path)
+    if path.is_dir():
+        return _recipe_of_folder(path)
+    return dict(_checkpoint_of_file(path)[CHECKPOINT_KEY])
+
+
+def _located(path: str | os.PathLike[str]) -> Path:
+    """Return the file or the model folder, after a download if it is an address."""
+    path = local_checkpoint(path, show_progress=True)
+    if path.is_dir() and not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: it is a folder, {_advice(path)}")
+    return path
 
 
 def _advice(folder: Path) -> str:
@@ -390,12 +441,18 @@ def _advice(folder: Path) -> str:
 
 
 def _checkpoint_of_folder(path: Path) -> dict[str, Any]:
-    from transducer_toolkit.inference.huggingface import recipe_and_weights
+    from transducer_toolkit.inference.huggingface import read_model_weights
 
-    recipe, weights = recipe_and_weights(path)
-    recipe["format_version"] = FORMAT_VERSION
+    recipe = _recipe_of_folder(path)
+    weights = read_model_weights(path, recipe["model"])
     weights = {f"model.{name}": value for name, value in weights.items()}
     return {CHECKPOINT_KEY: recipe, "state_dict": weights}
+
+
+def _recipe_of_folder(path: Path) -> dict[str, Any]:
+    from transducer_toolkit.inference.huggingface import read_recipe
+
+    return {"format_version": FORMAT_VERSION, **read_recipe(path)}
 
 
 def _checkpoint_of_file(path: Path) -> dict[str, Any]:
@@ -452,7 +509,7 @@ def model_config_from_checkpoint(
     """
     if path is None:
         raise ValueError("model=checkpoint: expected a checkpoint, got null; set init_from=PATH")
-    config = load_checkpoint(path)[CHECKPOINT_KEY]["model"]
+    config = load_recipe(path)["model"]
     check_model_config(config, all_trusted(trusted_packages), path)
     return dict(config)
 

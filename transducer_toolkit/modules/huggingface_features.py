@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 from collections.abc import Mapping
@@ -139,9 +140,9 @@ class HuggingFaceFeatures:
             raise TypeError(f"waveform must be float32, got {waveform.dtype}")
         num_frames = self.num_frames(len(waveform))
         if num_frames == 0:
+            least = bisect.bisect_left(range(SAMPLE_RATE), 1, key=self.num_frames)
             raise ValueError(
-                f"waveform must be long enough for the frames of {self.kind}, got {len(waveform)} "
-                "samples"
+                f"waveform must have at least {least} samples for {self.kind}, got {len(waveform)}"
             )
         found = self._extractor(
             waveform.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt", **self._call_options()

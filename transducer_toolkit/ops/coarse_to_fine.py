@@ -54,8 +54,8 @@ MIN_WEIGHT_SIZE = 2**14
 # 19.9 ms (peaky: 7.4 instead of 11.3), and 2**37.8 hardly less than without. With TF32, the coarse
 # pass was slower for 2**38.4 operations (8.9 instead of 7.3 ms) and for 2**40.8 (13.8 and 13.1).
 MIN_GPU_OPERATIONS = {"float32": 2**38, "tf32": None}
-# Memory for the logits of the fine pass, which backward reuses if all of them fit.
-FINE_LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+# Memory for the logits of the fine pass that backward uses again; the others are computed twice.
+FINE_LOGITS_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
 # Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
 _CPU_HAS_BFLOAT16 = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 

@@ -354,25 +354,30 @@ def _forward_coarse_to_fine(
         score_coarse(_cell_rows(batch, plan))
     del score_coarse  # frees its buffers before the lattice takes memory
 
+    num_kept = 0
+
     def score_rows(rows: Tensor, out: CellScores, first: int) -> None:
-        keeps = first + rows.numel() <= logits.size(0)
+        nonlocal num_kept
         for tile in fine.tiles(rows):
             begin = first + tile.begin
-            kept = logits[begin : begin + tile.size] if keeps else None
+            end = begin + tile.size
+            kept = None
+            if end <= logits.size(0):
+                kept, num_kept = logits[begin:end], end
             stages.cell_scores(fine.logits(fine.hidden(tile), kept), batch, tile, options, out)
 
     has_scores = None if visited is None else visited.has_scores
     refined = coarse_to_fine.refine(batch, scores, options, score_rows, has_scores)
     if visited is not None and not visited_blocks.still_holds(visited, batch, scores, options):
         del refined  # frees its memory before the next one
+        num_kept = 0
         _coarse_scorer(inputs, options, fine, scores)(None)
         refined = coarse_to_fine.refine(batch, scores, options, score_rows)
     losses = refined.sums.losses.to(enc.dtype)
     if not plan.with_uses:
         return _without_uses(losses, scores, logits)
     counts = refined.places.new_full((4,), refined.num_fine)
-    if refined.num_fine > logits.size(0):  # no memory for all of them
-        counts[3].zero_()
+    counts[3].fill_(num_kept)
     visit = coarse_to_fine.plan_backward(batch, scores, options, refined, counts[1:3])
     return FusedLoss(
         losses,
@@ -453,9 +458,9 @@ def _backward(call: Backward) -> dict[str, Tensor]:
     with torch.autocast(enc.device.type, enabled=False):
         # Reading the counts synchronizes, which graph capture forbids; every row is visited then.
         if native.is_capturing(enc.device):
-            full_rows, num_low, num_logits = None, 0, 0
+            full_rows, num_fine, num_low, num_logits = None, 0, 0, 0
         else:
-            _, num_full, num_low, num_logits = saved.counts.tolist()
+            num_fine, num_full, num_low, num_logits = saved.counts.tolist()
             full_rows = saved.rows[:num_full]
         # A coarse plan has more numbers of each cell in memory, so its tiles are smaller.
         full = _joint_tiles(inputs, options, batch, beside_kept=plan.is_coarse, has_backward=True)
@@ -466,8 +471,13 @@ def _backward(call: Backward) -> dict[str, Tensor]:
             visit_low(low, saved.low_rows[:num_low])
             del low
         keeps_all = plan.keep_logits and not plan.is_coarse
-        has_logits = keeps_all or num_logits > 0
-        visit(full, full_rows, saved.logits if has_logits else None, keeps_all)
+        if plan.is_coarse and full_rows is not None and 0 < num_logits < num_fine:
+            has_logits = saved.places[full_rows] < num_logits
+            visit(full, full_rows[has_logits], saved.logits, False)
+            visit(full, full_rows[~has_logits], None, False)
+        else:
+            kept = saved.logits if keeps_all or num_logits > 0 else None
+            visit(full, full_rows, kept, keeps_all)
         return full.gradients(scale)
 
 

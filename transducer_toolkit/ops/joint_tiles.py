@@ -28,6 +28,9 @@ TILE_BYTES = {"cpu": 10 * 2**20, "cuda": 512 * 2**20}
 # The same beside other large buffers, such as all logits that forward keeps. Smaller tiles are
 # faster on the CPU, because the hidden layer stays in the cache.
 TILE_BYTES_BESIDE_KEPT = {"cpu": 3 * 2**20, "cuda": 512 * 2**20}
+# Products of fewer rows are slower on the CPU, because each copies the weight. With V = 8198 and
+# D = 640, a step with tiles of 82 rows took 8 % longer than with 192.
+MIN_TILE_ROWS = {"cpu": 192, "cuda": 64}
 # A tile takes at most this fraction of a GPU's memory: 128 MiB of 8 GiB.
 TILE_SHARE_OF_DEVICE = 1 / 64
 # A matrix product on the CPU copies its right operand into another layout. The weight is therefore
@@ -47,7 +50,7 @@ VOCAB_MULTIPLE = {"cuda": 8}
 
 
 def automatic_tile_cells(like: Tensor, num_numbers: int, beside_kept: bool) -> int:
-    """Returns the number of rows for which a tile takes TILE_BYTES.
+    """Returns the number of rows for which a tile takes TILE_BYTES, but at least MIN_TILE_ROWS.
 
     Args:
         like: a tensor with the dtype and the device of the products.
@@ -58,7 +61,8 @@ def automatic_tile_cells(like: Tensor, num_numbers: int, beside_kept: bool) -> i
     row_bytes = num_numbers * like.element_size()
     budgets = TILE_BYTES_BESIDE_KEPT if beside_kept else TILE_BYTES
     budget = budgets.get(like.device.type, budgets["cpu"])
-    return max(64, within_share_of_device(budget, like.device) // row_bytes)
+    min_rows = MIN_TILE_ROWS.get(like.device.type, MIN_TILE_ROWS["cpu"])
+    return max(min_rows, within_share_of_device(budget, like.device) // row_bytes)
 
 
 def within_share_of_device(num_bytes: int, device: torch.device) -> int:

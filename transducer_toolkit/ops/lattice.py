@@ -92,8 +92,6 @@ class LatticeShape:
             TypeError: if the lengths are not integers.
             ValueError: if the lengths are empty, differ in number, or are out of range.
         """
-        if isinstance(logit_lengths, Tensor) or isinstance(target_lengths, Tensor):
-            refuse_tracing("make the LatticeShape outside of the compiled function")
         frames = _lengths(logit_lengths, "logit_lengths", minimum=1)
         targets = _lengths(target_lengths, "target_lengths", minimum=0)
         if frames.numel() != targets.numel():
@@ -260,6 +258,8 @@ def refuse_tracing(remedy: str) -> None:
 
 def _lengths(lengths: Tensor | Sequence[int], name: str, *, minimum: int) -> Tensor:
     if isinstance(lengths, Tensor):
+        # Here and not in the caller: of the calls behind a break, torch compiles each by itself.
+        refuse_tracing("make the LatticeShape outside of the compiled function")
         check_tensor(lengths, name)
         if lengths.device.type == "meta":
             raise ValueError(f"{name}: expected a tensor with data, got one on device meta")

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from transducer_toolkit.decoding import Alignment
@@ -27,6 +28,7 @@ MAX_LABELS = 75  # beside one another above the features
 MAX_PIXELS = 1200  # columns and rows of an image
 ROW_HEIGHT = 0.19  # of a symbol of the lattice, inches
 MAX_LATTICE_HEIGHT = 10.0  # inches
+MAX_UPRIGHT = 2  # width of labels that are not turned, in half-width characters
 SPACE = "\u2581"  # begins a word
 
 
@@ -123,11 +125,10 @@ def draw_utterance(
     frame_s = duration_s / num_frames
     times_s = (np.array(alignment.frames) + 0.5) * frame_s
 
-    lattice_height = min(MAX_LATTICE_HEIGHT, max(2.6, ROW_HEIGHT * num_columns))
+    lattice_height = _lattice_height(num_columns)
     labels = _labels(times_s, symbols)
-    widest = max((_width(label) for _, label in labels), default=1)
-    is_upright = widest <= 2
-    label_height = 0.1 if is_upright else 0.09 * widest
+    widest = _widest(labels)
+    label_height = 0.1 if widest <= MAX_UPRIGHT else 0.09 * widest
     figure = Figure(
         figsize=(11, 3.2 + label_height + lattice_height), dpi=DPI, layout="constrained"
     )
@@ -135,8 +136,26 @@ def draw_utterance(
     printable = title.encode("utf-8", "replace").decode()  # an id can be a name that is not UTF-8
     figure.suptitle(_cut(printable, 110), color=INK, fontsize=12)
 
+    _draw_features(mel, features, labels, times_s, duration_s)
+    image = _draw_lattice(lattice, occupancy, symbols, times_s, duration_s)
+    figure.colorbar(image, ax=lattice, label="occupancy", pad=0.01)
+    _tidy(mel)
+    _tidy(lattice)
+    return figure
+
+
+def _draw_features(
+    axes: Axes,
+    features: Tensor,
+    labels: Sequence[tuple[float, str]],
+    times_s: np.ndarray,
+    duration_s: float,
+) -> None:
+    """Draws the features, a line at the time of each symbol, and the labels above."""
+    widest = _widest(labels)
+    is_upright = widest <= MAX_UPRIGHT
     values = features.numpy().T
-    mel.imshow(
+    axes.imshow(
         _pooled(values, (len(values), MAX_PIXELS), mean=True),
         origin="lower",
         aspect="auto",
@@ -146,18 +165,19 @@ def draw_utterance(
         vmin=np.percentile(values, 5),
         vmax=np.percentile(values, 99.8),
     )
-    mel.set_ylabel("mel bin")
-    is_dense = num_targets > MAX_LABELS
-    for time_s in times_s if not is_dense else [time_s for time_s, _ in labels]:
-        mel.axvline(time_s, color="white", alpha=0.35, linewidth=0.7)
+    axes.set_ylabel("mel bin")
+    for time_s in times_s if len(times_s) <= MAX_LABELS else [time_s for time_s, _ in labels]:
+        axes.axvline(time_s, color="white", alpha=0.35, linewidth=0.7)
     gap_s = duration_s / MAX_LABELS * (widest if is_upright else 1)
     spread_s = _spread(np.array([time_s for time_s, _ in labels]), gap_s, duration_s)
     for shown_s, (time_s, label) in zip(spread_s, labels, strict=True):
         top = len(values)
         if not is_upright:
             # From the time of the word to its label, which may have moved.
-            mel.plot([time_s, shown_s], [top, 1.05 * top], color=GRAY, linewidth=0.7, clip_on=False)
-        mel.text(
+            axes.plot(
+                [time_s, shown_s], [top, 1.05 * top], color=GRAY, linewidth=0.7, clip_on=False
+            )
+        axes.text(
             shown_s,
             1.025 * top if is_upright else 1.07 * top,
             label,
@@ -167,10 +187,17 @@ def draw_utterance(
             fontsize=10 if is_upright else 8,
             color=INK,
         )
-    mel.set_ylim(0, len(values))
-    mel.set_xlim(0, duration_s)
+    axes.set_ylim(0, len(values))
+    axes.set_xlim(0, duration_s)
 
-    image = lattice.imshow(
+
+def _draw_lattice(
+    axes: Axes, occupancy: Tensor, symbols: Sequence[str], times_s: np.ndarray, duration_s: float
+) -> AxesImage:
+    """Draws the occupancy and the best path, with the names of the symbols beside the rows."""
+    num_columns, num_targets = len(symbols) + 1, len(symbols)
+    is_dense = num_targets > MAX_LABELS
+    image = axes.imshow(
         _pooled(np.maximum(occupancy.numpy().T, 1e-6), (MAX_PIXELS, MAX_PIXELS)),
         origin="lower",
         aspect="auto",
@@ -183,7 +210,7 @@ def draw_utterance(
     )
     # The path is in column u from the frame of symbol u to that of symbol u + 1.
     path_s = np.concatenate(([0.0], times_s, [duration_s]))
-    lattice.step(
+    axes.step(
         path_s,
         [*range(num_targets + 1), num_targets],
         where="post",
@@ -192,7 +219,7 @@ def draw_utterance(
         label="best path" if is_dense else None,
     )
     if not is_dense:
-        lattice.plot(
+        axes.plot(
             times_s,
             np.arange(1, num_targets + 1),
             "o",
@@ -200,20 +227,24 @@ def draw_utterance(
             markersize=3.5,
             label="best path, one dot a symbol",
         )
-    every = math.ceil(num_columns / (lattice_height / ROW_HEIGHT))
+    every = math.ceil(num_columns / (_lattice_height(num_columns) / ROW_HEIGHT))
     rows = range(0, num_columns, every)
     names = [_cut(name, 20) for name in ["start", *symbols]]
-    lattice.set_yticks(rows, [names[row] for row in rows])
-    lattice.tick_params(axis="y", labelsize=8, length=0 if every == 1 else 2)
-    lattice.set_ylabel(
-        "symbols so far" if every == 1 else f"symbols so far (one of {every} is named)"
-    )
-    lattice.set_xlabel("time (s)")
-    lattice.legend(loc="lower right", frameon=False)
-    figure.colorbar(image, ax=lattice, label="occupancy", pad=0.01)
-    _tidy(mel)
-    _tidy(lattice)
-    return figure
+    axes.set_yticks(rows, [names[row] for row in rows])
+    axes.tick_params(axis="y", labelsize=8, length=0 if every == 1 else 2)
+    axes.set_ylabel("symbols so far" if every == 1 else f"symbols so far (one of {every} is named)")
+    axes.set_xlabel("time (s)")
+    axes.legend(loc="lower right", frameon=False)
+    return image
+
+
+def _lattice_height(num_columns: int) -> float:
+    """Returns the height of the picture of a lattice in inches."""
+    return min(MAX_LATTICE_HEIGHT, max(2.6, ROW_HEIGHT * num_columns))
+
+
+def _widest(labels: Sequence[tuple[float, str]]) -> int:
+    return max((_width(label) for _, label in labels), default=1)
 
 
 def _labels(times_s: np.ndarray, symbols: Sequence[str]) -> list[tuple[float, str]]:

@@ -11,7 +11,12 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from transducer_toolkit.inference.recognizer import CHECKPOINT_KEY, load_checkpoint
+from transducer_toolkit.inference.recognizer import (
+    CHECKPOINT_KEY,
+    load_checkpoint,
+    recipe_normalization,
+    recipe_topology,
+)
 from transducer_toolkit.modules.weight_checks import check_kind
 from transducer_toolkit.ops.topology import get_topology
 from transducer_toolkit.training.lightning_module import TransducerModule
@@ -79,12 +84,12 @@ def start_from(module: TransducerModule, path: str) -> None:
             logger.warning("%s: %s", what, ", ".join(names))
     _report_symbols(before, now, path)
     if module.loss is not None:
-        # The first checkpoints have no "topology"; all were regular.
-        topology = checkpoint[CHECKPOINT_KEY].get("topology", "regular")
+        recipe = checkpoint[CHECKPOINT_KEY]
         try:
-            _report_durations(topology, module.loss.topology, path)
+            _report_durations(recipe_topology(recipe), module.loss.topology, path)
         except ValueError as error:
             raise ValueError(f"init_from: {path}: {error}") from error
+        _report_normalization(recipe_normalization(recipe), module.loss.normalization, path)
 
 
 def _symbol_axes(module: TransducerModule) -> dict[str, int]:
@@ -168,3 +173,16 @@ def _report_durations(before: str, now: str, path: str) -> None:
         "fused_tdt" if get_topology(before).num_durations else "multi_blank",
         before,
     )
+
+
+def _report_normalization(before: str, now: str, path: str) -> None:
+    """Logs that the logits of the checkpoint become probabilities in another way here."""
+    if before != now:
+        logger.warning(
+            "the model of %s was trained with normalization=%s, and this training uses %s; "
+            "loss.normalization=%s keeps it",
+            path,
+            before,
+            now,
+            before,
+        )

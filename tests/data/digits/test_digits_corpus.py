@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
 import multiprocessing
+import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("espeakng_loader")
 
+from tests.fork_server import ROOT, python
 from transducer_toolkit.data.audio import read_audio
 from transducer_toolkit.data.digits import DigitsCorpus, synthesis
 from transducer_toolkit.data.digits.recipe import load_voices, plan_set
@@ -126,17 +127,14 @@ def test_bad_sizes():
 
 
 def test_command_line(tmp_path):
-    module = "transducer_toolkit.data.digits"
-    help_text = subprocess.run(
-        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    command = [python(), "-m", "transducer_toolkit.data.digits"]
+    kept = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    help_text = subprocess.run([*command, "--help"], check=True, **kept).stdout
     assert "--cache-dir" in help_text
     options = ["--cache-dir", str(tmp_path)]
     for name in ("train", "val", "test", "excluded", "held-out"):
         options += [f"--num-{name}", "2"]
-    answer = subprocess.run(
-        [sys.executable, "-m", module, *options], capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run([*command, *options], check=True, **kept)
     sets = [line.split()[0] for line in answer.stdout.splitlines()]
     assert sets[:4] == ["train", "val", "test", "excluded"]
     assert all(Path(line.split()[-1]).is_file() for line in answer.stdout.splitlines())

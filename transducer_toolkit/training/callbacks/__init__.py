@@ -4,6 +4,7 @@
 from transducer_toolkit.training.callbacks.averaging import AverageWeights
 from transducer_toolkit.training.callbacks.clock import StepClock
 from transducer_toolkit.training.callbacks.feature_statistics import EstimateFeatureStatistics
+from transducer_toolkit.training.callbacks.lora import LoraAdapters
 from transducer_toolkit.training.callbacks.lost_process import NameLostProcess
 from transducer_toolkit.training.callbacks.non_finite import SkipNonFiniteSteps
 from transducer_toolkit.training.callbacks.pictures import LearningCurves, UtterancePicture
@@ -17,6 +18,7 @@ __all__ = [
     "CountUnreadable",
     "EstimateFeatureStatistics",
     "LearningCurves",
+    "LoraAdapters",
     "NameLostProcess",
     "PreScan",
     "ProgressBar",
