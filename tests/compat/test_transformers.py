@@ -3,6 +3,7 @@ import copy
 import pickle
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -452,9 +453,10 @@ def test_missing_transformers_is_named(monkeypatch):
 )
 def test_a_version_that_is_too_old_is_named(monkeypatch, version, is_refused):
     """Other packages, such as peft, install the newest one for Python 3.10, which is too old."""
-    monkeypatch.setattr(transformers, "__version__", version)
+    package = SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "transformers", package)
     if not is_refused:
-        assert import_transformers("this") is transformers
+        assert import_transformers("this") is package
         return
     expected = f"this needs transformers>=5.24, got {version}: pip install 'transformers>=5.24'"
     with pytest.raises(ImportError, match=re.escape(expected)):
