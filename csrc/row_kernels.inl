@@ -464,8 +464,8 @@ inline Bytes Narrow(Simd<float>::I x) {
 #if TRANSDUCER_VECTOR_BYTES == 64
   return (Bytes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x);
 #elif TRANSDUCER_VECTOR_BYTES == 32
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x),
-                                        _mm256_extracti128_si256((__m256i)x, 1));
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
   return (Bytes)bytes;
 #else
