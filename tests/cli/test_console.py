@@ -175,7 +175,7 @@ def test_a_missing_plugin_of_hydra_is_named(options, distribution, extra, tmp_pa
         (["data.corpus.train=none.jsonl"], "no manifest at none.jsonl"),
         (["model.encoder.dropout=2"], "encoder: dropout: expected a number in [0, 1], got 2"),
         (["model.encoder._target_=nowhere.Encoder"], "encoder: No module named 'nowhere'"),
-        (["+model.joiner.speed=2"], "joiner() got an unexpected keyword argument 'speed'"),
+        (["+model.joiner.speed=2"], "joiner of model=conv_lstm_stateless takes no argument speed"),
         (["data=manifest"], "data.corpus.train: no value given; add data.corpus.train=VALUE"),
         (["optimizer.betas=[0.9"], "'[0.9' is no value of Hydra's grammar"),
         (["optimizer.lr=ä"], "write a text in quotes, optimizer.lr='ä'"),
@@ -192,7 +192,7 @@ def test_errors_are_one_sentence(options, message, console, train_overrides, tmp
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("transducer-train: ")
-    assert message.lower().replace("joiner() ", "") in line.lower()
+    assert message.lower() in line.lower()
 
 
 @pytest.mark.parametrize("way", ["--debug", "HYDRA_FULL_ERROR"])

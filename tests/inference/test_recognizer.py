@@ -139,6 +139,12 @@ def test_no_waveforms_is_an_error(checkpoint):
         Recognizer.from_checkpoint(checkpoint()[0]).recognize([])
 
 
+def test_the_path_of_a_file_is_no_waveform(checkpoint):
+    recognizer = Recognizer.from_checkpoint(checkpoint()[0])
+    with pytest.raises(TypeError, match=r"waveforms\[0\]: .* got str; transcribe_file takes"):
+        recognizer.transcribe(["a.wav"])
+
+
 def test_words_and_files(checkpoint, tmp_path):
     recognizer = Recognizer.from_checkpoint(checkpoint()[0])
     waveform = torch.rand(24000, generator=torch.Generator().manual_seed(0)) - 0.5

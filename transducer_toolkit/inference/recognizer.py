@@ -289,12 +289,19 @@ class Recognizer:
             One hypothesis per waveform.
 
         Raises:
+            TypeError: if one is no tensor.
             ValueError: if there are no waveforms, if one is shorter than :attr:`min_samples` or
                 has samples that are not finite, or if the model's scores are not finite.
         """
         if not waveforms:
             raise ValueError("waveforms must hold at least one waveform, got none")
         for index, waveform in enumerate(waveforms):
+            if not isinstance(waveform, Tensor):
+                kind = type(waveform).__name__
+                raise TypeError(
+                    f"waveforms[{index}]: expected a tensor of samples, got {kind}; "
+                    "transcribe_file takes the path of a file"
+                )
             self.check_length(waveform, f"waveforms[{index}]")
         features = [self.fbank(waveform) for waveform in waveforms]
         for index, frames in enumerate(features):
