@@ -103,9 +103,9 @@ def test_a_change_is_applied_and_logged(go_on, options, expected):
         (["model.predictor.context_size=3"], "changed: model.predictor.context_size 2 -> 3"),
         (["loss=pruned"], "PrunedLoss"),
         (["ctc.weight=0.3"], "changed: ctc.weight 0.0 -> 0.3"),
-        (["optimizer._target_=torch.optim.SGD"], "torch.optim.AdamW -> torch.optim.SGD"),
+        (["optimizer._target_=torch.optim.Adam"], "torch.optim.AdamW -> torch.optim.Adam"),
         (
-            ["scheduler._target_=torch.optim.lr_scheduler.StepLR"],
+            ["scheduler._target_=torch.optim.lr_scheduler.StepLR", "~scheduler.warmup_steps"],
             "scheduler._target_ transducer_toolkit.training.schedules.constant -> torch.optim",
         ),
         (["data/tokenizer=sentencepiece", "data.tokenizer.vocab_size=8"], "other symbols than"),
