@@ -1,40 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The peak memory of a step with fused_joiner_loss, each in a process of its own."""
 
+import os
 import subprocess
-import sys
 
 import pytest
 
-MEMORY_SCRIPT = """
-import gc, sys, torch
-from transducer_toolkit.training import memory
-from transducer_toolkit import fused_joiner_loss
-B, T, U, V, D = map(int, sys.argv[1:6])
-torch.set_num_threads(1)
-def step():
-    enc, pred = torch.randn(B, T, D, requires_grad=True), torch.randn(B, U + 1, D)
-    weight = (torch.randn(V, D) / D**0.5).requires_grad_()
-    lengths = torch.full((B,), T), torch.full((B,), U)
-    targets = torch.randint(1, V, (B, U))
-    loss = fused_joiner_loss(
-        enc, pred, weight, None, targets, *lengths, blank=0, precision=sys.argv[6]
-    )
-    loss.backward()
-step()
-gc.collect()
-cpu = torch.device("cpu")
-before = memory.reset_peak(cpu)
-step()
-print(memory.peak(cpu) - before)
-"""
+from tests.fork_server import ROOT, python
 
 
 def peak_bytes(batch, frames, symbols, vocab_size, width, precision="auto"):
-    """Bytes that a second step of a fresh process adds, with its inputs and gradients."""
+    """Bytes that a second step of a new process adds, with its inputs and gradients."""
     sizes = map(str, (batch, frames, symbols, vocab_size, width))
-    command = [sys.executable, "-c", MEMORY_SCRIPT, *sizes, precision]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [python(), "-m", "tests.losses.step_memory", *sizes, precision]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    return int(run.stdout)
 
 
 @pytest.mark.parametrize(("vocab_size", "more_mib"), [(500, 6), (5000, 14)])
