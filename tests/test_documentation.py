@@ -6,6 +6,7 @@ import builtins
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -408,7 +409,7 @@ def known_keys():
     for path in conf.rglob("*.yaml"):
         if path.parent != conf:
             groups.setdefault(str(path.parent.relative_to(conf)), []).append(path.stem)
-    keys = set()
+    keys, chosen = set(), {"train": [], "evaluate": []}
     for group, options in groups.items():
         if group.startswith("hydra"):
             continue
@@ -418,9 +419,11 @@ def known_keys():
                 keys |= {f"{group.replace('/', '.')}.{name}" for name in yaml.safe_load(text)}
             continue
         config_name = "evaluate" if group == "search" else "train"
-        for option in options:
-            with initialize_config_module("transducer_toolkit.conf", version_base="1.3"):
-                keys |= set(_keys(compose(config_name, overrides=[f"{group}={option}"])))
+        chosen[config_name].append([f"{group}={option}" for option in options])
+    with initialize_config_module("transducer_toolkit.conf", version_base="1.3"):
+        for config_name, choices in chosen.items():
+            for overrides in itertools.zip_longest(*choices):  # an option of each group at a time
+                keys |= set(_keys(compose(config_name, overrides=list(filter(None, overrides)))))
     return keys, groups
 
 
