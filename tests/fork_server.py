@@ -81,7 +81,7 @@ def serve(executable: str, descriptor: str) -> list[str]:
     """Answer the requests of fork_client.py. Returns in each fork, with the arguments to run."""
     listener, input_ = socket.socket(fileno=int(descriptor)), os.fdopen(os.dup(0), "rb", 0)
     before, own = set(sys.modules), dict(os.environb)
-    atexit.register(lambda: _leak(set(preloaded) - before))  # after all others, as it is the first
+    atexit.register(lambda: leak(set(preloaded) - before))  # after all others, as it is the first
     for name in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # of an extra
             importlib.import_module(name)
@@ -193,7 +193,7 @@ def _become(
         sys.modules["numpy"].random.seed()
 
 
-def _leak(names: set[str]) -> None:
+def leak(names: set[str]) -> None:
     """Let the interpreter end without destructors, which take 0.5 s and copy every page."""
     libc = ctypes.CDLL(None)
     libc.fflush(None)

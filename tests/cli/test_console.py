@@ -99,11 +99,15 @@ COMMAND_LINES = {
 }
 # Forks of a process that has imported only PyTorch, which no command works without.
 WITHOUT_AN_EXTRA = """
-import importlib, os, sys
+import atexit, gc, importlib, os, sys
 import torch
+from tests.fork_server import leak
+loaded = set(sys.modules)
+gc.freeze()  # else a collection in a fork copies every page
 for command, (module, arguments) in eval(sys.argv[1]).items():
     sys.stderr.flush()
     if os.fork() == 0:
+        atexit.register(leak, loaded)
         os.dup2(os.open(f"{command}.err", os.O_CREAT | os.O_WRONLY), 2)
         sys.modules[module] = None
         sys.argv[1:] = arguments
