@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests import fork_server
 from tests.backends import Backend
 from transducer_toolkit.ops import coarse_to_fine, visited_blocks
 
@@ -30,6 +31,13 @@ LONG += ("cli/test_train_huggingface.py", "cli/test_evaluate.py", "cli/test_fuzz
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # of pytest-xdist, which may be absent
+    fork_server.shared_folder = getattr(config, "workerinput", {}).get("fork_folder")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Let the workers of pytest-xdist share a server of forks."""
+    node.workerinput["fork_folder"] = fork_server.folder()
 
 
 @pytest.hookimpl(trylast=True)

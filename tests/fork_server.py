@@ -35,6 +35,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = (
     *("hydra", "lightning", "matplotlib.backends.backend_agg", "soundfile", "jiwer", "rich.table"),
@@ -47,33 +49,54 @@ STARTUP = ("PYTHON", "LC_", "LANG", "LD_", "HOME", "XDG_", "TMP", "OMP_", "MKL_"
 STARTUP += ("PYTORCH_", "TORCH_LOGS", "TORCHINDUCTOR_")
 
 
+shared_folder: str | None = None  # of a server that another process ends
+
+
 @functools.cache
-def python() -> str:
-    """Return the path of an executable to start instead of ``sys.executable``."""
-    folder = tempfile.mkdtemp(prefix="fork-")  # the path of a socket has at most 107 bytes
-    executable, address = f"{folder}/python", f"{folder}/socket"
-    client = [str(ROOT / "tests" / "fork_client.py"), address, sys.executable]
-    with open(executable, "w", encoding="utf-8") as file:
-        file.write(f"#!{sys.executable} -IS\nimport runpy, sys\n")
-        file.write(f"sys.argv[:1] = {client!r}\nrunpy.run_path(sys.argv[0])\n")
-    os.chmod(executable, 0o700)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen(64)
-        server = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server", executable, str(listener.fileno())],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            pass_fds=[listener.fileno()],
-            start_new_session=True,
-        )
+def folder() -> str:
+    """Return the folder of the server, shared_folder or a new one.
+
+    The server ends when the process that has made its folder ends. pytest-xdist's workers share the
+    one of the process that starts them (conftest.py).
+    """
+    if shared_folder is not None:
+        return shared_folder
+    made = tempfile.mkdtemp(prefix="fork-")  # the path of a socket has at most 107 bytes
+    os.mkfifo(f"{made}/alive")
+    writer = os.open(f"{made}/alive", os.O_RDWR)
 
     @atexit.register
     def end() -> None:
-        server.communicate()  # it ends at the end of its standard input
-        shutil.rmtree(folder)
+        os.close(writer)
+        shutil.rmtree(made)
 
+    return made
+
+
+@functools.cache
+def python() -> str:
+    """Return the path of an executable to start instead of ``sys.executable``."""
+    executable, address = f"{folder()}/python", f"{folder()}/socket"
+    with FileLock(f"{folder()}/lock"):
+        if os.path.exists(executable):  # another process has started the server
+            return executable
+        with socket.socket(socket.AF_UNIX) as listener, open(f"{folder()}/alive", "rb") as alive:
+            listener.bind(address)
+            listener.listen(64)
+            server = subprocess.Popen(
+                [sys.executable, "-m", "tests.fork_server", executable, str(listener.fileno())],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdin=alive,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+        atexit.register(server.poll)  # keeps the object: it warns where it goes first
+        client = [str(ROOT / "tests" / "fork_client.py"), address, sys.executable]
+        with open(executable, "w", encoding="utf-8") as file:
+            file.write(f"#!{sys.executable} -IS\nimport runpy, sys\n")
+            file.write(f"sys.argv[:1] = {client!r}\nrunpy.run_path(sys.argv[0])\n")
+        os.chmod(executable, 0o700)
     return executable
 
 
@@ -104,7 +127,7 @@ def serve(executable: str, descriptor: str) -> list[str]:
     while True:
         for key, _ in selector.select():
             if key.fileobj is input_:
-                sys.exit()
+                sys.exit()  # the process that has made the folder has ended
             elif key.fileobj is listener:
                 client, _ = listener.accept()
                 try:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.fork_server import ROOT, python
+from tests.fork_server import ROOT, folder, python
 
 PATHS = ("a", str(ROOT))
 
@@ -192,6 +192,15 @@ def test_no_state_goes_from_one_command_to_the_next(tmp_path):
     assert first.stdout == second.stdout and "'transducer_toolkit.training'" in first.stdout
     numbers = [number for done in (first, second) for number in done.stderr.split()[:2]]
     assert len(set(numbers)) == 4, numbers  # those that have no seed differ
+
+
+def test_workers_share_a_server(tmp_path):
+    """It is there after the end of one of them."""
+    code = f"from tests import fork_server; fork_server.shared_folder = {folder()!r}\n"
+    code += "print(fork_server.python(), end='')"
+    options = command(tmp_path, code, executable=sys.executable)
+    assert subprocess.run(**options, capture_output=True, text=True).stdout == python()
+    assert is_a_fork(tmp_path)
 
 
 def test_what_a_start_reads_needs_a_start(tmp_path):
