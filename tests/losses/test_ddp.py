@@ -10,6 +10,7 @@ from transducer_toolkit import Joiner, LatticeShape, fused_joiner_loss, transduc
 from transducer_toolkit.ops import coarse_to_fine
 
 FRAMES, SYMBOLS = [6, 4, 5, 2], [3, 1, 0, 2]
+MODES = ("packed", "inplace", "fused")
 
 
 def run_two(worker, *arguments):
@@ -114,23 +115,31 @@ def part(start, stop):
     return encoder_out[start:stop], predictor_out[start:stop], targets[start:stop], shape
 
 
-def worker(rank, folder, mode):
+def worker(rank, folder):
+    """Writes the gradients of a process pair, of each mode."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    module = DistributedDataParallel(JoinerAndLoss())
-    module(*part(2 * rank, 2 * rank + 2), mode).backward()
-    if rank == 0:
-        grads = [parameter.grad for parameter in module.parameters()]
-        torch.save(grads, f"{folder}/grads.pt")
+    for mode in MODES:
+        module = DistributedDataParallel(JoinerAndLoss())
+        module(*part(2 * rank, 2 * rank + 2), mode).backward()
+        if rank == 0:
+            grads = [parameter.grad for parameter in module.parameters()]
+            torch.save(grads, f"{folder}/{mode}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", ["packed", "inplace", "fused"])
-def test_two_processes_equal_one(tmp_path, mode):
-    run_two(worker, str(tmp_path), mode)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("ddp")
+    run_two(worker, str(made))
+    return made
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_equal_one(folder, mode):
     module = JoinerAndLoss()
     (module(*part(0, 4), mode) / 2).backward()  # DDP averages over ranks
-    grads = torch.load(tmp_path / "grads.pt")
+    grads = torch.load(folder / f"{mode}.pt")
     for parameter, grad in zip(module.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=1e-12)
