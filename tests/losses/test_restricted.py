@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses whose labels must be emitted near their frames in an alignment."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from transducer_toolkit import (
     transducer_loss,
 )
 from transducer_toolkit.losses import reference
-from transducer_toolkit.ops import joint_tiles, stages
+from transducer_toolkit.ops import joint_tiles, native, stages
 from transducer_toolkit.ops.restriction import Restriction
 from transducer_toolkit.ops.topology import TOPOLOGIES, get_topology
 
@@ -116,7 +118,7 @@ def test_equals_the_sum_over_the_allowed_paths(topology, left, right, layout):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize(
     "frames, symbols",
-    [((1100, 3), (3, 1)), ((40, 660), (3, 600)), ((60, 1, 33), (30, 0, 20))],
+    [((1100, 3), (3, 1)), ((40, 560), (3, 545)), ((60, 1, 33), (30, 0, 20))],
     ids=["long", "more lanes than a block has", "ragged"],
 )
 def test_equals_labels_of_probability_zero(topology, frames, symbols):
@@ -131,13 +133,14 @@ def test_equals_labels_of_probability_zero(topology, frames, symbols):
     log_probs[:, :, :-1].scatter_(3, index, label.masked_fill(~allowed[..., None], -torch.inf))
     log_probs.requires_grad_()
     options = {"topology": topology, "reduction": "none", "from_log_softmax": True}
-    expected = transducer_loss(log_probs, *batch.index_arguments, **options)
+    with native.emulated(SimpleNamespace(cuda=native.extension.cpu)):  # quicker, and the same loss
+        expected = transducer_loss(log_probs, *batch.index_arguments, **options)
+        wanted = zero_padding(batch, grad_of(expected, log_probs))
     plain = batch.logits.detach().log_softmax(-1).requires_grad_()
     window = {"alignment": alignment, "left": 3, "right": 2}
     actual = transducer_loss(plain, *batch.index_arguments, **options, **window)
     assert expected.isfinite().all()
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
-    wanted = zero_padding(batch, grad_of(expected, log_probs))
     torch.testing.assert_close(zero_padding(batch, grad_of(actual, plain)), wanted)
 
 
