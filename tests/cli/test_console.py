@@ -346,7 +346,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_of_a_checkpoint(name, checkpoint, console, data_overrides, tmp_path):
     shutil.copy(checkpoint, tmp_path / name)
-    options = ["trainer.accelerator=cpu", "run_dir=evaluated"]
+    options = ["trainer.accelerator=cpu", "run_dir=evaluated", "~callbacks.utterance_picture"]
     console(evaluate, tmp_path, f"checkpoint={name}", *data_overrides, *options)
     results = json.loads((tmp_path / "evaluated" / "results.json").read_text())
     assert results["checkpoint"] == name

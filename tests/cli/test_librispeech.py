@@ -48,6 +48,7 @@ def test_prepare_train_evaluate(tmp_path, console, capsys):
     assert tokenizer.decode(tokenizer.encode("THE BOY READ")) == "THE BOY READ"
     capsys.readouterr()
     arguments = ["data=librispeech", *data, f"checkpoint={checkpoint}", "trainer.accelerator=cpu"]
-    console(evaluate.main, tmp_path, *arguments, "data.num_workers=0")
+    arguments += ["data.num_workers=0", "~callbacks.utterance_picture"]
+    console(evaluate.main, tmp_path, *arguments)
     table = capsys.readouterr().out
     assert "test-clean" in table and f"{100 * results['test_wer']['test-clean']:.2f}" in table

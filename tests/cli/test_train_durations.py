@@ -36,7 +36,7 @@ def test_the_checkpoint_knows_its_durations(run_dir, tones, tmp_path, console, c
     assert recognizer.model.joiner.num_extra in (5, 3)
     console(transcribe.main, tmp_path, "--checkpoint", checkpoint, tones / "test-0.wav")
     assert "test-0" in capsys.readouterr().out
-    options = ["--manifest", tones / "test.jsonl", "--output-dir", tmp_path / "aligned"]
+    options = ["--text", "a b", tones / "test-0.wav", "--output-dir", tmp_path / "aligned"]
     console(align.main, tmp_path, "--checkpoint", checkpoint, *options)
     assert list((tmp_path / "aligned").iterdir())
     console(evaluate.main, tmp_path, f"checkpoint={checkpoint}")
@@ -48,7 +48,8 @@ def test_the_checkpoint_knows_its_durations(run_dir, tones, tmp_path, console, c
     assert beam.search.topology.name == recognizer.topology
     (text,) = beam.transcribe([read_audio(tones / "test-0.wav")])
     assert capsys.readouterr().out.rstrip("\n").endswith(f"test-0.wav\t{text}")
-    console(evaluate.main, tmp_path, f"checkpoint={checkpoint}", "search=beam", "search.beam=2")
+    options = ["search=beam", "search.beam=2", "~callbacks.utterance_picture"]
+    console(evaluate.main, tmp_path, f"checkpoint={checkpoint}", *options)
 
 
 def test_fine_tuning_copies_the_durations(run_dir, tmp_path, console, train_overrides):
