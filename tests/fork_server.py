@@ -74,8 +74,12 @@ def folder() -> str:
 
 
 @functools.cache
-def python() -> str:
-    """Return the path of an executable to start instead of ``sys.executable``."""
+def python(*preloaded: str) -> str:
+    """Return the path of an executable to start instead of ``sys.executable``.
+
+    Args:
+        preloaded: what the server imports, PRELOADED unless it is given.
+    """
     executable, address = f"{folder()}/python", f"{folder()}/socket"
     with FileLock(f"{folder()}/lock"):
         if os.path.exists(executable):  # another process has started the server
@@ -83,10 +87,12 @@ def python() -> str:
         with socket.socket(socket.AF_UNIX) as listener, open(f"{folder()}/alive", "rb") as alive:
             listener.bind(address)
             listener.listen(64)
+            arguments = [executable, str(listener.fileno()), *(preloaded or PRELOADED)]
+            paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             server = subprocess.Popen(
-                [sys.executable, "-m", "tests.fork_server", executable, str(listener.fileno())],
+                [sys.executable, "-m", "tests.fork_server", *arguments],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
                 stdin=alive,
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
@@ -100,12 +106,12 @@ def python() -> str:
     return executable
 
 
-def serve(executable: str, descriptor: str) -> list[str]:
+def serve(executable: str, descriptor: str, *names: str) -> list[str]:
     """Answer the requests of fork_client.py. Returns in each fork, with the arguments to run."""
     listener, input_ = socket.socket(fileno=int(descriptor)), os.fdopen(os.dup(0), "rb", 0)
     before, own = set(sys.modules), dict(os.environb)
     atexit.register(lambda: leak(set(preloaded) - before))  # after all others, as it is the first
-    for name in PRELOADED:
+    for name in names:
         with contextlib.suppress(ModuleNotFoundError):  # of an extra
             importlib.import_module(name)
     with contextlib.suppress(ModuleNotFoundError):

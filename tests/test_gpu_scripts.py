@@ -99,6 +99,29 @@ case "$*" in
 esac
 """
 
+# Starts the fork server of a tree: its Python has imported torch and lacks LACKING.
+FORKS = """
+import sys
+from tests.fork_server import python
+print(python("torch"), flush=True)
+sys.stdin.read()
+"""
+LOOK = """
+import importlib.util, sys
+assert "torch" in sys.modules, "no fork"
+assert importlib.util.find_spec("tests.backends").origin.startswith(sys.path[1]), "not of the tree"
+try:
+    import hydra
+except ModuleNotFoundError:
+    sys.exit()
+sys.exit("the machine lacks hydra")
+"""
+# The stage table has measured ours and torchaudio in all modes: of peers, one mode is enough.
+DRY_PYTHON = """#!/usr/bin/env bash
+case "$*" in *gpu_peers.json*) set -- "$@" --modes float32 ;; esac
+exec {} "$@"
+"""
+
 
 @pytest.fixture
 def tree(tmp_path):
@@ -150,6 +173,23 @@ def quick(tmp_path):
     return {"PYTHON": str(path)}
 
 
+@contextlib.contextmanager
+def forks(tree, tmp_path, variables):
+    """Let the Python of `variables` be forks of a process that has imported torch."""
+    path = tmp_path / "dry_python"
+    variables["PYTHON"] = str(path)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, cwd=tree, env=variables, **pipes) as server:
+        path.write_text(DRY_PYTHON.format(server.stdout.readline().strip()))
+        path.chmod(0o755)
+        (tmp_path / "blocked" / "look.py").write_text(LOOK)
+        paths = f"{tree}{os.pathsep}{variables['PYTHONPATH']}"
+        look = [path, "-m", "look"]
+        subprocess.run(look, env=variables | {"PYTHONPATH": paths}, check=True)
+        yield
+
+
 def lines_of(text):
     """{stage: (status, seconds, figures)} of a summary."""
     found = re.findall(r"^(\w+) +(\w+(?: \w+)?) +(\d+) s  (.*)$", text, re.MULTILINE)
@@ -161,7 +201,8 @@ def test_a_dry_run_of_everything(tree, tmp_path):
     tools = [("compute-sanitizer", SANITIZER), ("ncu", NCU)]
     variables = environment(tmp_path, tools, WORKERS="1")
     script = ["bash", str(tree / "benchmarks/gpu/all.sh")]
-    done = subprocess.run(script, env=variables, capture_output=True, text=True)
+    with forks(tree, tmp_path, variables):
+        done = subprocess.run(script, env=variables, capture_output=True, text=True)
     out = tmp_path / "out"
     log = (out / "log.txt").read_text()
     assert done.stdout == (out / "summary.txt").read_text(), done.stderr
