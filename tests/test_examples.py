@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from tests.cli.conftest import write_tones
+from tests.cli.conftest import WITHOUT_PICTURES, write_tones
 from tests.fork_server import python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,21 +185,21 @@ def test_the_custom_encoder_trains_and_decodes_from_the_command_line(tmp_path):
         "TRANSDUCER_TOOLKIT_RUN_ID": "run",
     }
 
-    def run(name, *arguments):
-        # Not a fork: the line to try names the folder of the interpreter.
-        command = [sys.executable, "-m", f"transducer_toolkit.cli.{name}", *map(str, arguments)]
+    def run(executable, name, *arguments):
+        command = [executable, "-m", f"transducer_toolkit.cli.{name}", *map(str, arguments)]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    # Not a fork: the line to try names the folder of the interpreter.
     trained = run(
-        "train", "--config-dir", EXAMPLES / "custom_encoder" / "conf",
+        sys.executable, "train", "--config-dir", EXAMPLES / "custom_encoder" / "conf",
         "model/encoder=gru", "model.encoder.hidden_dim=8", "data=manifest", "name=gru",
         f"data.corpus.train={tones}/train.jsonl", f"data.corpus.val={tones}/val.jsonl",
         f"data.corpus.test.tones={tones}/test.jsonl", "data.num_workers=0",
-        "trainer.max_epochs=1", "trainer.accelerator=cpu", "num_threads=1",
+        "trainer.max_epochs=1", "trainer.accelerator=cpu", "num_threads=1", *WITHOUT_PICTURES,
     )  # fmt: skip
     (line,) = [line for line in trained.splitlines() if line.startswith("try it:")]
     command, *options, wave = line.split()[2:]
@@ -208,7 +208,7 @@ def test_the_custom_encoder_trains_and_decodes_from_the_command_line(tmp_path):
     assert Path(command).name == "transducer-transcribe"
     assert Path(command).is_file() or shutil.which(command)
     assert wave == "tones/test-0.wav"
-    said = run("transcribe", *options, wave)
+    said = run(python(), "transcribe", *options, wave)
     assert said.startswith(f"{wave}\t")
 
 
