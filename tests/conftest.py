@@ -27,6 +27,7 @@ LONG += ("inference/test_huggingface.py", "cli/test_resume.py", "cli/test_train.
 LONG += ("test_fuzz_inputs.py", "export/test_nemo.py", "cli/test_train_durations.py")
 LONG += ("data/digits/test_digits_corpus.py", "cli/test_no_network.py", "test_examples.py")
 LONG += ("cli/test_train_huggingface.py", "cli/test_evaluate.py", "cli/test_fuzz_commands.py")
+LONG += ("losses/test_ddp.py", "test_pictures.py", "cli/test_librispeech.py")
 
 
 def pytest_configure(config):
