@@ -37,7 +37,7 @@ void CellScoresCpu(const LatticeBatch& batch, const RowTile& tile, const LogitRo
 // Logits of a quantized product, logits[i][v] = data[i][v] * row_scales[i] * column_scales[v]
 // + bias[v].
 struct QuantizedLogits {
-  int32_t* data;               // (tile rows, pitch); overwritten
+  const int32_t* data;         // (tile rows, pitch)
   const float* row_scales;     // (tile rows,)
   const float* column_scales;  // (pitch,)
   const float* bias;           // (pitch,), or null
@@ -45,8 +45,7 @@ struct QuantizedLogits {
   int64_t pitch;               // at least V
 };
 
-// The same from quantized logits, with a normalizer to 1e-4; without from_log_softmax. Replaces all
-// columns of `data` by the logits in float32.
+// The same from quantized logits, with a normalizer to 1e-4; without from_log_softmax.
 void QuantizedCellScoresCpu(const LatticeBatch& batch, const RowTile& tile,
                             const QuantizedLogits& logits, const LogitsOptions& options,
                             int num_threads, const CellScoresOut& out);

@@ -38,6 +38,22 @@ struct RowKernels {
                                   Activation activation, C* grad_a, C* grad_b);
 };
 
+// A row of logits of a quantized product.
+struct QuantizedRow {
+  const int32_t* data;
+  float scale;
+  const float* scales;
+  const float* bias;  // or null
+
+  float operator[](int64_t i) const {
+    const float product = static_cast<float>(data[i]) * (scale * scales[i]);
+    return bias != nullptr ? product + bias[i] : product;
+  }
+  QuantizedRow From(int64_t i) const {
+    return {data + i, scale, scales + i, bias != nullptr ? bias + i : nullptr};
+  }
+};
+
 // The kernels of one instruction set, for every type.
 struct RowKernelSet {
   const char* name;  // "avx512", "avx2" or "baseline"
@@ -53,14 +69,13 @@ struct RowKernelSet {
   // contains NaN or an infinity, *scale is NaN and out is undefined.
   void (*quantize)(const float* x, int64_t size, int8_t* out, float* scale);
 
-  // out_i = x_i * scale * scales_i + bias_i; bias may be null. x and out are the same memory.
-  void (*dequantize)(void* x_and_out, int64_t size, float scale, const float* scales,
-                     const float* bias);
-
-  // As add_activation, with tanh to 3e-4, and as max_and_sum_exp, with exponentials to 1e-4.
+  // As add_activation, with tanh to 3e-4.
   void (*coarse_add_activation)(const float* a, const float* b, int64_t size, Activation activation,
                                 float* out);
-  void (*coarse_max_and_sum_exp)(const float* x, int64_t size, float* max, float* sum);
+
+  // *sum = sum_i exp(row_i - *shift), to 1e-4, with a shift that makes the sum neither overflow nor
+  // vanish. NaN in the row makes the sum NaN; so does a maximum that is not finite.
+  void (*shift_and_sum_exp)(const QuantizedRow& row, int64_t size, float* shift, float* sum);
 
   template <typename T>
   const RowKernels<T>& Of() const;

@@ -9,11 +9,18 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "row_kernels.h"
 
 #if TRANSDUCER_VECTOR_BYTES > 16
 #include <immintrin.h>  // conversions, and reciprocals that are nearly right
+#endif
+
+#ifdef __has_builtin  // GCC from 10 on; GCC has the shuffle from 12 on
+#define TRANSDUCER_HAS_SHUFFLE __has_builtin(__builtin_shufflevector)
+#else
+#define TRANSDUCER_HAS_SHUFFLE 0
 #endif
 
 #define TRANSDUCER_QUOTE_(x) #x
@@ -101,7 +108,7 @@ struct Simd<float> {
 #endif
   }
 
-  // tanh(x) to 3e-4 and exp(x) for x <= 0 to 1e-4, for rows that are quantized or were. NaN stays.
+  // tanh(x) to 3e-4, for rows that are quantized. NaN stays.
   static inline V CoarseTanh(V x) {
     const V limit = V{} + 4.5f;
     x = x > limit ? limit : x;
@@ -111,13 +118,22 @@ struct Simd<float> {
     const V q = (1.329952e-2f * s + 0.43713187f) * s + 1.0f;
     return x * p * CoarseReciprocal(q);
   }
-  static inline V CoarseExpDown(V x) {
+  // 2^x to 1e-4 for x in [-126, 127]; at most 2^-125 below, and at least 2^126 or NaN above.
+  static inline V CoarseExp2(V x) {
+#if TRANSDUCER_VECTOR_BYTES == 64
+    const V f = (V)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 1);  // x - floor(x)
+    const V p = ((7.80245e-2f * f + 0.226067155f) * f + 0.695833541f) * f + 0.99992522f;
+    return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)x);
+#else
     constexpr float kRound = 12582912.0f;
-    const I underflow = x < V{} - 87.3365447f;
-    const V shifted = x * 1.44269504f + kRound;
-    const V f = x * 1.44269504f - (shifted - kRound);
-    const V p = ((5.50089246e-2f * f + 0.242210962f) * f + 0.693282928f) * f + 1.0f;  // 2^f
-    return underflow ? V{} : p * (V)(((U)shifted << 23) + (127u << 23));
+    const V low = V{} - 126.0f, high = V{} + 127.0f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const V shifted = x + kRound;
+    const V f = x - (shifted - kRound);
+    const V p = ((5.50089246e-2f * f + 0.242210962f) * f + 0.693282928f) * f + 1.0f;
+    return p * (V)(((U)shifted << 23) + (127u << 23));
+#endif
   }
 
   // The normal distribution's Phi(x) to 1e-7, far below zero too: with a = |x| / sqrt(2) and
@@ -249,6 +265,35 @@ inline Vec<T> Max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// Combines the lanes of a vector, halves with halves: a loop over them would wait for each step.
+template <size_t kDistance, typename V, typename F, size_t... kLane>
+inline auto Fold(V v, F f, std::index_sequence<kLane...> lanes) {
+  if constexpr (kDistance == 0) {
+    return v[0];
+  } else {
+#if TRANSDUCER_HAS_SHUFFLE
+    const V moved = __builtin_shufflevector(v, v, ((kLane + kDistance) % sizeof...(kLane))...);
+#else
+    V moved = v;
+    for (size_t i = 0; i < kDistance; ++i) moved[i] = v[i + kDistance];
+#endif
+    return Fold<kDistance / 2>(f(v, moved), f, lanes);
+  }
+}
+
+template <typename V>
+inline auto LargestLane(V v) {
+  constexpr size_t kLanes = sizeof(v) / sizeof(v[0]);
+  return Fold<kLanes / 2>(
+      v, [](V a, V b) { return a > b ? a : b; }, std::make_index_sequence<kLanes>());
+}
+
+template <typename V>
+inline auto SumOfLanes(V v) {
+  constexpr size_t kLanes = sizeof(v) / sizeof(v[0]);
+  return Fold<kLanes / 2>(v, [](V a, V b) { return a + b; }, std::make_index_sequence<kLanes>());
+}
+
 // The maximum of x; `tail` is its last, incomplete vector. Undefined if x contains NaN.
 template <typename T>
 inline Compute<T> MaxOf(const T* x, int64_t whole, Vec<T> tail) {
@@ -262,19 +307,12 @@ inline Compute<T> MaxOf(const T* x, int64_t whole, Vec<T> tail) {
     max_b = Max<T>(Load(x + i + kLanes), max_b);
   }
   if (i < whole) max_a = Max<T>(Load(x + i), max_a);
-  max_a = Max<T>(max_a, max_b);
-  C top = kLowest;
-  for (int64_t lane = 0; lane < kLanes; ++lane) top = max_a[lane] > top ? max_a[lane] : top;
-  return top;
+  return LargestLane(Max<T>(max_a, max_b));
 }
 
-template <typename T, bool kIsCoarse = false>
+template <typename T>
 void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
   using C = Compute<T>;
-  const auto exp = [](Vec<T> v) {
-    if constexpr (kIsCoarse) return Simd<C>::CoarseExpDown(v);
-    return Simd<C>::ExpDown(v);
-  };
   constexpr int64_t kLanes = Simd<C>::kLanes;
   const int64_t whole = size - size % kLanes;
   const Vec<T> tail = LoadPart(x + whole, size - whole, -std::numeric_limits<C>::infinity());
@@ -284,11 +322,11 @@ void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
     *sum = std::numeric_limits<C>::quiet_NaN();
     return;
   }
-  Vec<T> total = exp(tail - top);
-  for (int64_t i = 0; i < whole; i += kLanes) total = total + exp(Load(x + i) - top);
-  C result = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) result += total[lane];
-  *sum = result;
+  Vec<T> total = Simd<C>::ExpDown(tail - top);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    total = total + Simd<C>::ExpDown(Load(x + i) - top);
+  }
+  *sum = SumOfLanes(total);
 }
 
 template <typename T>
@@ -491,9 +529,7 @@ void Quantize(const float* x, int64_t size, int8_t* out, float* scale) {
     top_b = larger(magnitude(Load(x + k + kLanes)), top_b);
   }
   if (k < whole) top_b = larger(magnitude(Load(x + k)), top_b);
-  top_a = larger(top_a, top_b);
-  int32_t bits = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) bits = top_a[lane] > bits ? top_a[lane] : bits;
+  const int32_t bits = LargestLane(larger(top_a, top_b));
   float max;
   std::memcpy(&max, &bits, sizeof(max));
   *scale = (std::isfinite(max) ? max : std::numeric_limits<float>::quiet_NaN()) / 127.0f;
@@ -510,40 +546,55 @@ void Quantize(const float* x, int64_t size, int8_t* out, float* scale) {
   std::memcpy(out + whole, &bytes, static_cast<size_t>(size - whole));
 }
 
-void Dequantize(void* x_and_out, int64_t size, float scale, const float* scales,
-                const float* bias) {
+// Sums of powers of 2 of the logits in units of log(2).
+template <bool kHasBias>
+void ShiftAndSumExpOf(const QuantizedRow& row, int64_t size, float* shift, float* sum) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
   constexpr int64_t kLanes = Simd<float>::kLanes;
-  char* memory = static_cast<char*>(x_and_out);
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kInf = std::numeric_limits<float>::infinity();
   const int64_t whole = size - size % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    char* at = memory + i * static_cast<int64_t>(sizeof(float));
+  const float scale = row.scale * kLog2E;
+  const auto logits = [&](int64_t i, float minus) {
     I x;
-    std::memcpy(&x, at, sizeof(x));
-    V y = __builtin_convertvector(x, V) * scale * Load(scales + i);
-    if (bias != nullptr) y = y + Load(bias + i);
-    std::memcpy(at, &y, sizeof(y));
+    std::memcpy(&x, row.data + i, sizeof(x));
+    const V product = __builtin_convertvector(x, V) * Load(row.scales + i);
+    if constexpr (kHasBias) return product * scale + (Load(row.bias + i) * kLog2E - minus);
+    return product * scale - minus;
+  };
+  V tail = V{} - kInf;
+  for (int64_t i = whole; i < size; ++i) tail[i - whole] = row[i] * kLog2E;
+  // The shift is in units of log(2), too.
+  const auto sum_with = [&](float top) {
+    V total = Simd<float>::CoarseExp2(tail - top);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      total = total + Simd<float>::CoarseExp2(logits(i, top));
+    }
+    return SumOfLanes(total);
+  };
+  // One of the first logits is nearly always close enough to the maximum.
+  float top = LargestLane(whole > 0 ? logits(0, 0.0f) : tail);
+  *sum = std::isfinite(top) ? sum_with(top) : 0;
+  if (!(*sum > 0x1p-40f && *sum < 0x1p100f)) {
+    V tops = tail;
+    for (int64_t i = 0; i < whole; i += kLanes) tops = Max<float>(logits(i, 0.0f), tops);
+    top = LargestLane(tops);
+    // A NaN must still be noticed.
+    *sum = std::isfinite(top) ? sum_with(top) : std::numeric_limits<float>::quiet_NaN();
   }
-  for (int64_t i = whole; i < size; ++i) {
-    char* at = memory + i * static_cast<int64_t>(sizeof(float));
-    int32_t x;
-    std::memcpy(&x, at, sizeof(x));
-    const float y = static_cast<float>(x) * scale * scales[i] + (bias != nullptr ? bias[i] : 0.0f);
-    std::memcpy(at, &y, sizeof(y));
-  }
+  *shift = top / kLog2E;
 }
 
-constexpr RowKernelSet kKernels{TRANSDUCER_ISA_NAME,
-                                kTable<float>,
-                                kTable<double>,
-                                kTable<Half>,
-                                kTable<BFloat16>,
-                                Posteriors,
-                                Quantize,
-                                Dequantize,
-                                AddActivation<float, true>,
-                                MaxAndSumExp<float, true>};
+void ShiftAndSumExp(const QuantizedRow& row, int64_t size, float* shift, float* sum) {
+  row.bias != nullptr ? ShiftAndSumExpOf<true>(row, size, shift, sum)
+                      : ShiftAndSumExpOf<false>(row, size, shift, sum);
+}
+
+constexpr RowKernelSet kKernels{
+    TRANSDUCER_ISA_NAME, kTable<float>, kTable<double>, kTable<Half>,
+    kTable<BFloat16>,    Posteriors,    Quantize,       AddActivation<float, true>,
+    ShiftAndSumExp};
 
 }  // namespace
 

@@ -631,17 +631,16 @@ void Quantized(const Problem& p, Bytes* bytes) {
     for (auto& part : of_one) part.assign(static_cast<size_t>(rows), kUnwritten);
   }
   for (const int i : {0, 1}) {
-    auto data = products;
-    QuantizedCellScoresCpu(batch, tile,
-                           {data.data(), scales[0].data(), columns.data(), offset, vocab, vocab},
-                           options, i + 1,
-                           {scores[i][0].data(), scores[i][1].data(), scores[i][2].data()});
+    QuantizedCellScoresCpu(
+        batch, tile, {products.data(), scales[0].data(), columns.data(), offset, vocab, vocab},
+        options, i + 1, {scores[i][0].data(), scores[i][1].data(), scores[i][2].data()});
   }
-  std::vector<float> logits(products.size());
-  ParallelFor(rows, 1, [&](int64_t row) {  // takes subnormals for zeros, as the stages do
-    float* x = logits.data() + row * vocab;
-    std::memcpy(x, products.data() + row * vocab, static_cast<size_t>(vocab) * sizeof(float));
-    GetRowKernelSet().dequantize(x, vocab, scales[0][row], columns.data(), offset);
+  std::vector<float> logits;
+  ParallelFor(1, 1, [&](int64_t) {  // takes subnormals for zeros, as the stages do
+    for (int64_t row = 0; row < rows; ++row) {
+      const QuantizedRow x{products.data() + row * vocab, scales[0][row], columns.data(), offset};
+      for (int64_t i = 0; i < vocab; ++i) logits.push_back(x[i]);
+    }
   });
   CellScoresCpu<float>(batch, tile, {logits.data(), vocab, vocab}, options, 1,
                        {scores[2][0].data(), scores[2][1].data(), scores[2][2].data()});

@@ -146,10 +146,8 @@ void TestScores(Layout layout, int64_t vocab, bool has_bias) {
   std::vector<Score> by_label(rows, kUnwritten);
   const LogitsOptions options{blank, false, 0};
   const float* offset = has_bias ? bias.data() : nullptr;
-  auto overwritten = data;
   QuantizedCellScoresCpu(batch, fixture.AllRows(),
-                         {overwritten.data(), row_scales.data(), columns.data(), offset, vocab,
-                          vocab},
+                         {data.data(), row_scales.data(), columns.data(), offset, vocab, vocab},
                          options, 2, {normalizer.data(), by_blank.data(), by_label.data()});
 
   std::vector<bool> is_cell(rows);

@@ -193,49 +193,74 @@ void TestQuantize(const RowKernelSet& set) {
   }
 }
 
-// x * scale * scales + bias in place, against double.
-void TestDequantize(const RowKernelSet& set) {
-  constexpr int32_t kGuard = 12345;
+// Logits of integers, x * scale * scales + bias, and the sum of their exponentials, against double.
+void TestShiftAndSumExp(const RowKernelSet& set) {
+  const float kNan = std::nanf("");
   for (int64_t size = 1; size <= 70; ++size) {
     const auto seed = static_cast<unsigned>(size);
-    const auto column = RandomVector<float>(size, 1e-3, seed),
-               bias = RandomVector<float>(size, 1, 9);
-    std::vector<int32_t> x(size + 1, kGuard);
     std::mt19937 random(seed);
-    for (int64_t i = 0; i < size; ++i) {  // up to the sum of 4096 products of 127 and 127
-      x[i] = static_cast<int32_t>(random() % (2 * 66'064'384 + 1)) - 66'064'384;
+    std::vector<int32_t> x(size);
+    for (int32_t& value : x) {  // up to the sum of 4096 products of 127 and 127
+      value = static_cast<int32_t>(random() % (2 * 66'064'384 + 1)) - 66'064'384;
     }
     x[size / 2] = 0;
-    for (const float* offset : {bias.data(), static_cast<const float*>(nullptr)}) {
-      for (const float scale : {0.0f, 1e-3f, std::nanf("")}) {
-        auto data = x;
-        set.dequantize(data.data(), size, scale, column.data(), offset);
-        EXPECT_TRUE(data[size] == kGuard);
-        for (int64_t i = 0; i < size; ++i) {
-          float y;
-          std::memcpy(&y, &data[i], sizeof(y));
-          const double added = offset != nullptr ? offset[i] : 0;
-          const double product = static_cast<double>(x[i]) * scale * column[i];
-          const double room = 2 * kUlp<float> * (std::abs(product) + std::abs(added));
-          EXPECT_NEAR(y, product + added, room);
-        }
+    const auto expect_sum = [&](const QuantizedRow& row) {
+      double max = -kInf, sum = 0;
+      std::vector<double> logits;
+      for (int64_t i = 0; i < size; ++i) {
+        const double product = static_cast<double>(row.data[i]) * row.scale * row.scales[i];
+        const double added = row.bias != nullptr ? row.bias[i] : 0;
+        logits.push_back(product + added);
+        const double room = 3 * kUlp<float> * (std::abs(product) + std::abs(added));
+        EXPECT_NEAR(row[i], logits.back(), room);
+        max = std::max(max, logits.back());
+      }
+      for (const double logit : logits) sum += std::exp(logit - max);
+      float shift, total;
+      set.shift_and_sum_exp(row, size, &shift, &total);
+      // Rounding of large logits, and the exponentials' own error.
+      EXPECT_NEAR(shift + std::log(static_cast<double>(total)), max + std::log(sum),
+                  2e-4 + 4 * kUlp<float> * (std::abs(max) + std::abs(shift)));
+    };
+    for (const double spread : {1e-9, 1e-7, 3e-6}) {  // logits up to 0.07, 7 and 200
+      const auto column = RandomVector<float>(size, spread, seed),
+                 bias = RandomVector<float>(size, 1, 9);
+      expect_sum({x.data(), 1.0f, column.data(), bias.data()});
+      expect_sum({x.data(), 1.0f, column.data(), nullptr});
+      expect_sum({x.data(), 0.0f, column.data(), bias.data()});
+    }
+    // One logit far from the others, in every lane, and masked ones.
+    for (int64_t at = 0; at < size; ++at) {
+      const std::vector<float> ones(size, 1.0f);
+      const std::vector<int32_t> zeros(size, 0);
+      for (const float far : {60.0f, 80.0f, 1000.0f, 3e6f, -30.0f, -1000.0f, -3e6f, -kInf}) {
+        if (size == 1 && far == -kInf) continue;
+        std::vector<float> bias(size, 1.0f);
+        bias[at] = far;
+        expect_sum({zeros.data(), 1.0f, ones.data(), bias.data()});
+        for (float& value : bias) value = -value;  // all but one
+        if (far > -kInf) expect_sum({zeros.data(), 1.0f, ones.data(), bias.data()});
+      }
+      std::vector<float> only(size, -kInf);
+      only[at] = -2.5f;
+      expect_sum({zeros.data(), 1.0f, ones.data(), only.data()});
+      float shift, total;
+      for (const float special : {kInf, kNan}) {
+        std::vector<float> bias(size, 1.0f);
+        bias[at] = special;
+        set.shift_and_sum_exp({zeros.data(), 1.0f, ones.data(), bias.data()}, size, &shift, &total);
+        EXPECT_TRUE(std::isnan(total));
+        set.shift_and_sum_exp({x.data(), 1.0f, bias.data(), nullptr}, size, &shift, &total);
+        EXPECT_TRUE(x[at] < 0 && special == kInf ? size == 1 || !std::isnan(total)
+                                                 : std::isnan(total));
       }
     }
-    for (int64_t at = 0; at < size; ++at) {  // a special value stays in its lane
-      for (const float special : {kInf, -kInf, std::nanf("")}) {
-        for (const bool in_bias : {false, true}) {
-          std::vector<float> scales(size, 0.5f), offset(size, 1.0f);
-          (in_bias ? offset : scales)[at] = special;
-          std::vector<int32_t> data(size, 4);
-          set.dequantize(data.data(), size, 1.0f, scales.data(), offset.data());
-          for (int64_t i = 0; i < size; ++i) {
-            float y;
-            std::memcpy(&y, &data[i], sizeof(y));
-            EXPECT_NEAR(y, i == at ? special : 3.0f, 0);
-          }
-        }
-      }
-    }
+    const std::vector<float> masked(size, -kInf), ones(size, 1.0f);
+    float shift, total;
+    set.shift_and_sum_exp({x.data(), 1.0f, ones.data(), masked.data()}, size, &shift, &total);
+    EXPECT_TRUE(std::isnan(total));
+    set.shift_and_sum_exp({x.data(), kNan, ones.data(), nullptr}, size, &shift, &total);
+    EXPECT_TRUE(std::isnan(total));
   }
 }
 
@@ -388,7 +413,7 @@ int main() {
     TestAll(set->float64);
     TestPosteriors(*set);
     TestQuantize(*set);
-    TestDequantize(*set);
+    TestShiftAndSumExp(*set);
     TestSixteenBit(set->float16, set->float32);
     TestSixteenBit(set->bfloat16, set->float32);
   }

@@ -78,6 +78,23 @@ def test_scores(vocab_size, bias):
         assert (mine[finite] - wanted[finite]).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("far", [60.0, 1000.0, -1000.0])
+def test_scores_of_logits_far_from_the_first_ones(far):
+    """Their exponentials may overflow or vanish."""
+    shape = LatticeShape.from_lengths([3, 4], [3, 5])
+    batch, options = batch_of(shape, 40), FusedOptions(0)
+    joint = Joint(torch.randn(2, 4, 64), torch.randn(2, 6, 64), "tanh")
+    weight, offset = torch.randn(40, 64) / 8, torch.zeros(40)
+    offset[20:] = far
+    actual, expected = (CellScores.zeros(batch, joint.enc.device) for _ in range(2))
+    quantized.Scorer(joint, JointWeights(weight, offset), batch, options, actual)()
+    logits = linear(hidden_of(joint, batch, batch.all_rows()), weight, offset)
+    stages.cell_scores(logits, batch, batch.all_rows(), options, expected)
+    for name in ("normalizer", "blank", "label"):
+        mine, wanted = getattr(actual, name), getattr(expected, name)
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=0.03)
+
+
 def test_what_is_no_number_stays_none():
     weight = torch.randn(5, 8)
     weight[1, 2], weight[2, 3], weight[3] = torch.nan, -torch.inf, 0.0

@@ -62,8 +62,8 @@ MUTANTS = [
     Mutant(
         "a label score at the blank's place",
         "csrc/cell_scores_cpu.cpp",
-        "is_label ? any_label + Pick(x, target, max, log_sum)",
-        "is_label ? any_label + Pick(x, options.blank, max, log_sum)",
+        "is_label ? any_label + Pick(x, target, shift, log_sum)",
+        "is_label ? any_label + Pick(x, options.blank, shift, log_sum)",
         (PACKED,),
     ),
     Mutant(
@@ -83,8 +83,8 @@ MUTANTS = [
     Mutant(
         "the first vector of a row is not in the sum",
         "csrc/row_kernels.inl",
-        "for (int64_t i = 0; i < whole; i += kLanes) total = total +",
-        "for (int64_t i = kLanes; i < whole; i += kLanes) total = total +",
+        "i += kLanes) {\n    total = total + Simd<C>",
+        "i += kLanes) {\n    if (i > 0) total = total + Simd<C>",
         (PACKED,),
     ),
     Mutant(
@@ -353,7 +353,7 @@ MUTANTS = [
     Mutant(
         "the logits of durations are not normalized",
         "csrc/cell_scores_cpu.cpp",
-        "sum += std::exp(static_cast<Score>(ToCompute(x[k])) - max);",
+        "sum += std::exp(row[first + k] - max);",
         "sum = 1;",
         (DURATIONS,),
     ),
@@ -395,8 +395,15 @@ MUTANTS = [
     Mutant(
         "a coarse logit without its scale",
         "csrc/row_kernels.inl",
-        "V y = __builtin_convertvector(x, V) * scale * Load(scales + i);",
-        "V y = __builtin_convertvector(x, V) * Load(scales + i);",
+        "return product * scale + (Load(row.bias + i)",
+        "return product + (Load(row.bias + i)",
+        (QUANTIZED,),
+    ),
+    Mutant(
+        "the sum of a coarse row may overflow",
+        "csrc/row_kernels.inl",
+        "*sum < 0x1p100f",
+        "true",
         (QUANTIZED,),
     ),
     Mutant(

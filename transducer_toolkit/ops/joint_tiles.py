@@ -37,8 +37,9 @@ TILE_SHARE_OF_DEVICE = 1 / 64
 # multiplied in panels of at most this size; otherwise the copy would be as large as the weight. On
 # a GPU no copy is made.
 PANEL_BYTES = {"cpu": 2 * 2**20}
-# The same for the panels of the gradient of the weight in float32, if the products are narrower.
-SUM_PANEL_BYTES = {"cpu": 2**20}
+# The same for products of 16 bits: for the panels of the gradient of the weight in float32, and for
+# those of a float32 weight, which are cast.
+NARROW_PANEL_BYTES = {"cpu": 2**20}
 # If all logits together are at most this large, forward keeps them for backward.
 KEPT_LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 # Narrower products are slow: at D = 8192, panels of 2 MiB took 40 % more time.
@@ -87,9 +88,7 @@ def are_logits_few(enc: Tensor, vocab_size: int, num_rows: int) -> bool:
     return True if num_rows * row_bytes <= budget else False  # noqa: SIM210
 
 
-def _panels(
-    vocab_size: int, width: int, like: Tensor, bytes_of: dict[str, int] = PANEL_BYTES
-) -> list[slice]:
+def _panels(vocab_size: int, width: int, like: Tensor, bytes_of: dict[str, int]) -> list[slice]:
     """Divides the rows of a weight (V, D) with the dtype and the device of `like` into panels.
 
     They are equal. A panel has about as many bytes as `bytes_of` says for the device, but at least
@@ -104,12 +103,8 @@ def _panels(
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
-def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts a weight. Numbers beyond the range of `dtype` become its largest, and not infinite."""
-    return _finite(weight.to(dtype))
-
-
 def _finite(weight: Tensor) -> Tensor:
+    """Replaces the infinities of a weight that was cast by the largest number of its dtype."""
     largest = torch.finfo(weight.dtype).max
     return weight.clamp_(-largest, largest)
 
@@ -196,13 +191,15 @@ class JointTiles:
         self._num_durations = num_durations
         if pads_vocab:
             self.vocab_size = padded_vocab_size(weight.device, self._num_columns)
-        self._panels = self._sum_panels = _panels(self.vocab_size, self.width, self._like)
+        narrows = product_dtype not in (None, weight.dtype)
+        self._panels = self._sum_panels = _panels(
+            self.vocab_size, self.width, self._like, NARROW_PANEL_BYTES if narrows else PANEL_BYTES
+        )
         if dtype in native.SIXTEEN_BIT:
             # Adding 16-bit numbers to a float32 sum, torch makes a float32 copy of them.
             like = weight.new_empty(0, dtype=torch.float32)
-            self._sum_panels = _panels(self.vocab_size, self.width, like, SUM_PANEL_BYTES)
+            self._sum_panels = _panels(self.vocab_size, self.width, like, NARROW_PANEL_BYTES)
         # A copy of a large weight in another dtype would need memory for the whole step.
-        narrows = product_dtype not in (None, weight.dtype)
         self._casts_panels = narrows and len(self._panels) > 1
         self.weight = self._padded(weight, 0.0, weight.dtype if self._casts_panels else dtype)
         if narrows and not self._casts_panels:
@@ -211,9 +208,9 @@ class JointTiles:
             bias = weight.new_zeros(self._num_columns)
         # -inf does not change the softmax.
         self.bias = None if bias is None else self._padded(bias, -torch.inf, dtype)
-        # The hidden layer and its gradient in the dtype of the join, if that is another one.
+        # The hidden layer and its gradient are in the dtype of the join, if that is another one.
         self._joins_apart = dtype != joint.enc.dtype
-        self._joined: list[Tensor] = []
+        self._others: dict[str, Tensor] = {}  # buffers in other dtypes than the workspace
         self._widths = {"hidden": self.width, "logits": self.vocab_size}
         if has_backward:
             self._widths["grad_hidden"] = self.width
@@ -270,12 +267,12 @@ class JointTiles:
         count = -(-total // self.tile_cells)
         self._tile_rows = -(-total // max(count, 1))
         self._workspace = None
-        self._joined = []
+        self._others = {}
         for index in range(count):
             begin, end = index * total // count, (index + 1) * total // count
             yield RowTile(begin, end - begin, rows, whole_logits=whole_logits, places=places)
         self._workspace = None  # the lattice, or other tiles, may take its memory
-        self._joined = []
+        self._others = {}
 
     def buffer(self, name: str, num_rows: int) -> Tensor:
         """Returns the memory (num_rows, width) of a buffer. All calls with a name share it."""
@@ -294,23 +291,42 @@ class JointTiles:
         """Computes activation(enc_t + pred_u), (tile rows, D). The next tile overwrites it."""
         out = self.buffer("hidden", tile.size)
         if self._joins_apart:
-            joined = self._joined_buffer(0, tile.size)
+            joined = self._joined("hidden", tile.size)
             stages.join_forward(self.joint, self.batch, tile, joined)
             return out.copy_(joined)
         stages.join_forward(self.joint, self.batch, tile, out)
         return out
 
-    def _joined_buffer(self, index: int, num_rows: int) -> Tensor:
-        """Returns the hidden layer (0) or its gradient (1) in the dtype of the join."""
-        while len(self._joined) <= index:
-            size = self._tile_rows * self.width
-            self._joined.append(native.mapped(size, like=self.joint.enc).view(-1, self.width))
-        return self._joined[index][:num_rows]
+    def _other_buffer(self, name: str, num_rows: int, max_rows: int, dtype: torch.dtype) -> Tensor:
+        """Returns the memory (num_rows, D) of a buffer beside the workspace."""
+        if name not in self._others:
+            like = self._like.new_empty(0, dtype=dtype)
+            self._others[name] = native.mapped(max_rows * self.width, like=like)
+        return self._others[name].view(-1, self.width)[:num_rows]
+
+    def _joined(self, name: str, num_rows: int) -> Tensor:
+        """Returns the memory of the hidden layer or of its gradient in the dtype of the join."""
+        return self._other_buffer(name, num_rows, self._tile_rows, self.joint.enc.dtype)
 
     def _weight(self, panel: slice) -> Tensor:
         """Returns rows of the weight in the dtype of the products."""
         weight = self.weight[panel]
-        return _narrowed(weight, self._like.dtype) if self._casts_panels else weight
+        if not self._casts_panels:
+            return weight
+        rows = max(panel.stop - panel.start for panel in self._panels)
+        out = self._other_buffer("weight", weight.size(0), rows, self._like.dtype)
+        return _finite(out.copy_(weight))
+
+    def _add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds the product of two 16-bit matrices to rows (at most a panel, D) of a float32 sum."""
+        if left.device.type != "cpu":
+            total += _mm_to_float32(left, right)
+            return
+        # torch would take memory for both from the heap.
+        rows = max(panel.stop - panel.start for panel in self._sum_panels)
+        product = self._other_buffer("product", left.size(0), rows, left.dtype)
+        wide = self._other_buffer("sum", left.size(0), rows, total.dtype)
+        total += wide.copy_(torch.mm(left, right, out=product))
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Computes hidden @ weight.T + bias, (tile rows, V).
@@ -363,7 +379,7 @@ class JointTiles:
                 if grad_weight.dtype == columns.dtype:
                     grad_weight.addmm_(columns.t(), hidden)
                 else:
-                    grad_weight += _mm_to_float32(columns.t(), hidden)
+                    self._add_product(grad_weight, columns.t(), hidden)
             if "bias" in self._sums:
                 grad_bias = self._sums["bias"][panel]
                 grad_bias += columns.sum(0, dtype=grad_bias.dtype)
@@ -371,8 +387,8 @@ class JointTiles:
             grad_hidden = self.buffer("grad_hidden", hidden.size(0))
             grads = self._sums["enc"], self._sums["pred"]
             if self._joins_apart:
-                hidden = self._joined_buffer(0, hidden.size(0))
-                total = self._joined_buffer(1, hidden.size(0)).zero_()
+                hidden = self._joined("hidden", hidden.size(0))
+                total = self._joined("grad_hidden", hidden.size(0)).zero_()
                 for panel in self._panels if self._casts_panels else [slice(None)]:
                     torch.mm(grad_logits[:, panel], self._weight(panel), out=grad_hidden)
                     total += grad_hidden

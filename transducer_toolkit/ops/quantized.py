@@ -21,7 +21,7 @@ from transducer_toolkit.ops.stages import Joint
 # Hidden layer and integer logits of a tile. Products of fewer rows are slower.
 TILE_BYTES = 3 * 2**20
 MIN_TILE_ROWS = 256
-WEIGHT_ROWS_AT_ONCE = 256
+WEIGHT_ROWS_AT_ONCE = 64
 # Read once, because torch.compile cannot trace it. Not in every torch from 2.4 on.
 _HAS_INT8_PRODUCTS = hasattr(torch, "_int_mm") and bool(
     getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
@@ -43,14 +43,15 @@ def _quantize(weight: Tensor) -> _Weight:
     """Quantizes a weight (V, D). The scale of a row with a value that is not finite is NaN."""
     rows = native.mapped(weight.numel(), like=weight.new_empty(0, dtype=torch.int8)).view_as(weight)
     scales = weight.new_empty(weight.size(0))
-    for begin in range(0, weight.size(0), WEIGHT_ROWS_AT_ONCE):  # small temporaries
-        part = weight[begin : begin + WEIGHT_ROWS_AT_ONCE]
-        largest = part.abs().amax(1)
-        scale = scales[begin : begin + WEIGHT_ROWS_AT_ONCE]
+    parts = zip(*(side.split(WEIGHT_ROWS_AT_ONCE) for side in (weight, rows, scales)), strict=True)
+    buffer = torch.empty_like(weight[:WEIGHT_ROWS_AT_ONCE])
+    for part, rounded, scale in parts:
+        scaled = torch.abs(part, out=buffer[: part.size(0)])
+        largest = scaled.amax(1)
         torch.div(largest, 127, out=scale).masked_fill_(~largest.isfinite(), torch.nan)
         inverse = (127 / largest).masked_fill_(~(largest > 1e-30), 0.0)
-        rounded = (part * inverse[:, None]).round_().nan_to_num_(0.0, 0.0, 0.0)
-        rows[begin : begin + WEIGHT_ROWS_AT_ONCE] = rounded
+        torch.mul(part, inverse[:, None], out=scaled).round_().nan_to_num_(0.0, 0.0, 0.0)
+        rounded.copy_(scaled)
     return _Weight(rows.t(), scales)
 
 
