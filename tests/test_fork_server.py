@@ -196,10 +196,11 @@ def test_no_state_goes_from_one_command_to_the_next(tmp_path):
 
 def test_workers_share_a_server(tmp_path):
     """It is there after the end of one of them."""
+    started = python()  # here, as it keeps the standard streams of the process that starts it
     code = f"from tests import fork_server; fork_server.shared_folder = {folder()!r}\n"
     code += "print(fork_server.python(), end='')"
     options = command(tmp_path, code, executable=sys.executable)
-    assert subprocess.run(**options, capture_output=True, text=True).stdout == python()
+    assert subprocess.run(**options, capture_output=True, text=True).stdout == started
     assert is_a_fork(tmp_path)
 
 
