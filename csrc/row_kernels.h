@@ -46,7 +46,7 @@ struct QuantizedRow {
   const float* bias;  // or null
 
   float operator[](int64_t i) const {
-    const float product = static_cast<float>(data[i]) * (scale * scales[i]);
+    const float product = static_cast<float>(data[i]) * scales[i] * scale;
     return bias != nullptr ? product + bias[i] : product;
   }
   QuantizedRow From(int64_t i) const {
@@ -74,7 +74,8 @@ struct RowKernelSet {
                                 float* out);
 
   // *sum = sum_i exp(row_i - *shift), to 1e-4, with a shift that makes the sum neither overflow nor
-  // vanish. NaN in the row makes the sum NaN; so does a maximum that is not finite.
+  // vanish. NaN in the row makes the sum NaN; so does a maximum that is not finite, and so may one
+  // above 1e9, whose rounding is large.
   void (*shift_and_sum_exp)(const QuantizedRow& row, int64_t size, float* shift, float* sum);
 
   template <typename T>

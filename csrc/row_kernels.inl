@@ -580,8 +580,9 @@ void ShiftAndSumExpOf(const QuantizedRow& row, int64_t size, float* shift, float
     V tops = tail;
     for (int64_t i = 0; i < whole; i += kLanes) tops = Max<float>(logits(i, 0.0f), tops);
     top = LargestLane(tops);
-    // A NaN must still be noticed.
-    *sum = std::isfinite(top) ? sum_with(top) : std::numeric_limits<float>::quiet_NaN();
+    // NaN and infinite logits make the sum NaN, as may logits above 1e9: their rounding overflows it.
+    *sum = std::isfinite(top) ? sum_with(top) : kInf;
+    if (!(*sum > 0 && *sum < kInf)) *sum = std::numeric_limits<float>::quiet_NaN();
   }
   *shift = top / kLog2E;
 }
