@@ -326,7 +326,9 @@ void MaxAndSumExp(const T* x, int64_t size, Compute<T>* max, Compute<T>* sum) {
   for (int64_t i = 0; i < whole; i += kLanes) {
     total = total + Simd<C>::ExpDown(Load(x + i) - top);
   }
-  *sum = SumOfLanes(total);
+  C result = 0;  // lane by lane, so that trainings give the weights that were published
+  for (int64_t lane = 0; lane < kLanes; ++lane) result += total[lane];
+  *sum = result;
 }
 
 template <typename T>
