@@ -45,7 +45,8 @@ struct QuantizedLogits {
   int64_t pitch;               // at least V
 };
 
-// The same from quantized logits, with a normalizer to 1e-4; without from_log_softmax.
+// The same from quantized logits, with a normalizer to 1e-4; without from_log_softmax. Logits above
+// 1e9 may make the scores NaN.
 void QuantizedCellScoresCpu(const LatticeBatch& batch, const RowTile& tile,
                             const QuantizedLogits& logits, const LogitsOptions& options,
                             int num_threads, const CellScoresOut& out);
